@@ -1,0 +1,145 @@
+"""Every setting of AdaRankGrad, in one validated model.
+
+The same model checks Python keywords, parameter groups, and the ``optimizer.params`` section of a
+DeepSpeed JSON, so a typing error gets the same one-line answer at every front door.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Rank = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1, strict=True)]
+"""A rank: a whole number, or a fraction of the matrix's shorter dimension (0 < x < 1)."""
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, ill-typed, out of range, or contradicts another one."""
+
+
+class AdaRankGradConfig(BaseModel):
+    """Settings of :class:`arg_dist.AdaRankGrad`; each may be overridden per parameter group.
+
+    Raises:
+        ConfigError: through :func:`parse_config`, naming the key and the nearest valid one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    lr: float = Field(1e-3, ge=0, description="learning rate")
+    betas: tuple[
+        Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]
+    ] = Field((0.9, 0.999), description="decay of the first and the second moment")
+    eps: float = Field(1e-8, ge=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
+
+    low_rank: bool = Field(True, description="False: plain full-rank Adam for this group")
+    max_rank: Rank = Field(128, description="largest rank, or a fraction of the shorter dimension")
+    min_rank: Rank = Field(4, description="smallest rank, or a fraction of the shorter dimension")
+    energy: float = Field(
+        0.9, gt=0, le=1, description="share of ||G||_F^2 to keep: 1 - eta_th of the paper"
+    )
+    scale: float = Field(1.0, gt=0, description="factor of the low-rank update (GaLore's alpha)")
+    side: Literal["auto", "left", "right"] = Field(
+        "auto", description="the dimension the basis spans; auto: the shorter one"
+    )
+    view: Literal["auto", "stack", "flatten"] = Field(
+        "auto",
+        description="tensors of 3 and more dimensions: a stack of matrices, or flattened to "
+        "`first x rest`; auto: stack for 3 dimensions, flatten beyond",
+    )
+
+    max_gap: int = Field(200, ge=1, description="most steps between two refreshes of a basis")
+    min_gap: int = Field(20, ge=1, description="fewest steps between two refreshes of a basis")
+    decay: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="refresh early once ||P||_F is below this share of its value at the refresh; "
+        "0: never early",
+    )
+    oversample: int = Field(8, ge=0, description="extra columns of the sketch")
+    power_passes: int = Field(1, ge=0, description="power iterations of the range finder")
+    transport: Literal["squared", "paper", "ldadam", "none"] = Field(
+        "squared", description="how the second moment follows the basis"
+    )
+
+    shard_basis: bool | None = Field(
+        None,
+        description="keep each basis once over the processes (default), or whole on every owner",
+    )
+    nonfinite: Literal["error", "skip"] = Field(
+        "error", description="a NaN or infinite gradient: raise, naming it, or skip the step"
+    )
+    seed: int = Field(0, ge=0, description="seed of the sketches")
+    targets: tuple[str, ...] | None = Field(
+        None, description="module-name patterns of the low-rank matrices; default: linear layers"
+    )
+    exclude: tuple[str, ...] | None = Field(
+        None, description="module-name patterns kept full-rank; default: embeddings and head"
+    )
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _two_betas(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and len(value) != 2:
+            raise ValueError(f"two numbers are needed, got {len(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdaRankGradConfig:
+        if type(self.max_rank) is type(self.min_rank) and self.max_rank < self.min_rank:
+            raise ValueError(
+                f"max_rank ({self.max_rank}) is smaller than min_rank ({self.min_rank}): "
+                "raise max_rank or lower min_rank"
+            )
+        if self.min_gap > self.max_gap:
+            raise ValueError(
+                f"min_gap ({self.min_gap}) is larger than max_gap ({self.max_gap}): "
+                "lower min_gap or raise max_gap"
+            )
+        return self
+
+    def rank_bounds(self, short: int) -> tuple[int, int]:
+        """Smallest and largest rank for a matrix whose shorter dimension is `short`."""
+
+        def resolve(rank: int | float) -> int:
+            return rank if isinstance(rank, int) else max(1, round(rank * short))
+
+        largest = min(resolve(self.max_rank), short)
+        return min(resolve(self.min_rank), largest), largest
+
+
+def nearest(key: str, valid: Mapping[str, Any] | list[str]) -> str:
+    """`"; did you mean 'max_rank'?"`, or nothing if no valid name is near."""
+    close = difflib.get_close_matches(key, list(valid), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def parse_config(settings: Mapping[str, Any], where: str = "AdaRankGrad") -> AdaRankGradConfig:
+    """Validates `settings`; `where` (for instance ``optimizer.params``) leads every message.
+
+    Raises:
+        ConfigError: one line per fault, each with the key's path and what is needed.
+    """
+    try:
+        return AdaRankGradConfig.model_validate(dict(settings))
+    except ValidationError as error:
+        lines: dict[str, str] = {}
+        for fault in error.errors():
+            key = str(fault["loc"][0]) if fault["loc"] else ""
+            if fault["type"] == "extra_forbidden":
+                text = "unknown key" + nearest(key, list(AdaRankGradConfig.model_fields))
+            elif key in ("max_rank", "min_rank"):
+                text = (
+                    f"got {fault['input']!r}; a whole number of at least 1, or a fraction of the "
+                    "shorter dimension (0 < x < 1), is needed"
+                )
+            else:
+                message = fault["msg"].removeprefix("Value error, ")
+                text = f"{message}, got {fault['input']!r}" if key else message
+            lines.setdefault(f"{where}.{key}" if key else where, text)
+        raise ConfigError("\n".join(f"{path}: {text}" for path, text in lines.items())) from None

@@ -1,0 +1,103 @@
+"""The randomized range finder: an ordered orthonormal basis of a gradient's leading subspace.
+
+Subspace selection of AdaRankGrad (SSRF, arXiv 2410.17881, algorithm 1), after Halko, Martinsson and
+Tropp (2011), algorithms 4.4 and 5.1: Gaussian sketch, power passes, then a small eigenproblem that
+orders the directions by energy. Only ordered directions can be truncated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arg_dist.subspace.exchange import Steps, gather, sum_scatter
+from arg_dist.subspace.spread import Spread, row_count
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Ordered directions of a gradient.
+
+    Attributes:
+        vectors: ``basis x width``, orthonormal columns, at the home process; no rows elsewhere.
+        energies: ``width``, fp64, descending: ``||G q_i||^2``, the same bits on every owner.
+    """
+
+    vectors: Tensor
+    energies: Tensor
+
+
+def orthonormalize(sketch: Tensor) -> Tensor:
+    """Orthonormal columns that span those of `sketch`, ``rows x width`` (rows >= width, or none).
+
+    Householder QR: the result is orthonormal even where the sketch has lost rank.
+    """
+    return torch.linalg.qr(sketch).Q if sketch.shape[0] else sketch
+
+
+def range_finder(
+    gradient: Tensor, omega: Tensor, spread: Spread, *, power_passes: int
+) -> Steps[Tensor]:
+    """An orthonormal basis of the leading range of ``G^T``, not yet ordered.
+
+    Args:
+        gradient: ``moment.touch x basis.touch``, fp32, this process's part of G.
+        omega: ``moment.touch x width``, this process's rows of the sketch matrix.
+        spread: how G lies over the processes.
+        power_passes: times that the sketch is multiplied by ``G^T G``.
+
+    Returns:
+        ``basis x width`` at the home process, no rows elsewhere.
+    """
+    moment, basis, me = spread.moment, spread.basis, spread.me
+    home = spread.at_home(basis.size)
+    # Y = G^T Omega ;  Q = qr(Y)
+    sketch = yield from sum_scatter(gradient.T @ omega, basis.touch, home, me)
+    vectors = orthonormalize(sketch)
+    for _ in range(power_passes):
+        # Y <- G^T (G Q) ;  Q = qr(Y)
+        vectors = yield from gather(vectors, home, basis.touch, me)
+        image = yield from sum_scatter(gradient @ vectors, moment.touch, moment.keep, me)
+        image = yield from gather(image, moment.keep, moment.touch, me)
+        sketch = yield from sum_scatter(gradient.T @ image, basis.touch, home, me)
+        vectors = orthonormalize(sketch)
+    return vectors
+
+
+def leading_directions(
+    gradient: Tensor, omega: Tensor, spread: Spread, *, power_passes: int
+) -> Steps[Directions]:
+    """The leading right singular directions of G, ordered, with their energies.
+
+    Arguments as in :func:`range_finder`. What rounding could decide differently on two processes
+    (orthonormalization, order, signs) is decided at the home process alone.
+    """
+    moment, basis, me = spread.moment, spread.basis, spread.me
+    width = omega.shape[1]
+    found = yield from range_finder(gradient, omega, spread, power_passes=power_passes)
+    vectors = yield from gather(found, spread.at_home(basis.size), basis.touch, me)
+    # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64 as squares halve the digits
+    image = yield from sum_scatter(gradient @ vectors, moment.touch, moment.keep, me)
+    image = image.double()
+    gram = yield from sum_scatter(
+        image.T @ image, spread.whole(width), spread.at_home(width), me
+    )
+    energies = gram.new_zeros(0, width)
+    if me == spread.home:
+        values, rotation = torch.linalg.eigh(gram)
+        energies = values.flip(0).clamp_min(0.0)[None]
+        found = positive_peaks((found.double() @ rotation.flip(1)).to(found.dtype))
+    energies = yield from gather(energies, spread.at_home(1), spread.whole(1), me)
+    assert row_count(spread.basis.touch[me]) == vectors.shape[0]
+    return Directions(found, energies.reshape(-1))
+
+
+def positive_peaks(vectors: Tensor) -> Tensor:
+    """`vectors`, ``rows x width``, with the largest entry of each column made positive.
+
+    Eigenvectors have no sign of their own; this gives them one that does not hang on LAPACK.
+    """
+    peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(peaks < 0, -1.0, 1.0).to(vectors.dtype)

@@ -1,0 +1,62 @@
+"""How many directions to keep, and when to look for new ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def choose_rank(
+    energies: Tensor, norm_sq: float, *, energy: float, smallest: int, largest: int
+) -> int:
+    """The smallest rank whose directions keep the share `energy` of ``||G||_F^2``.
+
+    Information-based selection (IASS, arXiv 2410.17881, algorithm 2) by one cumulative sum instead
+    of a search, since ``||G - P_r G||^2 = ||G||^2 - sum_{i<=r} s_i^2``. The paper bounds what is
+    discarded: ``eta_th = 1 - energy``. A gradient of lower rank than `smallest` gets only the
+    directions it has: Adam would blow the rounding noise in the others up to full steps.
+
+    Args:
+        energies: ``width``, fp64, descending: ``s_i^2``.
+        norm_sq: ``||G||_F^2``.
+        energy: share to keep, in (0, 1].
+        smallest: smallest rank to return.
+        largest: largest rank to return.
+
+    Returns:
+        A rank between 1 and ``min(largest, width)``.
+    """
+    largest = min(largest, energies.numel())
+    # r = min { r : sum_{i<=r} s_i^2 >= energy ||G||_F^2 }
+    kept = energies.cumsum(0)
+    rank = int((kept < energy * norm_sq).sum()) + 1
+    rank = max(min(smallest, largest), min(rank, largest))
+    return max(1, min(rank, numerical_rank(energies)))
+
+
+def numerical_rank(energies: Tensor) -> int:
+    """Number of directions whose energy stands clear of fp32 rounding: ``s_i > 4 eps s_1 sqrt(width)``.
+
+    Args:
+        energies: ``width``, fp64, descending.
+    """
+    tolerance = 16 * torch.finfo(torch.float32).eps ** 2 * energies.numel()
+    return int((energies > tolerance * energies[0]).sum())
+
+
+def exit_early(
+    *,
+    since_refresh: int,
+    shortest: int,
+    kept_sq: float,
+    kept_sq_at_refresh: float,
+    decay: float,
+) -> bool:
+    """Whether a basis has served its time before the longest gap is over.
+
+    At least `shortest` steps after the refresh, once the projected gradient has fallen below
+    `decay` times its norm at the refresh: the inner exit rule of arXiv 2410.17881, algorithm 3,
+    ``||P||_F <= sigma``, made relative, so that it does not depend on the loss's scale or the
+    layer's size.
+    """
+    return since_refresh >= shortest and kept_sq < decay * decay * kept_sq_at_refresh

@@ -1,0 +1,95 @@
+"""AdaRankGrad on one whole matrix with a dense SVD: slow, short, and the oracle of the tests.
+
+arXiv 2410.17881, algorithms 2 and 3, line by line, except where DESIGN decisions depart from it
+(relative exit, `squared` transport). Written without any of the pieces it is used to check.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ReferenceAdaRankGrad:
+    """The state and settings of one ``m x n`` matrix.
+
+    Attributes:
+        weight: ``m x n``, updated in place by :meth:`step`.
+        side: `right` if the basis spans the columns, `left` if it spans the rows.
+    """
+
+    weight: Tensor
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_rank: int = 128
+    min_rank: int = 4
+    energy: float = 0.9
+    scale: float = 1.0
+    gap: int = 200
+    transport: str = "squared"
+    side: str = "right"
+
+    def __post_init__(self) -> None:
+        self.steps = 0
+        self.basis: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the present basis; 0 before the first step."""
+        return 0 if self.basis is None else self.basis.shape[1]
+
+    def step(self, gradient: Tensor) -> None:
+        """One step with ``gradient``, ``m x n``, on the weight."""
+        G = gradient.double() if self.side == "right" else gradient.double().T
+        if self.steps % self.gap == 0:
+            self._refresh(G)
+        assert self.basis is not None
+        beta1, beta2 = self.betas
+        self.steps += 1
+        # P = G Q ;  M = b1 M + (1-b1) P ;  V = b2 V + (1-b2) P*P
+        P = G @ self.basis
+        self.M = beta1 * self.M + (1 - beta1) * P
+        self.V = beta2 * self.V + (1 - beta2) * P * P
+        # N = M / (1-b1^t) / (sqrt(V / (1-b2^t)) + eps)
+        mean = self.M / (1 - beta1**self.steps)
+        root = torch.sqrt(self.V / (1 - beta2**self.steps))
+        N = mean / (root + self.eps)
+        # W <- (1 - lr wd) W - lr scale N Q^T
+        update = N @ self.basis.T if self.side == "right" else self.basis @ N.T
+        W = (1 - self.lr * self.weight_decay) * self.weight.double()
+        self.weight.copy_(W - self.lr * self.scale * update)
+
+    def _refresh(self, G: Tensor) -> None:
+        # G = U S Q^T ;  r = min { r : ||G - P_r G||^2 <= (1 - energy) ||G||^2 }, within its bounds
+        _, S, Qt = torch.linalg.svd(G, full_matrices=False)
+        total = S.square().sum()
+        rank = self.min_rank
+        while rank < self.max_rank and S[rank:].square().sum() > (1 - self.energy) * total:
+            rank += 1
+        Q = Qt[:rank].T
+        if self.basis is None:
+            self.M = self.V = G.new_zeros(G.shape[0], rank)
+        else:
+            self._transport(Q.T @ self.basis, G @ Q)
+        self.basis = Q
+
+    def _transport(self, R: Tensor, P: Tensor) -> None:
+        beta2 = self.betas[1]
+        weight = 1 - beta2**self.steps
+        M, V = self.M, self.V
+        self.M = M @ R.T
+        if self.transport == "squared":
+            rank_one = P.square().sum(1, keepdim=True) * P.square().sum(0) / P.square().sum()
+            self.V = V @ (R * R).T + weight * (1 - (R * R).sum(1)).clamp(0, 1) * rank_one
+        elif self.transport == "paper":
+            self.V = (V @ R.T).abs()
+        elif self.transport == "ldadam":
+            mean, mean_sq = M / (1 - self.betas[0] ** self.steps), V / weight
+            self.V = weight * ((mean_sq - mean**2) @ (R * R).T + (mean @ R.T) ** 2).abs()
+        else:
+            raise ValueError(f"transport: got {self.transport!r}; squared, paper or ldadam is needed")

@@ -1,0 +1,44 @@
+"""Gaussian sketch matrices that depend on what is sketched, never on who sketches it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Rows drawn from one seed: a process draws only the blocks that its rows lie in."""
+
+
+def gaussian_rows(
+    rows: tuple[int, int], columns: int, *, seed: int, name: str, refresh: int
+) -> Tensor:
+    """Rows ``[low, high)`` of the sketch matrix Omega ~ N(0, 1) of one refresh of one matrix.
+
+    The generator is counter-based: its seed is a hash of (seed, name, refresh, block of rows). So
+    the matrix is the same for every world size and engine, and no process draws rows that it does
+    not need (SSRF, arXiv 2410.17881, algorithm 1; the variance of Omega does not matter, as the
+    sketch is orthonormalized).
+
+    Args:
+        rows: half-open interval of rows.
+        columns: width of the sketch.
+        seed: the user's seed.
+        name: the matrix's name.
+        refresh: how many bases of this matrix were found before.
+
+    Returns:
+        ``(high - low) x columns``, fp32, on the CPU.
+    """
+    low, high = rows
+    if low >= high:
+        return torch.empty(0, columns)
+    blocks = []
+    for block in range(low // BLOCK, (high - 1) // BLOCK + 1):
+        text = f"{seed}|{name}|{refresh}|{block}|{columns}".encode()
+        number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+        generator = torch.Generator().manual_seed(number)
+        blocks.append(torch.randn(BLOCK, columns, generator=generator))
+    start = low // BLOCK * BLOCK
+    return torch.cat(blocks)[low - start : high - start]
