@@ -1,0 +1,18 @@
+"""AdaRankGrad for models that are cut over many processes: DeepSpeed ZeRO, FSDP2, DDP."""
+
+from arg_dist import engines as _engines  # noqa: F401  registers the adapters
+from arg_dist.config import AdaRankGradConfig, ConfigError
+from arg_dist.groups import classify, param_groups
+from arg_dist.engines.deepspeed_entry import initialize
+from arg_dist.optimizer import AdaRankGrad
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaRankGrad",
+    "AdaRankGradConfig",
+    "ConfigError",
+    "classify",
+    "initialize",
+    "param_groups",
+]

@@ -1,0 +1,73 @@
+"""What all processes must know before a step changes anything: one exchange of a few numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arg_dist.subspace.exchange import Exchange, Steps, even_rows
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same on every process of a group.
+
+    Attributes:
+        norm_sq: ``||G||_F^2`` of each matrix and tensor of the plan.
+        kept_sq: ``||P||_F^2`` of each matrix's step before.
+        rounds: rounds of communication that this step takes.
+    """
+
+    norm_sq: list[float]
+    kept_sq: list[float]
+    rounds: int
+
+    def nonfinite(self) -> list[int]:
+        """Positions of the matrices and tensors whose gradient is NaN or infinite."""
+        return [i for i, norm_sq in enumerate(self.norm_sq) if not math.isfinite(norm_sq)]
+
+
+def agree(
+    gradients: Sequence[tuple[int, Tensor]],
+    kept_sq: Sequence[tuple[int, Tensor]],
+    rounds: int,
+    *,
+    units: int,
+    processes: int,
+    me: int,
+) -> Steps[Agreement]:
+    """Adds up everyone's squared norms, and takes the largest number of rounds that anyone needs.
+
+    Args:
+        gradients: position and this process's part of each gradient, every element held by one
+            process only.
+        kept_sq: position and ``||P||^2`` over this process's rows, fp64 scalars.
+        rounds: rounds that this process's matrices need.
+        units: number of matrices and tensors of the plan.
+        processes: size of the group.
+        me: this process's index.
+    """
+    device = gradients[0][1].device if gradients else torch.device("cpu")
+    part = torch.zeros(units, 2, dtype=torch.float64, device=device)
+    if gradients:
+        # a norm squared in fp64: fp32 squares of large gradients would overflow
+        norms = torch._foreach_norm([part for _, part in gradients], 2, dtype=torch.float64)
+        part[[unit for unit, _ in gradients], 0] = torch.stack(norms).square()
+    if kept_sq:
+        part[[unit for unit, _ in kept_sq], 1] = torch.stack([value for _, value in kept_sq])
+    everyone = ((0, units),) * processes
+    all_rounds = ((0, processes),) * processes
+    answers = yield (
+        Exchange(part, everyone, everyone),
+        Exchange(torch.tensor([rounds]), even_rows(processes, processes), all_rounds),
+    )
+    totals = answers[0].tolist()
+    return Agreement(
+        norm_sq=[row[0] for row in totals],
+        kept_sq=[row[1] for row in totals],
+        rounds=int(answers[1].max()),
+    )

@@ -1,0 +1,260 @@
+"""AdaRankGrad on one matrix, and Adam on everything else, as computations any driver can run.
+
+arXiv 2410.17881, algorithm 3. The state of a matrix is a plain dictionary of tensors and Python
+numbers, so that it can be saved, cut and read without running code:
+
+===================== ============================ =============================================
+basis                 ``basis.store x rank``       Q
+exp_avg, exp_avg_sq   ``moment.keep x rank``       M, V
+rank, step, refreshes int                          steps and refreshes of this matrix so far
+since_refresh, gap    int                          steps since the refresh; steps until the next
+energy                float                        share of ||G||^2 kept at the refresh
+kept_sq               fp64 scalar                  ||P||^2 of the last step, this process's rows
+kept_sq_at_refresh    float                        ||P||^2 of the refresh's step, all rows
+===================== ============================ =============================================
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.subspace.adam import adam_direction
+from arg_dist.subspace.exchange import Steps, gather, sum_scatter, total
+from arg_dist.subspace.range_finder import leading_directions
+from arg_dist.subspace.rank import choose_rank, exit_early
+from arg_dist.subspace.sketch import gaussian_rows
+from arg_dist.subspace.spread import Side, Spread, row_count
+from arg_dist.subspace.transport import transport_moments
+
+State = dict[str, Any]
+
+
+class LowRankUpdate(NamedTuple):
+    """What a step adds to a matrix: ``W <- W - lr * scale * N Q^T``.
+
+    Attributes:
+        direction: ``moment.update x rank``, N.
+        basis: ``basis.touch x rank``, Q.
+    """
+
+    direction: Tensor
+    basis: Tensor
+
+
+class NewBasis(NamedTuple):
+    """A refresh's result: the basis, and what the moments need to follow it.
+
+    Attributes:
+        vectors: ``basis.touch x rank``.
+        energies: ``rank``, fp64.
+        rotation: ``rank x old rank``, or None at the first refresh.
+    """
+
+    vectors: Tensor
+    energies: Tensor
+    rotation: Tensor | None
+
+
+def low_rank_step(
+    gradient: Tensor,
+    state: State,
+    spread: Spread,
+    settings: AdaRankGradConfig,
+    *,
+    name: str,
+    norm_sq: float,
+    kept_sq: float,
+    phase: float,
+) -> Steps[LowRankUpdate | None]:
+    """One step of AdaRankGrad on one matrix; `state` is updated in place.
+
+    Args:
+        gradient: ``moment.touch x basis.touch``, fp32, this process's part of G.
+        state: the matrix's state; empty before its first step.
+        spread: how the matrix lies over the processes.
+        settings: the settings of its parameter group.
+        name: the matrix's name, which seeds its sketches.
+        norm_sq: ``||G||_F^2`` over all processes; finite.
+        kept_sq: ``||P||_F^2`` of the step before, over all processes.
+        phase: in [0, 1), where in the longest gap its second refresh falls, so that the refreshes
+            of different matrices do not fall on one step.
+
+    Returns:
+        The update, or None where the gradient has been zero ever since the start.
+    """
+    me, moment = spread.me, spread.moment
+    new = None
+    if norm_sq > 0 and is_due(state):
+        new = yield from _refresh(gradient, state, spread, settings, name, norm_sq)
+        basis = new.vectors
+    elif state:
+        basis = yield from gather(state["basis"], spread.store, spread.basis.touch, me)
+    else:
+        return None
+    # P = G Q
+    projected = yield from sum_scatter(gradient @ basis, moment.touch, moment.keep, me)
+    if new is not None:
+        _adopt(new, projected, state, spread, settings, phase, norm_sq)
+    else:
+        _watch(state, settings, kept_sq)
+    state["step"] += 1
+    direction = adam_direction(
+        projected,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        step=state["step"],
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+    state["kept_sq"] = projected.double().square().sum()
+    state["since_refresh"] += 1
+    direction = yield from gather(direction, moment.keep, moment.update, me)
+    return LowRankUpdate(direction, basis)
+
+
+def adam_step(
+    gradient: Tensor, state: State, side: Side, settings: AdaRankGradConfig, *, me: int
+) -> Steps[Tensor | None]:
+    """One step of Adam on the elements of a tensor, which lie over the processes as `side` says.
+
+    Args:
+        gradient: ``touch``, fp32, this process's elements.
+        state: exp_avg and exp_avg_sq, ``keep``, and step; empty before the first step.
+        side: how the elements lie over the processes.
+        settings: the settings of the parameter group.
+        me: this process's index in the group.
+
+    Returns:
+        ``update``, the direction.
+    """
+    if not state:
+        state.update(
+            step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient)
+        )
+    state["step"] += 1
+    direction = adam_direction(
+        gradient,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        step=state["step"],
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+    return (yield from gather(direction, side.keep, side.update, me))
+
+
+def rounds(power_passes: int) -> tuple[int, int]:
+    """Most requests in a row that a step makes, without a refresh and with one.
+
+    Every process of a group goes through that many rounds, those too that have no part in a matrix
+    that asks; a driver fails loudly should a step ask once more.
+    """
+    # basis, P, N  |  sketch; basis, image (2), sketch per pass; basis, B, B^T B, energies, Q, R (2), P, N
+    return 3, 1 + 4 * power_passes + 9
+
+
+def is_due(state: State) -> bool:
+    """Whether the next step looks for a new basis; decided by the step before."""
+    return not state or state["since_refresh"] >= state["gap"]
+
+
+def _watch(state: State, settings: AdaRankGradConfig, kept_sq: float) -> None:
+    """Lets the next step refresh if the projected gradient of the last one has decayed."""
+    since = state["since_refresh"]
+    if since == 1:
+        state["kept_sq_at_refresh"] = kept_sq
+    if exit_early(
+        since_refresh=since,
+        shortest=settings.min_gap,
+        kept_sq=kept_sq,
+        kept_sq_at_refresh=state["kept_sq_at_refresh"],
+        decay=settings.decay,
+    ):
+        state["gap"] = since + 1
+
+
+def _refresh(
+    gradient: Tensor,
+    state: State,
+    spread: Spread,
+    settings: AdaRankGradConfig,
+    name: str,
+    norm_sq: float,
+) -> Steps[NewBasis]:
+    """Sketch -> ordered directions -> rank -> basis, and its rotation against the old basis."""
+    me, basis = spread.me, spread.basis
+    smallest, largest = settings.rank_bounds(min(basis.size, spread.moment.size))
+    width = min(largest + settings.oversample, basis.size, spread.moment.size)
+    omega = gaussian_rows(
+        spread.moment.touch[me],
+        width,
+        seed=settings.seed,
+        name=name,
+        refresh=state.get("refreshes", 0),
+    ).to(gradient.device)
+    found = yield from leading_directions(
+        gradient, omega, spread, power_passes=settings.power_passes
+    )
+    rank = choose_rank(
+        found.energies, norm_sq, energy=settings.energy, smallest=smallest, largest=largest
+    )
+    vectors = yield from gather(
+        found.vectors[:, :rank], spread.at_home(basis.size), basis.touch, me
+    )
+    rotation = None
+    if state:
+        # R = Q_new^T Q_old, each row of the bases counted once
+        old = _slice(state["basis"], spread.store[me], basis.keep[me])
+        part = _slice(vectors, basis.touch[me], basis.keep[me]).T @ old
+        rotation = yield from total(part, spread.whole(rank), spread.shares(rank), me)
+    return NewBasis(vectors, found.energies[:rank], rotation)
+
+
+def _adopt(
+    new: NewBasis,
+    projected: Tensor,
+    state: State,
+    spread: Spread,
+    settings: AdaRankGradConfig,
+    phase: float,
+    norm_sq: float,
+) -> None:
+    """Puts a new basis and the moments that followed it into `state`."""
+    if new.rotation is None:
+        state.update(
+            step=0,
+            refreshes=0,
+            kept_sq_at_refresh=0.0,
+            exp_avg=torch.zeros_like(projected),
+            exp_avg_sq=torch.zeros_like(projected),
+            gap=settings.min_gap + int(phase * (settings.max_gap - settings.min_gap)),
+        )
+    else:
+        state["exp_avg"], state["exp_avg_sq"] = transport_moments(
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            new.rotation,
+            projected,
+            new.energies,
+            rule=settings.transport,
+            step=state["step"],
+            betas=settings.betas,
+        )
+        state["gap"] = settings.max_gap
+    state["refreshes"] += 1
+    state["since_refresh"] = 0
+    state["rank"] = projected.shape[1]
+    state["energy"] = min(1.0, float(new.energies.sum()) / norm_sq)
+    # a copy: a slice would keep the whole basis, or a whole bucket, alive
+    state["basis"] = _slice(
+        new.vectors, spread.basis.touch[spread.me], spread.store[spread.me]
+    ).clone(memory_format=torch.contiguous_format)
+
+
+def _slice(rows: Tensor, have: tuple[int, int], want: tuple[int, int]) -> Tensor:
+    start = want[0] - have[0] if row_count(want) else 0
+    return rows[start : start + row_count(want)]

@@ -1,0 +1,11 @@
+"""Adapters: which fragment of which parameter a process holds, one file an engine.
+
+Importing this package registers every adapter beside this file. None of them imports its engine
+before it is in use.
+"""
+
+import pkgutil
+from importlib import import_module
+
+for _module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+    import_module(f"{__name__}.{_module.name}")

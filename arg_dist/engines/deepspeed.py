@@ -1,0 +1,145 @@
+"""DeepSpeed ZeRO: which fragment of which parameter lies in the flat tensors it hands an optimizer.
+
+Stage 0 trains the parameters themselves or fp32 copies of them, and needs no adapter of its own
+(``replicated.py``). Stages 1 and 2 lay a group's parameters end to end and give each process an
+equal cut; stage 3 cuts every parameter by itself and lays the pieces of a sub-group end to end. The
+positions used here are those of DeepSpeed 0.19.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arg_dist.groups import full_shape
+from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
+
+
+class FlatPartitionAdapter:
+    """Stages 1 and 2: the parameters are views of one long tensor, the target is a cut of it.
+
+    A parameter's storage offset *is* its place in the long tensor, also with
+    ``round_robin_gradients``, where DeepSpeed's own map is wrong, and with ``parameter_alignment``.
+    """
+
+    def recognizes(self, group: ParameterGroup) -> bool:
+        """Whether the group holds one flat tensor, and its parameters know their data-parallel group."""
+        return _is_flat(group) and any(hasattr(p, "_dp_group") for _, p in _trainable(group))
+
+    def on_construction(self, optimizer: Any) -> None:
+        """Lets DeepSpeed, if it is in use, know the optimizer."""
+        if "deepspeed" in sys.modules:
+            from arg_dist.engines.deepspeed_entry import introduce
+
+            introduce(type(optimizer))
+
+    def hold(self, group: ParameterGroup) -> Holding:
+        """The part of each parameter that falls into this process's cut.
+
+        Raises:
+            RuntimeError: the cut does not hold the parameters' values.
+        """
+        flat = group.targets[0]
+        members = [(name, p) for name, p in _trainable(group) if hasattr(p, "_dp_group")]
+        process_group = members[0][1]._dp_group  # type: ignore[attr-defined]
+        first = dist.get_rank(process_group) * flat.numel()
+        last = first + flat.numel()
+        fragments = []
+        for name, parameter in members:
+            offset = parameter.data.storage_offset()
+            low = max(offset, first)
+            high = max(low, min(offset + parameter.numel(), last))
+            start, stop = (low - offset, high - offset) if low < high else (0, 0)
+            fragment = _fragment(name, tuple(parameter.shape), start, stop, flat, low - first)
+            _check_values(fragment, parameter)
+            fragments.append(fragment)
+        return Holding(fragments, process_group)
+
+
+class PartitionedParametersAdapter:
+    """Stage 3: process `i` holds the `i`-th of N equal pieces of every parameter, the last padded."""
+
+    def recognizes(self, group: ParameterGroup) -> bool:
+        """Whether the group holds one flat tensor, and its parameters are partitioned."""
+        return _is_flat(group) and any(hasattr(p, "_z3_optimizer") for _, p in _trainable(group))
+
+    def on_construction(self, optimizer: Any) -> None:
+        """Nothing to prepare beyond what the other stages need."""
+
+    def hold(self, group: ParameterGroup) -> Holding:
+        """This process's piece of each parameter of the sub-group.
+
+        Raises:
+            RuntimeError: the flat tensor is none of DeepSpeed's sub-groups.
+        """
+        flat = group.targets[0]
+        names = {id(parameter): name for name, parameter in _trainable(group)}
+        zero: Any = next(
+            p._z3_optimizer  # type: ignore[attr-defined]
+            for _, p in _trainable(group)
+            if hasattr(p, "_z3_optimizer")
+        )
+        flats = zero.fp32_partitioned_groups_flat
+        place = next((i for i, tensor in enumerate(flats) if tensor is flat), None)
+        if place is None:
+            raise RuntimeError(
+                f"a flat tensor of {flat.numel()} elements was found in the parameter group that is "
+                "none of DeepSpeed's sub-groups; this version of DeepSpeed is not supported "
+                "(tested: 0.19.8)"
+            )
+        members = zero.fp16_groups[place]
+        process_group = members[0].ds_process_group
+        me = dist.get_rank(process_group)
+        fragments = []
+        for parameter in members:
+            offset = zero.grad_position[zero.get_param_id(parameter)][1]
+            piece, numel = parameter.partition_numel(), parameter.ds_numel
+            start = min(me * piece, numel)
+            stop = min(start + piece, numel)
+            name, shape = names[id(parameter)], full_shape(parameter)
+            fragments.append(_fragment(name, shape, start, stop, flat, offset))
+        return Holding(fragments, process_group)
+
+
+def _is_flat(group: ParameterGroup) -> bool:
+    return (
+        len(group.targets) == 1
+        and group.targets[0].dim() == 1
+        and not any(group.targets[0] is parameter for parameter in group.parameters)
+    )
+
+
+def _trainable(group: ParameterGroup) -> list[tuple[str, Tensor]]:
+    return [
+        (name, parameter)
+        for name, parameter in zip(group.names, group.parameters, strict=True)
+        if parameter is not None and parameter.requires_grad
+    ]
+
+
+def _fragment(
+    name: str, shape: tuple[int, ...], start: int, stop: int, flat: Tensor, position: int
+) -> Fragment:
+    """Elements ``[start, stop)`` of a parameter, found at `position` of the flat tensor."""
+    numel = stop - start
+    position = position if numel else 0
+    return Fragment(name, shape, start, stop, flat, lambda t: t.narrow(0, position, numel))
+
+
+def _check_values(fragment: Fragment, parameter: Tensor) -> None:
+    """The fp32 values must be the parameter's own: DeepSpeed's layout is not ours to trust."""
+    ours = fragment.view(fragment.target.data).to(parameter.device, parameter.dtype)
+    theirs = parameter.data.reshape(-1)[fragment.start : fragment.stop]
+    if not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):
+        raise RuntimeError(
+            f"{fragment.name}: DeepSpeed's fp32 partition does not hold this parameter's values where "
+            "its storage says; this version of DeepSpeed is not supported (tested: 0.19.8)"
+        )
+
+
+ADAPTERS.insert(0, FlatPartitionAdapter())
+ADAPTERS.insert(0, PartitionedParametersAdapter())

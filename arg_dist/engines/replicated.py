@@ -1,0 +1,83 @@
+"""One process, or several that each hold the whole model and the same averaged gradient."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
+
+
+class ReplicatedAdapter:
+    """Plain tensors: everyone holds everything, so the work and the state are shared out.
+
+    Also serves engines that train fp32 copies of the parameters: same number, shapes and order.
+    """
+
+    def recognizes(self, group: ParameterGroup) -> bool:
+        """Whether the targets are the parameters themselves, or copies of the trainable ones."""
+        return len(group.targets) == len(_trainable(group)) or _are_originals(group)
+
+    def on_construction(self, optimizer: object) -> None:
+        """Nothing to prepare."""
+
+    def hold(self, group: ParameterGroup) -> Holding:
+        """Every process holds all of every trainable parameter.
+
+        Raises:
+            RuntimeError: a parameter is not contiguous, or not where its copy should be.
+        """
+        if _are_originals(group):
+            pairs = [
+                (name, target)
+                for name, target in zip(group.names, group.targets, strict=True)
+                if target.requires_grad
+            ]
+        else:
+            pairs = [
+                (name, target)
+                for (name, original), target in zip(_trainable(group), group.targets, strict=True)
+                if _check_copy(name, original, target)
+            ]
+        fragments = []
+        for name, target in pairs:
+            if not target.is_contiguous():
+                raise RuntimeError(
+                    f"{name}: its memory is not contiguous (shape {tuple(target.shape)}, strides "
+                    f"{target.stride()}); use parameter.data = parameter.data.contiguous()"
+                )
+            shape = tuple(target.shape)
+            fragments.append(Fragment(name, shape, 0, target.numel(), target, _itself))
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return Holding(fragments, dist.group.WORLD if several else None, replicated=several)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _trainable(group: ParameterGroup) -> list[tuple[str, Tensor]]:
+    return [
+        (name, parameter)
+        for name, parameter in zip(group.names, group.parameters, strict=True)
+        if parameter is not None and parameter.requires_grad
+    ]
+
+
+def _are_originals(group: ParameterGroup) -> bool:
+    return len(group.targets) == len(group.parameters) and all(
+        target is parameter
+        for target, parameter in zip(group.targets, group.parameters, strict=True)
+    )
+
+
+def _check_copy(name: str, original: Tensor, copy: Tensor) -> bool:
+    if original.shape != copy.shape:
+        raise RuntimeError(
+            f"{name}: a parameter of shape {tuple(original.shape)} was expected in its place in the "
+            f"parameter group, found {tuple(copy.shape)}; an engine has reordered the parameters"
+        )
+    return True
+
+
+ADAPTERS.append(ReplicatedAdapter())

@@ -1,0 +1,400 @@
+"""The optimizer that users build: a short ``step()`` over fragments, whoever cut them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arg_dist.agreement import Agreement, agree
+from arg_dist.algorithm import State, LowRankUpdate, adam_step, is_due, low_rank_step, rounds
+from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
+from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.drivers import run_collective, run_local
+from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup, hold
+from arg_dist.sharding.layout import MatrixView, matrix_views
+from arg_dist.sharding.plan import GroupSpec, Plan, make_plans
+from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
+from arg_dist.subspace.exchange import Steps
+
+SETTINGS = tuple(AdaRankGradConfig.model_fields)
+"""Keys of a parameter group that are settings."""
+
+
+class AdaRankGrad(torch.optim.Optimizer):
+    """Adam in an adaptive low-rank subspace of each gradient (arXiv 2410.17881), sharded.
+
+    Each matrix ``G`` has a basis ``Q`` on its shorter side. One call of :meth:`step` does, for all
+    matrices it is given together:
+
+    ===================== ==================================== ====================================
+    phase                 computes                             sends, in one collective a round
+    ===================== ==================================== ====================================
+    agree                 ``||G||^2``; is every gradient       one number a matrix
+                          finite; is a refresh due
+    refresh (when due)    sketch, power passes, energies,      sketches to one home process each,
+                          rank, new basis; the moments         bases back; ``l x l`` and ``r x r``
+                          follow it                            products
+    project               ``P = G Q``                          bases where they are sharded; partial
+                                                               rows of ``P``
+    Adam                  ``M, V, N`` on ``P``                 nothing
+    update                ``W -= lr scale N Q^T``              rows of ``N`` that others update
+    ===================== ==================================== ====================================
+
+    The number of collectives does not depend on the number of matrices, and one that a single
+    process holds whole sends nothing but the first line. Under an engine that cuts parameters, the
+    optimizer finds its fragments at the first step; it may be built before or after the engine
+    takes the model over, but before the engine replaces its parameters.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups; best from
+            :func:`arg_dist.param_groups`, which tells embeddings and head from the rest. Without
+            names, every tensor of two and more dimensions is a matrix.
+        lr: learning rate.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        **settings: the other fields of :class:`arg_dist.AdaRankGradConfig`.
+
+    Raises:
+        ConfigError: a setting is unknown, ill-typed or out of range, here or in a group.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)
+        config = parse_config(given)
+        self._parameters: dict[str, weakref.ref[Tensor]] = {}
+        self._plans: dict[tuple[int, ...], list[Plan]] = {}
+        self._communicators: dict[Any, Communicator] = {}
+        self._full_rank_names: frozenset[str] = frozenset()
+        self._patterns_applied = config.targets is None and config.exclude is None
+        self.is_classified = False
+        self.skipped_steps = 0
+        super().__init__(params, dict(config))
+        for adapter in ADAPTERS:
+            adapter.on_construction(self)
+
+    # -- parameters and their names --------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; its settings go through the same model as the optimizer's own.
+
+        Raises:
+            ConfigError: a setting of the group is unknown or invalid, or a name occurs twice.
+        """
+        position = len(self.param_groups)
+        group = dict(param_group)
+        self.is_classified |= "low_rank" in group
+        params = group["params"]
+        group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        own = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
+        where = f"parameter group {position}"
+        for key in ("targets", "exclude"):
+            if key in own:
+                raise ConfigError(f"{where}.{key}: patterns are given to the optimizer as a whole")
+        config = parse_config({**{k: self.defaults[k] for k in SETTINGS}, **own}, where)
+        group.update(config)
+        first = group["params"][0] if group["params"] else None
+        if not isinstance(first, tuple) and "param_names" not in group:
+            group["param_names"] = [
+                f"group{position}.param{i}" for i in range(len(group["params"]))
+            ]
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        for name, parameter in zip(added["param_names"], added["params"], strict=True):
+            if name in self._parameters:
+                raise ConfigError(f"{where}: the parameter name {name!r} occurs twice")
+            self._parameters[name] = weakref.ref(parameter)
+
+    def parameter_names(self) -> dict[int, str]:
+        """Name of each parameter the optimizer was built with, by ``id``."""
+        return {id(p): name for name, ref in self._parameters.items() if (p := ref()) is not None}
+
+    def adopt_names(self, names: Mapping[str, str], full_rank: Iterable[str]) -> None:
+        """Renames parameters and keeps some of them full-rank; before the first step only.
+
+        For engines that build the optimizer from bare parameters and know the model.
+
+        Args:
+            names: new name for each old one.
+            full_rank: new names of those left to full-rank Adam.
+        """
+        if self._plans:
+            raise RuntimeError("names can be given before the first step only")
+        self._parameters = {names.get(old, old): ref for old, ref in self._parameters.items()}
+        for group in self.param_groups:
+            group["param_names"] = [names.get(old, old) for old in group["param_names"]]
+        self._full_rank_names = frozenset(full_rank)
+        self._patterns_applied = True
+
+    # -- the step --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step on every tensor that the groups hold now.
+
+        Raises:
+            FloatingPointError: a gradient is NaN or infinite and ``nonfinite="error"``; raised on
+                every process of the group, with weights and state as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [group for group in self.param_groups if group["params"]]
+        for plan in self._bound_plans(groups):
+            settings = {shard.group: _settings(groups[shard.group]) for shard in plan.shards}
+            gradients = {shard.unit: _oriented_gradient(shard) for shard in plan.shards}
+            agreed = self._agree(plan, gradients, settings)
+            if self._is_usable(agreed, plan, groups):
+                self._update(plan, gradients, agreed, settings)
+        return loss
+
+    def _agree(
+        self, plan: Plan, gradients: dict[int, Tensor], settings: dict[int, AdaRankGradConfig]
+    ) -> Agreement:
+        """``||G||^2``, finiteness and rounds of all matrices, equal on all processes."""
+        kept, needed = [], 0
+        for shard in plan.shards:
+            state = self._state_of(shard)
+            if "kept_sq" in state:
+                kept.append((shard.unit, state["kept_sq"]))
+            if isinstance(shard, MatrixShard) and shard.is_shared:
+                steady, refreshing = rounds(settings[shard.group].power_passes)
+                needed = max(needed, refreshing if is_due(state) else steady)
+            elif shard.is_shared:
+                needed = max(needed, 1)
+        computation = agree(
+            list(gradients.items()),
+            kept,
+            needed,
+            units=len(plan.names),
+            processes=plan.communicator.size,
+            me=plan.communicator.me,
+        )
+        return _run([computation], plan.communicator, 1)[0]
+
+    def _is_usable(self, agreed: Agreement, plan: Plan, groups: list[dict[str, Any]]) -> bool:
+        bad = agreed.nonfinite()
+        if not bad:
+            return True
+        self.skipped_steps += 1
+        if all(group["nonfinite"] == "skip" for group in groups):
+            return False
+        more = f" and {len(bad) - 1} of {len(plan.names) - 1} others" if len(bad) > 1 else ""
+        raise FloatingPointError(
+            f"the gradient of {plan.names[bad[0]]}{more} is NaN or infinite; weights and optimizer "
+            "state are as before the step. Lower the learning rate or clip the gradient, look for "
+            'the bad batch, or set nonfinite="skip" to leave such steps out'
+        )
+
+    def _update(
+        self,
+        plan: Plan,
+        gradients: dict[int, Tensor],
+        agreed: Agreement,
+        settings: dict[int, AdaRankGradConfig],
+    ) -> None:
+        """Runs the algorithm on every shard that has ever had a gradient, and adds what it returns."""
+        shared: list[tuple[Shard, Steps[Any]]] = []
+        for shard in plan.shards:
+            state = self._state_of(shard)
+            if not state and agreed.norm_sq[shard.unit] == 0:
+                continue
+            steps = _computation(
+                shard, gradients.pop(shard.unit), state, agreed, settings[shard.group]
+            )
+            if shard.is_shared:
+                shared.append((shard, steps))
+            else:
+                _apply(shard, run_local(steps), settings[shard.group])
+        results = _run([steps for _, steps in shared], plan.communicator, agreed.rounds)
+        for (shard, _), update in zip(shared, results, strict=True):
+            _apply(shard, update, settings[shard.group])
+
+    # -- layout and state ------------------------------------------------------------------------
+
+    def _bound_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
+        """The plans for the tensors that the groups hold now; made when first seen."""
+        key = tuple(id(target) for group in groups for target in group["params"])
+        if key not in self._plans:
+            self._plans[key] = make_plans([self._spec(group) for group in groups], self._communicators)
+        return self._plans[key]
+
+    def _spec(self, group: dict[str, Any]) -> GroupSpec:
+        if not self._patterns_applied:
+            raise ConfigError(
+                "targets, exclude: the optimizer was built from bare parameters and cannot tell "
+                "modules; build its groups with arg_dist.param_groups(model, targets=..., exclude=...)"
+            )
+        names = group["param_names"]
+        parameters = [self._parameters[name]() for name in names]
+        config = _settings(group)
+
+        def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
+            if not config.low_rank or name in self._full_rank_names:
+                return []
+            found = matrix_views(name, shape, config.view)
+            worthwhile = found and config.rank_bounds(found[0].short)[1] < found[0].short
+            return found if worthwhile else []
+
+        return GroupSpec(
+            holding=hold(ParameterGroup(list(group["params"]), names, parameters)),
+            side=config.side,
+            shard_basis=config.shard_basis,
+            views=views,
+            settings="; ".join(f"{key}={value!r}" for key, value in config if key != "lr"),
+            positions={name: i for i, name in enumerate(self._parameters)},
+        )
+
+    def _state_of(self, shard: Shard) -> State:
+        return self.state[shard.fragment.target].setdefault(shard.name, {})
+
+    def _shards(self) -> Iterator[Shard]:
+        return (shard for plans in self._plans.values() for plan in plans for shard in plan.shards)
+
+    # -- what users ask ----------------------------------------------------------------------------
+
+    def stats(self) -> list[dict[str, Any]]:
+        """One entry for each matrix of which this process keeps something.
+
+        Keys: name, shape, side, rank, energy (share of the gradient kept at the last refresh),
+        steps_since_refresh, refreshes, state_bytes (on this process).
+        """
+        entries = []
+        for shard in self._shards():
+            state = self._state_of(shard)
+            if isinstance(shard, MatrixShard) and state:
+                entries.append(
+                    {
+                        "name": shard.name,
+                        "shape": shard.shape,
+                        "side": shard.side_name,
+                        "rank": state["rank"],
+                        "energy": state["energy"],
+                        "steps_since_refresh": state["since_refresh"],
+                        "refreshes": state["refreshes"],
+                        "state_bytes": storage_bytes([state]),
+                    }
+                )
+        return entries
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this process: whole storages, so that no view hides more."""
+        return storage_bytes(list(self.state.values()))
+
+    def comm_bytes(self) -> int:
+        """Bytes sent by this process in the optimizer's collectives since it was built."""
+        return sum(communicator.sent_bytes for communicator in self._communicators.values())
+
+    def collectives(self) -> int:
+        """Collectives that this process has taken part in since the optimizer was built."""
+        return sum(communicator.collectives for communicator in self._communicators.values())
+
+    def held_elements(self) -> int:
+        """Elements of the parameters that the engine has given to this process's optimizer."""
+        return sum(plan.elements for plans in self._plans.values() for plan in plans)
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict`` gave; tensors keep their dtype (torch casts to the weight's)."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        held = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, target in zip(saved, held, strict=False):
+            if index in state_dict["state"]:
+                self.state[target] = _copy(state_dict["state"][index], target.device)
+
+
+def _settings(group: Mapping[str, Any]) -> AdaRankGradConfig:
+    """A group's settings as they are now: schedulers change the learning rate between steps."""
+    values = {key: group[key] for key in SETTINGS}
+    return AdaRankGradConfig.model_construct(**{**values, "lr": float(values["lr"])})
+
+
+def _oriented_gradient(shard: Shard) -> Tensor:
+    """This process's part of a gradient, fp32; a missing one counts as zero under every engine."""
+    gradient = shard.gradient()
+    if gradient is None:
+        values = shard.values()
+        gradient = values.new_zeros(1, dtype=torch.float32).expand(values.shape)
+    if isinstance(shard, MatrixShard):
+        return shard.oriented_gradient(gradient)
+    assert isinstance(shard, TensorShard)
+    return shard.kept_gradient(gradient)
+
+
+def _computation(
+    shard: Shard,
+    gradient: Tensor,
+    state: State,
+    agreed: Agreement,
+    settings: AdaRankGradConfig,
+) -> Steps[Any]:
+    if isinstance(shard, MatrixShard):
+        return low_rank_step(
+            gradient,
+            state,
+            shard.spread,
+            settings,
+            name=shard.name,
+            norm_sq=agreed.norm_sq[shard.unit],
+            kept_sq=agreed.kept_sq[shard.unit],
+            phase=shard.phase,
+        )
+    assert isinstance(shard, TensorShard)
+    return adam_step(gradient, state, shard.side, settings, me=shard.me)
+
+
+def _apply(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None:
+    lr, weight_decay = settings.lr, settings.weight_decay
+    if isinstance(update, LowRankUpdate):
+        assert isinstance(shard, MatrixShard)
+        shard.apply(*update, lr=lr, scale=settings.scale, weight_decay=weight_decay)
+    elif update is not None:
+        assert isinstance(shard, TensorShard)
+        shard.apply(update, lr=lr, weight_decay=weight_decay)
+
+
+def _run(computations: list[Steps[Any]], communicator: Communicator, rounds: int) -> list[Any]:
+    if communicator.size == 1:
+        return [run_local(steps) for steps in computations]
+    return run_collective(computations, communicator, rounds)
+
+
+def storage_bytes(states: Iterable[Any]) -> int:
+    """Bytes of all distinct storages that the tensors in nested dictionaries keep alive."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for inner in value.values():
+                visit(inner)
+
+    for state in states:
+        visit(state)
+    return sum(storages.values())
+
+
+def _copy(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copy(inner, device) for key, inner in value.items()}
+    return value

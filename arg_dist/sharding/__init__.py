@@ -1,0 +1,1 @@
+"""Who holds what, and the only collectives of the optimizer."""

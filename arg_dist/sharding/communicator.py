@@ -1,0 +1,138 @@
+"""The only collectives of the optimizer: one all-to-all of bytes per round, one gather at binding.
+
+Whatever a round asks for, for however many matrices, travels in one message per pair of processes;
+what a process has for itself is not sent. Sizes follow from the layout, which all owners know, so
+no sizes are exchanged and nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arg_dist.subspace.exchange import Exchange, add_up, intersect
+
+ALIGNMENT = 8
+"""Every tensor in a message starts at a multiple of this, so that it can be viewed as any dtype."""
+
+
+class Communicator:
+    """The processes of one group, as the drivers see them.
+
+    Attributes:
+        group: the process group; None for a process on its own.
+        size: number of processes.
+        me: this process's index in the group.
+        sent_bytes: bytes sent by this process since the start.
+        collectives: collectives taken part in since the start.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.me = 0 if group is None else dist.get_rank(group)
+        self.sent_bytes = 0
+        self.collectives = 0
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everyone's `value`, in the order of processes; plain Python data, at binding only."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def exchange(self, exchanges: Sequence[Exchange]) -> list[Tensor]:
+        """Carries out the requests of one round, all in one all-to-all.
+
+        Args:
+            exchanges: this process's requests; two processes list those they share in one order.
+
+        Returns:
+            ``want[me]`` rows for each request, on the request's device.
+        """
+        outgoing: list[list[Tensor]] = [[] for _ in range(self.size)]
+        incoming: list[list[_Slot]] = [[] for _ in range(self.size)]
+        received: list[list[tuple[int, int, Tensor]]] = [[] for _ in exchanges]  # source, low, rows
+        for k, exchange in enumerate(exchanges):
+            mine, wanted = exchange.have[self.me], exchange.want[self.me]
+            for other in range(self.size):
+                low, high = intersect(mine, exchange.want[other])
+                if low < high:
+                    part = exchange.part[low - mine[0] : high - mine[0]]
+                    if other == self.me:
+                        received[k].append((other, low, part))
+                    else:
+                        outgoing[other].append(part)
+                low, high = intersect(exchange.have[other], wanted)
+                if low < high and other != self.me:
+                    incoming[other].append(_Slot(other, k, low, high, exchange.part))
+        for slot, rows in self._all_to_all(outgoing, incoming):
+            received[slot.request].append((slot.source, slot.low, rows))
+        return [
+            add_up(exchange, self.me, [(low, rows) for _, low, rows in sorted(parts, key=itemgetter(0))])
+            for exchange, parts in zip(exchanges, received, strict=True)
+        ]
+
+    def _all_to_all(
+        self, outgoing: list[list[Tensor]], incoming: list[list[_Slot]]
+    ) -> list[tuple[_Slot, Tensor]]:
+        device = self._device()
+        send_sizes = [sum(_padded(part.nbytes) for part in parts) for parts in outgoing]
+        receive_sizes = [sum(_padded(slot.nbytes) for slot in slots) for slots in incoming]
+        send = torch.zeros(sum(send_sizes), dtype=torch.uint8, device=device)
+        receive = torch.empty(sum(receive_sizes), dtype=torch.uint8, device=device)
+        position = 0
+        for part in (part for parts in outgoing for part in parts):
+            send[position : position + part.nbytes] = _as_bytes(part)
+            position += _padded(part.nbytes)
+        dist.all_to_all_single(receive, send, receive_sizes, send_sizes, group=self.group)
+        self.sent_bytes += send.numel()
+        self.collectives += 1
+        results = []
+        position = 0
+        for slot in (slot for slots in incoming for slot in slots):
+            part = receive[position : position + slot.nbytes].view(slot.like.dtype)
+            results.append((slot, part.view(slot.shape).to(slot.like.device)))
+            position += _padded(slot.nbytes)
+        return results
+
+    def _device(self) -> torch.device:
+        """Where the group's messages must lie; state offloaded to the host travels through there."""
+        if dist.get_backend(self.group) in ("gloo", "mpi", "ucc"):
+            return torch.device("cpu")
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Rows `[low, high)` for request number `request`, expected from process `source`."""
+
+    source: int
+    request: int
+    low: int
+    high: int
+    like: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.high - self.low, *self.like.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.like.element_size()
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _as_bytes(part: Tensor) -> Tensor:
+    return part.contiguous().view(-1).view(torch.uint8)

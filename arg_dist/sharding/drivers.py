@@ -1,0 +1,116 @@
+"""Three ways to carry out what the mathematics asks for: alone, in lockstep, over processes.
+
+All three hand a process the sum of the contributions in the order of the processes, so that they
+agree to the bit, whatever carries the messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from arg_dist.sharding.communicator import Communicator
+from arg_dist.subspace.exchange import Exchange, Request, Steps, add_up, intersect
+
+T = TypeVar("T")
+Answer = Tensor | tuple[Tensor, ...]
+
+
+def run_local(steps: Steps[T]) -> T:
+    """Runs a computation in which one process holds everything."""
+    try:
+        request = next(steps)
+        while True:
+            request = steps.send(_answer(request, [_exchanges(request)], 0))
+    except StopIteration as finished:
+        return finished.value
+
+
+def run_lockstep(shards: Sequence[Steps[T]]) -> list[T]:
+    """Runs one computation as N shards inside this process; shard `i` is process `i`.
+
+    For tests of sharding that need no processes.
+
+    Raises:
+        RuntimeError: if some shards ask while others have ended: with processes, a hang.
+    """
+    results: list[Any] = [None] * len(shards)
+    answers: list[Answer | None] = [None] * len(shards)
+    while True:
+        requests: list[Request] = []
+        ended = 0
+        for i, shard in enumerate(shards):
+            try:
+                answer = answers[i]
+                requests.append(next(shard) if answer is None else shard.send(answer))
+            except StopIteration as finished:
+                results[i] = finished.value
+                ended += 1
+        if ended == len(shards):
+            return results
+        if ended:
+            raise RuntimeError(f"{ended} of {len(shards)} shards have ended, the others still ask")
+        parts = [_exchanges(request) for request in requests]
+        answers = [_answer(requests[i], parts, i) for i in range(len(shards))]
+
+
+def run_collective(
+    computations: Sequence[Steps[T]], communicator: Communicator, rounds: int
+) -> list[T]:
+    """Runs all computations together over real processes: one collective per round for all of them.
+
+    Args:
+        computations: this process's computations. Processes that share one list it in the same
+            relative order.
+        communicator: the group.
+        rounds: number of rounds that every process of the group takes part in; at least as many as
+            any of its computations asks for.
+
+    Raises:
+        RuntimeError: if a computation asks for more than `rounds` rounds.
+    """
+    results: list[Any] = [None] * len(computations)
+    pending: dict[int, Request] = {}
+
+    def advance(i: int, answer: Answer | None) -> None:
+        try:
+            pending[i] = next(computations[i]) if answer is None else computations[i].send(answer)
+        except StopIteration as finished:
+            pending.pop(i, None)
+            results[i] = finished.value
+
+    for i in range(len(computations)):
+        advance(i, None)
+    for _ in range(rounds):
+        asked = list(pending.items())
+        exchanges = [exchange for _, request in asked for exchange in _exchanges(request)]
+        answers = iter(communicator.exchange(exchanges))
+        for i, request in asked:
+            mine = tuple(next(answers) for _ in _exchanges(request))
+            advance(i, mine if isinstance(request, tuple) else mine[0])
+    if pending:
+        raise RuntimeError(
+            f"{len(pending)} computations still ask after {rounds} rounds: the number of rounds "
+            "that was agreed between the processes is too small"
+        )
+    return results
+
+
+def _exchanges(request: Request) -> tuple[Exchange, ...]:
+    return request if isinstance(request, tuple) else (request,)
+
+
+def _answer(request: Request, parts: Sequence[tuple[Exchange, ...]], me: int) -> Answer:
+    answers = []
+    for k, exchange in enumerate(_exchanges(request)):
+        contributions = []
+        for i, others in enumerate(parts):
+            other = others[k]
+            low, high = intersect(other.have[i], exchange.want[me])
+            if low < high:
+                start = other.have[i][0]
+                contributions.append((low, other.part[low - start : high - start]))
+        answers.append(add_up(exchange, me, contributions))
+    return tuple(answers) if isinstance(request, tuple) else answers[0]

@@ -1,0 +1,108 @@
+"""What an engine tells the optimizer: which part of which parameter this process holds.
+
+A fragment is a contiguous row-major range of a parameter's elements. Every engine gives a process
+one (perhaps empty) range of each parameter, so an engine's adapter has to answer only that, and
+everything else is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``[start, stop)`` of one parameter, and where they live.
+
+    Attributes:
+        name: the parameter's name.
+        shape: its full shape; of its transpose where `transposed`.
+        start: first element held.
+        stop: one past the last element held.
+        target: the tensor of the optimizer's parameter group that contains them.
+        view: from `target`, or its gradient, to the elements held, in row-major order.
+        transposed: the engine cuts the second dimension, so rows here are columns there.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    target: Tensor
+    view: Callable[[Tensor], Tensor]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What this process holds of one parameter group.
+
+    Attributes:
+        fragments: one per parameter of the group, in an order equal on all processes; parameters
+            of which this process holds nothing have an empty fragment.
+        group: the processes over which the parameters are spread; None for one process.
+        replicated: every process holds all of every parameter and the same gradient; the work and
+            the state are shared out.
+    """
+
+    fragments: list[Fragment]
+    group: dist.ProcessGroup | None
+    replicated: bool = False
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """One parameter group as an adapter sees it.
+
+    Attributes:
+        targets: the tensors in the group now; engines replace the original ones.
+        names: names of the parameters that were put into the group at the beginning.
+        parameters: those parameters, as far as they are still alive.
+    """
+
+    targets: list[Tensor]
+    names: Sequence[str]
+    parameters: list[Tensor | None]
+
+
+class Adapter(Protocol):
+    """Knows the layout of one engine; lives in ``arg_dist.engines``."""
+
+    def recognizes(self, group: ParameterGroup) -> bool:
+        """Whether the group's parameters are under this engine."""
+
+    def on_construction(self, optimizer: object) -> None:
+        """Called when an optimizer is built, before an engine takes it over."""
+
+    def hold(self, group: ParameterGroup) -> Holding:
+        """What this process holds of the group.
+
+        Raises:
+            RuntimeError: if the engine's layout is not what this adapter knows.
+        """
+
+
+ADAPTERS: list[Adapter] = []
+"""Adapters in the order in which they are asked; the engines register themselves at import."""
+
+
+def hold(group: ParameterGroup) -> Holding:
+    """What this process holds of `group`, by the first adapter that recognizes it.
+
+    Raises:
+        RuntimeError: if no engine's adapter does.
+    """
+    for adapter in ADAPTERS:
+        if adapter.recognizes(group):
+            return adapter.hold(group)
+    kinds = sorted({type(target).__name__ for target in group.targets})
+    raise RuntimeError(
+        f"the parameter group holds {', '.join(kinds)} of shapes "
+        f"{[tuple(target.shape) for target in group.targets[:3]]}, a layout that no engine of "
+        "arg_dist knows; see the README's table of what is supported"
+    )

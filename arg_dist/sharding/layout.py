@@ -1,0 +1,161 @@
+"""From element ranges to spreads: who touches, keeps and updates which rows of every matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from arg_dist.subspace.exchange import Interval, Rows, even_rows
+from arg_dist.subspace.spread import Side, Spread
+
+Ranges = tuple[Interval, ...]
+"""Element range of one matrix on each process of a group."""
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """One matrix inside a parameter: elements ``[offset, offset + rows * columns)``, row-major.
+
+    Attributes:
+        name: the parameter's name, with an index for a stack of matrices.
+        rows: first dimension.
+        columns: second dimension.
+        offset: first element within the parameter.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    offset: int
+
+    @property
+    def short(self) -> int:
+        """The shorter dimension."""
+        return min(self.rows, self.columns)
+
+
+def matrix_views(name: str, shape: tuple[int, ...], view: str) -> list[MatrixView]:
+    """The matrices that a parameter consists of; none for scalars and vectors.
+
+    Args:
+        name: the parameter's name.
+        shape: its full shape.
+        view: `stack`, `flatten` or `auto`, as in :class:`arg_dist.AdaRankGradConfig`.
+    """
+    if len(shape) < 2 or 0 in shape:
+        return []
+    if len(shape) == 2 or view == "flatten" or (view == "auto" and len(shape) > 3):
+        return [MatrixView(name, shape[0], math.prod(shape[1:]), 0)]
+    rows, columns = shape[-2:]
+    count = math.prod(shape[:-2])
+    return [
+        MatrixView(f"{name}[{i}]", rows, columns, i * rows * columns) for i in range(count)
+    ]
+
+
+def clip_ranges(ranges: Ranges, offset: int, numel: int) -> Ranges:
+    """Everyone's range within a part of a parameter, counted from the part's first element."""
+    clipped = []
+    for start, stop in ranges:
+        low = min(max(start - offset, 0), numel)
+        clipped.append((low, max(low, min(stop - offset, numel))))
+    return tuple(clipped)
+
+
+def check_tiling(name: str, ranges: Ranges, numel: int) -> None:
+    """Checks that the processes' ranges cover a parameter exactly once.
+
+    Raises:
+        RuntimeError: naming the parameter and the ranges.
+    """
+    filled = 0
+    for start, stop in sorted(r for r in ranges if r[0] < r[1]):
+        if start != filled:
+            break
+        filled = stop
+    if filled != numel:
+        raise RuntimeError(
+            f"{name}: the processes hold the element ranges {list(ranges)}, which do not cover its "
+            f"{numel} elements exactly once; the engine's layout is not the one arg_dist knows"
+        )
+
+
+def basis_spans_columns(rows: int, columns: int, side: str, transposed: bool) -> bool:
+    """Whether the basis spans the columns of the matrix as it lies here.
+
+    Args:
+        rows: first dimension, as it lies here.
+        columns: second dimension.
+        side: `right` (the columns), `left` (the rows), or `auto` (the shorter dimension).
+        transposed: the matrix lies here transposed, so the user's sides are swapped.
+    """
+    if side == "auto":
+        if rows == columns:
+            return not transposed
+        return rows > columns
+    return (side == "right") != transposed
+
+
+def matrix_spread(
+    rows: int,
+    columns: int,
+    ranges: Ranges,
+    *,
+    me: int,
+    spans_columns: bool,
+    home: int,
+    shard_basis: bool,
+    replicated: bool,
+) -> Spread:
+    """The spread of a ``rows x columns`` matrix of which process `i` holds the range ``ranges[i]``.
+
+    A row cut between processes is touched by all of them and kept by the one that holds its first
+    element. The side that is not cut is kept in proportion to what each process holds.
+
+    Args:
+        rows: first dimension.
+        columns: second dimension.
+        ranges: element range of each process; where `replicated`, everything for everyone.
+        me: this process's index.
+        spans_columns: whether the basis spans the columns.
+        home: chooses the home process among the owners: the `home`-th, counted around.
+        shard_basis: keep the basis once, instead of whole on every owner.
+        replicated: everyone holds everything; work and state are cut along the moments' side.
+    """
+    owners = tuple(i for i, (start, stop) in enumerate(ranges) if start < stop)
+    processes = len(ranges)
+    if replicated:
+        moment_size, basis_size = (rows, columns) if spans_columns else (columns, rows)
+        everyone = ((0, moment_size),) * processes
+        kept = even_rows(moment_size, processes)
+        moment = Side(moment_size, kept, kept, everyone)
+        full = ((0, basis_size),) * processes
+        basis = Side(basis_size, full, even_rows(basis_size, processes), full)
+    else:
+        touched = tuple((a // columns, -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
+        first = tuple((-(-a // columns), -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
+        cut = Side(rows, touched, first, touched)
+        whole: Rows = tuple((0, columns if i in owners else 0) for i in range(processes))
+        parts = _in_proportion(ranges, rows * columns, columns)
+        uncut = Side(columns, whole, parts, whole)
+        moment, basis = (cut, uncut) if spans_columns else (uncut, cut)
+    return Spread(
+        moment=moment,
+        basis=basis,
+        store=basis.keep if shard_basis else basis.touch,
+        owners=owners,
+        home=owners[home % len(owners)],
+        me=me,
+    )
+
+
+def element_side(ranges: Ranges, numel: int, replicated: bool) -> Side:
+    """How the elements of a tensor that is no matrix lie over the processes."""
+    if not replicated:
+        return Side(numel, ranges, ranges, ranges)
+    kept = even_rows(numel, len(ranges))
+    return Side(numel, kept, kept, ((0, numel),) * len(ranges))
+
+
+def _in_proportion(ranges: Ranges, numel: int, size: int) -> Rows:
+    return tuple((a * size // numel, b * size // numel) if a < b else (0, 0) for a, b in ranges)

@@ -1,0 +1,232 @@
+"""Binding: from what the engine holds to a plan that every process of the group agrees on.
+
+A plan is made when the optimizer first sees a set of tensors in ``step()``: only then do they lie
+where the engine wants them. Its processes compare what they were given; whatever differs is an
+error on every one of them, at once, instead of a hang later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.fragment import Fragment, Holding
+from arg_dist.sharding.layout import (
+    MatrixView,
+    Ranges,
+    basis_spans_columns,
+    check_tiling,
+    clip_ranges,
+    element_side,
+    matrix_spread,
+)
+from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
+
+GOLDEN = 0.618033988749895
+"""Multiples of it, modulo one, are spread evenly however many there are."""
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What the optimizer wants of one parameter group.
+
+    Attributes:
+        holding: what this process holds of it.
+        side: `auto`, `left` or `right`.
+        shard_basis: keep each basis once over the processes; None: wherever there are several.
+        views: from a parameter's name and full shape to the matrices that AdaRankGrad trains;
+            none for a tensor left to Adam.
+        settings: the group's settings as text; must be equal on all processes.
+        positions: place of each parameter among all those of the optimizer, by name.
+    """
+
+    holding: Holding
+    side: str
+    shard_basis: bool | None
+    views: Callable[[str, tuple[int, ...]], list[MatrixView]]
+    settings: str
+    positions: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that one process group does in one call of ``step()``.
+
+    Attributes:
+        communicator: the process group.
+        shards: this process's parts, in an order equal on all processes.
+        names: names of all matrices and tensors, those held by others included.
+        elements: number of parameter elements that this process holds.
+    """
+
+    communicator: Communicator
+    shards: list[Shard]
+    names: list[str]
+    elements: int
+
+
+def make_plans(
+    specs: Sequence[GroupSpec], communicators: dict[Any, Communicator]
+) -> list[Plan]:
+    """One plan for each process group among the parameter groups.
+
+    Args:
+        specs: the parameter groups of this call of ``step()``.
+        communicators: those made so far, by process group; added to.
+
+    Raises:
+        RuntimeError: on every process, if they disagree or the layout is not understood.
+    """
+    by_group: dict[Any, list[tuple[int, GroupSpec]]] = {}
+    for position, spec in enumerate(specs):
+        by_group.setdefault(spec.holding.group, []).append((position, spec))
+    plans = []
+    for group, members in by_group.items():
+        communicator = communicators.get(group) or Communicator(group)
+        communicators[group] = communicator
+        plans.append(_make_plan(members, communicator))
+    return plans
+
+
+def _make_plan(members: list[tuple[int, GroupSpec]], communicator: Communicator) -> Plan:
+    described = [_describe(spec) for _, spec in members]
+    everyone = communicator.gather_objects(described)
+    _check_agreement(everyone)
+    shards: list[Shard] = []
+    names: list[str] = []
+    elements = 0
+    for k, (position, spec) in enumerate(members):
+        for j, fragment in enumerate(spec.holding.fragments):
+            ranges = tuple(other[k]["fragments"][j]["range"] for other in everyone)
+            if not spec.holding.replicated:
+                check_tiling(fragment.name, ranges, math.prod(fragment.shape))
+            shards += _shards_of(fragment, ranges, spec, position, communicator.me, names)
+            elements += fragment.stop - fragment.start
+    return Plan(communicator, shards, names, elements)
+
+
+def _shards_of(
+    fragment: Fragment,
+    ranges: Ranges,
+    spec: GroupSpec,
+    position: int,
+    me: int,
+    names: list[str],
+) -> list[Shard]:
+    """This process's shards of one parameter; the names of all of them are added to `names`."""
+    replicated = spec.holding.replicated
+    shape = fragment.shape[::-1] if fragment.transposed else fragment.shape
+    views = spec.views(fragment.name, shape)
+    if fragment.transposed:
+        views = [MatrixView(view.name, view.columns, view.rows, view.offset) for view in views]
+    shards: list[Shard] = []
+    for index, view in enumerate(views):
+        unit = len(names)
+        names.append(view.name)
+        mine = clip_ranges(ranges, view.offset, view.rows * view.columns)
+        if mine[me][0] == mine[me][1]:
+            continue
+        spans_columns = basis_spans_columns(
+            view.rows, view.columns, spec.side, fragment.transposed
+        )
+        spread = matrix_spread(
+            view.rows,
+            view.columns,
+            mine,
+            me=me,
+            spans_columns=spans_columns,
+            home=unit,
+            shard_basis=spec.shard_basis is not False,
+            replicated=replicated,
+        )
+        shards.append(
+            MatrixShard(
+                unit=unit,
+                name=view.name,
+                fragment=fragment,
+                offset=view.offset,
+                range=mine[me],
+                group=position,
+                matrix=view,
+                spread=spread,
+                spans_columns=spans_columns,
+                replicated=replicated,
+                phase=(spec.positions[fragment.name] + index + 1) * GOLDEN % 1,
+            )
+        )
+    if not views:
+        unit = len(names)
+        names.append(fragment.name)
+        numel = math.prod(fragment.shape)
+        if fragment.start < fragment.stop:
+            shards.append(
+                TensorShard(
+                    unit=unit,
+                    name=fragment.name,
+                    fragment=fragment,
+                    offset=0,
+                    range=ranges[me],
+                    group=position,
+                    side=element_side(ranges, numel, replicated),
+                    me=me,
+                )
+            )
+    return shards
+
+
+def _describe(spec: GroupSpec) -> dict[str, Any]:
+    return {
+        "settings": spec.settings,
+        "fragments": [
+            {
+                "name": fragment.name,
+                "shape": tuple(fragment.shape),
+                "range": (fragment.start, fragment.stop),
+            }
+            for fragment in spec.holding.fragments
+        ],
+    }
+
+
+def _check_agreement(everyone: list[list[dict[str, Any]]]) -> None:
+    first = everyone[0]
+    for process, other in enumerate(everyone[1:], start=1):
+        if len(other) != len(first):
+            _disagree("number of parameter groups", process, len(first), len(other))
+        for k, (ours, theirs) in enumerate(zip(first, other, strict=True)):
+            if ours["settings"] != theirs["settings"]:
+                a, b = _first_difference(ours["settings"], theirs["settings"])
+                _disagree(f"settings of parameter group {k}", process, a, b)
+            if len(ours["fragments"]) != len(theirs["fragments"]):
+                _disagree(
+                    f"number of parameters in group {k}",
+                    process,
+                    len(ours["fragments"]),
+                    len(theirs["fragments"]),
+                )
+            for a, b in zip(ours["fragments"], theirs["fragments"], strict=True):
+                if (a["name"], a["shape"]) != (b["name"], b["shape"]):
+                    _disagree(
+                        f"parameters of group {k}",
+                        process,
+                        f"{a['name']} {a['shape']}",
+                        f"{b['name']} {b['shape']}",
+                    )
+
+
+def _first_difference(ours: str, theirs: str) -> tuple[str, str]:
+    """The first items in which two comma-separated texts differ."""
+    for a, b in zip(ours.split("; "), theirs.split("; "), strict=False):
+        if a != b:
+            return a, b
+    return ours, theirs
+
+
+def _disagree(what: str, process: int, ours: object, theirs: object) -> None:
+    raise RuntimeError(
+        f"the processes were started with different {what}: process 0 of the group has {ours}, "
+        f"process {process} has {theirs}; start all of them with the same model and configuration"
+    )

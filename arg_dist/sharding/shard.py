@@ -1,0 +1,173 @@
+"""This process's part of one matrix or tensor: its gradient on the way in, its weights on the way out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arg_dist.sharding.fragment import Fragment
+from arg_dist.sharding.layout import MatrixView
+from arg_dist.subspace.exchange import Interval
+from arg_dist.subspace.spread import Side, Spread
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What every shard knows of itself.
+
+    Attributes:
+        unit: position among all matrices and tensors of the plan, equal on all processes.
+        name: the matrix's or tensor's name.
+        fragment: the fragment it lies in.
+        offset: its first element within the parameter.
+        range: the elements of it that this process holds, counted from its own first element.
+        group: position of its parameter group in the plan.
+    """
+
+    unit: int
+    name: str
+    fragment: Fragment
+    offset: int
+    range: Interval
+    group: int
+
+    def values(self) -> Tensor:
+        """The weights held, ``numel``, or as they lie in the engine; writing changes the model."""
+        return self._cut(self.fragment.view(self.fragment.target.detach()))
+
+    def gradient(self) -> Tensor | None:
+        """Their gradient, shaped like :meth:`values`."""
+        gradient = self.fragment.target.grad
+        return None if gradient is None else self._cut(self.fragment.view(gradient))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its step needs other processes."""
+        raise NotImplementedError
+
+    def _cut(self, local: Tensor) -> Tensor:
+        if self.fragment.transposed:
+            return local
+        start = self.offset - self.fragment.start
+        # a tensor that cannot be flattened in place was refused when the plan was made
+        return local.reshape(-1)[start + self.range[0] : start + self.range[1]]
+
+
+@dataclass(frozen=True)
+class TensorShard(Shard):
+    """Part of a tensor that full-rank Adam trains.
+
+    Attributes:
+        side: how its elements lie over the processes.
+        me: this process's index in the group.
+    """
+
+    side: Side
+    me: int
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its step needs other processes."""
+        return self.side.keep != self.side.update
+
+    def kept_gradient(self, gradient: Tensor) -> Tensor:
+        """``keep``, fp32: the gradient of the elements whose state this process keeps."""
+        low, high = (bound - self.range[0] for bound in self.side.keep[self.me])
+        return gradient.reshape(-1)[low:high].float()
+
+    def apply(self, direction: Tensor, *, lr: float, weight_decay: float) -> None:
+        """``W <- (1 - lr wd) W - lr N`` on the elements held."""
+        values = self.values()
+        _add_scaled(values, direction.view(values.shape), 1 - lr * weight_decay, -lr)
+
+
+@dataclass(frozen=True)
+class MatrixShard(Shard):
+    """Part of a matrix that AdaRankGrad trains.
+
+    Attributes:
+        matrix: the whole matrix, as it lies here.
+        spread: how it lies over the processes.
+        spans_columns: whether the basis spans its columns (`right`, unless it lies transposed).
+        replicated: every process holds all of it.
+        phase: where in the longest gap its second refresh falls, in [0, 1).
+    """
+
+    matrix: MatrixView
+    spread: Spread
+    spans_columns: bool
+    replicated: bool
+    phase: float
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its step needs other processes."""
+        return len(self.spread.owners) > 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns as the model has them."""
+        shape = (self.matrix.rows, self.matrix.columns)
+        return shape[::-1] if self.fragment.transposed else shape
+
+    @property
+    def side_name(self) -> str:
+        """`right` if the basis spans the columns as the model has them, else `left`."""
+        return "right" if self.spans_columns != self.fragment.transposed else "left"
+
+    def oriented_gradient(self, gradient: Tensor) -> Tensor:
+        """``moment.touch x basis.touch``, fp32: the gradient as the mathematics looks at it."""
+        block = self._whole_rows(gradient)
+        if self.replicated:
+            low, high = self.spread.moment.touch[self.spread.me]
+            block = block[low:high] if self.spans_columns else block[:, low:high]
+        block = block.float()
+        return block if self.spans_columns else block.T
+
+    def apply(
+        self, direction: Tensor, basis: Tensor, *, lr: float, scale: float, weight_decay: float
+    ) -> None:
+        """``W <- (1 - lr wd) W - lr scale N Q^T`` on the elements held.
+
+        Args:
+            direction: ``moment.update x rank``, N.
+            basis: ``basis.touch x rank``, Q.
+            lr: learning rate.
+            scale: factor of the update.
+            weight_decay: decoupled weight decay.
+        """
+        values = self.values()
+        left, right = (direction, basis) if self.spans_columns else (basis, direction)
+        keep, step = 1 - lr * weight_decay, -lr * scale
+        start, stop = self.range
+        columns = self.matrix.columns
+        if self._has_whole_rows() and values.dtype == torch.float32:
+            values.view(-1, columns).addmm_(left, right.T, beta=keep, alpha=step)
+            return
+        first = start // columns * columns
+        update = (left @ right.T).reshape(-1)[start - first : stop - first]
+        _add_scaled(values, update.view(values.shape), keep, step)
+
+    def _has_whole_rows(self) -> bool:
+        return all(bound % self.matrix.columns == 0 for bound in self.range)
+
+    def _whole_rows(self, gradient: Tensor) -> Tensor:
+        """``touched rows x columns``: the elements held, with zeros where others hold the row."""
+        columns = self.matrix.columns
+        if self._has_whole_rows():
+            return gradient.reshape(-1, columns)
+        start, stop = self.range
+        first, last = start // columns, -(-stop // columns)
+        rows = gradient.new_zeros((last - first) * columns, dtype=torch.float32)
+        rows[start - first * columns : stop - first * columns] = gradient
+        return rows.view(-1, columns)
+
+
+def _add_scaled(values: Tensor, update: Tensor, keep: float, step: float) -> None:
+    """``values <- keep * values + step * update``, in fp32 whatever the weights' dtype."""
+    if values.dtype == torch.float32:
+        values.mul_(keep).add_(update, alpha=step)
+    else:
+        values.copy_(values.float().mul_(keep).add_(update, alpha=step))
