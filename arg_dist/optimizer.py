@@ -13,7 +13,7 @@ from torch import Tensor
 from arg_dist.agreement import Agreement, agree
 from arg_dist.algorithm import State, LowRankUpdate, adam_step, is_due, low_rank_step, rounds
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
-from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.drivers import run_collective, run_local
 from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup, hold
 from arg_dist.sharding.layout import MatrixView, matrix_views
@@ -58,6 +58,9 @@ class AdaRankGrad(torch.optim.Optimizer):
         betas: decay of the first and the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
+        process_group: where no engine cuts the parameters, the processes that train this model
+            together, with the same weights and averaged gradients: they share work and state out.
+            "world" means all of the job; None that this process trains a model of its own.
         **settings: the other fields of :class:`arg_dist.AdaRankGradConfig`.
 
     Raises:
@@ -71,6 +74,8 @@ class AdaRankGrad(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        process_group: Any = "world",
         **settings: Any,
     ) -> None:
         given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)
@@ -81,6 +86,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         self._full_rank_names: frozenset[str] = frozenset()
         self._patterns_applied = config.targets is None and config.exclude is None
         self.is_classified = False
+        self._process_group = process_group
         self.skipped_steps = 0
         super().__init__(params, dict(config))
         for adapter in ADAPTERS:
@@ -241,6 +247,7 @@ class AdaRankGrad(torch.optim.Optimizer):
             )
         names = group["param_names"]
         parameters = [self._parameters[name]() for name in names]
+        process_group = training_group(self._process_group)
         config = _settings(group)
 
         def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
@@ -251,12 +258,13 @@ class AdaRankGrad(torch.optim.Optimizer):
             return found if worthwhile else []
 
         return GroupSpec(
-            holding=hold(ParameterGroup(list(group["params"]), names, parameters)),
+            holding=hold(
+                ParameterGroup(list(group["params"]), names, parameters, process_group)
+            ),
             side=config.side,
             shard_basis=config.shard_basis,
             views=views,
             settings="; ".join(f"{key}={value!r}" for key, value in config if key != "lr"),
-            positions={name: i for i, name in enumerate(self._parameters)},
         )
 
     def _state_of(self, shard: Shard) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor
 
 from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
@@ -48,8 +47,8 @@ class ReplicatedAdapter:
                 )
             shape = tuple(target.shape)
             fragments.append(Fragment(name, shape, 0, target.numel(), target, _itself))
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return Holding(fragments, dist.group.WORLD if several else None, replicated=several)
+        several = group.process_group is not None
+        return Holding(fragments, group.process_group, replicated=several)
 
 
 def _itself(tensor: Tensor) -> Tensor:

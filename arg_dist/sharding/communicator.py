@@ -23,6 +23,18 @@ ALIGNMENT = 8
 """Every tensor in a message starts at a multiple of this, so that it can be viewed as any dtype."""
 
 
+def training_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
+    """The processes that train one model together; None if there is but one.
+
+    Args:
+        group: a process group; "world" for all processes of the job; None for this one alone.
+    """
+    if group is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    chosen = dist.group.WORLD if isinstance(group, str) else group
+    return chosen if dist.get_world_size(chosen) > 1 else None
+
+
 class Communicator:
     """The processes of one group, as the drivers see them.
 

@@ -63,11 +63,13 @@ class ParameterGroup:
         targets: the tensors in the group now; engines replace the original ones.
         names: names of the parameters that were put into the group at the beginning.
         parameters: those parameters, as far as they are still alive.
+        process_group: processes that train the same model together, where the tensors do not tell.
     """
 
     targets: list[Tensor]
     names: Sequence[str]
     parameters: list[Tensor | None]
+    process_group: dist.ProcessGroup | None
 
 
 class Adapter(Protocol):

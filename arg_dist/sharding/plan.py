@@ -7,8 +7,9 @@ error on every one of them, at once, instead of a hang later.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,6 @@ from arg_dist.sharding.layout import (
 )
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 
-GOLDEN = 0.618033988749895
-"""Multiples of it, modulo one, are spread evenly however many there are."""
-
-
 @dataclass(frozen=True)
 class GroupSpec:
     """What the optimizer wants of one parameter group.
@@ -40,7 +37,6 @@ class GroupSpec:
         views: from a parameter's name and full shape to the matrices that AdaRankGrad trains;
             none for a tensor left to Adam.
         settings: the group's settings as text; must be equal on all processes.
-        positions: place of each parameter among all those of the optimizer, by name.
     """
 
     holding: Holding
@@ -48,7 +44,6 @@ class GroupSpec:
     shard_basis: bool | None
     views: Callable[[str, tuple[int, ...]], list[MatrixView]]
     settings: str
-    positions: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ def _shards_of(
     if fragment.transposed:
         views = [MatrixView(view.name, view.columns, view.rows, view.offset) for view in views]
     shards: list[Shard] = []
-    for index, view in enumerate(views):
+    for view in views:
         unit = len(names)
         names.append(view.name)
         mine = clip_ranges(ranges, view.offset, view.rows * view.columns)
@@ -154,7 +149,7 @@ def _shards_of(
                 spread=spread,
                 spans_columns=spans_columns,
                 replicated=replicated,
-                phase=(spec.positions[fragment.name] + index + 1) * GOLDEN % 1,
+                phase=phase_of(view.name),
             )
         )
     if not views:
@@ -175,6 +170,11 @@ def _shards_of(
                 )
             )
     return shards
+
+
+def phase_of(name: str) -> float:
+    """In [0, 1): spreads refreshes over the steps, by name alone, so that no engine matters."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
 def _describe(spec: GroupSpec) -> dict[str, Any]:
