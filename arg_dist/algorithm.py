@@ -153,8 +153,10 @@ def rounds(power_passes: int) -> tuple[int, int]:
     Every process of a group goes through that many rounds, those too that have no part in a matrix
     that asks; a driver fails loudly should a step ask once more.
     """
-    # basis, P, N  |  sketch; basis, image (2), sketch per pass; basis, B, B^T B, energies, Q, R (2), P, N
-    return 3, 1 + 4 * power_passes + 9
+    steady = 3  # basis, P, N
+    passes = 4 * power_passes  # basis, image (2), sketch
+    refresh = 1 + passes + 7  # sketch, passes; basis, B, B^T B, energies, Q, R (2)
+    return steady, refresh + 2
 
 
 def is_due(state: State) -> bool:

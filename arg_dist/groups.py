@@ -175,4 +175,6 @@ def _check_patterns(key: str, patterns: Sequence[str], module_names: list[str]) 
             ends = sorted({name.rsplit(".", 1)[-1] for name in module_names if name})
             close = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], ends, n=3)
             known = ", ".join(close or ends[:8])
-            raise ConfigError(f"{key}: the pattern {pattern!r} matches no module; there are {known}")
+            raise ConfigError(
+                f"{key}: the pattern {pattern!r} matches no module; there are {known}"
+            )

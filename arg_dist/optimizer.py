@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from arg_dist.agreement import Agreement, agree
-from arg_dist.algorithm import State, LowRankUpdate, adam_step, is_due, low_rank_step, rounds
+from arg_dist.algorithm import State, is_due, rounds
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
+from arg_dist.shard_step import apply_update, computation, oriented_gradient
 from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.drivers import run_collective, run_local
 from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup, hold
 from arg_dist.sharding.layout import MatrixView, matrix_views
 from arg_dist.sharding.plan import GroupSpec, Plan, make_plans
-from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
+from arg_dist.sharding.shard import MatrixShard, Shard
+from arg_dist.state import copy_state, storage_bytes
 from arg_dist.subspace.exchange import Steps
 
 SETTINGS = tuple(AdaRankGradConfig.model_fields)
@@ -162,7 +164,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         groups = [group for group in self.param_groups if group["params"]]
         for plan in self._bound_plans(groups):
             settings = {shard.group: _settings(groups[shard.group]) for shard in plan.shards}
-            gradients = {shard.unit: _oriented_gradient(shard) for shard in plan.shards}
+            gradients = {shard.unit: oriented_gradient(shard) for shard in plan.shards}
             agreed = self._agree(plan, gradients, settings)
             if self._is_usable(agreed, plan, groups):
                 self._update(plan, gradients, agreed, settings)
@@ -182,7 +184,7 @@ class AdaRankGrad(torch.optim.Optimizer):
                 needed = max(needed, refreshing if is_due(state) else steady)
             elif shard.is_shared:
                 needed = max(needed, 1)
-        computation = agree(
+        norms = agree(
             list(gradients.items()),
             kept,
             needed,
@@ -190,7 +192,8 @@ class AdaRankGrad(torch.optim.Optimizer):
             processes=plan.communicator.size,
             me=plan.communicator.me,
         )
-        return _run([computation], plan.communicator, 1)[0]
+        agreed: Agreement = _run([norms], plan.communicator, 1)[0]
+        return agreed
 
     def _is_usable(self, agreed: Agreement, plan: Plan, groups: list[dict[str, Any]]) -> bool:
         bad = agreed.nonfinite()
@@ -213,22 +216,22 @@ class AdaRankGrad(torch.optim.Optimizer):
         agreed: Agreement,
         settings: dict[int, AdaRankGradConfig],
     ) -> None:
-        """Runs the algorithm on every shard that has ever had a gradient, and adds what it returns."""
+        """Runs the algorithm on every shard that has ever had a gradient."""
         shared: list[tuple[Shard, Steps[Any]]] = []
         for shard in plan.shards:
             state = self._state_of(shard)
             if not state and agreed.norm_sq[shard.unit] == 0:
                 continue
-            steps = _computation(
+            steps = computation(
                 shard, gradients.pop(shard.unit), state, agreed, settings[shard.group]
             )
             if shard.is_shared:
                 shared.append((shard, steps))
             else:
-                _apply(shard, run_local(steps), settings[shard.group])
+                apply_update(shard, run_local(steps), settings[shard.group])
         results = _run([steps for _, steps in shared], plan.communicator, agreed.rounds)
         for (shard, _), update in zip(shared, results, strict=True):
-            _apply(shard, update, settings[shard.group])
+            apply_update(shard, update, settings[shard.group])
 
     # -- layout and state ------------------------------------------------------------------------
 
@@ -236,14 +239,16 @@ class AdaRankGrad(torch.optim.Optimizer):
         """The plans for the tensors that the groups hold now; made when first seen."""
         key = tuple(id(target) for group in groups for target in group["params"])
         if key not in self._plans:
-            self._plans[key] = make_plans([self._spec(group) for group in groups], self._communicators)
+            self._plans[key] = make_plans(
+                [self._spec(group) for group in groups], self._communicators
+            )
         return self._plans[key]
 
     def _spec(self, group: dict[str, Any]) -> GroupSpec:
         if not self._patterns_applied:
             raise ConfigError(
                 "targets, exclude: the optimizer was built from bare parameters and cannot tell "
-                "modules; build its groups with arg_dist.param_groups(model, targets=..., exclude=...)"
+                "modules; build its groups with arg_dist.param_groups(model, targets=..., ...)"
             )
         names = group["param_names"]
         parameters = [self._parameters[name]() for name in names]
@@ -258,9 +263,7 @@ class AdaRankGrad(torch.optim.Optimizer):
             return found if worthwhile else []
 
         return GroupSpec(
-            holding=hold(
-                ParameterGroup(list(group["params"]), names, parameters, process_group)
-            ),
+            holding=hold(ParameterGroup(list(group["params"]), names, parameters, process_group)),
             side=config.side,
             shard_basis=config.shard_basis,
             views=views,
@@ -268,7 +271,8 @@ class AdaRankGrad(torch.optim.Optimizer):
         )
 
     def _state_of(self, shard: Shard) -> State:
-        return self.state[shard.fragment.target].setdefault(shard.name, {})
+        state: State = self.state[shard.fragment.target].setdefault(shard.name, {})
+        return state
 
     def _shards(self) -> Iterator[Shard]:
         return (shard for plans in self._plans.values() for plan in plans for shard in plan.shards)
@@ -318,13 +322,13 @@ class AdaRankGrad(torch.optim.Optimizer):
     # -- saving ------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` gave; tensors keep their dtype (torch casts to the weight's)."""
+        """Loads what ``state_dict`` gave; unlike torch, every tensor keeps its dtype."""
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         held = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, target in zip(saved, held, strict=False):
             if index in state_dict["state"]:
-                self.state[target] = _copy(state_dict["state"][index], target.device)
+                self.state[target] = copy_state(state_dict["state"][index], target.device)
 
 
 def _settings(group: Mapping[str, Any]) -> AdaRankGradConfig:
@@ -333,76 +337,7 @@ def _settings(group: Mapping[str, Any]) -> AdaRankGradConfig:
     return AdaRankGradConfig.model_construct(**{**values, "lr": float(values["lr"])})
 
 
-def _oriented_gradient(shard: Shard) -> Tensor:
-    """This process's part of a gradient, fp32; a missing one counts as zero under every engine."""
-    gradient = shard.gradient()
-    if gradient is None:
-        values = shard.values()
-        gradient = values.new_zeros(1, dtype=torch.float32).expand(values.shape)
-    if isinstance(shard, MatrixShard):
-        return shard.oriented_gradient(gradient)
-    assert isinstance(shard, TensorShard)
-    return shard.kept_gradient(gradient)
-
-
-def _computation(
-    shard: Shard,
-    gradient: Tensor,
-    state: State,
-    agreed: Agreement,
-    settings: AdaRankGradConfig,
-) -> Steps[Any]:
-    if isinstance(shard, MatrixShard):
-        return low_rank_step(
-            gradient,
-            state,
-            shard.spread,
-            settings,
-            name=shard.name,
-            norm_sq=agreed.norm_sq[shard.unit],
-            kept_sq=agreed.kept_sq[shard.unit],
-            phase=shard.phase,
-        )
-    assert isinstance(shard, TensorShard)
-    return adam_step(gradient, state, shard.side, settings, me=shard.me)
-
-
-def _apply(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None:
-    lr, weight_decay = settings.lr, settings.weight_decay
-    if isinstance(update, LowRankUpdate):
-        assert isinstance(shard, MatrixShard)
-        shard.apply(*update, lr=lr, scale=settings.scale, weight_decay=weight_decay)
-    elif update is not None:
-        assert isinstance(shard, TensorShard)
-        shard.apply(update, lr=lr, weight_decay=weight_decay)
-
-
 def _run(computations: list[Steps[Any]], communicator: Communicator, rounds: int) -> list[Any]:
     if communicator.size == 1:
         return [run_local(steps) for steps in computations]
     return run_collective(computations, communicator, rounds)
-
-
-def storage_bytes(states: Iterable[Any]) -> int:
-    """Bytes of all distinct storages that the tensors in nested dictionaries keep alive."""
-    storages: dict[int, int] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, Mapping):
-            for inner in value.values():
-                visit(inner)
-
-    for state in states:
-        visit(state)
-    return sum(storages.values())
-
-
-def _copy(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copy(inner, device) for key, inner in value.items()}
-    return value

@@ -27,7 +27,7 @@ class FlatPartitionAdapter:
     """
 
     def recognizes(self, group: ParameterGroup) -> bool:
-        """Whether the group holds one flat tensor, and its parameters know their data-parallel group."""
+        """Whether the group holds one flat tensor that is a cut of another."""
         return _is_flat(group) and any(hasattr(p, "_dp_group") for _, p in _trainable(group))
 
     def on_construction(self, optimizer: Any) -> None:
@@ -45,12 +45,12 @@ class FlatPartitionAdapter:
         """
         flat = group.targets[0]
         members = [(name, p) for name, p in _trainable(group) if hasattr(p, "_dp_group")]
-        process_group = members[0][1]._dp_group  # type: ignore[attr-defined]
+        process_group = members[0][1]._dp_group
         first = dist.get_rank(process_group) * flat.numel()
         last = first + flat.numel()
         fragments = []
         for name, parameter in members:
-            offset = parameter.data.storage_offset()
+            offset = int(parameter.data.storage_offset())
             low = max(offset, first)
             high = max(low, min(offset + parameter.numel(), last))
             start, stop = (low - offset, high - offset) if low < high else (0, 0)
@@ -61,7 +61,7 @@ class FlatPartitionAdapter:
 
 
 class PartitionedParametersAdapter:
-    """Stage 3: process `i` holds the `i`-th of N equal pieces of every parameter, the last padded."""
+    """Stage 3: process `i` holds the `i`-th of N equal pieces of each parameter, padded."""
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the group holds one flat tensor, and its parameters are partitioned."""
@@ -79,17 +79,15 @@ class PartitionedParametersAdapter:
         flat = group.targets[0]
         names = {id(parameter): name for name, parameter in _trainable(group)}
         zero: Any = next(
-            p._z3_optimizer  # type: ignore[attr-defined]
-            for _, p in _trainable(group)
-            if hasattr(p, "_z3_optimizer")
+            p._z3_optimizer for _, p in _trainable(group) if hasattr(p, "_z3_optimizer")
         )
         flats = zero.fp32_partitioned_groups_flat
         place = next((i for i, tensor in enumerate(flats) if tensor is flat), None)
         if place is None:
             raise RuntimeError(
-                f"a flat tensor of {flat.numel()} elements was found in the parameter group that is "
-                "none of DeepSpeed's sub-groups; this version of DeepSpeed is not supported "
-                "(tested: 0.19.8)"
+                f"a flat tensor of {flat.numel()} elements was found in the parameter group "
+                "that is none of DeepSpeed's sub-groups; this version of DeepSpeed is not "
+                "supported (tested: 0.19.8)"
             )
         members = zero.fp16_groups[place]
         process_group = members[0].ds_process_group
@@ -113,7 +111,7 @@ def _is_flat(group: ParameterGroup) -> bool:
     )
 
 
-def _trainable(group: ParameterGroup) -> list[tuple[str, Tensor]]:
+def _trainable(group: ParameterGroup) -> list[tuple[str, Any]]:
     return [
         (name, parameter)
         for name, parameter in zip(group.names, group.parameters, strict=True)
@@ -136,8 +134,8 @@ def _check_values(fragment: Fragment, parameter: Tensor) -> None:
     theirs = parameter.data.reshape(-1)[fragment.start : fragment.stop]
     if not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):
         raise RuntimeError(
-            f"{fragment.name}: DeepSpeed's fp32 partition does not hold this parameter's values where "
-            "its storage says; this version of DeepSpeed is not supported (tested: 0.19.8)"
+            f"{fragment.name}: DeepSpeed's fp32 partition does not hold this parameter's values "
+            "where its storage says; this version of DeepSpeed is not supported (tested: 0.19.8)"
         )
 
 

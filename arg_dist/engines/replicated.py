@@ -73,8 +73,8 @@ def _are_originals(group: ParameterGroup) -> bool:
 def _check_copy(name: str, original: Tensor, copy: Tensor) -> bool:
     if original.shape != copy.shape:
         raise RuntimeError(
-            f"{name}: a parameter of shape {tuple(original.shape)} was expected in its place in the "
-            f"parameter group, found {tuple(copy.shape)}; an engine has reordered the parameters"
+            f"{name}: a parameter of shape {tuple(original.shape)} was expected in its place in "
+            f"the parameter group, found {tuple(copy.shape)}; an engine has reordered them"
         )
     return True
 

@@ -89,7 +89,11 @@ class Communicator:
         for slot, rows in self._all_to_all(outgoing, incoming):
             received[slot.request].append((slot.source, slot.low, rows))
         return [
-            add_up(exchange, self.me, [(low, rows) for _, low, rows in sorted(parts, key=itemgetter(0))])
+            add_up(
+                exchange,
+                self.me,
+                [(low, rows) for _, low, rows in sorted(parts, key=itemgetter(0))],
+            )
             for exchange, parts in zip(exchanges, received, strict=True)
         ]
 
@@ -117,7 +121,7 @@ class Communicator:
         return results
 
     def _device(self) -> torch.device:
-        """Where the group's messages must lie; state offloaded to the host travels through there."""
+        """Where the group's messages must lie; what is offloaded to the host passes there."""
         if dist.get_backend(self.group) in ("gloo", "mpi", "ucc"):
             return torch.device("cpu")
         return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -25,7 +25,8 @@ def run_local(steps: Steps[T]) -> T:
         while True:
             request = steps.send(_answer(request, [_exchanges(request)], 0))
     except StopIteration as finished:
-        return finished.value
+        result: T = finished.value
+        return result
 
 
 def run_lockstep(shards: Sequence[Steps[T]]) -> list[T]:

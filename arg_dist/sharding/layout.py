@@ -48,9 +48,7 @@ def matrix_views(name: str, shape: tuple[int, ...], view: str) -> list[MatrixVie
         return [MatrixView(name, shape[0], math.prod(shape[1:]), 0)]
     rows, columns = shape[-2:]
     count = math.prod(shape[:-2])
-    return [
-        MatrixView(f"{name}[{i}]", rows, columns, i * rows * columns) for i in range(count)
-    ]
+    return [MatrixView(f"{name}[{i}]", rows, columns, i * rows * columns) for i in range(count)]
 
 
 def clip_ranges(ranges: Ranges, offset: int, numel: int) -> Ranges:

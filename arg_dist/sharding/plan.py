@@ -26,6 +26,7 @@ from arg_dist.sharding.layout import (
 )
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 
+
 @dataclass(frozen=True)
 class GroupSpec:
     """What the optimizer wants of one parameter group.
@@ -63,9 +64,7 @@ class Plan:
     elements: int
 
 
-def make_plans(
-    specs: Sequence[GroupSpec], communicators: dict[Any, Communicator]
-) -> list[Plan]:
+def make_plans(specs: Sequence[GroupSpec], communicators: dict[Any, Communicator]) -> list[Plan]:
     """One plan for each process group among the parameter groups.
 
     Args:
@@ -124,9 +123,7 @@ def _shards_of(
         mine = clip_ranges(ranges, view.offset, view.rows * view.columns)
         if mine[me][0] == mine[me][1]:
             continue
-        spans_columns = basis_spans_columns(
-            view.rows, view.columns, spec.side, fragment.transposed
-        )
+        spans_columns = basis_spans_columns(view.rows, view.columns, spec.side, fragment.transposed)
         spread = matrix_spread(
             view.rows,
             view.columns,

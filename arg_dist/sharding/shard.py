@@ -1,4 +1,4 @@
-"""This process's part of one matrix or tensor: its gradient on the way in, its weights on the way out."""
+"""This process's part of one matrix or tensor: its gradient comes in, its weights go out."""
 
 from __future__ import annotations
 

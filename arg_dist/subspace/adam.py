@@ -14,7 +14,7 @@ def adam_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """Updates both moments in place and returns the direction ``N``; all tensors of one shape, fp32.
+    """Updates both moments in place and returns the direction ``N``; all of one shape, fp32.
 
     Block 3 of arXiv 2410.17881, algorithm 3 (Kingma and Ba 2015, algorithm 1).
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TypeVar
 
 from torch import Tensor
@@ -64,7 +65,7 @@ def is_within(inner: Interval, outer: Interval) -> bool:
 def even_rows(size: int, processes: int) -> Rows:
     """`size` rows cut into `processes` parts whose sizes differ by one row at most."""
     cuts = [size * i // processes for i in range(processes + 1)]
-    return tuple(zip(cuts, cuts[1:], strict=False))
+    return tuple(pairwise(cuts))
 
 
 @lru_cache(maxsize=65536)

@@ -81,9 +81,7 @@ def leading_directions(
     # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64 as squares halve the digits
     image = yield from sum_scatter(gradient @ vectors, moment.touch, moment.keep, me)
     image = image.double()
-    gram = yield from sum_scatter(
-        image.T @ image, spread.whole(width), spread.at_home(width), me
-    )
+    gram = yield from sum_scatter(image.T @ image, spread.whole(width), spread.at_home(width), me)
     energies = gram.new_zeros(0, width)
     if me == spread.home:
         values, rotation = torch.linalg.eigh(gram)

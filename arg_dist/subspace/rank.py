@@ -35,7 +35,7 @@ def choose_rank(
 
 
 def numerical_rank(energies: Tensor) -> int:
-    """Number of directions whose energy stands clear of fp32 rounding: ``s_i > 4 eps s_1 sqrt(width)``.
+    """Number of directions clear of fp32 rounding: ``s_i > 4 eps sqrt(width) s_1``.
 
     Args:
         energies: ``width``, fp64, descending.

@@ -37,6 +37,7 @@ class ReferenceAdaRankGrad:
     def __post_init__(self) -> None:
         self.steps = 0
         self.basis: Tensor | None = None
+        self.M = self.V = torch.empty(0)
 
     @property
     def rank(self) -> int:
@@ -92,4 +93,6 @@ class ReferenceAdaRankGrad:
             mean, mean_sq = M / (1 - self.betas[0] ** self.steps), V / weight
             self.V = weight * ((mean_sq - mean**2) @ (R * R).T + (mean @ R.T) ** 2).abs()
         else:
-            raise ValueError(f"transport: got {self.transport!r}; squared, paper or ldadam is needed")
+            raise ValueError(
+                f"transport: got {self.transport!r}; squared, paper or ldadam is needed"
+            )

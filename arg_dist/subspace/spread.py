@@ -3,8 +3,8 @@
 The gradient ``G`` is looked at as ``moment x basis``: the basis ``Q`` (``basis x rank``) spans one
 side, and the projected gradient ``P = G Q`` with its two moments (``moment x rank``) lives on the
 other. For a `right` matrix the moments lie along G's rows, for a `left` one along its columns (then
-what is called G here is the transposed gradient). Seen so, both sides read alike, and every sharding is a
-statement of which rows of either side a process touches, keeps, and updates.
+what is called G here is the transposed gradient). Seen so, both sides read alike, and a sharding is
+a statement of which rows of either side a process touches, keeps, and updates.
 """
 
 from __future__ import annotations

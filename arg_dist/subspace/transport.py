@@ -37,7 +37,7 @@ def transport_moments(
     step: int,
     betas: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """Both moments in the new basis, ``moment x new``; the old ones, ``moment x old``, stay as they are.
+    """Both moments in the new basis, ``moment x new``; the old ones are left as they are.
 
     Args:
         exp_avg: ``moment x old``, first moment M.

@@ -1,0 +1,35 @@
+"""Optimizer state, nested dictionaries of tensors and Python numbers: its size, and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def storage_bytes(states: Iterable[Any]) -> int:
+    """Bytes of all distinct storages that the tensors in nested dictionaries keep alive."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for inner in value.values():
+                visit(inner)
+
+    for state in states:
+        visit(state)
+    return sum(storages.values())
+
+
+def copy_state(value: Any, device: torch.device) -> Any:
+    """A copy of nested dictionaries on `device`; dtypes stay as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, Mapping):
+        return {key: copy_state(inner, device) for key, inner in value.items()}
+    return value
