@@ -25,7 +25,7 @@ from arg_dist.config import AdaRankGradConfig
 from arg_dist.subspace.adam import adam_direction
 from arg_dist.subspace.exchange import Steps, gather, sum_scatter, total
 from arg_dist.subspace.range_finder import leading_directions
-from arg_dist.subspace.rank import choose_rank, exit_early
+from arg_dist.subspace.rank import choose_rank, exit_early, gap_until_next
 from arg_dist.subspace.sketch import gaussian_rows
 from arg_dist.subspace.spread import Side, Spread, row_count
 from arg_dist.subspace.transport import transport_moments
@@ -80,8 +80,7 @@ def low_rank_step(
         name: the matrix's name, which seeds its sketches.
         norm_sq: ``||G||_F^2`` over all processes; finite.
         kept_sq: ``||P||_F^2`` of the step before, over all processes.
-        phase: in [0, 1), where in the longest gap its second refresh falls, so that the refreshes
-            of different matrices do not fall on one step.
+        phase: in [0, 1), equal on all processes: keeps the refreshes of different matrices apart.
 
     Returns:
         The update, or None where the gradient has been zero ever since the start.
@@ -233,7 +232,6 @@ def _adopt(
             kept_sq_at_refresh=0.0,
             exp_avg=torch.zeros_like(projected),
             exp_avg_sq=torch.zeros_like(projected),
-            gap=settings.min_gap + int(phase * (settings.max_gap - settings.min_gap)),
         )
     else:
         state["exp_avg"], state["exp_avg_sq"] = transport_moments(
@@ -246,7 +244,12 @@ def _adopt(
             step=state["step"],
             betas=settings.betas,
         )
-        state["gap"] = settings.max_gap
+    state["gap"] = gap_until_next(
+        state["refreshes"],
+        shortest=settings.min_gap,
+        longest=settings.max_gap,
+        phase=phase,
+    )
     state["refreshes"] += 1
     state["since_refresh"] = 0
     state["rank"] = projected.shape[1]

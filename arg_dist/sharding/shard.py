@@ -92,7 +92,7 @@ class MatrixShard(Shard):
         spread: how it lies over the processes.
         spans_columns: whether the basis spans its columns (`right`, unless it lies transposed).
         replicated: every process holds all of it.
-        phase: where in the longest gap its second refresh falls, in [0, 1).
+        phase: in [0, 1); keeps its refreshes apart from those of other matrices.
     """
 
     matrix: MatrixView

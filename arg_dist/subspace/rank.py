@@ -60,3 +60,19 @@ def exit_early(
     layer's size.
     """
     return since_refresh >= shortest and kept_sq < decay * decay * kept_sq_at_refresh
+
+
+def gap_until_next(refreshes: int, *, shortest: int, longest: int, phase: float) -> int:
+    """Steps from a refresh to the next: doubles from about `shortest` up to `longest`.
+
+    The first gradients say little: they have almost no rank, and the subspace turns fastest while
+    the learning rate warms up.
+
+    Args:
+        refreshes: bases of this matrix found before.
+        shortest: fewest steps between two refreshes.
+        longest: most steps between two refreshes.
+        phase: in [0, 1); stretches the gaps, so that the refreshes of different matrices, which all
+            begin on the first step, do not fall on the same steps later.
+    """
+    return min(longest, int(shortest * (1 + phase) * 2.0 ** min(refreshes, 32)))

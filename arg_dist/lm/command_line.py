@@ -1,0 +1,53 @@
+"""A command line whose mistakes are told in one line, once for all processes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from arg_dist.lm.processes import is_first_process
+
+FAILED, BAD_INPUT = 1, 2
+"""Exit codes."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong option in one line, from the first process only."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints `message` and ends the process."""
+        complain(message)
+        sys.exit(BAD_INPUT)
+
+
+def complain(message: str) -> None:
+    """Prints `message` after the script's name on stderr, from the first process only."""
+    if is_first_process():
+        print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` on."""
+
+    def whole_number(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(
+                f"a whole number of at least {least} is needed, got {text!r}"
+            )
+        return int(text)
+
+    return whole_number
+
+
+def share(text: str) -> float:
+    """An argparse type: numbers from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is needed, got {text!r}")
+    return number

@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM as a request to stop at the next step, never in the middle of one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from signal import Handlers
+from types import FrameType
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM; a second Ctrl-C ends the process at once.
+
+    A process that died inside a collective would leave the others waiting. So a signal only sets
+    `signal`, and the training loop, which asks all processes at each step, ends them together.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._handle_with(self._remember)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal ends the process as usual: for a wait that nobody may answer."""
+        self._handle_with(signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            self._handle_with(self._remember)
+
+    def _handle_with(self, handler: Callable[[int, FrameType | None], None] | Handlers) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal == number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        # The launcher follows a Ctrl-C with its own SIGTERM: the first signal is the user's.
+        self.signal = self.signal or number
+
+
+def exit_code(number: int) -> int:
+    """The shell's exit code of a process that ended by signal `number`: 130 for Ctrl-C."""
+    return 128 + number

@@ -1,0 +1,51 @@
+"""The few things the processes of a job tell each other outside the optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from arg_dist.lm import InputError
+
+T = TypeVar("T")
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for the job; right before process groups exist, too."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def from_first_process(produce: Callable[[], T]) -> T:
+    """Calls `produce` on the first process and hands its result to all of them.
+
+    So files need to be readable there only, and an :class:`InputError` is everybody's.
+    """
+    box: list[T | InputError | None] = [None]
+    if is_first_process():
+        try:
+            box[0] = produce()
+        except InputError as error:
+            box[0] = error
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], InputError):
+        raise box[0]
+    return box[0]  # type: ignore[return-value]
+
+
+def mean_and_stop(
+    value: torch.Tensor, stop_signal: int | None, device: torch.device | str
+) -> tuple[float, int | None]:
+    """The mean of `value` over the processes, and the largest signal that any of them got.
+
+    Both travel in one message, since every training step sends it.
+    """
+    both = torch.zeros(dist.get_world_size() + 1, device=device)
+    both[0] = value
+    both[1 + dist.get_rank()] = stop_signal or 0
+    dist.all_reduce(both)
+    numbers = both.tolist()
+    return numbers[0] / dist.get_world_size(), int(max(numbers[1:])) or None

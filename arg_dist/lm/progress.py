@@ -1,0 +1,58 @@
+"""A training run's progress in the terminal: one live line, or plain lines in a log file."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Shows each step as it ends; `shown` is False on all processes but the first.
+
+    Without a terminal (a log file, a test) only evaluated steps make a line.
+    """
+
+    def __init__(self, steps: int, *, shown: bool) -> None:
+        console = Console()
+        self._shown = shown
+        self._live = console.is_terminal
+        self._smoothed = 0.0
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and self._live),
+        )
+        self._task = self._bar.add_task("", total=steps, values="starting")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, line: dict[str, Any], mean_rank: float | None) -> None:
+        """Shows a step's line of ``metrics.jsonl`` and the latest mean rank."""
+        if not self._shown:
+            return
+        # Single steps jump; people want to see where the loss is going.
+        self._smoothed += (line["loss"] - self._smoothed) * max(0.1, 1 / line["step"])
+        values = f"loss {self._smoothed:.3f}  lr {line['lr']:.2e}  {line['seconds']:.2f} s/step"
+        if mean_rank is not None:
+            values += f"  rank {mean_rank:.1f}"
+        self._bar.update(self._task, completed=line["step"], values=values)
+        if "held_out_loss" in line:
+            text = f"step {line['step']}: held-out loss {line['held_out_loss']:.4f}"
+            self._bar.console.print(text if self._live else f"{text}, {values}", highlight=False)

@@ -1,0 +1,199 @@
+"""``report.png`` and ``compare.png``: pictures drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from arg_dist.report.files import write_atomically
+from arg_dist.report.tables import share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Steps = Sequence[dict[str, Any]]
+
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": "#888888",
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "font.size": 10,
+}
+_OWN, _OTHER, _FAINT = "#1f5fa8", "#c9c9c9", "#9db8d6"
+_HIGHLIGHT = "#d1495b"
+_MIB = 2**20
+
+
+def draw_report(report: dict[str, Any], steps: Steps, path: Path) -> None:
+    """Four panels: losses, the optimizer state, the rank and the kept energy of each matrix."""
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        figure = _figure(13, 8.5)
+        (losses, state), (ranks, energy) = figure.subplots(2, 2)
+        _draw_losses(losses, steps)
+        _draw_state(state, report)
+        _draw_matrices(ranks, steps, "ranks", "Rank of each matrix", whole=True)
+        _draw_matrices(energy, steps, "energy", "Gradient energy kept by each basis")
+        # Both panels colour a matrix by its kind, so one legend below serves them.
+        legend = figure.legend(
+            *ranks.get_legend_handles_labels(), loc="outside lower center", ncols=10
+        )
+        for handle in legend.legend_handles:
+            handle.set(linewidth=2.2, alpha=1)
+        figure.suptitle(
+            f"{report['model']} ({report['model_parameters'] / 1e6:.1f}M)  ·  "
+            f"{report['optimizer']}  ·  {report['engine']} on {report['world_size']} processes  ·  "
+            f"{report['status']} at step {report['steps']}",
+            fontsize=13,
+        )
+
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+
+
+def draw_comparison(runs: Mapping[str, tuple[dict[str, Any], Steps]], path: Path) -> None:
+    """Two panels: the runs' losses over steps, and their largest state on one process."""
+    from matplotlib import colormaps, rc_context
+
+    colors = colormaps["tab10"].colors
+    with rc_context(_STYLE):
+        figure = _figure(13, 5)
+        losses, state = figure.subplots(1, 2, width_ratios=(3, 2))
+        for color, (name, (_, steps)) in zip(_cycle(colors), runs.items(), strict=False):
+            numbers, values = _series(steps, "loss")
+            losses.plot(numbers, _smooth(values), color=color, alpha=0.35, linewidth=1)
+            numbers, values = _series(steps, "held_out_loss")
+            losses.plot(numbers, values, color=color, marker="o", markersize=4, label=name)
+        losses.set(title="Held-out loss (faint: training)", xlabel="step", ylabel="loss")
+        _crop_start(losses, [line for _, steps in runs.values() for line in steps])
+        losses.legend()
+        for row, (color, (report, _)) in enumerate(
+            zip(_cycle(colors), runs.values(), strict=False)
+        ):
+            bar = state.barh(row, max(report["state_bytes"], default=0) / _MIB, 0.6, color=color)
+            state.bar_label(bar, fmt="%.1f", padding=3)
+        state.set_yticks(range(len(runs)), list(runs))
+        state.invert_yaxis()
+        state.margins(x=0.15)
+        state.grid(axis="y", visible=False)
+        state.set(title="Optimizer state on the fullest process", xlabel="MiB")
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not pyplot: a figure of its own needs no display and leaves no global state behind.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_losses(axes: Axes, steps: Steps) -> None:
+    numbers, values = _series(steps, "loss")
+    axes.plot(numbers, values, color=_FAINT, linewidth=0.8, label="training")
+    axes.plot(numbers, _smooth(values), color=_OWN, linewidth=1.8, label="training, smoothed")
+    numbers, values = _series(steps, "held_out_loss")
+    axes.plot(numbers, values, color=_HIGHLIGHT, marker="o", markersize=4, label="held-out")
+    if values:
+        axes.annotate(
+            f"{values[-1]:.3f}", (numbers[-1], values[-1]), (0, 8), textcoords="offset points",
+            color=_HIGHLIGHT, ha="right", weight="bold",
+        )  # fmt: skip
+    _crop_start(axes, steps)
+    axes.set(title="Loss", xlabel="step")
+    axes.legend()
+
+
+def _draw_matrices(axes: Axes, steps: Steps, key: str, title: str, *, whole: bool = False) -> None:
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(title=title, xlabel="step")
+    logged = [step for step in steps if step.get(key)]
+    if not logged:
+        axes.text(0.5, 0.5, "no low-rank matrices", ha="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        return
+    names = sorted({name for step in logged for name in step[key]})
+    kinds = sorted({kind_of(name) for name in names})
+    colors = dict(zip(kinds, _cycle(colormaps["tab10"].colors), strict=False))
+    labelled = set()
+    for name in names:
+        kind = kind_of(name)
+        points = [(step["step"], step[key][name]) for step in logged if name in step[key]]
+        axes.plot(
+            *zip(*points, strict=True), color=colors[kind], linewidth=0.8, alpha=0.6,
+            drawstyle="steps-post", label=None if kind in labelled else kind,
+        )  # fmt: skip
+        labelled.add(kind)
+    means = [fmean(step[key].values()) for step in logged]
+    axes.plot([step["step"] for step in logged], means, color="black", linewidth=2.2, label="mean")
+    if whole:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_state(axes: Axes, report: dict[str, Any]) -> None:
+    own = [count / _MIB for count in report["state_bytes"]]
+    adamw = [count / _MIB for count in report["adamw_state_bytes"]]
+    places = range(len(own))
+    bars = axes.bar([x - 0.2 for x in places], adamw, 0.4, color=_OTHER, label="AdamW, same layout")
+    axes.bar_label(bars, fmt="%.1f", padding=2)
+    bars = axes.bar([x + 0.2 for x in places], own, 0.4, color=_OWN, label=report["optimizer"])
+    labels = [
+        f"{mine:.1f}\n{share(mine / other if other else None)}"
+        for mine, other in zip(own, adamw, strict=True)
+    ]
+    axes.bar_label(bars, labels, padding=2)
+    axes.set(title="Optimizer state per process", xlabel="process", ylabel="MiB")
+    axes.set_xticks(places)
+    axes.margins(y=0.3)
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper center", ncols=2)
+
+
+def kind_of(name: str) -> str:
+    """What a matrix does in its layer: ``q_proj`` of ``model.layers.3.self_attn.q_proj.weight``."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _series(steps: Steps, key: str) -> tuple[list[int], list[float]]:
+    points = [(step["step"], step[key]) for step in steps if step.get(key) is not None]
+    return [number for number, _ in points], [value for _, value in points]
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """The exponential moving average, unbiased at its start."""
+    smoothed, total, mass = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        smoothed.append(total / mass)
+    return smoothed
+
+
+def _crop_start(axes: Axes, steps: Steps) -> None:
+    """Cuts off the first steps' high losses, which would flatten all that follows."""
+    late = [step["loss"] for step in steps if step["loss"] is not None and step["step"] > 20]
+    late += [step["held_out_loss"] for step in steps if step.get("held_out_loss") is not None]
+    if len(late) > 20:
+        margin = 0.08 * (max(late) - min(late))
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+
+
+def _cycle(colors: Sequence[Any]) -> Any:
+    from itertools import cycle
+
+    return cycle(colors)

@@ -1,0 +1,83 @@
+"""The files of a run directory, written so that a reader never meets half of one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+REPORT = "report.json"
+PICTURE = "report.png"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary neighbour of `path`, then renames it into place."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as JSON; numbers that JSON does not have (NaN, infinity) become null."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return content
+
+
+class MetricsLog:
+    """Appends one JSON line per step to ``metrics.jsonl`` and keeps them for the report.
+
+    Each line reaches the operating system at once, so a killed run keeps all its finished steps.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in (REPORT, PICTURE):  # an earlier run's would seem to belong to these metrics
+            (directory / stale).unlink(missing_ok=True)
+        self.lines: list[dict[str, Any]] = []
+        self._file = open(directory / METRICS, "w")  # noqa: SIM115 - open for the whole run
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Writes one step; what was not measured at it is absent."""
+        line = _finite(line)
+        self.lines.append(line)
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; the lines stay readable here."""
+        self._file.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The steps of a run; the last line may be cut off if the machine died while it was written."""
+    lines = (directory / METRICS).read_text().splitlines()
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise
+    return steps
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The ``report.json`` of a run."""
+    return json.loads((directory / REPORT).read_text())

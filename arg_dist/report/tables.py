@@ -1,0 +1,84 @@
+"""Small tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Row = tuple[str, str]
+
+
+def summary_rows(report: dict[str, Any]) -> list[Row]:
+    """What a run is judged by, one named value per row."""
+    parameters = f"{report['model_parameters'] / 1e6:.1f}M parameters"
+    state = f"{size(max(report['state_bytes'], default=0))}"
+    adamw = f"{size(max(report['adamw_state_bytes'], default=0))}"
+    return [
+        ("status", f"{report['status']}, {report['steps']} of {report['planned_steps']} steps"),
+        ("model", f"{report['model']}, {parameters}"),
+        ("optimizer", f"{report['optimizer']}, {report['engine']}, {processes(report)}"),
+        ("held-out loss", loss(report["final_held_out_loss"])),
+        ("best held-out loss", loss(report["best_held_out_loss"])),
+        ("mean rank", "-" if report["mean_rank"] is None else f"{report['mean_rank']:.1f}"),
+        ("optimizer state per process", f"{state} (AdamW: {adamw})"),
+        ("largest share of AdamW's", share(report["largest_share"])),
+        ("seconds per step", seconds(report["seconds_per_step"])),
+        ("sent by the optimizer per step", size(max(report["sent_bytes_per_step"], default=0))),
+    ]
+
+
+def print_summary(report: dict[str, Any], where: str, console: Console | None = None) -> None:
+    """Prints the rows of one run and the path of its report."""
+    table = Table(box=box.ROUNDED, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in [*summary_rows(report), ("report", where)]:
+        table.add_row(name, value)
+    (console or Console()).print(table)
+
+
+def print_comparison(reports: dict[str, dict[str, Any]], console: Console | None = None) -> None:
+    """Prints several runs side by side, one column each, under their names."""
+    table = Table(box=box.ROUNDED)
+    table.add_column("")
+    columns: list[Sequence[Row]] = []
+    for name, report in reports.items():
+        table.add_column(name)
+        columns.append(summary_rows(report))
+    for rows in zip(*columns, strict=True):
+        table.add_row(f"[bold]{rows[0][0]}[/bold]", *(value for _, value in rows))
+    (console or Console()).print(table)
+
+
+def processes(report: dict[str, Any]) -> str:
+    """``"2 processes"``."""
+    count = report["world_size"]
+    return f"{count} process" if count == 1 else f"{count} processes"
+
+
+def size(number: float) -> str:
+    """A number of bytes for people: ``0 B``, ``1.5 KiB``, ``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def loss(value: float | None) -> str:
+    """Four decimals, or a dash where nothing was measured."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def share(value: float | None) -> str:
+    """``"37 %"``."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def seconds(value: float | None) -> str:
+    """``"0.412 s"``."""
+    return "-" if value is None else f"{value:.3f} s"

@@ -1,0 +1,33 @@
+"""Tiers by directory: their markers, time limits and order; and what every test starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+TIERS = {"unit": 60, "lockstep": 60, "pool": 120, "launch": 600}
+"""Seconds that one test of a tier may take, in the order in which the tiers run."""
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "tiers", derandomize=True, max_examples=20, deadline=None, database=None
+)
+hypothesis.settings.load_profile("tiers")
+
+
+def tier_of(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = list(TIERS)
+    for item in items:
+        tier = tier_of(item)
+        item.add_marker(tier)
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIERS[tier]))
+    items.sort(key=lambda item: order.index(tier_of(item)))

@@ -1,0 +1,165 @@
+"""Matrices cut into shards: arbitrary element ranges, one shard for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from arg_dist.algorithm import LowRankUpdate, State, low_rank_step
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.sharding.drivers import run_lockstep
+from arg_dist.sharding.fragment import Fragment
+from arg_dist.sharding.layout import MatrixView, Ranges, matrix_spread
+from arg_dist.sharding.shard import MatrixShard
+from arg_dist.subspace.exchange import Rows, Steps
+
+WORLD_SIZES = (1, 2, 3, 4, 8)
+
+
+def ranges_of(cuts: Sequence[int], numel: int) -> Ranges:
+    """The element ranges between these cuts."""
+    bounds = [0, *sorted(cuts), numel]
+    return tuple(pairwise(bounds))
+
+
+@st.composite
+def element_ranges(draw: st.DrawFn, numel: int, processes: int | None = None) -> Ranges:
+    """Any cut of `numel` elements: rows cut in the middle, or over several shards; empty shards."""
+    count = draw(st.sampled_from(WORLD_SIZES)) if processes is None else processes
+    cuts = draw(st.lists(st.integers(0, numel), min_size=count - 1, max_size=count - 1))
+    return ranges_of(cuts, numel)
+
+
+def whole_rows(rows: int, columns: int, processes: int) -> Ranges:
+    """Rows dealt out in equal blocks, the last ones smaller or empty, as FSDP does."""
+    block = -(-rows // processes)
+    return ranges_of([min(i * block, rows) * columns for i in range(1, processes)], rows * columns)
+
+
+def equal_pieces(numel: int, processes: int) -> Ranges:
+    """Flat pieces of one length, whatever rows they cut, as ZeRO-3 does."""
+    piece = -(-numel // processes)
+    return ranges_of([min(i * piece, numel) for i in range(1, processes)], numel)
+
+
+def without_bystanders(ranges: Ranges) -> Ranges:
+    """Only the processes that hold something; the others have no computation to run."""
+    return tuple((start, stop) for start, stop in ranges if start < stop)
+
+
+def cut_matrix(
+    weight: Tensor,
+    ranges: Ranges,
+    *,
+    spans_columns: bool,
+    shard_basis: bool = True,
+    replicated: bool = False,
+    home: int = 0,
+) -> list[MatrixShard]:
+    """One shard for each range, with its own copy of its part of `weight`.
+
+    Where `replicated`, `ranges` says only how many processes there are, and each has everything.
+    """
+    rows, columns = weight.shape
+    if replicated:
+        ranges = ((0, weight.numel()),) * len(ranges)
+    return [
+        MatrixShard(
+            unit=0,
+            name="w",
+            fragment=_fragment(weight, start, stop),
+            offset=0,
+            range=(start, stop),
+            group=0,
+            matrix=MatrixView("w", rows, columns, 0),
+            spread=matrix_spread(
+                rows,
+                columns,
+                ranges,
+                me=me,
+                spans_columns=spans_columns,
+                home=home,
+                shard_basis=shard_basis,
+                replicated=replicated,
+            ),
+            spans_columns=spans_columns,
+            replicated=replicated,
+            phase=0.0,
+        )
+        for me, (start, stop) in enumerate(ranges)
+    ]
+
+
+def _fragment(weight: Tensor, start: int, stop: int) -> Fragment:
+    target = weight.reshape(-1)[start:stop].clone()
+    return Fragment("w", tuple(weight.shape), start, stop, target, lambda tensor: tensor)
+
+
+def part_of(matrix: Tensor, shard: MatrixShard) -> Tensor:
+    """A shard's elements of a matrix shaped like its weight."""
+    return matrix.reshape(-1)[shard.range[0] : shard.range[1]]
+
+
+def put_together(parts: Sequence[Tensor], rows: Rows) -> Tensor:
+    """The matrix of which process `i` has ``rows[i]``; raises unless every row is there once."""
+    held = [(low, part) for (low, high), part in zip(rows, parts, strict=True) if low < high]
+    held.sort(key=lambda pair: pair[0])
+    matrix = torch.cat([part for _, part in held])
+    assert [low + i for low, part in held for i in range(len(part))] == list(range(len(matrix)))
+    return matrix
+
+
+def step_of(
+    shard: MatrixShard,
+    state: State,
+    gradient: Tensor,
+    settings: AdaRankGradConfig,
+    kept_sq: float = 0.0,
+) -> Steps[LowRankUpdate | None]:
+    """A shard's part of one step on the whole `gradient`."""
+    return low_rank_step(
+        shard.oriented_gradient(part_of(gradient, shard)),
+        state,
+        shard.spread,
+        settings,
+        name=shard.name,
+        norm_sq=float(gradient.double().square().sum()),
+        kept_sq=kept_sq,
+        phase=shard.phase,
+    )
+
+
+def step_in_lockstep(
+    shards: Sequence[MatrixShard],
+    states: Sequence[State],
+    gradient: Tensor,
+    settings: AdaRankGradConfig,
+) -> list[LowRankUpdate | None]:
+    """One step of all shards, on their weights and states; returns what was added to the weights."""
+    kept_sq = sum(float(state.get("kept_sq", 0.0)) for state in states)
+    updates = run_lockstep(
+        [
+            step_of(shard, state, gradient, settings, kept_sq)
+            for shard, state in zip(shards, states, strict=True)
+        ]
+    )
+    for shard, update in zip(shards, updates, strict=True):
+        if update is not None:
+            shard.apply(
+                *update, lr=settings.lr, scale=settings.scale, weight_decay=settings.weight_decay
+            )
+    return updates
+
+
+def weight_of(shards: Sequence[MatrixShard]) -> Tensor:
+    """The whole weight, from its shards; equal on all of them where everyone has everything."""
+    shape = shards[0].fragment.shape
+    values = [shard.values() for shard in shards]
+    if shards[0].replicated:
+        assert all(torch.equal(other, values[0]) for other in values)
+        values = values[:1]
+    return torch.cat(values).view(shape)

@@ -1,0 +1,106 @@
+"""The DeepSpeed configurations under which training must give the one-process losses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+STEPS = 20
+SETTINGS: dict[str, Any] = {
+    "lr": 5e-3,
+    "max_rank": 12,
+    "min_rank": 2,
+    "energy": 0.7,
+    "max_gap": 6,
+    "min_gap": 3,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model under one configuration."""
+
+    name: str
+    model: str
+    stage: int
+    zero: dict[str, Any] = field(default_factory=dict)
+    top: dict[str, Any] = field(default_factory=dict)
+    accumulation: int = 1
+    way: str = "initialize"
+    zero_init: bool = False
+
+    @property
+    def precision(self) -> str:
+        return next((p for p in ("bf16", "fp16") if p in self.top), "fp32")
+
+    def config(self, micro_batch: int) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": 1.0,
+            "optimizer": {"type": "AdaRankGrad", "params": dict(SETTINGS)},
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            **self.top,
+        }
+
+    @contextmanager
+    def environment(self) -> Iterator[None]:
+        """CPUs without AVX512_FP16 refuse fp16, though torch can do it, slowly."""
+        if self.precision != "fp16":
+            yield
+            return
+        import torch
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        before = CPU_Accelerator.is_fp16_supported, CPU_Accelerator.supported_dtypes
+        CPU_Accelerator.is_fp16_supported = lambda self: True
+        CPU_Accelerator.supported_dtypes = lambda self: [torch.float, torch.bfloat16, torch.half]
+        yield
+        CPU_Accelerator.is_fp16_supported, CPU_Accelerator.supported_dtypes = before
+
+
+WHOLE = {"stage3_param_persistence_threshold": 0}
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 12}}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+EVERYWHERE = [
+    Case(f"{model}-zero{stage}", model, stage, WHOLE if stage == 3 else {})
+    for model in ("llama", "gpt2", "odd")
+    for stage in (0, 1, 2, 3)
+]
+"""Run with 1, 2, 3 and 4 processes."""
+
+VARIANTS = [
+    Case("zero2-round-robin", "llama", 2, {"round_robin_gradients": True}),
+    Case("zero1-offload", "llama", 1, OFFLOAD),
+    Case("zero2-offload", "llama", 2, OFFLOAD),
+    Case("zero3-offload", "llama", 3, OFFLOAD),
+    Case("zero2-overlap", "llama", 2, {"overlap_comm": True, "reduce_bucket_size": 4000}),
+    Case("zero3-small-sub-groups", "llama", 3, {**WHOLE, "sub_group_size": 15000}),
+    Case("zero3-persistent", "llama", 3, {"stage3_param_persistence_threshold": 100000}),
+    Case("zero3-zero-init", "llama", 3, WHOLE, zero_init=True),
+    Case("zero0-accumulation", "llama", 0, accumulation=2),
+    Case("zero2-accumulation", "llama", 2, accumulation=2),
+    Case("zero3-accumulation", "llama", 3, WHOLE, accumulation=2),
+    Case("zero0-json", "llama", 0, way="json"),
+    Case("zero2-json", "llama", 2, way="json"),
+    Case("zero3-json", "gpt2", 3, WHOLE, way="json"),
+    Case("zero0-client", "gpt2", 0, way="client"),
+    Case("zero2-client", "gpt2", 2, way="client"),
+    Case("zero3-client", "llama", 3, WHOLE, way="client"),
+    Case("zero0-bf16", "llama", 0, top=BF16),
+    Case("zero1-bf16", "llama", 1, top=BF16),
+    Case("zero1-bf16-fp32-accumulation", "llama", 1, top={**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
+    Case("zero2-bf16", "llama", 2, top=BF16),
+    Case("zero3-bf16", "llama", 3, WHOLE, top=BF16),
+    Case("zero3-bf16-offload", "llama", 3, {**WHOLE, **OFFLOAD}, top=BF16),
+    Case("zero1-fp16", "llama", 1, top=FP16),
+    Case("zero2-fp16", "llama", 2, top=FP16),
+    Case("zero3-fp16", "llama", 3, WHOLE, top=FP16),
+]  # fmt: skip
+"""Run with 2 processes; `json` and `client` are the other ways in."""
+
+CASES = {case.name: case for case in EVERYWHERE + VARIANTS}

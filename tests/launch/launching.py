@@ -1,0 +1,54 @@
+"""Starts scripts by the real `deepspeed` launcher, with a time limit and a free port."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def command(script: str, *arguments: object, processes: int) -> list[str]:
+    """The command line of a launch."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    options = ["--log_level", "critical", "--num_gpus", processes, "--master_port", free_port()]
+    return [str(word) for word in (launcher, *options, script, *arguments)]
+
+
+def environment() -> dict[str, str]:
+    """One thread for each process, and this interpreter's programs first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def launch(
+    script: str, *arguments: object, processes: int, seconds: float
+) -> subprocess.CompletedProcess[str]:
+    """Runs `script` on so many processes; ends all of them, and the test, after `seconds`."""
+    process = subprocess.Popen(
+        command(script, *arguments, processes=processes),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(
+            f"{script} was not done after {seconds} s:\n{out[-2000:]}\n{err[-4000:]}"
+        ) from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -1,0 +1,195 @@
+"""Trains small models under many DeepSpeed configurations in one launch, against one process.
+
+    deepspeed --num_gpus 2 tests/launch/zero_runs.py --out results.json --cases llama-zero2 ...
+
+Writes what tests assert on: losses, ranks, bytes and collectives of each case.
+"""
+
+import argparse
+import faulthandler
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+faulthandler.dump_traceback_later(150, exit=True)  # a deadlock shows where it stands
+
+import deepspeed  # noqa: E402
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.utils.logger.setLevel(logging.ERROR)
+
+import models  # noqa: E402
+from cases import CASES, SETTINGS, STEPS, Case  # noqa: E402
+
+import arg_dist  # noqa: E402
+
+
+def ranks(optimizer: arg_dist.AdaRankGrad) -> dict[str, int]:
+    return {entry["name"]: entry["rank"] for entry in optimizer.stats()}
+
+
+def reference(name: str) -> dict[str, Any]:
+    """The same training in one process, on whole matrices, in fp32."""
+    model = models.build(name)
+    groups = arg_dist.param_groups(model)
+    optimizer = arg_dist.AdaRankGrad(groups, process_group=None, **SETTINGS)
+    losses, ranks_by_step = [], []
+    for step in range(STEPS):
+        tokens = models.batch(step)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        ranks_by_step.append(ranks(optimizer))
+    return {
+        "losses": losses,
+        "ranks": ranks_by_step,
+        "state_bytes": optimizer.state_bytes(),
+        "refreshes": {entry["name"]: entry["refreshes"] for entry in optimizer.stats()},
+        "bases": bases(optimizer),
+    }
+
+
+def bases(optimizer: arg_dist.AdaRankGrad) -> dict[str, torch.Tensor]:
+    """This process's rows of every basis."""
+    found = {}
+    for state in optimizer.state.values():
+        for name, entry in state.items():
+            if "basis" in entry:
+                found[name] = entry["basis"]
+    return found
+
+
+def start(case: Case, config: dict[str, Any]) -> Any:
+    """An engine by one of the three ways in."""
+    if case.zero_init:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = models.build(case.model)
+        copy_weights(models.build(case.model), model)
+    else:
+        model = models.build(case.model)
+    if case.way == "initialize":
+        return arg_dist.initialize(model=model, config=config)[0]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if case.way == "json":
+        return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
+    del config["optimizer"]
+    optimizer = arg_dist.AdaRankGrad(arg_dist.param_groups(model), **SETTINGS)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
+    )[0]
+
+
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Fills a model that was partitioned while it was made."""
+    for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([ours], modifier_rank=0):
+            if dist.get_rank() == 0:
+                ours.data.copy_(theirs.data)
+
+
+def train(case: Case, expected: dict[str, Any]) -> dict[str, Any]:
+    me, processes = dist.get_rank(), dist.get_world_size()
+    share = models.BATCH // processes
+    micro = share // case.accumulation
+    engine = start(case, case.config(micro))
+    optimizer = engine.basic_optimizer
+    calls = []
+    inner = optimizer.step
+
+    def counted(*args: Any) -> Any:
+        before = optimizer.collectives()
+        result = inner(*args)
+        calls.append(optimizer.collectives() - before)
+        return result
+
+    optimizer.step = counted
+    losses, ranks_equal = [], True
+    for step in range(STEPS):
+        mine = models.batch(step)[me * share : (me + 1) * share]
+        total = torch.zeros(())
+        for i in range(case.accumulation):
+            tokens = mine[i * micro : (i + 1) * micro]
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().float() / case.accumulation
+        dist.all_reduce(total)
+        losses.append(total.item() / processes)
+        everyone = gather(ranks(optimizer))
+        ranks_equal &= all(
+            expected["ranks"][step].get(name) == rank for r in everyone for name, rank in r.items()
+        )
+    state_bytes = gather(optimizer.state_bytes())
+    everyones_bases = gather(bases(optimizer))
+    result = {
+        "losses": losses,
+        "loss_difference": max(
+            abs(a - b) for a, b in zip(losses, expected["losses"], strict=True)
+        ),
+        "ranks_equal": ranks_equal,
+        "projector_difference": max(
+            projector_difference(whole, [b[name] for b in everyones_bases if name in b])
+            for name, whole in expected["bases"].items()
+        ),
+        "state_of_one_process": sum(state_bytes) / expected["state_bytes"],
+        "largest_share": max(state_bytes) * processes / sum(state_bytes),
+        "most_collectives": max(calls),
+        "engine": type(engine.optimizer).__name__,
+        "optimizer": type(optimizer).__name__,
+        "skipped_steps": engine.skipped_steps,
+    }
+    engine.destroy()
+    return result
+
+
+def projector_difference(whole: torch.Tensor, parts: list[torch.Tensor]) -> float:
+    """Largest entry of ``Q Q^T - Q_ref Q_ref^T``; columns of a basis have no sign."""
+    together = torch.cat(parts)
+    if together.shape != whole.shape:
+        return float("inf")
+    return (together @ together.T - whole @ whole.T).abs().max().item()
+
+
+def gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", nargs="+", required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = [CASES[name] for name in options.cases]
+    expected = {name: reference(name) for name in sorted({case.model for case in chosen})}
+    deepspeed.init_distributed()
+    results: dict[str, Any] = {}
+    for case in chosen:
+        with case.environment():
+            results[case.name] = train(case, expected[case.model])
+        dist.barrier()
+    if dist.get_rank() == 0:
+        for name, run in expected.items():
+            first, last = run["ranks"][0], run["ranks"][-1]
+            results[f"reference-{name}"] = {
+                "losses": run["losses"],
+                "refreshes": min(run["refreshes"].values()),
+                "rank_changed": any(first[key] != last[key] for key in first),
+            }
+        options.out.write_text(json.dumps(results, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

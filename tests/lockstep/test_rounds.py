@@ -1,0 +1,96 @@
+"""No step asks more often than the processes have agreed to answer."""
+
+from __future__ import annotations
+
+import torch
+from cuts import cut_matrix, element_ranges, step_of, without_bystanders
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import gaussian
+
+from arg_dist.algorithm import adam_step, rounds
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.sharding.drivers import run_lockstep
+from arg_dist.sharding.layout import element_side
+
+SHAPES = ((7, 5), (5, 7), (6, 6))
+
+
+def counted(steps, counts: list[int]):
+    """The same computation, which notes how many requests it has made."""
+    answer, asked = None, 0
+    while True:
+        try:
+            request = steps.send(answer)
+        except StopIteration as finished:
+            counts.append(asked)
+            return finished.value
+        asked += 1
+        answer = yield request
+
+
+@given(
+    st.sampled_from(SHAPES),
+    st.data(),
+    st.fixed_dictionaries(
+        {key: st.booleans() for key in ("spans_columns", "shard_basis", "replicated")}
+    ),
+    st.integers(0, 3),
+    st.sampled_from(["squared", "none"]),
+)
+def test_a_step_on_a_matrix_stays_within_its_rounds(shape, data, layout, power_passes, transport):
+    ranges = without_bystanders(data.draw(element_ranges(shape[0] * shape[1])))
+    shards = cut_matrix(gaussian(*shape), ranges, **layout)
+    states = [{} for _ in shards]
+    settings = AdaRankGradConfig(
+        max_rank=3, min_rank=1, min_gap=2, max_gap=2, power_passes=power_passes, transport=transport
+    )
+    steady, refreshing = rounds(power_passes)
+    for step in range(4):
+        counts: list[int] = []
+        gradient = gaussian(*shape, seed=step)
+        run_lockstep(
+            [
+                counted(step_of(shard, state, gradient, settings), counts)
+                for shard, state in zip(shards, states, strict=True)
+            ]
+        )
+        assert len(set(counts)) == 1
+        assert counts[0] <= (refreshing if step in (0, 2) else steady)
+        assert len(shards) > 1 or counts[0] == 0
+
+
+def test_the_agreed_rounds_are_needed_somewhere():
+    most = {"steady": 0, "refreshing": 0}
+    shards = cut_matrix(gaussian(7, 5), ((0, 13), (13, 22), (22, 35)), spans_columns=True)
+    states = [{} for _ in shards]
+    settings = AdaRankGradConfig(max_rank=3, min_rank=1, min_gap=2, max_gap=2)
+    for step in range(4):
+        counts: list[int] = []
+        gradient = gaussian(7, 5, seed=step)
+        run_lockstep(
+            [
+                counted(step_of(shard, state, gradient, settings), counts)
+                for shard, state in zip(shards, states, strict=True)
+            ]
+        )
+        kind = "refreshing" if step in (0, 2) else "steady"
+        most[kind] = max(most[kind], *counts)
+    assert (most["steady"], most["refreshing"]) == rounds(1)
+
+
+@given(element_ranges(11), st.booleans())
+def test_adam_asks_once_at_most(ranges, replicated):
+    if replicated:
+        ranges = ((0, 11),) * len(ranges)
+    side, counts = element_side(ranges, 11, replicated), []
+    run_lockstep(
+        [
+            counted(
+                adam_step(torch.ones(11)[slice(*kept)], {}, side, AdaRankGradConfig(), me=me),
+                counts,
+            )
+            for me, kept in enumerate(side.keep)
+        ]
+    )
+    assert set(counts) == {int(side.keep != side.update)} or len(ranges) == 1

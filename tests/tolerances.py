@@ -1,0 +1,64 @@
+"""Every tolerance of the tests that is not zero, with its reason.
+
+A comparison is exact (``torch.equal``) unless it stands here. A tolerance belongs to a class of
+comparisons, never to one test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two results may lie apart: ``|a - b| <= absolute + relative * |b|``."""
+
+    absolute: float
+    relative: float
+    reason: str
+
+    def check(self, actual: Tensor | float, expected: Tensor | float) -> None:
+        """Asserts that `actual` is `expected`, in value and shape; dtypes may differ."""
+        torch.testing.assert_close(
+            torch.as_tensor(actual),
+            torch.as_tensor(expected),
+            atol=self.absolute,
+            rtol=self.relative,
+            check_dtype=False,
+            msg=lambda difference: f"{difference}\n\ntolerance: {self.reason}",
+        )
+
+
+ROUNDING = Tolerance(
+    1e-6, 1e-5, "the same fp32 formula in another order, over one step or one matrix product"
+)
+ORTHONORMAL = Tolerance(
+    5e-6, 0.0, "Householder QR and a rotation in fp32: a few eps for each of up to 64 columns"
+)
+ENERGY = Tolerance(
+    1e-5, 1e-4, "squares of fp32 singular values: twice their relative error, summed over rows"
+)
+REFERENCE = Tolerance(
+    1e-5, 0.0, "fp32 against the fp64 reference: 50 steps of 1e-3, that is 2e-4 of the way"
+)
+REDUCTION_ORDER = Tolerance(
+    0.0, 1e-4, "fp32 sums in another order at another world size: losses over 20 steps"
+)
+REDUCTION_ORDER_WEIGHTS = Tolerance(
+    1e-5, 0.0, "fp32 sums in another order: weights after 20 steps of 1e-2 each, so 5e-5 of the way"
+)
+LOW_PRECISION = Tolerance(
+    0.0, 2**-8, "bf16 weights keep 8 bits: one rounding of a weight, whatever computed it"
+)
+LOSSES = Tolerance(
+    1e-4, 0.0, "fp32 losses of 20 steps under another engine or world size: sums in another order"
+)
+PROJECTORS = Tolerance(
+    1e-3, 0.0, "bases of weights that differ by the order of sums, divided by small spectral gaps"
+)
+LOW_PRECISION_LOSSES = Tolerance(
+    1e-2, 0.0, "losses of 20 steps with bf16 or fp16 weights against fp32: 8 or 11 bits of 5.4"
+)

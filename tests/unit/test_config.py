@@ -1,0 +1,109 @@
+"""Settings: what is refused, with which words, at which door."""
+
+from __future__ import annotations
+
+import pydantic
+import pytest
+from matrices import gaussian
+from one_process import feed, optimizer_of
+from torch import nn
+
+from arg_dist import AdaRankGrad, AdaRankGradConfig, ConfigError
+from arg_dist.config import parse_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_rnak": 4}, r"AdaRankGrad\.max_rnak: unknown key; did you mean 'max_rank'\?"),
+        ({"zzz": 4}, r"AdaRankGrad\.zzz: unknown key$"),
+        ({"lr": -1}, r"AdaRankGrad\.lr: .*greater than or equal to 0, got -1"),
+        ({"betas": (0.9,)}, r"AdaRankGrad\.betas: two numbers are needed, got 1"),
+        ({"betas": (0.9, 1.0)}, r"AdaRankGrad\.betas: .*less than 1, got 1\.0"),
+        ({"energy": 0}, r"AdaRankGrad\.energy: .*greater than 0, got 0"),
+        ({"max_rank": 0}, r"AdaRankGrad\.max_rank: got 0; a whole number of at least 1, or a frac"),
+        ({"max_rank": 1.5}, r"AdaRankGrad\.max_rank: got 1\.5; a whole number"),
+        ({"max_rank": "8"}, r"AdaRankGrad\.max_rank: got '8'; a whole number"),
+        ({"max_rank": 2, "min_rank": 3}, r"max_rank \(2\) is smaller than min_rank \(3\)"),
+        ({"max_rank": 0.1, "min_rank": 0.2}, r"max_rank \(0\.1\) is smaller than min_rank"),
+        ({"min_gap": 9, "max_gap": 3}, r"min_gap \(9\) is larger than max_gap \(3\): lower"),
+        ({"transport": "svd"}, r"AdaRankGrad\.transport: .*'squared', 'paper'.* got 'svd'"),
+        ({"side": "top"}, r"AdaRankGrad\.side: .*got 'top'"),
+        ({"decay": 1.0}, r"AdaRankGrad\.decay: .*less than 1"),
+        ({"seed": -1}, r"AdaRankGrad\.seed: "),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_is_needed(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(settings)
+    with pytest.raises(ConfigError, match=message):
+        AdaRankGrad([nn.Parameter(gaussian(4, 3))], **settings)
+
+
+def test_every_fault_gets_a_line():
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"lr": "fast", "energy": 2, "nergy": 0.5}, "optimizer.params")
+    keys = [line.partition(":")[0] for line in str(caught.value).splitlines()]
+    assert sorted(keys) == [f"optimizer.params.{key}" for key in ("energy", "lr", "nergy")]
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(pydantic.ValidationError):
+        AdaRankGradConfig().lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "short", "bounds"),
+    [
+        (4, 128, 64, (4, 64)),
+        (4, 16, 64, (4, 16)),
+        (0.25, 0.5, 64, (16, 32)),
+        (4, 0.25, 64, (4, 16)),
+        (4, 0.01, 64, (1, 1)),
+        (0.9, 8, 64, (8, 8)),
+        (4, 128, 2, (2, 2)),
+    ],
+)
+def test_ranks_are_whole_or_fractions_of_the_shorter_side(smallest, largest, short, bounds):
+    config = AdaRankGradConfig(min_rank=smallest, max_rank=largest)
+    assert config.rank_bounds(short) == bounds
+
+
+def test_a_group_overrides_the_optimizers_settings():
+    weights = [gaussian(8, 6, seed=seed) for seed in range(2)]
+    groups = [
+        {"params": [nn.Parameter(weights[0])], "max_rank": 2},
+        {"params": [nn.Parameter(weights[1])], "side": "left", "lr": 0.5},
+    ]
+    optimizer = AdaRankGrad(groups, lr=0.1, max_rank=5, min_rank=1, energy=1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
+    feed(optimizer, *weights)
+    stats = [(entry["rank"], entry["side"]) for entry in optimizer.stats()]
+    assert stats == [(2, "right"), (5, "left")]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"max_rank": 0}, r"parameter group 1\.max_rank: got 0"),
+        ({"enrgy": 0.5}, r"parameter group 1\.enrgy: unknown key; did you mean 'energy'\?"),
+        ({"max_rank": 2, "min_rank": 3}, r"parameter group 1: max_rank \(2\) is smaller"),
+        ({"targets": ["mlp"]}, r"parameter group 1\.targets: patterns are given to the optimizer"),
+    ],
+)
+def test_a_groups_settings_are_checked_like_the_optimizers(group, message):
+    optimizer = optimizer_of(gaussian(8, 6))
+    with pytest.raises(ConfigError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(gaussian(8, 6))], **group})
+
+
+def test_patterns_need_a_model():
+    optimizer = optimizer_of(gaussian(8, 6), targets=["mlp"])
+    with pytest.raises(ConfigError, match=r"arg_dist\.param_groups\(model, targets="):
+        feed(optimizer, gaussian(8, 6))
+
+
+def test_a_name_may_occur_only_once():
+    named = [("w", nn.Parameter(gaussian(4, 3))), ("w", nn.Parameter(gaussian(4, 3)))]
+    with pytest.raises(ConfigError, match="the parameter name 'w' occurs twice"):
+        AdaRankGrad(named)

@@ -1,0 +1,127 @@
+"""How many directions are kept, and when new ones are looked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import SHAPES, gaussian, geometric, with_spectrum
+from one_process import one_step
+
+from arg_dist.sharding.plan import phase_of
+from arg_dist.subspace.rank import choose_rank, exit_early, numerical_rank
+
+
+def residual_search(gradient: torch.Tensor, energy: float) -> int:
+    """The paper's search: one residual for each candidate."""
+    left, values, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+    for rank in range(1, len(values)):
+        residual = gradient - left[:, :rank] * values[:rank] @ right[:rank]
+        if residual.square().sum() <= (1 - energy) * gradient.double().square().sum():
+            return rank
+    return len(values)
+
+
+def energies_of(*singular: float) -> torch.Tensor:
+    return torch.tensor(singular, dtype=torch.float64).square()
+
+
+@given(SHAPES, st.floats(0.05, 0.99))
+def test_rank_is_that_of_a_search_over_residuals(shape, energy):
+    gradient = gaussian(*shape)
+    energies = torch.linalg.svdvals(gradient.double()).square()
+    rank = choose_rank(
+        energies, float(energies.sum()), energy=energy, smallest=1, largest=min(shape)
+    )
+    assert rank == residual_search(gradient, energy)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "expected"), [(1, 8, 3), (4, 8, 4), (1, 2, 2), (7, 9, 6), (6, 5, 5)]
+)
+def test_rank_stays_within_its_bounds_and_the_sketch(smallest, largest, expected):
+    energies = energies_of(3, 3, 3, 0.1, 0.1, 0.1)
+    norm_sq = float(energies.sum())
+    assert (
+        choose_rank(energies, norm_sq, energy=0.9, smallest=smallest, largest=largest) == expected
+    )
+
+
+def test_energy_that_the_sketch_missed_counts_as_discarded():
+    assert choose_rank(energies_of(2, 1), 100.0, energy=0.9, smallest=1, largest=2) == 2
+
+
+def test_rounding_noise_is_no_direction():
+    energies = energies_of(1, 0.5, 1e-9, 1e-9)
+    assert numerical_rank(energies) == 2
+    assert choose_rank(energies, 1.25, energy=1.0, smallest=4, largest=4) == 2
+    assert choose_rank(torch.zeros(3).double(), 1.0, energy=0.9, smallest=2, largest=3) == 1
+
+
+def test_rank_falls_and_rises_with_the_gradient():
+    state, ranks = {}, []
+    for ratio in (0.9, 0.2, 0.9):
+        one_step(
+            with_spectrum(16, 10, geometric(10, ratio)),
+            state,
+            max_rank=9,
+            min_gap=1,
+            max_gap=1,
+        )
+        ranks.append(state["rank"])
+    assert ranks == [8, 1, 8]
+
+
+@pytest.mark.parametrize(
+    ("since", "norm", "expected"), [(20, 0.49, True), (20, 0.51, False), (19, 0.0, False)]
+)
+def test_a_basis_ends_early_only_after_the_shortest_gap_and_a_decayed_gradient(
+    since, norm, expected
+):
+    decided = exit_early(
+        since_refresh=since, shortest=20, kept_sq=norm**2, kept_sq_at_refresh=1.0, decay=0.5
+    )
+    assert decided is expected
+
+
+def refresh_steps(sizes: list[float], **settings) -> list[int]:
+    """Steps (from 0) that found a new basis, for gradients of these sizes."""
+    state, steps, refreshes = {}, [], 0
+    for step, size in enumerate(sizes):
+        one_step(size * gaussian(8, 6), state, max_rank=3, **settings)
+        if state["refreshes"] > refreshes:
+            steps.append(step)
+        refreshes = state["refreshes"]
+    return steps
+
+
+def test_a_steady_gradient_is_refreshed_at_the_longest_gap():
+    assert refresh_steps([1.0] * 20, min_gap=2, max_gap=6, phase=0.999) == [0, 5, 11, 17]
+
+
+@pytest.mark.parametrize(("phase", "second"), [(0.0, 2), (0.5, 6), (0.99, 9)])
+def test_the_second_refresh_is_staggered_between_the_gaps(phase, second):
+    assert refresh_steps([1.0] * 12, min_gap=2, max_gap=10, phase=phase)[1] == second
+
+
+def test_a_decayed_gradient_is_refreshed_before_the_longest_gap():
+    sizes = [1.0] * 5 + [0.4] * 15
+    # the sixth step is the first small one, the seventh sees it, the eighth refreshes
+    assert refresh_steps(sizes, min_gap=3, max_gap=50, phase=0.9) == [0, 7]
+    assert refresh_steps(sizes, min_gap=10, max_gap=50, phase=0.9) == [0, 11]
+    assert refresh_steps(sizes, min_gap=3, max_gap=50, phase=0.9, decay=0.0) == [0]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_exit_does_not_depend_on_the_scale_of_the_loss(scale):
+    sizes = [1.0] * 5 + [0.4] * 15
+    settings = {"min_gap": 3, "max_gap": 50, "phase": 0.9}
+    assert refresh_steps([scale * size for size in sizes], **settings) == [0, 7]
+
+
+def test_phases_follow_from_names_alone_and_spread_out():
+    phases = [phase_of(f"layers.{i}.weight") for i in range(200)]
+    assert phases == [phase_of(f"layers.{i}.weight") for i in range(200)]
+    counts = torch.histc(torch.tensor(phases), bins=4, min=0, max=1)
+    assert counts.min() > 30

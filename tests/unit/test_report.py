@@ -1,0 +1,175 @@
+"""The record of a run: files, summary, tables, pictures, comparison."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from arg_dist.report import OptimizerSample, RunRecord, run_facts, sample_optimizer
+from arg_dist.report.__main__ import main
+from arg_dist.report.charts import kind_of
+from arg_dist.report.files import read_metrics, read_report
+from arg_dist.report.optimizer_state import merge
+from arg_dist.report.tables import print_summary, size
+
+pytestmark = pytest.mark.unit
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+SAMPLE = OptimizerSample(
+    ranks={"layers.0.q_proj.weight": 8, "layers.0.up_proj.weight": 16},
+    energy={"layers.0.q_proj.weight": 0.9, "layers.0.up_proj.weight": 0.95},
+    state_bytes=[250, 300],
+    adamw_bytes=[1000, 1000],
+    sent_bytes=[40, 80],
+)
+
+
+def facts(**changes):
+    known = {
+        "engine": "ZeRO-2", "world_size": 2, "model": "nano", "model_parameters": 2_800_000,
+        "optimizer": "AdaRankGrad", "optimizer_settings": {"lr": 1e-3}, "batch_size": 16,
+    }  # fmt: skip
+    return run_facts(**(known | changes))
+
+
+def step(number: int, **more):
+    line = {"step": number, "loss": 5 / number, "lr": 1e-3, "seconds": 0.5, "tokens": 10 * number}
+    return line | more
+
+
+def write_run(directory, *, sample=SAMPLE, steps=40, status="finished", **changes):
+    with RunRecord(directory, facts(**changes), planned_steps=steps, active=True) as record:
+        for number in range(1, steps + 1):
+            more = {"held_out_loss": 6 / number} if number % 10 == 0 else {}
+            record.step(step(number, **more), sample if number % 5 == 0 else None)
+        record.finish(status)
+
+
+def test_a_run_leaves_its_three_files(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "metrics.jsonl", "report.json", "report.png",
+    ]  # fmt: skip
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(PNG)
+    steps = read_metrics(tmp_path / "run")
+    assert len(steps) == 40
+    assert steps[4]["ranks"] == SAMPLE.ranks
+    assert "ranks" not in steps[5]
+    report = read_report(tmp_path / "run")
+    assert report["status"] == "finished"
+    assert report["tokens"] == 400
+    assert report["best_held_out_loss"] == report["final_held_out_loss"] == 0.15
+    assert report["mean_rank"] == 12
+    assert report["largest_share"] == 0.3
+    assert report["sent_bytes_per_step"] == [1, 2]
+    assert report["seconds_per_step"] == 0.5
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["job"] == {"batch_size": 16}
+    assert "largest share of AdamW's" in capsys.readouterr().out
+
+
+def test_a_run_without_low_rank_matrices_or_evaluations_has_a_report_too(tmp_path):
+    with RunRecord(tmp_path, facts(), planned_steps=5, active=True) as record:
+        record.step(step(1), OptimizerSample(state_bytes=[8], adamw_bytes=[8], sent_bytes=[0]))
+        record.finish("interrupted")
+    report = read_report(tmp_path)
+    assert (report["status"], report["steps"], report["planned_steps"]) == ("interrupted", 1, 5)
+    assert report["mean_rank"] is None
+    assert report["final_held_out_loss"] is None
+
+
+def test_an_error_leaves_a_report_that_says_so(tmp_path):
+    def unlucky_run():
+        with RunRecord(tmp_path, facts(), planned_steps=5, active=True) as record:
+            record.step(step(1, loss=math.nan))
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        unlucky_run()
+    assert read_report(tmp_path)["status"] == "failed"
+    assert read_metrics(tmp_path)[0]["loss"] is None  # JSON has no NaN
+
+
+def test_other_processes_write_nothing(tmp_path):
+    write_inactive = RunRecord(tmp_path / "run", facts(), planned_steps=1, active=False)
+    with write_inactive as record:
+        record.step(step(1))
+        record.finish("finished")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    whole = json.dumps(step(1))
+    (tmp_path / "metrics.jsonl").write_text(whole + "\n" + whole[:20])
+    assert read_metrics(tmp_path) == [step(1)]
+    (tmp_path / "metrics.jsonl").write_text(whole[:20] + "\n" + whole)
+    with pytest.raises(ValueError, match="Expecting"):
+        read_metrics(tmp_path)
+
+
+def test_a_cut_matrix_counts_once_and_bytes_go_by_process():
+    whole = {"name": "a", "rank": 4, "energy": 0.9}
+    cut = {"name": "b", "rank": 8, "energy": 0.8}
+    unborn = {"name": "c", "rank": 0, "energy": 0.0}
+    sample = merge([([whole, cut], 10, 100, 1), ([cut, unborn], 20, 100, 2)])
+    assert sample.ranks == {"a": 4, "b": 8}
+    assert sample.energy == {"a": 0.9, "b": 0.8}
+    assert sample.state_bytes == [10, 20]
+    assert sample.sent_bytes == [1, 2]
+    assert sample.largest_share == 0.2
+    assert sample.mean_rank == 6
+
+
+def test_the_state_of_adamw_is_its_two_moments():
+    weight = torch.nn.Parameter(torch.ones(10, 10))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    sample = sample_optimizer(optimizer)
+    assert sample.state_bytes == sample.adamw_bytes == [800]
+    assert sample.ranks == {}
+
+
+def test_runs_are_compared_side_by_side(tmp_path, capsys):
+    adamw = OptimizerSample(state_bytes=[1000, 1000], adamw_bytes=[1000, 1000], sent_bytes=[0, 0])
+    write_run(tmp_path / "ours")
+    write_run(tmp_path / "theirs", sample=adamw, optimizer="AdamW")
+    capsys.readouterr()
+    runs = [str(tmp_path / "ours"), str(tmp_path / "theirs")]
+    assert main(["compare", *runs, "--out", str(tmp_path / "compare.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "ours" in printed
+    assert "theirs" in printed
+    assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
+
+
+def test_comparing_what_is_no_run_is_told_in_one_line(tmp_path, capsys):
+    assert main(["compare", str(tmp_path / "nothing")]) == 2
+    told = capsys.readouterr().err
+    assert "nothing: not the directory of a finished run" in told
+    assert told.count("\n") == 1
+
+
+def test_the_table_is_narrow_enough_for_a_terminal(tmp_path):
+    write_run(tmp_path)
+    output = io.StringIO()
+    print_summary(read_report(tmp_path), "runs/nano/report.json", Console(file=output, width=80))
+    assert max(map(len, output.getvalue().splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**40, "3.0 TiB")]
+)
+def test_sizes_are_written_for_people(number, text):
+    assert size(number) == text
+
+
+def test_a_matrix_is_named_by_its_kind():
+    assert kind_of("model.layers.3.self_attn.q_proj.weight") == "q_proj"
+    assert kind_of("experts") == "experts"
