@@ -9,13 +9,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arg_dist.algorithm import LowRankUpdate, State, low_rank_step
-from arg_dist.config import AdaRankGradConfig
-from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import MatrixView, Ranges, matrix_spread
 from arg_dist.sharding.shard import MatrixShard
-from arg_dist.subspace.exchange import Rows, Steps
+from arg_dist.subspace.exchange import Rows
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 
@@ -111,48 +108,6 @@ def put_together(parts: Sequence[Tensor], rows: Rows) -> Tensor:
     matrix = torch.cat([part for _, part in held])
     assert [low + i for low, part in held for i in range(len(part))] == list(range(len(matrix)))
     return matrix
-
-
-def step_of(
-    shard: MatrixShard,
-    state: State,
-    gradient: Tensor,
-    settings: AdaRankGradConfig,
-    kept_sq: float = 0.0,
-) -> Steps[LowRankUpdate | None]:
-    """A shard's part of one step on the whole `gradient`."""
-    return low_rank_step(
-        shard.oriented_gradient(part_of(gradient, shard)),
-        state,
-        shard.spread,
-        settings,
-        name=shard.name,
-        norm_sq=float(gradient.double().square().sum()),
-        kept_sq=kept_sq,
-        phase=shard.phase,
-    )
-
-
-def step_in_lockstep(
-    shards: Sequence[MatrixShard],
-    states: Sequence[State],
-    gradient: Tensor,
-    settings: AdaRankGradConfig,
-) -> list[LowRankUpdate | None]:
-    """One step of all shards, on their weights and states; returns what was added to the weights."""
-    kept_sq = sum(float(state.get("kept_sq", 0.0)) for state in states)
-    updates = run_lockstep(
-        [
-            step_of(shard, state, gradient, settings, kept_sq)
-            for shard, state in zip(shards, states, strict=True)
-        ]
-    )
-    for shard, update in zip(shards, updates, strict=True):
-        if update is not None:
-            shard.apply(
-                *update, lr=settings.lr, scale=settings.scale, weight_decay=settings.weight_decay
-            )
-    return updates
 
 
 def weight_of(shards: Sequence[MatrixShard]) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from arg_dist.config import parse_config
+from arg_dist.config import ConfigError, parse_config
 from arg_dist.engines.deepspeed_config import (
     load_deepspeed_config,
     optimizer_settings,
@@ -89,7 +89,10 @@ def from_json(params: Iterable[Any], **settings: Any) -> AdaRankGrad:
         ConfigError: one line per unknown or ill-typed key, with its path.
     """
     parse_config(settings, "optimizer.params")
-    return AdaRankGrad(params, **settings)
+    groups = list(params)
+    if any(isinstance(group, dict) and group.get("moe") for group in groups):
+        raise ConfigError(_MOE)
+    return AdaRankGrad(groups, **settings)
 
 
 def introduce(optimizer_class: type) -> None:
@@ -117,6 +120,7 @@ def introduce(optimizer_class: type) -> None:
     def guarded(engine: Any, basic_optimizer: Any) -> Any:
         if isinstance(basic_optimizer, AdaRankGrad):
             refuse_unsupported(engine._config._param_dict, cuda=torch.cuda.is_available())
+            _refuse_model(engine)
             name_parameters(basic_optimizer, engine.module)
         return check(engine, basic_optimizer)
 
@@ -146,6 +150,22 @@ def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:
     optimizer.adopt_names(renamed, full_rank)
 
 
+def _refuse_model(engine: Any) -> None:
+    """Refuses what no configuration shows: models that are cut over processes by themselves."""
+    if engine.has_moe_layers:
+        raise ConfigError(_MOE)
+    if engine.pipeline_parallelism:
+        raise ConfigError(
+            "model: got a PipelineModule; AdaRankGrad has not been made to work with DeepSpeed's "
+            "pipeline stages; use ZeRO stages 0-3 without it"
+        )
+    if engine.mp_world_size > 1:
+        raise ConfigError(
+            f"mpu: got {engine.mp_world_size} model-parallel processes; AdaRankGrad needs whole "
+            "matrices within a data-parallel group; leave mpu out"
+        )
+
+
 def _compare_across_processes(config: Mapping[str, Any]) -> None:
     if dist.get_world_size() == 1:
         return
@@ -155,10 +175,15 @@ def _compare_across_processes(config: Mapping[str, Any]) -> None:
     different = [i for i, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise RuntimeError(
-            "the processes were started with different DeepSpeed configurations: "
-            f"{', '.join(f'process {i}' for i in different)} differ from process 0; start all of "
+            "the processes were started with different DeepSpeed configurations: that of "
+            f"process {', '.join(map(str, different))} is not that of process 0; start all of "
             "them with the same file"
         )
 
+
+_MOE = (
+    "model: got DeepSpeed MoE layers, whose experts are reduced over groups of their own; "
+    "AdaRankGrad does not follow these groups; use a model without deepspeed.moe layers, or AdamW"
+)
 
 torch.optim.AdaRankGrad = from_json  # type: ignore[attr-defined]

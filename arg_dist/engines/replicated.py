@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from arg_dist.config import ConfigError
 from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
 
 
@@ -71,6 +73,12 @@ def _are_originals(group: ParameterGroup) -> bool:
 
 
 def _check_copy(name: str, original: Tensor, copy: Tensor) -> bool:
+    """Whether a copy may be trained for its original; raises if not, whoever let it pass."""
+    if original.dtype == torch.float16:
+        raise ConfigError(
+            "fp16.enabled: got true at stage 0; DeepSpeed does not scale the loss there but unscales "
+            "the gradients, which vanish; use bf16, or ZeRO stage 1, 2 or 3"
+        )
     if original.shape != copy.shape:
         raise RuntimeError(
             f"{name}: a parameter of shape {tuple(original.shape)} was expected in its place in "

@@ -13,14 +13,13 @@ from cuts import (
     part_of,
     put_together,
     ranges_of,
-    step_in_lockstep,
-    step_of,
     weight_of,
     whole_rows,
     without_bystanders,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from lockstep_steps import counted, step_in_lockstep, step_of
 from matrices import changing_spectrum, gaussian, whole_numbers
 from tolerances import ORTHONORMAL, REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS, ROUNDING
 
@@ -140,7 +139,7 @@ def test_cuts_as_engines_make_them(ranges, spans_columns):
 
 @given(cut_ranges, layouts, st.booleans())
 def test_state_is_held_once_and_no_view_holds_more(ranges, layout, replicated):
-    *_, shards, states = trained(ranges, replicated, **layout)
+    *_, states = trained(ranges, replicated, **layout)
     *_, (whole,) = trained(WHOLE, **layout)
     keys = ["exp_avg", "exp_avg_sq"] + ["basis"] * layout["shard_basis"]
     for key in keys:
@@ -168,19 +167,6 @@ def bystander(requests: int):
     nothing = Exchange(torch.zeros(0, 0), ((0, 0),) * 9, ((0, 0),) * 9)
     for _ in range(requests):
         yield nothing
-
-
-def counted(steps, counts: list[int]):
-    """The same computation, which notes how many requests it makes."""
-    counts.append(0)
-    answer = None
-    while True:
-        try:
-            request = steps.send(answer)
-        except StopIteration as finished:
-            return finished.value
-        counts[-1] += 1
-        answer = yield request
 
 
 @pytest.mark.parametrize("spans_columns", [True, False])

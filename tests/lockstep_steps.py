@@ -1,0 +1,70 @@
+"""Steps of the algorithm on many shards inside this process."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from cuts import part_of
+from torch import Tensor
+
+from arg_dist.algorithm import LowRankUpdate, State, low_rank_step
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.sharding.drivers import run_lockstep
+from arg_dist.sharding.shard import MatrixShard
+from arg_dist.subspace.exchange import Steps
+
+
+def step_of(
+    shard: MatrixShard,
+    state: State,
+    gradient: Tensor,
+    settings: AdaRankGradConfig,
+    kept_sq: float = 0.0,
+) -> Steps[LowRankUpdate | None]:
+    """A shard's part of one step on the whole `gradient`."""
+    return low_rank_step(
+        shard.oriented_gradient(part_of(gradient, shard)),
+        state,
+        shard.spread,
+        settings,
+        name=shard.name,
+        norm_sq=float(gradient.double().square().sum()),
+        kept_sq=kept_sq,
+        phase=shard.phase,
+    )
+
+
+def step_in_lockstep(
+    shards: Sequence[MatrixShard],
+    states: Sequence[State],
+    gradient: Tensor,
+    settings: AdaRankGradConfig,
+) -> list[LowRankUpdate | None]:
+    """One step of all shards, on their weights and states."""
+    kept_sq = sum(float(state.get("kept_sq", 0.0)) for state in states)
+    updates = run_lockstep(
+        [
+            step_of(shard, state, gradient, settings, kept_sq)
+            for shard, state in zip(shards, states, strict=True)
+        ]
+    )
+    for shard, update in zip(shards, updates, strict=True):
+        if update is not None:
+            shard.apply(
+                *update, lr=settings.lr, scale=settings.scale, weight_decay=settings.weight_decay
+            )
+    return updates
+
+
+def counted(steps: Steps[Any], counts: list[int]) -> Generator[Any, Any, Any]:
+    """The same computation, which appends to `counts` how many requests it has made."""
+    answer, asked = None, 0
+    while True:
+        try:
+            request = steps.send(answer)
+        except StopIteration as finished:
+            counts.append(asked)
+            return finished.value
+        asked += 1
+        answer = yield request

@@ -1,0 +1,162 @@
+"""AdaRankGrad where every process has the whole model: the work and the state are shared out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from matrices import gaussian
+from one_process import feed, parameters_of
+from tolerances import REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS
+
+from arg_dist import AdaRankGrad
+from arg_dist.algorithm import rounds
+
+SHAPES = [(96, 48), (48, 96), (3, 48, 36), (31,)]
+SETTINGS = {"lr": 1e-2, "max_rank": 12, "min_rank": 2, "energy": 0.8, "min_gap": 4, "max_gap": 8}
+STEPS = 20
+
+
+def build(group, shapes=SHAPES, names=None, **settings) -> AdaRankGrad:
+    names = names or [f"w{i}" for i in range(len(shapes))]
+    named = [
+        (name, torch.nn.Parameter(gaussian(*shape, seed=i)))
+        for i, (name, shape) in enumerate(zip(names, shapes, strict=True))
+    ]
+    return AdaRankGrad(named, process_group=group, **{**SETTINGS, **settings})
+
+
+def gradients(shapes, step: int) -> list[torch.Tensor]:
+    return [gaussian(*shape, seed=100 * step + i) for i, shape in enumerate(shapes)]
+
+
+def step_towards_zero(optimizer: AdaRankGrad, step: int) -> float:
+    """A step whose gradient depends on the weights; the loss before it."""
+    weights = [weight.detach() for weight in parameters_of(optimizer)]
+    noise = gradients([weight.shape for weight in weights], step)
+    feed(optimizer, *(weight + 0.3 * each for weight, each in zip(weights, noise, strict=True)))
+    return sum(float(weight.square().mean()) for weight in weights)
+
+
+def train(group, settings):
+    optimizer = build(group, **settings)
+    losses = [step_towards_zero(optimizer, step) for step in range(STEPS)]
+    weights = [weight.detach() for weight in parameters_of(optimizer)]
+    ranks = {entry["name"]: entry["rank"] for entry in optimizer.stats()}
+    return losses, weights, ranks, optimizer.state_bytes(), optimizer.comm_bytes()
+
+
+@pytest.mark.parametrize("settings", [{}, {"side": "right"}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_training_together_is_training_alone(pool, processes, settings):
+    losses, weights, ranks, state_bytes, _ = train(None, settings)
+    results = pool.run(train, processes, settings)
+    for their_losses, their_weights, their_ranks, *_ in results:
+        REDUCTION_ORDER.check(torch.tensor(their_losses), torch.tensor(losses))
+        assert their_ranks == ranks
+        for theirs, first, ours in zip(their_weights, results[0][1], weights, strict=True):
+            assert torch.equal(theirs, first)
+            REDUCTION_ORDER_WEIGHTS.check(theirs, ours)
+    shares = [share for *_, share, _ in results]
+    assert sum(shares) <= 1.03 * state_bytes
+    assert max(shares) <= 1.05 * state_bytes / processes
+    sent = [sent for *_, sent in results]
+    assert all(sent) if processes > 1 else sent == [0]
+
+
+def test_a_basis_that_is_not_cut_is_held_by_everyone(pool):
+    *_, state_bytes, _ = train(None, {})
+    results = pool.run(train, 2, {"shard_basis": False})
+    assert sum(share for *_, share, _ in results) > 1.2 * state_bytes
+
+
+def collectives_by_step(group, count: int) -> list[int]:
+    optimizer = build(group, shapes=[(12, 8)] * count, max_rank=3, min_gap=5, max_gap=5)
+    totals = [0]
+    for step in range(8):
+        step_towards_zero(optimizer, step)
+        totals.append(optimizer.collectives())
+    return [after - before for before, after in zip(totals, totals[1:], strict=False)]
+
+
+def test_the_number_of_collectives_does_not_depend_on_the_number_of_matrices(pool):
+    steady, refreshing = (1 + count for count in rounds(power_passes=1))
+    expected = [refreshing] + 4 * [steady] + [refreshing] + 2 * [steady]
+    for count in (4, 40):
+        assert pool.run(collectives_by_step, 2, count) == [expected] * 2
+
+
+def one_differs(group, difference) -> str:
+    """The error where process 1 was started with something else."""
+    optimizer = build(group, **(difference if dist.get_rank(group) == 1 else {}))
+    shapes = [parameter.shape for parameter in parameters_of(optimizer)]
+    with pytest.raises(RuntimeError) as raised:
+        feed(optimizer, *gradients(shapes, 0))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        ({"max_rank": 6}, ["settings of parameter group 0", "max_rank=12", "max_rank=6"]),
+        ({"seed": 1}, ["settings of parameter group 0", "seed=0", "seed=1"]),
+        ({"shapes": [(96, 48), *SHAPES[:1], *SHAPES[2:]]}, ["w1 (48, 96)", "w1 (96, 48)"]),
+        ({"names": ["w0", "w1", "w2", "v"]}, ["w3 (31,)", "v (31,)"]),
+        ({"shapes": SHAPES[:2]}, ["number of parameters in group 0", "has 4", "has 2"]),
+    ],
+)
+def test_a_process_started_differently_is_an_error_on_all(pool, difference, words):
+    for message in pool.run(one_differs, 3, difference, seconds=10):
+        assert all(word in message for word in ["process 1 has", *words])
+
+
+def one_has_nan(group, nonfinite: str):
+    """Weights and state before and after a step with NaN on the last process only; the error."""
+    optimizer = build(group, nonfinite=nonfinite)
+    for step in range(3):
+        step_towards_zero(optimizer, step)
+    before = [weight.detach().clone() for weight in parameters_of(optimizer)]
+    state_before = copy.deepcopy(optimizer.state_dict()["state"])
+    broken = gradients(SHAPES, 9)
+    if dist.get_rank(group) == dist.get_world_size(group) - 1:
+        broken[1].fill_(float("nan"))
+    message = ""
+    try:
+        feed(optimizer, *broken)
+    except FloatingPointError as error:
+        message = str(error)
+    after = [weight.detach() for weight in parameters_of(optimizer)]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state_before, rtol=0, atol=0)
+    return message, optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_nan_on_one_process_is_an_error_on_all_and_changes_nothing(pool, processes):
+    for message, _ in pool.run(one_has_nan, processes, "error", seconds=10):
+        assert "the gradient of w1 is NaN or infinite" in message
+
+
+def test_nan_on_one_process_is_skipped_by_all(pool):
+    assert pool.run(one_has_nan, 3, "skip", seconds=10) == [("", 1)] * 3
+
+
+def go_on_from_a_checkpoint(group) -> None:
+    straight, first = build(group), build(group)
+    for step in range(6):
+        step_towards_zero(straight, step)
+        step_towards_zero(first, step)
+    second = build(group)
+    for ours, theirs in zip(parameters_of(second), parameters_of(first), strict=True):
+        ours.data.copy_(theirs.data)
+    second.load_state_dict(first.state_dict())
+    for step in range(6, 14):
+        step_towards_zero(straight, step)
+        step_towards_zero(second, step)
+    assert all(map(torch.equal, parameters_of(second), parameters_of(straight)))
+
+
+def test_a_run_that_every_process_saved_and_loaded_goes_on_to_the_bit(pool):
+    pool.run(go_on_from_a_checkpoint, 3)
