@@ -7,7 +7,6 @@ import torch
 from cuts import (
     cut_matrix,
     equal_pieces,
-    part_of,
     ranges_of,
     whole_rows,
     without_bystanders,

@@ -1,0 +1,145 @@
+"""The main job as a user starts it: its reports, its interruption, and its answers to bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.launching import ROOT, command, environment, launch
+
+SCRIPT = "launchers/train_lm.py"
+CONFIG = ("--deepspeed_config", "ds_configs/zero2.json")
+SMALL = ("--seq-len", 32, "--batch-size", 4, "--eval-every", 4, "--eval-batches", 1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of a few source files: real text, read in a moment."""
+    folder = tmp_path_factory.mktemp("text")
+    for source in sorted((ROOT / "arg_dist").glob("*.py")):
+        (folder / source.name).write_text(source.read_text())
+    return folder
+
+
+def read_report(run: Path) -> dict[str, Any]:
+    """The report of a run, after a look at the files beside it."""
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    report: dict[str, Any] = json.loads((run / "report.json").read_text())
+    return report
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing came for {seconds} s"
+        time.sleep(0.2)
+
+
+@pytest.mark.timeout(200)
+def test_reports_show_adarankgrad_next_to_adamw(text: Path, tmp_path: Path) -> None:
+    for optimizer in ("adarankgrad", "adamw"):
+        options = ("--data", text, "--steps", 8, "--optimizer", optimizer, *SMALL)
+        out = ("--out", tmp_path / optimizer)
+        finished = launch(SCRIPT, *CONFIG, *options, *out, processes=2, seconds=90)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert "warning" not in finished.stderr.lower()
+    ours, adamw = (read_report(tmp_path / name) for name in ("adarankgrad", "adamw"))
+    assert ours["status"] == adamw["status"] == "finished"
+    assert ours["mean_rank"] >= 1
+    assert max(ours["state_bytes"]) < max(adamw["state_bytes"])
+    assert adamw["state_bytes"] == ours["adamw_state_bytes"] == adamw["adamw_state_bytes"]
+    compared = subprocess.run(
+        [sys.executable, "-m", "arg_dist.report", "compare", "adarankgrad", "adamw"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "AdaRankGrad" in compared.stdout and "AdamW" in compared.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_valid_report(number: signal.Signals, text: Path, tmp_path: Path) -> None:
+    options = ("--data", text, "--steps", 10_000, *SMALL, "--out", tmp_path)
+    process = subprocess.Popen(
+        command(SCRIPT, *CONFIG, *options, processes=2),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        metrics = tmp_path / "metrics.jsonl"
+        wait_for(
+            lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5, seconds=60
+        )
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=30) != 0
+        # the launcher itself may be gone at once; its workers then still write their report
+        wait_for(lambda: (tmp_path / "report.png").exists(), seconds=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    report = read_report(tmp_path)
+    assert report["status"] == "interrupted"
+    assert 5 <= report["steps"] < 10_000
+
+
+def write_config(path: Path, **params: Any) -> Path:
+    config = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    config["optimizer"]["params"].update(params)
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "words"),
+    [
+        ({"max_rnak": 3}, (), ["optimizer.params.max_rnak", "'max_rank'"]),
+        ({"lr": "fast"}, (), ["optimizer.params.lr", "'fast'"]),
+        ({"max_rank": 4, "min_rank": 8}, (), ["max_rank (4)", "min_rank (8)"]),
+        ({"targets": ["mlpp"]}, (), ["targets", "'mlpp'", "mlp"]),
+        ({}, ("--data", "nowhere.txt"), ["nowhere.txt"]),
+        ({}, ("--data", os.devnull), ["--data", "no text"]),
+        ({}, ("--seq-len", 10**9), ["--seq-len", "1000000000"]),
+        ({}, ("--set", "enrgy=0.5"), ["enrgy", "'energy'"]),
+        ({}, ("--deepspeed_config", "nowhere.json"), ["nowhere.json"]),
+    ],
+)
+def test_bad_input_gets_one_line(
+    params: dict[str, Any], options: tuple[object, ...], words: list[str], text: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "config.json", **params)
+    words_given = ("--deepspeed_config", config, "--data", text, "--steps", 2, *options)
+    finished = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, words_given), "--out", str(tmp_path / "run")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 2
+    lines = finished.stderr.strip().splitlines()
+    assert len(lines) == 1, finished.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_a_world_size_that_does_not_divide_the_batch_gets_one_line(text: Path) -> None:
+    options = ("--data", text, "--batch-size", 7)
+    finished = launch(SCRIPT, *CONFIG, *options, processes=2, seconds=60)
+    assert finished.returncode != 0
+    lines = [line for line in finished.stderr.splitlines() if "7" in line and "2" in line]
+    assert len(lines) == 1, finished.stderr
+    assert "Traceback" not in finished.stderr
