@@ -20,11 +20,13 @@ class Agreement:
         norm_sq: ``||G||_F^2`` of each matrix and tensor of the plan.
         kept_sq: ``||P||_F^2`` of each matrix's step before.
         rounds: rounds of communication that this step takes.
+        strangers: processes that hold optimizer state which another process saved.
     """
 
     norm_sq: list[float]
     kept_sq: list[float]
     rounds: int
+    strangers: list[int]
 
     def nonfinite(self) -> list[int]:
         """Positions of the matrices and tensors whose gradient is NaN or infinite."""
@@ -36,6 +38,7 @@ def agree(
     kept_sq: Sequence[tuple[int, Tensor]],
     rounds: int,
     *,
+    own_state: bool,
     units: int,
     processes: int,
     me: int,
@@ -47,6 +50,7 @@ def agree(
             process only.
         kept_sq: position and ``||P||^2`` over this process's rows, fp64 scalars.
         rounds: rounds that this process's matrices need.
+        own_state: whether this process's optimizer state is its own.
         units: number of matrices and tensors of the plan.
         processes: size of the group.
         me: this process's index.
@@ -60,14 +64,16 @@ def agree(
     if kept_sq:
         part[[unit for unit, _ in kept_sq], 1] = torch.stack([value for _, value in kept_sq])
     everyone = ((0, units),) * processes
-    all_rounds = ((0, processes),) * processes
+    all_rows = ((0, processes),) * processes
+    mine = torch.tensor([[rounds, int(not own_state)]])
     answers = yield (
         Exchange(part, everyone, everyone),
-        Exchange(torch.tensor([rounds]), even_rows(processes, processes), all_rounds),
+        Exchange(mine, even_rows(processes, processes), all_rows),
     )
     totals = answers[0].tolist()
     return Agreement(
         norm_sq=[row[0] for row in totals],
         kept_sq=[row[1] for row in totals],
-        rounds=int(answers[1].max()),
+        rounds=int(answers[1][:, 0].max()),
+        strangers=answers[1][:, 1].nonzero().flatten().tolist(),
     )

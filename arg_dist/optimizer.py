@@ -13,18 +13,15 @@ from torch import Tensor
 from arg_dist.agreement import Agreement, agree
 from arg_dist.algorithm import State, is_due, rounds
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
+from arg_dist.parameter_groups import SETTINGS, group_spec, settings_of
 from arg_dist.shard_step import apply_update, computation, oriented_gradient
 from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.drivers import run_collective, run_local
-from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup, hold
-from arg_dist.sharding.layout import MatrixView, matrix_views
-from arg_dist.sharding.plan import GroupSpec, Plan, make_plans
+from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup
+from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.state import copy_state, storage_bytes
+from arg_dist.state import copy_state, matrix_stats, storage_bytes
 from arg_dist.subspace.exchange import Steps
-
-SETTINGS = tuple(AdaRankGradConfig.model_fields)
-"""Keys of a parameter group that are settings."""
 
 
 class AdaRankGrad(torch.optim.Optimizer):
@@ -89,6 +86,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         self._patterns_applied = config.targets is None and config.exclude is None
         self.is_classified = False
         self._process_group = process_group
+        self._loaded_process: tuple[int, int] | None = None
         self.skipped_steps = 0
         super().__init__(params, dict(config))
         for adapter in ADAPTERS:
@@ -163,7 +161,7 @@ class AdaRankGrad(torch.optim.Optimizer):
                 loss = closure()
         groups = [group for group in self.param_groups if group["params"]]
         for plan in self._bound_plans(groups):
-            settings = {shard.group: _settings(groups[shard.group]) for shard in plan.shards}
+            settings = {shard.group: settings_of(groups[shard.group]) for shard in plan.shards}
             gradients = {shard.unit: oriented_gradient(shard) for shard in plan.shards}
             agreed = self._agree(plan, gradients, settings)
             if self._is_usable(agreed, plan, groups):
@@ -188,6 +186,7 @@ class AdaRankGrad(torch.optim.Optimizer):
             list(gradients.items()),
             kept,
             needed,
+            own_state=self._has_own_state(plan.communicator),
             units=len(plan.names),
             processes=plan.communicator.size,
             me=plan.communicator.me,
@@ -196,6 +195,13 @@ class AdaRankGrad(torch.optim.Optimizer):
         return agreed
 
     def _is_usable(self, agreed: Agreement, plan: Plan, groups: list[dict[str, Any]]) -> bool:
+        if agreed.strangers:
+            raise RuntimeError(
+                f"load_state_dict: process {', '.join(map(str, agreed.strangers))} of "
+                f"{plan.communicator.size} was given optimizer state that another process saved, "
+                "or that was saved by another number of processes; the state is sharded: each "
+                "process has to save and load its own"
+            )
         bad = agreed.nonfinite()
         if not bad:
             return True
@@ -239,36 +245,27 @@ class AdaRankGrad(torch.optim.Optimizer):
         """The plans for the tensors that the groups hold now; made when first seen."""
         key = tuple(id(target) for group in groups for target in group["params"])
         if key not in self._plans:
-            self._plans[key] = make_plans(
-                [self._spec(group) for group in groups], self._communicators
-            )
+            self._plans[key] = self._make_plans(groups)
         return self._plans[key]
 
-    def _spec(self, group: dict[str, Any]) -> GroupSpec:
+    def _make_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
         if not self._patterns_applied:
             raise ConfigError(
                 "targets, exclude: the optimizer was built from bare parameters and cannot tell "
                 "modules; build its groups with arg_dist.param_groups(model, targets=..., ...)"
             )
-        names = group["param_names"]
-        parameters = [self._parameters[name]() for name in names]
         process_group = training_group(self._process_group)
-        config = _settings(group)
+        specs = []
+        for group in groups:
+            names = group["param_names"]
+            parameters = [self._parameters[name]() for name in names]
+            seen = ParameterGroup(list(group["params"]), names, parameters, process_group)
+            specs.append(group_spec(seen, settings_of(group), self._full_rank_names))
+        return make_plans(specs, self._communicators)
 
-        def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
-            if not config.low_rank or name in self._full_rank_names:
-                return []
-            found = matrix_views(name, shape, config.view)
-            worthwhile = found and config.rank_bounds(found[0].short)[1] < found[0].short
-            return found if worthwhile else []
-
-        return GroupSpec(
-            holding=hold(ParameterGroup(list(group["params"]), names, parameters, process_group)),
-            side=config.side,
-            shard_basis=config.shard_basis,
-            views=views,
-            settings="; ".join(f"{key}={value!r}" for key, value in config if key != "lr"),
-        )
+    def _has_own_state(self, communicator: Communicator) -> bool:
+        here = (communicator.me, communicator.size)
+        return self._loaded_process is None or tuple(self._loaded_process) == here
 
     def _state_of(self, shard: Shard) -> State:
         state: State = self.state[shard.fragment.target].setdefault(shard.name, {})
@@ -285,23 +282,11 @@ class AdaRankGrad(torch.optim.Optimizer):
         Keys: name, shape, side, rank, energy (share of the gradient kept at the last refresh),
         steps_since_refresh, refreshes, state_bytes (on this process).
         """
-        entries = []
-        for shard in self._shards():
-            state = self._state_of(shard)
-            if isinstance(shard, MatrixShard) and state:
-                entries.append(
-                    {
-                        "name": shard.name,
-                        "shape": shard.shape,
-                        "side": shard.side_name,
-                        "rank": state["rank"],
-                        "energy": state["energy"],
-                        "steps_since_refresh": state["since_refresh"],
-                        "refreshes": state["refreshes"],
-                        "state_bytes": storage_bytes([state]),
-                    }
-                )
-        return entries
+        return [
+            matrix_stats(shard, state)
+            for shard in self._shards()
+            if isinstance(shard, MatrixShard) and (state := self._state_of(shard))
+        ]
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this process: whole storages, so that no view hides more."""
@@ -321,20 +306,25 @@ class AdaRankGrad(torch.optim.Optimizer):
 
     # -- saving ------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """This process's state, and whose it is."""
+        plans = chain.from_iterable(self._plans.values())
+        places = [(plan.communicator.me, plan.communicator.size) for plan in plans]
+        return {**super().state_dict(), "process": places[0] if places else None}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` gave; unlike torch, every tensor keeps its dtype."""
+        """Loads what :meth:`state_dict` gave; unlike torch, every tensor keeps its dtype.
+
+        State is sharded: should a process have been given the state of another, its next step ends
+        in a RuntimeError.
+        """
         super().load_state_dict(state_dict)
+        self._loaded_process = state_dict.get("process")
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         held = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, target in zip(saved, held, strict=False):
             if index in state_dict["state"]:
                 self.state[target] = copy_state(state_dict["state"][index], target.device)
-
-
-def _settings(group: Mapping[str, Any]) -> AdaRankGradConfig:
-    """A group's settings as they are now: schedulers change the learning rate between steps."""
-    values = {key: group[key] for key in SETTINGS}
-    return AdaRankGradConfig.model_construct(**{**values, "lr": float(values["lr"])})
 
 
 def _run(computations: list[Steps[Any]], communicator: Communicator, rounds: int) -> list[Any]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arg_dist.sharding.shard import MatrixShard
+
 
 def storage_bytes(states: Iterable[Any]) -> int:
     """Bytes of all distinct storages that the tensors in nested dictionaries keep alive."""
@@ -24,6 +26,20 @@ def storage_bytes(states: Iterable[Any]) -> int:
     for state in states:
         visit(state)
     return sum(storages.values())
+
+
+def matrix_stats(shard: MatrixShard, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What :meth:`arg_dist.AdaRankGrad.stats` tells of one matrix."""
+    return {
+        "name": shard.name,
+        "shape": shard.shape,
+        "side": shard.side_name,
+        "rank": state["rank"],
+        "energy": state["energy"],
+        "steps_since_refresh": state["since_refresh"],
+        "refreshes": state["refreshes"],
+        "state_bytes": storage_bytes([state]),
+    }
 
 
 def copy_state(value: Any, device: torch.device) -> Any:

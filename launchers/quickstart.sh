@@ -21,11 +21,10 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.g
 # they take Ctrl-C from the terminal, and a SIGTERM from here, and it waits for their report.
 (
     trap '' INT TERM
-    # The first gradients have hardly any rank; an eighth of the width keeps room for what follows.
     exec deepspeed --log_level critical --num_gpus "$processes" --master_port "$port" \
         launchers/train_lm.py --deepspeed_config ds_configs/zero2.json \
         --model nano --batch-size 16 --seq-len 128 --steps 500 --warmup 50 --eval-every 50 \
-        --lr 2e-3 --set min_rank=24 --set max_gap=50 --out runs/quickstart "$@"
+        --out runs/quickstart "$@"
 ) &
 deepspeed=$!
 terminate_children='import psutil, sys

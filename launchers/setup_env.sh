@@ -33,5 +33,5 @@ echo "installing into .venv (once, some minutes)" >&2
 # DeepSpeed's build looks at the installed torch, so torch comes first. No operator is compiled:
 # training needs none of them.
 pip install torch numpy setuptools
-DS_BUILD_OPS=0 pip install --editable "${root}[train,test]"
+DS_BUILD_OPS=0 pip install --editable "${root}[train,dev]"
 printf '%s\n' "$wanted" >"$stamp"

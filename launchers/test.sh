@@ -11,13 +11,8 @@ if ! nvidia-smi --list-gpus >/dev/null 2>&1; then
   export DS_ACCELERATOR=cpu
 fi
 
-has_module() { python -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
-
-if has_module ruff; then
-  python -m ruff check .
-  python -m ruff format --check .
-fi
-if has_module mypy; then
-  python -m mypy
-fi
+python -m ruff check .
+python -m ruff format --check .
+python -m mypy
+shellcheck launchers/*.sh
 exec python -m pytest tests/unit tests/lockstep tests/pool tests/launch "$@"

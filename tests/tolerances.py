@@ -32,6 +32,7 @@ class Tolerance:
         )
 
 
+FP64 = Tolerance(0.0, 1e-12, "a few roundings in fp64")
 ROUNDING = Tolerance(
     1e-6, 1e-5, "the same fp32 formula in another order, over one step or one matrix product"
 )

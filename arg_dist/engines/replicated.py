@@ -76,8 +76,8 @@ def _check_copy(name: str, original: Tensor, copy: Tensor) -> bool:
     """Whether a copy may be trained for its original; raises if not, whoever let it pass."""
     if original.dtype == torch.float16:
         raise ConfigError(
-            "fp16.enabled: got true at stage 0; DeepSpeed does not scale the loss there but unscales "
-            "the gradients, which vanish; use bf16, or ZeRO stage 1, 2 or 3"
+            "fp16.enabled: got true at stage 0; DeepSpeed does not scale the loss there but "
+            "unscales the gradients, which vanish; use bf16, or ZeRO stage 1, 2 or 3"
         )
     if original.shape != copy.shape:
         raise RuntimeError(

@@ -1,0 +1,48 @@
+"""From a parameter group, as torch keeps it, to what is asked of the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.sharding.fragment import ParameterGroup, hold
+from arg_dist.sharding.layout import MatrixView, matrix_views
+from arg_dist.sharding.plan import GroupSpec
+
+SETTINGS = tuple(AdaRankGradConfig.model_fields)
+"""Keys of a parameter group that are settings."""
+
+
+def settings_of(group: Mapping[str, Any]) -> AdaRankGradConfig:
+    """A group's settings as they are now: schedulers change the learning rate between steps."""
+    values = {key: group[key] for key in SETTINGS}
+    return AdaRankGradConfig.model_construct(**{**values, "lr": float(values["lr"])})
+
+
+def group_spec(
+    group: ParameterGroup, settings: AdaRankGradConfig, full_rank: frozenset[str]
+) -> GroupSpec:
+    """What the optimizer wants of one group: its fragments, and which of them are matrices.
+
+    Args:
+        group: the group's tensors and names.
+        settings: its settings.
+        full_rank: names of parameters that are left to Adam whatever their shape.
+    """
+
+    def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
+        if not settings.low_rank or name in full_rank:
+            return []
+        found = matrix_views(name, shape, settings.view)
+        # where all directions would be kept, plain Adam keeps less
+        saves = found and settings.rank_bounds(found[0].short)[1] < found[0].short
+        return found if saves else []
+
+    return GroupSpec(
+        holding=hold(group),
+        side=settings.side,
+        shard_basis=settings.shard_basis,
+        views=views,
+        settings="; ".join(f"{key}={value!r}" for key, value in settings if key != "lr"),
+    )

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The quickstart's job with AdaRankGrad and with AdamW, four learning rates each, one after the
+# other, and a table of all eight. Further arguments go to launchers/quickstart.sh.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+runs=()
+
+run() {
+    local optimizer=$1 lr=$2
+    shift 2
+    runs+=("runs/sweep/$optimizer-$lr")
+    bash launchers/quickstart.sh --optimizer "$optimizer" --lr "$lr" --out "${runs[-1]}" "$@"
+}
+
+for lr in 2e-3 5e-3 1e-2 2e-2; do run adarankgrad "$lr" "$@"; done
+for lr in 5e-4 1e-3 2e-3 4e-3; do run adamw "$lr" "$@"; done
+.venv/bin/python -m arg_dist.report compare "${runs[@]}" --out runs/sweep/compare.png
