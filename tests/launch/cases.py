@@ -64,6 +64,7 @@ class Case:
 WHOLE = {"stage3_param_persistence_threshold": 0}
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 12}}
+FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 EVERYWHERE = [
@@ -93,7 +94,7 @@ VARIANTS = [
     Case("zero3-client", "llama", 3, WHOLE, way="client"),
     Case("zero0-bf16", "llama", 0, top=BF16),
     Case("zero1-bf16", "llama", 1, top=BF16),
-    Case("zero1-bf16-fp32-accumulation", "llama", 1, top={**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
+    Case("zero1-bf16-fp32-accumulation", "llama", 1, top={**BF16, **FP32_ACCUMULATION}),
     Case("zero2-bf16", "llama", 2, top=BF16),
     Case("zero3-bf16", "llama", 3, WHOLE, top=BF16),
     Case("zero3-bf16-offload", "llama", 3, {**WHOLE, **OFFLOAD}, top=BF16),

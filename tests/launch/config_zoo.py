@@ -1,6 +1,6 @@
 """Trains some steps with every DeepSpeed configuration that is shipped.
 
-    deepspeed --num_gpus 2 tests/launch/config_zoo.py --out results.json ds_configs/*.json
+deepspeed --num_gpus 2 tests/launch/config_zoo.py --out results.json ds_configs/*.json
 """
 
 import argparse
@@ -29,7 +29,7 @@ STEPS = 8
 
 def train(config: Path) -> dict[str, Any]:
     model = models.build("llama")
-    engine, optimizer, _, _ = arg_dist.initialize(model=model, config=config)
+    engine = arg_dist.initialize(model=model, config=config)[0]
     micro = engine.train_micro_batch_size_per_gpu()
     me, losses = dist.get_rank(), []
     tokens = models.batch(0)[me * micro : (me + 1) * micro]

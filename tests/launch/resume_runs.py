@@ -1,6 +1,6 @@
 """Saves with DeepSpeed's own checkpoints in mid-run, loads into a fresh engine, and goes on.
 
-    deepspeed --num_gpus 2 tests/launch/resume_runs.py --out DIRECTORY
+deepspeed --num_gpus 2 tests/launch/resume_runs.py --out DIRECTORY
 """
 
 import argparse

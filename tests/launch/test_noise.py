@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ STEPS = 60
 
 def train(noise: float, **settings: object) -> tuple[list[Tensor], list[Tensor]]:
     """Weights of `nano` before and after `STEPS` steps on the text of this file."""
-    text = torch.tensor(list(open(__file__, "rb").read()))
+    text = torch.tensor(list(Path(__file__).read_bytes()))
     config = model_config("nano", vocab_size=256, length=48)
     model = build_model("nano", config, seed=0, deepspeed_config={})
     optimizer = arg_dist.AdaRankGrad(arg_dist.param_groups(model), max_rank=0.25, **settings)

@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints: on the same processes, the run goes on as if it had never stopped."""
+"""DeepSpeed's own checkpoints: the same processes go on as if they had never stopped."""
 
 import json
 from typing import Any

@@ -117,7 +117,11 @@ def write_config(path: Path, **params: Any) -> Path:
     ],
 )
 def test_bad_input_gets_one_line(
-    params: dict[str, Any], options: tuple[object, ...], words: list[str], text: Path, tmp_path: Path
+    params: dict[str, Any],
+    options: tuple[object, ...],
+    words: list[str],
+    text: Path,
+    tmp_path: Path,
 ) -> None:
     config = write_config(tmp_path / "config.json", **params)
     words_given = ("--deepspeed_config", config, "--data", text, "--steps", 2, *options)

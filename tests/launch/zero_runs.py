@@ -131,9 +131,7 @@ def train(case: Case, expected: dict[str, Any]) -> dict[str, Any]:
     everyones_bases = gather(bases(optimizer))
     result = {
         "losses": losses,
-        "loss_difference": max(
-            abs(a - b) for a, b in zip(losses, expected["losses"], strict=True)
-        ),
+        "loss_difference": max(abs(a - b) for a, b in zip(losses, expected["losses"], strict=True)),
         "ranks_equal": ranks_equal,
         "projector_difference": max(
             projector_difference(whole, [b[name] for b in everyones_bases if name in b])
