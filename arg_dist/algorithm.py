@@ -100,15 +100,7 @@ def low_rank_step(
         _adopt(new, projected, state, spread, settings, phase, norm_sq)
     else:
         _watch(state, settings, kept_sq)
-    state["step"] += 1
-    direction = adam_direction(
-        projected,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        step=state["step"],
-        betas=settings.betas,
-        eps=settings.eps,
-    )
+    direction = _advance(state, projected, settings)
     state["kept_sq"] = projected.double().square().sum()
     state["since_refresh"] += 1
     direction = yield from gather(direction, moment.keep, moment.update, me)
@@ -134,15 +126,7 @@ def adam_step(
         state.update(
             step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient)
         )
-    state["step"] += 1
-    direction = adam_direction(
-        gradient,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        step=state["step"],
-        betas=settings.betas,
-        eps=settings.eps,
-    )
+    direction = _advance(state, gradient, settings)
     return (yield from gather(direction, side.keep, side.update, me))
 
 
@@ -161,6 +145,19 @@ def rounds(power_passes: int) -> tuple[int, int]:
 def is_due(state: State) -> bool:
     """Whether the next step looks for a new basis; decided by the step before."""
     return not state or state["since_refresh"] >= state["gap"]
+
+
+def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Tensor:
+    """One step of Adam on the moments in `state`; returns the direction."""
+    state["step"] += 1
+    return adam_direction(
+        gradient,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        step=state["step"],
+        betas=settings.betas,
+        eps=settings.eps,
+    )
 
 
 def _watch(state: State, settings: AdaRankGradConfig, kept_sq: float) -> None:
