@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,9 @@ import torch
 from torch import Tensor
 
 from arg_dist.subspace.exchange import Exchange, Steps, even_rows
+
+LARGEST_NORM_SQ = 1e36
+"""Squares of larger gradients, and products with them, overflow in fp32."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Agreement:
     strangers: list[int]
 
     def nonfinite(self) -> list[int]:
-        """Positions of the matrices and tensors whose gradient is NaN or infinite."""
-        return [i for i, norm_sq in enumerate(self.norm_sq) if not math.isfinite(norm_sq)]
+        """Positions of the matrices and tensors whose gradient is NaN, infinite or too large."""
+        return [i for i, norm_sq in enumerate(self.norm_sq) if not norm_sq < LARGEST_NORM_SQ]
 
 
 def agree(

@@ -20,7 +20,7 @@ from arg_dist.sharding.drivers import run_collective, run_local
 from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.state import copy_state, matrix_stats, storage_bytes
+from arg_dist.state import copy_state, fits, matrix_stats, storage_bytes
 from arg_dist.subspace.exchange import Steps
 
 
@@ -80,7 +80,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)
         config = parse_config(given)
         self._parameters: dict[str, weakref.ref[Tensor]] = {}
-        self._plans: dict[tuple[int, ...], list[Plan]] = {}
+        self._plans: dict[tuple[tuple[int, bool], ...], list[Plan]] = {}
         self._communicators: dict[Any, Communicator] = {}
         self._full_rank_names: frozenset[str] = frozenset()
         self._patterns_applied = config.targets is None and config.exclude is None
@@ -186,7 +186,7 @@ class AdaRankGrad(torch.optim.Optimizer):
             list(gradients.items()),
             kept,
             needed,
-            own_state=self._has_own_state(plan.communicator),
+            own_state=self._has_own_state(plan),
             units=len(plan.names),
             processes=plan.communicator.size,
             me=plan.communicator.me,
@@ -199,7 +199,7 @@ class AdaRankGrad(torch.optim.Optimizer):
             raise RuntimeError(
                 f"load_state_dict: process {', '.join(map(str, agreed.strangers))} of "
                 f"{plan.communicator.size} was given optimizer state that another process saved, "
-                "or that was saved by another number of processes; the state is sharded: each "
+                "another number of processes, or another model; the state is sharded: each "
                 "process has to save and load its own"
             )
         bad = agreed.nonfinite()
@@ -210,9 +210,9 @@ class AdaRankGrad(torch.optim.Optimizer):
             return False
         more = f" and {len(bad) - 1} of {len(plan.names) - 1} others" if len(bad) > 1 else ""
         raise FloatingPointError(
-            f"the gradient of {plan.names[bad[0]]}{more} is NaN or infinite; weights and optimizer "
-            "state are as before the step. Lower the learning rate or clip the gradient, look for "
-            'the bad batch, or set nonfinite="skip" to leave such steps out'
+            f"the gradient of {plan.names[bad[0]]}{more} is NaN or infinite (or above 1e18); "
+            "weights and optimizer state are as before the step. Lower the learning rate or clip "
+            'the gradient, look for the bad batch, or set nonfinite="skip" to leave such steps out'
         )
 
     def _update(
@@ -243,7 +243,7 @@ class AdaRankGrad(torch.optim.Optimizer):
 
     def _bound_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
         """The plans for the tensors that the groups hold now; made when first seen."""
-        key = tuple(id(target) for group in groups for target in group["params"])
+        key = tuple((id(p), p.requires_grad) for group in groups for p in group["params"])
         if key not in self._plans:
             self._plans[key] = self._make_plans(groups)
         return self._plans[key]
@@ -263,16 +263,19 @@ class AdaRankGrad(torch.optim.Optimizer):
             specs.append(group_spec(seen, settings_of(group), self._full_rank_names))
         return make_plans(specs, self._communicators)
 
-    def _has_own_state(self, communicator: Communicator) -> bool:
-        here = (communicator.me, communicator.size)
-        return self._loaded_process is None or tuple(self._loaded_process) == here
+    def _has_own_state(self, plan: Plan) -> bool:
+        """Whether the state, which may have been loaded, is this process's and of these shapes."""
+        here = (plan.communicator.me, plan.communicator.size)
+        if self._loaded_process is not None and tuple(self._loaded_process) != here:
+            return False
+        return all(fits(shard, self._state_of(shard)) for shard in plan.shards)
 
     def _state_of(self, shard: Shard) -> State:
         state: State = self.state[shard.fragment.target].setdefault(shard.name, {})
         return state
 
-    def _shards(self) -> Iterator[Shard]:
-        return (shard for plans in self._plans.values() for plan in plans for shard in plan.shards)
+    def _every_plan(self) -> Iterator[Plan]:
+        return chain.from_iterable(self._plans.values())
 
     # -- what users ask ----------------------------------------------------------------------------
 
@@ -282,9 +285,11 @@ class AdaRankGrad(torch.optim.Optimizer):
         Keys: name, shape, side, rank, energy (share of the gradient kept at the last refresh),
         steps_since_refresh, refreshes, state_bytes (on this process).
         """
+        # a matrix may be in several plans: groups were added, or parameters frozen, on the way
+        shards = {shard.name: shard for plan in self._every_plan() for shard in plan.shards}
         return [
             matrix_stats(shard, state)
-            for shard in self._shards()
+            for shard in shards.values()
             if isinstance(shard, MatrixShard) and (state := self._state_of(shard))
         ]
 
@@ -302,14 +307,14 @@ class AdaRankGrad(torch.optim.Optimizer):
 
     def held_elements(self) -> int:
         """Elements of the parameters that the engine has given to this process's optimizer."""
-        return sum(plan.elements for plans in self._plans.values() for plan in plans)
+        held = {part.name: part.stop - part.start for p in self._every_plan() for part in p.held}
+        return sum(held.values())
 
     # -- saving ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """This process's state, and whose it is."""
-        plans = chain.from_iterable(self._plans.values())
-        places = [(plan.communicator.me, plan.communicator.size) for plan in plans]
+        places = [(plan.communicator.me, plan.communicator.size) for plan in self._every_plan()]
         return {**super().state_dict(), "process": places[0] if places else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arg_dist.sharding.shard import MatrixShard
+from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
+from arg_dist.subspace.spread import row_count
 
 
 def storage_bytes(states: Iterable[Any]) -> int:
@@ -26,6 +27,19 @@ def storage_bytes(states: Iterable[Any]) -> int:
     for state in states:
         visit(state)
     return sum(storages.values())
+
+
+def fits(shard: Shard, state: Mapping[str, Any]) -> bool:
+    """Whether `state` has the rows that this process keeps of the shard; an empty one fits."""
+    if not state:
+        return True
+    rows = state["exp_avg"].shape[0]
+    if isinstance(shard, TensorShard):
+        return bool(rows == row_count(shard.side.keep[shard.me]))
+    assert isinstance(shard, MatrixShard)
+    spread = shard.spread
+    kept, stored = row_count(spread.moment.keep[spread.me]), row_count(spread.store[spread.me])
+    return bool((rows, state["basis"].shape[0]) == (kept, stored))
 
 
 def matrix_stats(shard: MatrixShard, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def check_tiling(name: str, ranges: Ranges, numel: int) -> None:
     filled = 0
     for start, stop in sorted(r for r in ranges if r[0] < r[1]):
         if start != filled:
+            filled = -1
             break
         filled = stop
     if filled != numel:

@@ -55,13 +55,13 @@ class Plan:
         communicator: the process group.
         shards: this process's parts, in an order equal on all processes.
         names: names of all matrices and tensors, those held by others included.
-        elements: number of parameter elements that this process holds.
+        held: the fragments that this process holds.
     """
 
     communicator: Communicator
     shards: list[Shard]
     names: list[str]
-    elements: int
+    held: list[Fragment]
 
 
 def make_plans(specs: Sequence[GroupSpec], communicators: dict[Any, Communicator]) -> list[Plan]:
@@ -91,15 +91,18 @@ def _make_plan(members: list[tuple[int, GroupSpec]], communicator: Communicator)
     _check_agreement(everyone)
     shards: list[Shard] = []
     names: list[str] = []
-    elements = 0
+    held: list[Fragment] = []
     for k, (position, spec) in enumerate(members):
         for j, fragment in enumerate(spec.holding.fragments):
             ranges = tuple(other[k]["fragments"][j]["range"] for other in everyone)
             if not spec.holding.replicated:
                 check_tiling(fragment.name, ranges, math.prod(fragment.shape))
             shards += _shards_of(fragment, ranges, spec, position, communicator.me, names)
-            elements += fragment.stop - fragment.start
-    return Plan(communicator, shards, names, elements)
+            held.append(fragment)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RuntimeError(f"two matrices are called {twice!r}; rename one of the parameters")
+    return Plan(communicator, shards, names, held)
 
 
 def _shards_of(

@@ -38,8 +38,16 @@ class Shard:
         return self._cut(self.fragment.view(self.fragment.target.detach()))
 
     def gradient(self) -> Tensor | None:
-        """Their gradient, shaped like :meth:`values`."""
+        """Their gradient, shaped like :meth:`values`; None if there is none.
+
+        Raises:
+            RuntimeError: it is a sparse tensor.
+        """
         gradient = self.fragment.target.grad
+        if gradient is not None and gradient.is_sparse:
+            raise RuntimeError(
+                f"the gradient of {self.name} is sparse; use the module with sparse=False"
+            )
         return None if gradient is None else self._cut(self.fragment.view(gradient))
 
     @property
@@ -166,8 +174,8 @@ class MatrixShard(Shard):
 
 
 def _add_scaled(values: Tensor, update: Tensor, keep: float, step: float) -> None:
-    """``values <- keep * values + step * update``, in fp32 whatever the weights' dtype."""
-    if values.dtype == torch.float32:
+    """``values <- keep * values + step * update``, in fp32 at least."""
+    if values.dtype in (torch.float32, torch.float64):
         values.mul_(keep).add_(update, alpha=step)
     else:
         values.copy_(values.float().mul_(keep).add_(update, alpha=step))

@@ -73,12 +73,15 @@ class ProcessPool:
             process.kill()
         for process, _ in self._workers:
             process.join()
+        if self._workers:
+            self._directory.cleanup()
         self._workers = []
 
     def _start(self) -> None:
         # a fresh interpreter each: threads and locks of this one are not copied
         context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp(prefix="pool-")) / "rendezvous"
+        self._directory = tempfile.TemporaryDirectory(prefix="pool-")
+        store = Path(self._directory.name) / "rendezvous"
         for index in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(

@@ -72,32 +72,30 @@ CUTS = {
 }
 
 
+def assert_same(results, cuts, layout) -> None:
+    """Asserts that weights and states have the same bits as without processes."""
+    for i, (shape, ranges) in enumerate(zip(SHAPES, cuts, strict=True)):
+        weights, states = lockstep(shape, ranges, layout)
+        owners = [process for process, (start, stop) in enumerate(ranges) if start < stop]
+        for process, weight, state in zip(owners, weights, states, strict=True):
+            actual = (results[process][0][i], results[process][1][i])
+            expected = (weight, {key: state[key] for key in KEPT})
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("spans_columns", [True, False])
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_processes_compute_what_shards_in_lockstep_do(pool, cut, spans_columns, processes):
-    layout = {"spans_columns": spans_columns}
-    cuts = [cut(shape, processes) for shape in SHAPES]
-    results = pool.run(train, processes, cuts, layout)
-    for i, shape in enumerate(SHAPES):
-        weights, states = lockstep(shape, cuts[i], layout)
-        owners = [k for k, (start, stop) in enumerate(cuts[i]) if start < stop]
-        for k, weight, state in zip(owners, weights, states, strict=True):
-            assert torch.equal(results[k][0][i], weight)
-            assert all(torch.equal(results[k][1][i][key], state[key]) for key in KEPT)
+    cuts, layout = [cut(shape, processes) for shape in SHAPES], {"spans_columns": spans_columns}
+    assert_same(pool.run(train, processes, cuts, layout), cuts, layout)
 
 
 @pytest.mark.parametrize("shard_basis", [True, False])
 def test_replicated_processes_compute_what_shards_in_lockstep_do(pool, shard_basis):
     layout = {"spans_columns": True, "replicated": True, "shard_basis": shard_basis}
     cuts = [((0, shape[0] * shape[1]),) * 3 for shape in SHAPES]
-    results = pool.run(train, 3, cuts, layout)
-    for i, shape in enumerate(SHAPES):
-        for (weights, kept, _), weight, state in zip(
-            results, *lockstep(shape, cuts[i], layout), strict=True
-        ):
-            assert torch.equal(weights[i], weight)
-            assert all(torch.equal(kept[i][key], state[key]) for key in KEPT)
+    assert_same(pool.run(train, 3, cuts, layout), cuts, layout)
 
 
 def test_a_matrix_that_one_process_holds_whole_is_never_sent(pool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def collectives_by_step(group, count: int) -> list[int]:
     for step in range(8):
         step_towards_zero(optimizer, step)
         totals.append(optimizer.collectives())
-    return [after - before for before, after in zip(totals, totals[1:], strict=False)]
+    return [after - before for before, after in pairwise(totals)]
 
 
 def test_the_number_of_collectives_does_not_depend_on_the_number_of_matrices(pool):
@@ -160,3 +161,21 @@ def go_on_from_a_checkpoint(group) -> None:
 
 def test_a_run_that_every_process_saved_and_loaded_goes_on_to_the_bit(pool):
     pool.run(go_on_from_a_checkpoint, 3)
+
+
+def load_the_state_of_process_0(group) -> str:
+    """The error where all processes load what only one of them saved, as is usual under DDP."""
+    shapes = [(96, 48), (48, 96)]  # equal shares, so that the shapes of the states fit
+    first, second = build(group, shapes=shapes), build(group, shapes=shapes)
+    step_towards_zero(first, 0)
+    saved = [first.state_dict()]
+    dist.broadcast_object_list(saved, src=0, group=group)
+    with pytest.raises(RuntimeError) as raised:
+        second.load_state_dict(saved[0])
+        step_towards_zero(second, 1)
+    return str(raised.value)
+
+
+def test_a_state_that_another_process_saved_is_refused(pool):
+    messages = pool.run(load_the_state_of_process_0, 2)
+    assert messages[0] == messages[1] and "process 1" in messages[0]

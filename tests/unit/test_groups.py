@@ -54,6 +54,14 @@ def test_gpt2s_conv1d_are_matrices_and_the_tied_embedding_counts_once(gpt2):
     assert "lm_head.weight" not in rest and gpt2.lm_head.weight is gpt2.transformer.wte.weight
 
 
+@pytest.mark.parametrize("first", ["embedding", "decoder"])
+def test_an_embedding_that_a_linear_layer_shares_stays_full_rank(first):
+    layers = {"embedding": nn.Embedding(12, 6), "decoder": nn.Linear(6, 12, bias=False)}
+    layers["decoder"].weight = layers["embedding"].weight
+    model = nn.ModuleDict({first: layers.pop(first), **layers})
+    assert classify(model) == {f"{first}.weight": "rest"}
+
+
 @pytest.mark.parametrize(
     ("patterns", "expected"),
     [

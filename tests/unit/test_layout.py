@@ -134,7 +134,7 @@ def test_matrices_of_a_stack_get_their_part_of_each_range(ranges):
         ((0, 5), (6, 9)),
         ((0, 6), (5, 9)),
         ((0, 5),),
-        pytest.param(((0, 9), (0, 9)), marks=pytest.mark.xfail(strict=True, reason="accepted")),
+        ((0, 9), (0, 9)),
     ],
 )
 def test_ranges_that_do_not_tile_a_parameter_are_refused_by_name(ranges):

@@ -85,7 +85,6 @@ def test_finite_gradients_of_any_usual_size_are_no_fault(size):
     assert all(parameter.isfinite().all() for parameter in parameters_of(optimizer))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="ends in the middle of the step")
 def test_a_gradient_too_large_for_its_square_is_as_bad_as_an_infinite_one():
     optimizer = trained(min_gap=3, max_gap=3)
     before = snapshot(optimizer)

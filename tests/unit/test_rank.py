@@ -10,7 +10,7 @@ from matrices import SHAPES, gaussian, geometric, with_spectrum
 from one_process import one_step
 
 from arg_dist.sharding.plan import phase_of
-from arg_dist.subspace.rank import choose_rank, exit_early, numerical_rank
+from arg_dist.subspace.rank import choose_rank, exit_early, gap_until_next, numerical_rank
 
 
 def residual_search(gradient: torch.Tensor, energy: float) -> int:
@@ -96,28 +96,42 @@ def refresh_steps(sizes: list[float], **settings) -> list[int]:
     return steps
 
 
-def test_a_steady_gradient_is_refreshed_at_the_longest_gap():
-    assert refresh_steps([1.0] * 20, min_gap=2, max_gap=6, phase=0.999) == [0, 5, 11, 17]
+GROWING = {"min_gap": 3, "max_gap": 20}
+"""From step 0: gaps of 3, 6, 12, 20, 20 where the phase is 0."""
 
 
-@pytest.mark.parametrize(("phase", "second"), [(0.0, 2), (0.5, 6), (0.99, 9)])
-def test_the_second_refresh_is_staggered_between_the_gaps(phase, second):
-    assert refresh_steps([1.0] * 12, min_gap=2, max_gap=10, phase=phase)[1] == second
+def test_gaps_double_from_the_shortest_to_the_longest():
+    assert refresh_steps([1.0] * 70, phase=0.0, **GROWING) == [0, 3, 9, 21, 41, 61]
+    assert refresh_steps([1.0] * 9, phase=0.0, min_gap=2, max_gap=2) == [0, 2, 4, 6, 8]
 
 
-def test_a_decayed_gradient_is_refreshed_before_the_longest_gap():
-    sizes = [1.0] * 5 + [0.4] * 15
-    # the sixth step is the first small one, the seventh sees it, the eighth refreshes
-    assert refresh_steps(sizes, min_gap=3, max_gap=50, phase=0.9) == [0, 7]
-    assert refresh_steps(sizes, min_gap=10, max_gap=50, phase=0.9) == [0, 11]
-    assert refresh_steps(sizes, min_gap=3, max_gap=50, phase=0.9, decay=0.0) == [0]
+@given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 500), st.floats(0, 0.999))
+def test_gaps_stay_within_their_bounds_and_grow(refreshes, shortest, more, phase):
+    bounds = {"shortest": shortest, "longest": shortest + more, "phase": phase}
+    gap, following = (gap_until_next(refreshes + i, **bounds) for i in (0, 1))
+    assert shortest <= gap <= following <= shortest + more
+    assert following >= min(shortest + more, 2 * gap)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_the_exit_does_not_depend_on_the_scale_of_the_loss(scale):
-    sizes = [1.0] * 5 + [0.4] * 15
-    settings = {"min_gap": 3, "max_gap": 50, "phase": 0.9}
-    assert refresh_steps([scale * size for size in sizes], **settings) == [0, 7]
+def test_phases_keep_the_refreshes_of_matrices_apart():
+    seconds = {refresh_steps([1.0] * 12, min_gap=5, max_gap=20, phase=p / 5)[1] for p in range(5)}
+    assert seconds == {5, 6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_decayed_gradient_is_refreshed_early_whatever_the_scale_of_the_loss(scale):
+    sizes = [scale] * 12 + [0.4 * scale] * 12
+    # step 12 is the first small one, the next one sees it, the one after it refreshes
+    assert refresh_steps(sizes, phase=0.0, **GROWING)[:4] == [0, 3, 9, 14]
+    assert refresh_steps(sizes, phase=0.0, decay=0.3, **GROWING) == [0, 3, 9, 21]
+
+
+def test_no_basis_ends_before_the_shortest_gap():
+    sizes = [1.0] * 10 + [0.4] * 10
+    settings = {"phase": 0.0, "min_gap": 5, "max_gap": 40}
+    assert refresh_steps(sizes, **settings) == [0, 5, 12]
+    # small from step 6 on: the basis of step 5 has served its five steps at step 10
+    assert refresh_steps([1.0] * 6 + [0.4] * 14, **settings) == [0, 5, 11]
 
 
 def test_phases_follow_from_names_alone_and_spread_out():

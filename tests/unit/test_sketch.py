@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from one_process import one_step
 
 from arg_dist.subspace.sketch import BLOCK, gaussian_rows
 
@@ -28,6 +29,14 @@ def test_any_cut_of_the_rows_draws_the_same_matrix(cuts):
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"name": "v"}, {"refresh": 1}])
 def test_another_seed_name_or_refresh_draws_another_matrix(changes):
     assert not torch.equal(rows(0, 9, **changes), rows(0, 9))
+
+
+def test_every_refresh_draws_a_new_sketch():
+    state, bases, gradient = {}, [], torch.eye(9)
+    for _ in range(3):
+        one_step(gradient, state, max_rank=3, min_gap=1, max_gap=1, oversample=0, power_passes=0)
+        bases.append(state["basis"])
+    assert not torch.equal(bases[0], bases[1]) and not torch.equal(bases[1], bases[2])
 
 
 def test_no_random_state_is_read_or_changed():

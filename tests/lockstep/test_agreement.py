@@ -1,0 +1,65 @@
+"""What all shards know before a step changes anything."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cuts import element_ranges
+from hypothesis import given
+from matrices import whole_numbers
+from tolerances import FP64
+
+from arg_dist.agreement import Agreement, agree
+from arg_dist.sharding.drivers import run_local, run_lockstep
+
+
+def agreed(ranges, gradients, rounds, strangers=()) -> list[Agreement]:
+    """The agreement of shards that hold these ranges of each gradient, as each of them sees it."""
+    return run_lockstep(
+        [
+            agree(
+                [(i, gradient[start:stop]) for i, gradient in enumerate(gradients) if start < stop],
+                [(0, torch.tensor(me + 1.0).double())],
+                rounds[me],
+                own_state=me not in strangers,
+                units=len(gradients),
+                processes=len(ranges),
+                me=me,
+            )
+            for me, (start, stop) in enumerate(ranges)
+        ]
+    )
+
+
+@given(element_ranges(30))
+def test_norms_are_summed_and_the_most_rounds_are_taken(ranges):
+    gradients = [whole_numbers(30, seed=seed) for seed in range(3)]
+    rounds = [(7 * me) % 5 for me in range(len(ranges))]
+    answers = agreed(ranges, gradients, rounds)
+    assert all(answer == answers[0] for answer in answers)
+    norms = torch.stack([gradient.double().square().sum() for gradient in gradients])
+    FP64.check(torch.tensor(answers[0].norm_sq, dtype=torch.float64), norms)
+    assert answers[0].kept_sq == [sum(range(1, len(ranges) + 1)), 0, 0]
+    assert answers[0].rounds == max(rounds)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_no_number_anywhere_is_known_everywhere(value):
+    gradients = [torch.ones(8), torch.ones(8), torch.ones(8)]
+    gradients[1][5] = value
+    for answer in agreed(((0, 3), (3, 3), (3, 8)), gradients, [0, 0, 0]):
+        assert answer.nonfinite() == [1]
+
+
+def test_everyone_knows_who_holds_the_state_of_another_process():
+    answers = agreed(((0, 3), (3, 3), (3, 8)), [torch.ones(8)], [0, 0, 0], strangers=(1, 2))
+    assert [answer.strangers for answer in answers] == [[1, 2]] * 3
+
+
+def test_norms_do_not_overflow():
+    gradient = torch.full((4,), 3e38)
+    steps = agree([(0, gradient)], [], 0, own_state=True, units=1, processes=1, me=0)
+    norm_sq = torch.tensor(run_local(steps).norm_sq, dtype=torch.float64)
+    FP64.check(norm_sq, gradient.double().square().sum()[None])
