@@ -1,0 +1,98 @@
+"""FSDP2 (``fully_shard``): whole rows, or whole columns, of every parameter on each process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
+
+
+class ShardedTensorAdapter:
+    """DTensors cut along one dimension of one mesh axis; other axes must hold copies (HSDP)."""
+
+    def recognizes(self, group: ParameterGroup) -> bool:
+        """Whether any of the group's tensors is a DTensor."""
+        return any(hasattr(target, "placements") for target in group.targets)
+
+    def on_construction(self, optimizer: Any) -> None:
+        """Nothing to prepare."""
+
+    def hold(self, group: ParameterGroup) -> Holding:
+        """This process's rows (or columns) of each trainable parameter.
+
+        Raises:
+            RuntimeError: a parameter is cut along two mesh axes, or cut in a way that is unknown.
+        """
+        fragments, process_group = [], None
+        for name, target in zip(group.names, group.targets, strict=True):
+            if target.requires_grad:
+                axis, dimension = _cut(name, target)
+                process_group = target.device_mesh.get_group(axis)  # type: ignore[attr-defined]
+                fragments.append(_fragment(name, target, axis, dimension))
+        if process_group is not None and dist.get_world_size(process_group) == 1:
+            process_group = None
+        return Holding(fragments, process_group)
+
+
+def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
+    """A ``shard_placement_fn`` for ``fully_shard`` that leaves nothing to send between refreshes.
+
+    Matrices wider than tall are cut along their columns, on whose side their moments lie; with
+    ``shard_basis=False`` a step without a refresh then sends no low-rank factor at all. PyTorch
+    cuts columns only where they divide evenly; other matrices keep their rows.
+
+    Args:
+        processes: number of processes that share a parameter.
+    """
+    from torch.distributed.tensor import Shard
+
+    def placement(parameter: nn.Parameter) -> Any:
+        wide = parameter.ndim == 2 and parameter.shape[0] < parameter.shape[1]
+        return Shard(1) if wide and parameter.shape[1] % processes == 0 else None
+
+    return placement
+
+
+def _cut(name: str, target: Any) -> tuple[int, int]:
+    """Mesh axis and dimension along which a DTensor is cut."""
+    cuts = [(axis, p.dim) for axis, p in enumerate(target.placements) if p.is_shard()]
+    plain = all(p.is_shard() or p.is_replicate() for p in target.placements)
+    if len(cuts) != 1 or not plain or (cuts[0][1] != 0 and (cuts[0][1], target.ndim) != (1, 2)):
+        raise RuntimeError(
+            f"{name}: its placements are {tuple(target.placements)}; AdaRankGrad needs parameters "
+            "that fully_shard has cut along one dimension (0, or 1 of a matrix) of one mesh axis; "
+            "tensor parallelism is not supported"
+        )
+    return cuts[0]
+
+
+def _fragment(name: str, target: Any, axis: int, dimension: int) -> Fragment:
+    mesh, shape = target.device_mesh, tuple(target.shape)
+    length = -(-shape[dimension] // mesh.size(axis))
+    first = min(mesh.get_local_rank(axis) * length, shape[dimension])
+    others = target.numel() // shape[dimension]
+    numel = target.to_local().numel()
+    if dimension == 1:
+        shape = shape[::-1]
+    return Fragment(
+        name,
+        shape,
+        first * others,
+        first * others + numel,
+        target,
+        partial(_local, transposed=dimension == 1),
+        transposed=dimension == 1,
+    )
+
+
+def _local(tensor: Any, transposed: bool) -> Tensor:
+    local: Tensor = tensor.to_local()
+    return local.T if transposed else local
+
+
+ADAPTERS.insert(0, ShardedTensorAdapter())
