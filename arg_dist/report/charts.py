@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from arg_dist.report.files import write_atomically
-from arg_dist.report.tables import share
+from arg_dist.report.tables import processes, share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def draw_report(report: dict[str, Any], steps: Steps, path: Path) -> None:
             handle.set(linewidth=2.2, alpha=1)
         figure.suptitle(
             f"{report['model']} ({report['model_parameters'] / 1e6:.1f}M)  ·  "
-            f"{report['optimizer']}  ·  {report['engine']} on {report['world_size']} processes  ·  "
+            f"{report['optimizer']}  ·  {report['engine']} on {processes(report)}  ·  "
             f"{report['status']} at step {report['steps']}",
             fontsize=13,
         )

@@ -1,4 +1,4 @@
-"""FSDP2: rows, columns and replicas of `fully_shard` give what one process gives."""
+"""PyTorch's own engines give what one process gives: FSDP2, cut in any way, and DDP."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tolerances import LOSSES, LOW_PRECISION_LOSSES
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
 
 import arg_dist
 from arg_dist.engines.fsdp2 import column_shards
@@ -18,10 +19,13 @@ from tests.launch import models
 from tests.launch.cases import SETTINGS
 
 STEPS = 20
+HOW = ("rows", "copies")
 
 
-def shard(model: torch.nn.Module, group: dist.ProcessGroup, how: str) -> None:
-    """Cuts the layers, then the rest, as a training script would."""
+def distribute(model: torch.nn.Module, group: dist.ProcessGroup, how: str) -> torch.nn.Module:
+    """Cuts the layers, then the rest, as a training script would, or copies the model."""
+    if how == "copies":
+        return DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
     processes = dist.get_world_size(group)
     if how == "replicas":
         mesh = init_device_mesh("cpu", (2, processes // 2), mesh_dim_names=("replicate", "shard"))
@@ -36,6 +40,7 @@ def shard(model: torch.nn.Module, group: dist.ProcessGroup, how: str) -> None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for layer in (*getattr(model, "layers", ()), model):
         fully_shard(layer, **options)
+    return model
 
 
 def train(
@@ -49,8 +54,8 @@ def train(
     model = models.build(name)
     processes = 1 if group is None else dist.get_world_size(group)
     if group is not None:
-        shard(model, group, how)
-    groups = arg_dist.param_groups(model)
+        model = distribute(model, group, how)
+    groups = arg_dist.param_groups(getattr(model, "module", model))
     optimizer = arg_dist.AdaRankGrad(groups, process_group=group, **SETTINGS)
     share = models.BATCH // processes
     first = 0 if group is None else dist.get_rank(group) * share
@@ -78,7 +83,7 @@ def alone() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("processes", "name", "how"),
-    [(n, name, "rows") for n in (1, 2, 3, 4) for name in ("llama", "gpt2", "odd")]
+    [(n, name, how) for how in HOW for n in (1, 2, 3, 4) for name in ("llama", "gpt2", "odd")]
     + [(2, "llama", "columns"), (4, "llama", "columns"), (4, "llama", "replicas")]
     + [(2, "llama", "offload")],
 )
@@ -93,8 +98,9 @@ def test_training_cut_up_is_training_alone(pool, alone, processes, name, how):
     assert held <= 1.03 * copies * alone[name]["state_bytes"]
 
 
-def test_accumulated_gradients_are_one_gradient(pool, alone):
-    for result in pool.run(train, 2, "llama", "rows", 3, seconds=60):
+@pytest.mark.parametrize("how", HOW)
+def test_accumulated_gradients_are_one_gradient(pool, alone, how):
+    for result in pool.run(train, 2, "llama", how, 3, seconds=60):
         LOSSES.check(torch.tensor(result["losses"]), torch.tensor(alone["llama"]["losses"]))
 
 
