@@ -160,16 +160,21 @@ class AdaRankGrad(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [group for group in self.param_groups if group["params"]]
+        settings = [settings_of(group) for group in groups]
+        prepared = []
         for plan in self._bound_plans(groups):
-            settings = {shard.group: settings_of(groups[shard.group]) for shard in plan.shards}
             gradients = {shard.unit: oriented_gradient(shard) for shard in plan.shards}
-            agreed = self._agree(plan, gradients, settings)
-            if self._is_usable(agreed, plan, groups):
+            prepared.append((plan, gradients, self._agree(plan, gradients, settings)))
+        # nothing changes before every gradient of this call is known to be usable
+        if all([self._is_usable(agreed, plan, settings) for plan, _, agreed in prepared]):
+            for plan, gradients, agreed in prepared:
                 self._update(plan, gradients, agreed, settings)
+        else:
+            self.skipped_steps += 1
         return loss
 
     def _agree(
-        self, plan: Plan, gradients: dict[int, Tensor], settings: dict[int, AdaRankGradConfig]
+        self, plan: Plan, gradients: dict[int, Tensor], settings: list[AdaRankGradConfig]
     ) -> Agreement:
         """``||G||^2``, finiteness and rounds of all matrices, equal on all processes."""
         kept, needed = [], 0
@@ -194,7 +199,8 @@ class AdaRankGrad(torch.optim.Optimizer):
         agreed: Agreement = _run([norms], plan.communicator, 1)[0]
         return agreed
 
-    def _is_usable(self, agreed: Agreement, plan: Plan, groups: list[dict[str, Any]]) -> bool:
+    def _is_usable(self, agreed: Agreement, plan: Plan, settings: list[AdaRankGradConfig]) -> bool:
+        """Whether a plan's gradients are finite; raises where the step is not to be left out."""
         if agreed.strangers:
             raise RuntimeError(
                 f"load_state_dict: process {', '.join(map(str, agreed.strangers))} of "
@@ -205,8 +211,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         bad = agreed.nonfinite()
         if not bad:
             return True
-        self.skipped_steps += 1
-        if all(group["nonfinite"] == "skip" for group in groups):
+        if all(each.nonfinite == "skip" for each in settings):
             return False
         more = f" and {len(bad) - 1} of {len(plan.names) - 1} others" if len(bad) > 1 else ""
         raise FloatingPointError(
@@ -220,7 +225,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         plan: Plan,
         gradients: dict[int, Tensor],
         agreed: Agreement,
-        settings: dict[int, AdaRankGradConfig],
+        settings: list[AdaRankGradConfig],
     ) -> None:
         """Runs the algorithm on every shard that has ever had a gradient."""
         shared: list[tuple[Shard, Steps[Any]]] = []
