@@ -22,7 +22,8 @@ class Agreement:
         norm_sq: ``||G||_F^2`` of each matrix and tensor of the plan.
         kept_sq: ``||P||_F^2`` of each matrix's step before.
         rounds: rounds of communication that this step takes.
-        strangers: processes that hold optimizer state which another process saved.
+        strangers: processes that hold optimizer state which another process saved, or that have
+            taken another number of steps than the first.
     """
 
     norm_sq: list[float]
@@ -41,6 +42,7 @@ def agree(
     rounds: int,
     *,
     own_state: bool,
+    steps: int,
     units: int,
     processes: int,
     me: int,
@@ -53,6 +55,7 @@ def agree(
         kept_sq: position and ``||P||^2`` over this process's rows, fp64 scalars.
         rounds: rounds that this process's matrices need.
         own_state: whether this process's optimizer state is its own.
+        steps: steps that this process's optimizer has taken.
         units: number of matrices and tensors of the plan.
         processes: size of the group.
         me: this process's index.
@@ -67,15 +70,20 @@ def agree(
         part[[unit for unit, _ in kept_sq], 1] = torch.stack([value for _, value in kept_sq])
     everyone = ((0, units),) * processes
     all_rows = ((0, processes),) * processes
-    mine = torch.tensor([[rounds, int(not own_state)]])
+    mine = torch.tensor([[rounds, int(own_state), steps]])
     answers = yield (
         Exchange(part, everyone, everyone),
         Exchange(mine, even_rows(processes, processes), all_rows),
     )
-    totals = answers[0].tolist()
+    totals, processes_say = answers[0].tolist(), answers[1].tolist()
+    steps_of_first = processes_say[0][2]
     return Agreement(
         norm_sq=[row[0] for row in totals],
         kept_sq=[row[1] for row in totals],
-        rounds=int(answers[1][:, 0].max()),
-        strangers=answers[1][:, 1].nonzero().flatten().tolist(),
+        rounds=max(needed for needed, _, _ in processes_say),
+        strangers=[
+            process
+            for process, (_, own, taken) in enumerate(processes_say)
+            if not own or taken != steps_of_first
+        ],
     )

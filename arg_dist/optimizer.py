@@ -13,7 +13,7 @@ from torch import Tensor
 from arg_dist.agreement import Agreement, agree
 from arg_dist.algorithm import State, is_due, rounds
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
-from arg_dist.parameter_groups import SETTINGS, group_spec, settings_of
+from arg_dist.parameter_groups import SETTINGS, check_names, group_spec, settings_of
 from arg_dist.shard_step import apply_update, computation, oriented_gradient
 from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.drivers import run_collective, run_local
@@ -33,7 +33,7 @@ class AdaRankGrad(torch.optim.Optimizer):
     ===================== ==================================== ====================================
     phase                 computes                             sends, in one collective a round
     ===================== ==================================== ====================================
-    agree                 ``||G||^2``; is every gradient       one number a matrix
+    agree                 ``||G||^2``; is every gradient       two numbers a matrix
                           finite; is a refresh due
     refresh (when due)    sketch, power passes, energies,      sketches to one home process each,
                           rank, new basis; the moments         bases back; ``l x l`` and ``r x r``
@@ -87,6 +87,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         self.is_classified = False
         self._process_group = process_group
         self._loaded_process: tuple[int, int] | None = None
+        self._calls = 0
         self.skipped_steps = 0
         super().__init__(params, dict(config))
         for adapter in ADAPTERS:
@@ -104,19 +105,19 @@ class AdaRankGrad(torch.optim.Optimizer):
         group = dict(param_group)
         self.is_classified |= "low_rank" in group
         params = group["params"]
+        if isinstance(params, set):
+            raise TypeError(f"parameter group {position}: a set has no order; give a list")
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         own = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
         where = f"parameter group {position}"
-        for key in ("targets", "exclude"):
-            if key in own:
-                raise ConfigError(f"{where}.{key}: patterns are given to the optimizer as a whole")
+        for key in own.keys() & {"targets", "exclude"}:
+            raise ConfigError(f"{where}.{key}: patterns are given to the optimizer as a whole")
         config = parse_config({**{k: self.defaults[k] for k in SETTINGS}, **own}, where)
         group.update(config)
         first = group["params"][0] if group["params"] else None
         if not isinstance(first, tuple) and "param_names" not in group:
-            group["param_names"] = [
-                f"group{position}.param{i}" for i in range(len(group["params"]))
-            ]
+            count = len(group["params"])
+            group["param_names"] = [f"group{position}.param{i}" for i in range(count)]
         super().add_param_group(group)
         added = self.param_groups[-1]
         for name, parameter in zip(added["param_names"], added["params"], strict=True):
@@ -153,7 +154,8 @@ class AdaRankGrad(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a gradient is NaN or infinite and ``nonfinite="error"``; raised on
-                every process of the group, with weights and state as they were.
+                every process of the group, with weights and state as they were (those of this
+                call: an engine may call once for each parameter group).
         """
         loss = None
         if closure is not None:
@@ -171,6 +173,7 @@ class AdaRankGrad(torch.optim.Optimizer):
                 self._update(plan, gradients, agreed, settings)
         else:
             self.skipped_steps += 1
+        self._calls += 1
         return loss
 
     def _agree(
@@ -192,6 +195,7 @@ class AdaRankGrad(torch.optim.Optimizer):
             kept,
             needed,
             own_state=self._has_own_state(plan),
+            steps=self._calls,
             units=len(plan.names),
             processes=plan.communicator.size,
             me=plan.communicator.me,
@@ -205,8 +209,8 @@ class AdaRankGrad(torch.optim.Optimizer):
             raise RuntimeError(
                 f"load_state_dict: process {', '.join(map(str, agreed.strangers))} of "
                 f"{plan.communicator.size} was given optimizer state that another process saved, "
-                "another number of processes, or another model; the state is sharded: each "
-                "process has to save and load its own"
+                "another number of processes, another model, or another step; the state is "
+                "sharded: each process has to save and load its own"
             )
         bad = agreed.nonfinite()
         if not bad:
@@ -216,8 +220,8 @@ class AdaRankGrad(torch.optim.Optimizer):
         more = f" and {len(bad) - 1} of {len(plan.names) - 1} others" if len(bad) > 1 else ""
         raise FloatingPointError(
             f"the gradient of {plan.names[bad[0]]}{more} is NaN or infinite (or above 1e18); "
-            "weights and optimizer state are as before the step. Lower the learning rate or clip "
-            'the gradient, look for the bad batch, or set nonfinite="skip" to leave such steps out'
+            "weights and state of the parameters in this call are as before it. Lower the learning "
+            'rate or clip the gradient, look for the bad batch, or set nonfinite="skip"'
         )
 
     def _update(
@@ -320,7 +324,8 @@ class AdaRankGrad(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """This process's state, and whose it is."""
         places = [(plan.communicator.me, plan.communicator.size) for plan in self._every_plan()]
-        return {**super().state_dict(), "process": places[0] if places else None}
+        whose = {"process": places[0] if places else None, "calls": self._calls}
+        return {**super().state_dict(), **whose}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; unlike torch, every tensor keeps its dtype.
@@ -328,8 +333,10 @@ class AdaRankGrad(torch.optim.Optimizer):
         State is sharded: should a process have been given the state of another, its next step ends
         in a RuntimeError.
         """
+        check_names(self.param_groups, state_dict["param_groups"])
         super().load_state_dict(state_dict)
         self._loaded_process = state_dict.get("process")
+        self._calls = state_dict.get("calls", 0)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         held = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, target in zip(saved, held, strict=False):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
-from arg_dist.config import AdaRankGradConfig
+from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.sharding.fragment import ParameterGroup, hold
 from arg_dist.sharding.layout import MatrixView, matrix_views
 from arg_dist.sharding.plan import GroupSpec
@@ -44,5 +45,21 @@ def group_spec(
         side=settings.side,
         shard_basis=settings.shard_basis,
         views=views,
-        settings="; ".join(f"{key}={value!r}" for key, value in settings if key != "lr"),
+        settings="; ".join(f"{key}={value!r}" for key, value in settings),
     )
+
+
+def check_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Checks that saved groups name the parameters that the optimizer has.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    ours = [name for group in current for name in group["param_names"]]
+    theirs = [name for group in saved for name in group.get("param_names", ())]
+    for mine, other in zip_longest(ours, theirs):
+        if mine != other:
+            raise ConfigError(
+                f"load_state_dict: the state is for a parameter {other!r} where the optimizer has "
+                f"{mine!r}; build the optimizer with the names that it was saved with"
+            )

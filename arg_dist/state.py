@@ -33,6 +33,8 @@ def fits(shard: Shard, state: Mapping[str, Any]) -> bool:
     """Whether `state` has the rows that this process keeps of the shard; an empty one fits."""
     if not state:
         return True
+    if isinstance(shard, MatrixShard) != ("basis" in state):
+        return False
     rows = state["exp_avg"].shape[0]
     if isinstance(shard, TensorShard):
         return bool(rows == row_count(shard.side.keep[shard.me]))

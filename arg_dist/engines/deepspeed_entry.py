@@ -7,9 +7,12 @@ learns the model's names.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
+import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from arg_dist.engines.deepspeed_config import (
     load_deepspeed_config,
     optimizer_settings,
     refuse_unsupported,
+    warn_defaults,
 )
 from arg_dist.groups import classify
 from arg_dist.optimizer import AdaRankGrad
@@ -33,9 +37,15 @@ def initialize(
     model: nn.Module | None = None,
     optimizer: Any = None,
     model_parameters: Iterable[Any] | None = None,
-    *positional: Any,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
     config: str | Path | Mapping[str, Any] | None = None,
-    **others: Any,
+    mesh_param: Any = None,
+    config_params: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` for AdaRankGrad: same arguments, same four values returned.
 
@@ -48,9 +58,15 @@ def initialize(
         model: the model.
         optimizer: as in DeepSpeed; None to build the one that the configuration names.
         model_parameters: as in DeepSpeed; None for all trainable parameters.
-        *positional: DeepSpeed's further positional arguments.
+        training_data: as in DeepSpeed.
+        lr_scheduler: as in DeepSpeed.
+        distributed_port: as in DeepSpeed.
+        mpu: as in DeepSpeed; model-parallel groups are refused.
+        dist_init_required: as in DeepSpeed.
+        collate_fn: as in DeepSpeed.
         config: path, or dictionary.
-        **others: DeepSpeed's further arguments.
+        mesh_param: as in DeepSpeed.
+        config_params: another name of `config`.
 
     Returns:
         engine, optimizer, dataloader, learning-rate scheduler.
@@ -59,27 +75,53 @@ def initialize(
         ConfigError: a setting is unknown, ill-typed or cannot work; the message has its path.
         RuntimeError: on every process, if they were given different configurations.
     """
-    given = config if config is not None else others.pop("config_params", None)
-    if given is None:
-        given = getattr(args, "deepspeed_config", None)
-    loaded = load_deepspeed_config(given if given is not None else {})
+    args, loaded = _one_config(args, config if config is not None else config_params)
     if optimizer is None:
         optimizer_settings(loaded)
     refuse_unsupported(loaded, cuda=torch.cuda.is_available())
     if optimizer is None and model_parameters is None and model is not None:
         model_parameters = [p for p in model.parameters() if p.requires_grad]
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    introduce(AdaRankGrad)
     if not dist.is_initialized():
-        deepspeed.init_distributed(distributed_port=others.get("distributed_port", 29500))
+        deepspeed.init_distributed(distributed_port=distributed_port)
+    if "LOCAL_RANK" in os.environ:  # else every process would compare through the first device
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     _compare_across_processes(loaded)
-    if getattr(args, "deepspeed_config", None) is not None:
-        # given through `config` below; DeepSpeed refuses to be told twice
-        args = type(args)(**{**vars(args), "deepspeed_config": None})
+    if dist.get_rank() == 0:
+        for warning in warn_defaults(loaded):
+            warnings.warn(warning, stacklevel=2)
     engine, wrapped, loader, scheduler = deepspeed.initialize(
-        args, model, optimizer, model_parameters, *positional, config=loaded, **others
+        args,
+        model,
+        optimizer,
+        model_parameters,
+        training_data,
+        lr_scheduler,
+        distributed_port,
+        mpu,
+        dist_init_required,
+        collate_fn,
+        loaded,
+        mesh_param,
     )
     return engine, wrapped, loader, scheduler
+
+
+def _one_config(
+    args: Any, config: str | Path | Mapping[str, Any] | None
+) -> tuple[Any, dict[str, Any]]:
+    """The configuration, whichever way it was given, and `args` without it."""
+    named = getattr(args, "deepspeed_config", None)
+    if named is None:
+        return args, load_deepspeed_config(config if config is not None else {})
+    if config is not None:
+        raise ConfigError(f"config: given, and args.deepspeed_config ({named}) too; leave one out")
+    args = copy.copy(args)
+    args.deepspeed_config = None
+    return args, load_deepspeed_config(named)
 
 
 def from_json(params: Iterable[Any], **settings: Any) -> AdaRankGrad:
@@ -133,8 +175,15 @@ def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:
     An optimizer whose groups say which matrices are low-rank keeps them as they are.
 
     Raises:
-        ConfigError: a pattern of ``targets`` or ``exclude`` matches nothing.
+        ConfigError: a pattern of ``targets`` or ``exclude`` matches nothing, or comes beside groups
+            that say it already.
     """
+    patterns = {key: optimizer.defaults[key] for key in ("targets", "exclude")}
+    if optimizer.is_classified and any(patterns.values()):
+        raise ConfigError(
+            "targets, exclude: the parameter groups already say which matrices are low-rank; give "
+            "the patterns to arg_dist.param_groups instead"
+        )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     renamed = {
         old: names[identity]
@@ -143,9 +192,7 @@ def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:
     }
     full_rank: list[str] = []
     if not optimizer.is_classified:
-        kinds = classify(
-            model, targets=optimizer.defaults["targets"], exclude=optimizer.defaults["exclude"]
-        )
+        kinds = classify(model, **patterns)
         full_rank = [name for name, kind in kinds.items() if kind != "matrix"]
     optimizer.adopt_names(renamed, full_rank)
 
@@ -169,7 +216,7 @@ def _refuse_model(engine: Any) -> None:
 def _compare_across_processes(config: Mapping[str, Any]) -> None:
     if dist.get_world_size() == 1:
         return
-    text = json.dumps(config, sort_keys=True, default=str)
+    text = json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__)
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, hashlib.sha256(text.encode()).hexdigest()[:16])
     different = [i for i, digest in enumerate(digests) if digest != digests[0]]

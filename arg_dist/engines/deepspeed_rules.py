@@ -88,7 +88,7 @@ RULES = (
         "zero_optimization.elastic_checkpoint",
         lambda given, facts: on(given) and facts.stage in (1, 2),
         "AdaRankGrad's state would silently not be saved",
-        "set it to false; a universal checkpoint serves other world sizes",
+        "set it to false",
     ),
     # swap_tensor/optimizer_utils.py:493 swaps tensors of optimizer.state one by one, as Adam's.
     Rule(

@@ -60,6 +60,11 @@ def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
 
 def _cut(name: str, target: Any) -> tuple[int, int]:
     """Mesh axis and dimension along which a DTensor is cut."""
+    if not hasattr(target, "placements"):
+        raise RuntimeError(
+            f"{name}: a plain tensor among DTensors (ignored_params?); shard it too, or give it an "
+            "optimizer of its own"
+        )
     cuts = [(axis, p.dim) for axis, p in enumerate(target.placements) if p.is_shard()]
     plain = all(p.is_shard() or p.is_replicate() for p in target.placements)
     if len(cuts) != 1 or not plain or (cuts[0][1] != 0 and (cuts[0][1], target.ndim) != (1, 2)):

@@ -26,7 +26,8 @@ class ReplicatedAdapter:
         """Every process holds all of every trainable parameter.
 
         Raises:
-            RuntimeError: a parameter is not contiguous, or not where its copy should be.
+            RuntimeError: a parameter is cut by FSDP1, is not contiguous, or not where its copy
+                should be.
         """
         if _are_originals(group):
             pairs = [
@@ -42,6 +43,11 @@ class ReplicatedAdapter:
             ]
         fragments = []
         for name, target in pairs:
+            if getattr(target, "_is_flat_param", False) or hasattr(target, "_fsdp_flattened"):
+                raise RuntimeError(
+                    f"{name}: it is cut by FSDP1 (FullyShardedDataParallel), not supported; "
+                    "use FSDP2 (torch.distributed.fsdp.fully_shard)"
+                )
             if not target.is_contiguous():
                 raise RuntimeError(
                     f"{name}: its memory is not contiguous (shape {tuple(target.shape)}, strides "

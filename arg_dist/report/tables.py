@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -42,15 +41,31 @@ def print_summary(report: dict[str, Any], where: str, console: Console | None = 
 
 
 def print_comparison(reports: dict[str, dict[str, Any]], console: Console | None = None) -> None:
-    """Prints several runs side by side, one column each, under their names."""
+    """Prints several runs, one row each, so that many of them can be compared at a glance."""
     table = Table(box=box.ROUNDED)
-    table.add_column("")
-    columns: list[Sequence[Row]] = []
+    table.add_column("run", style="bold", overflow="fold")
+    table.add_column("optimizer, engine")
+    for name in (
+        "steps",
+        "held-out loss",
+        "mean rank",
+        "state per process",
+        "of AdamW's",
+        "s/step",
+    ):
+        table.add_column(name, justify="right")
     for name, report in reports.items():
-        table.add_column(name)
-        columns.append(summary_rows(report))
-    for rows in zip(*columns, strict=True):
-        table.add_row(f"[bold]{rows[0][0]}[/bold]", *(value for _, value in rows))
+        rank = report["mean_rank"]
+        table.add_row(
+            name,
+            f"{report['optimizer']}, {report['engine']}, {processes(report)}",
+            str(report["steps"]),
+            loss(report["final_held_out_loss"]),
+            "-" if rank is None else f"{rank:.1f}",
+            size(max(report["state_bytes"], default=0)),
+            share(report["largest_share"]),
+            seconds(report["seconds_per_step"]),
+        )
     (console or Console()).print(table)
 
 

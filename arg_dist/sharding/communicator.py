@@ -28,7 +28,14 @@ def training_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup |
 
     Args:
         group: a process group; "world" for all processes of the job; None for this one alone.
+
+    Raises:
+        ValueError: another string.
     """
+    if isinstance(group, str) and group != "world":
+        raise ValueError(
+            f'process_group: got {group!r}; a process group, "world" or None is needed'
+        )
     if group is None or not dist.is_available() or not dist.is_initialized():
         return None
     chosen = dist.group.WORLD if isinstance(group, str) else group

@@ -185,10 +185,17 @@ def _describe(spec: GroupSpec) -> dict[str, Any]:
                 "name": fragment.name,
                 "shape": tuple(fragment.shape),
                 "range": (fragment.start, fragment.stop),
+                "weights": _fingerprint(fragment) if spec.holding.replicated else None,
             }
             for fragment in spec.holding.fragments
         ],
     }
+
+
+def _fingerprint(fragment: Fragment) -> tuple[float, float]:
+    """Sum and norm of weights that every process should have alike."""
+    values = fragment.view(fragment.target.detach()).double()
+    return float(values.sum()), float(values.norm())
 
 
 def _check_agreement(everyone: list[list[dict[str, Any]]]) -> None:
@@ -215,10 +222,23 @@ def _check_agreement(everyone: list[list[dict[str, Any]]]) -> None:
                         f"{a['name']} {a['shape']}",
                         f"{b['name']} {b['shape']}",
                     )
+                if a["weights"] is not None and not _alike(a["weights"], b["weights"]):
+                    raise RuntimeError(
+                        f"{a['name']}: process {process} of the group has other weights than "
+                        "process 0; processes that share the optimizer's work must train one model "
+                        "with averaged gradients (DistributedDataParallel does both); give "
+                        "process_group=None if each trains a model of its own"
+                    )
+
+
+def _alike(ours: tuple[float, float], theirs: tuple[float, float]) -> bool:
+    """Whether fingerprints differ by no more than the order of sums; NaN is like NaN."""
+    scale = 1e-6 * (abs(ours[1]) + 1e-30)
+    return all(not abs(a - b) > scale for a, b in zip(ours, theirs, strict=True))
 
 
 def _first_difference(ours: str, theirs: str) -> tuple[str, str]:
-    """The first items in which two comma-separated texts differ."""
+    """The first items in which two lists of settings differ."""
     for a, b in zip(ours.split("; "), theirs.split("; "), strict=False):
         if a != b:
             return a, b

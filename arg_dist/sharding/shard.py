@@ -35,7 +35,9 @@ class Shard:
 
     def values(self) -> Tensor:
         """The weights held, ``numel``, or as they lie in the engine; writing changes the model."""
-        return self._cut(self.fragment.view(self.fragment.target.detach()))
+        local = self.fragment.view(self.fragment.target.detach())
+        # a view, never a copy: should the memory no longer be contiguous, this raises
+        return self._cut(local if self.fragment.transposed else local.view(-1))
 
     def gradient(self) -> Tensor | None:
         """Their gradient, shaped like :meth:`values`; None if there is none.
@@ -59,7 +61,6 @@ class Shard:
         if self.fragment.transposed:
             return local
         start = self.offset - self.fragment.start
-        # a tensor that cannot be flattened in place was refused when the plan was made
         return local.reshape(-1)[start + self.range[0] : start + self.range[1]]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arg_dist.subspace.exchange import Steps, gather, sum_scatter
-from arg_dist.subspace.spread import Spread, row_count
+from arg_dist.subspace.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ def leading_directions(
         energies = values.flip(0).clamp_min(0.0)[None]
         found = positive_peaks((found.double() @ rotation.flip(1)).to(found.dtype))
     energies = yield from gather(energies, spread.at_home(1), spread.whole(1), me)
-    assert row_count(spread.basis.touch[me]) == vectors.shape[0]
     return Directions(found, energies.reshape(-1))
 
 

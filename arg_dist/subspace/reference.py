@@ -1,7 +1,7 @@
 """AdaRankGrad on one whole matrix with a dense SVD: slow, short, and the oracle of the tests.
 
-arXiv 2410.17881, algorithms 2 and 3, line by line, except where DESIGN decisions depart from it
-(relative exit, `squared` transport). Written without any of the pieces it is used to check.
+arXiv 2410.17881, algorithms 2 and 3, line by line, except for the `squared` transport, and without
+its inner exit rule. Written without any of the pieces it is used to check.
 """
 
 from __future__ import annotations

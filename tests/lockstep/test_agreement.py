@@ -15,7 +15,7 @@ from arg_dist.agreement import Agreement, agree
 from arg_dist.sharding.drivers import run_local, run_lockstep
 
 
-def agreed(ranges, gradients, rounds, strangers=()) -> list[Agreement]:
+def agreed(ranges, gradients, rounds, strangers=(), steps=()) -> list[Agreement]:
     """The agreement of shards that hold these ranges of each gradient, as each of them sees it."""
     return run_lockstep(
         [
@@ -24,6 +24,7 @@ def agreed(ranges, gradients, rounds, strangers=()) -> list[Agreement]:
                 [(0, torch.tensor(me + 1.0).double())],
                 rounds[me],
                 own_state=me not in strangers,
+                steps=steps[me] if steps else 0,
                 units=len(gradients),
                 processes=len(ranges),
                 me=me,
@@ -58,8 +59,13 @@ def test_everyone_knows_who_holds_the_state_of_another_process():
     assert [answer.strangers for answer in answers] == [[1, 2]] * 3
 
 
+def test_everyone_knows_who_has_taken_another_number_of_steps():
+    answers = agreed(((0, 3), (3, 3), (3, 8)), [torch.ones(8)], [0, 0, 0], steps=(7, 7, 6))
+    assert [answer.strangers for answer in answers] == [[2]] * 3
+
+
 def test_norms_do_not_overflow():
     gradient = torch.full((4,), 3e38)
-    steps = agree([(0, gradient)], [], 0, own_state=True, units=1, processes=1, me=0)
+    steps = agree([(0, gradient)], [], 0, own_state=True, steps=0, units=1, processes=1, me=0)
     norm_sq = torch.tensor(run_local(steps).norm_sq, dtype=torch.float64)
     FP64.check(norm_sq, gradient.double().square().sum()[None])

@@ -179,3 +179,68 @@ def load_the_state_of_process_0(group) -> str:
 def test_a_state_that_another_process_saved_is_refused(pool):
     messages = pool.run(load_the_state_of_process_0, 2)
     assert messages[0] == messages[1] and "process 1" in messages[0]
+
+
+def told_of(action, group) -> str:
+    try:
+        action(group)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def train_another_model(group) -> str:
+    """Each process builds weights of its own, as when nobody broadcast them."""
+
+    def action(group):
+        weight = torch.nn.Parameter(gaussian(8, 6, seed=dist.get_rank(group)))
+        feed(AdaRankGrad([("w", weight)], max_rank=2, min_rank=1, process_group=group), weight)
+
+    return told_of(action, group)
+
+
+def test_other_weights_on_another_process_are_an_error_on_all(pool):
+    for message in pool.run(train_another_model, 2):
+        assert "w: process 1 of the group has other weights" in message
+        assert "process_group=None" in message
+
+
+def load_on_one_process_only(group) -> str:
+    def action(group):
+        first, second = build(group), build(group)
+        step_towards_zero(first, 0)
+        if dist.get_rank(group) == 0:
+            second.load_state_dict(first.state_dict())
+        step_towards_zero(second, 1)
+
+    return told_of(action, group)
+
+
+def test_state_loaded_on_one_process_only_is_an_error_on_all(pool):
+    assert all("another step" in message for message in pool.run(load_on_one_process_only, 2))
+
+
+def test_a_process_group_is_a_group_world_or_none(pool):
+    def action(_):
+        step_towards_zero(build("none"), 0)
+
+    assert "'none'" in told_of(action, None)
+
+
+def train_under_fsdp1(group) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def action(group):
+        model = FullyShardedDataParallel(
+            torch.nn.Linear(8, 6), process_group=group, device_id=torch.device("cpu")
+        )
+        optimizer = AdaRankGrad(model.parameters(), process_group=group)
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+
+    return told_of(action, group)
+
+
+def test_fsdp1_is_refused_by_name(pool):
+    for message in pool.run(train_under_fsdp1, 2):
+        assert "FSDP1" in message and "fully_shard" in message

@@ -129,7 +129,7 @@ def sent_between_refreshes(group: dist.ProcessGroup, how: str) -> int:
 
 
 def test_wide_matrices_cut_by_columns_send_nothing_between_refreshes(pool):
-    agreement = 32  # two norms and two integers: whether to go on, which every step asks
+    agreement = 40  # two norms and three integers: whether to go on, which every step asks
     assert pool.run(sent_between_refreshes, 2, "columns") == [agreement] * 2
     assert all(sent > agreement for sent in pool.run(sent_between_refreshes, 2, "rows"))
 

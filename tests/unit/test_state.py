@@ -9,6 +9,8 @@ import torch
 from matrices import changing_spectrum, gaussian
 from one_process import feed, optimizer_of, parameters_of, train
 
+from arg_dist import ConfigError
+
 SETTINGS = {"max_rank": 5, "energy": 0.95, "min_gap": 3, "max_gap": 4, "lr": 1e-2}
 SHAPES = [(12, 9), (9, 12), (4, 7, 8), (6,)]
 GRADIENTS = [
@@ -128,3 +130,10 @@ def test_settings_are_saved_with_the_groups():
     first, second = make(max_rank=5, lr=0.25), make(max_rank=2, min_rank=2)
     second.load_state_dict(first.state_dict())
     assert (second.param_groups[0]["max_rank"], second.param_groups[0]["lr"]) == (5, 0.25)
+
+
+def test_state_for_other_names_is_refused():
+    saved = optimizer_of(gaussian(8, 6)).state_dict()
+    saved["param_groups"][0]["param_names"] = ["module.w0"]
+    with pytest.raises(ConfigError, match=r"load_state_dict: .*'module\.w0'.*'w0'"):
+        optimizer_of(gaussian(8, 6)).load_state_dict(saved)
