@@ -41,24 +41,17 @@ def print_summary(report: dict[str, Any], where: str, console: Console | None = 
 
 
 def print_comparison(reports: dict[str, dict[str, Any]], console: Console | None = None) -> None:
-    """Prints several runs, one row each, so that many of them can be compared at a glance."""
+    """Prints several runs, one row each; state is that of the fullest process."""
     table = Table(box=box.ROUNDED)
     table.add_column("run", style="bold", overflow="fold")
-    table.add_column("optimizer, engine")
-    for name in (
-        "steps",
-        "held-out loss",
-        "mean rank",
-        "state per process",
-        "of AdamW's",
-        "s/step",
-    ):
-        table.add_column(name, justify="right")
+    table.add_column("optimizer", no_wrap=True)
+    for name in ("steps", "held-out", "mean rank", "state", "of AdamW's", "s/step"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, report in reports.items():
         rank = report["mean_rank"]
         table.add_row(
             name,
-            f"{report['optimizer']}, {report['engine']}, {processes(report)}",
+            report["optimizer"],
             str(report["steps"]),
             loss(report["final_held_out_loss"]),
             "-" if rank is None else f"{rank:.1f}",
