@@ -43,20 +43,18 @@ def print_summary(report: dict[str, Any], where: str, console: Console | None = 
 def print_comparison(reports: dict[str, dict[str, Any]], console: Console | None = None) -> None:
     """Prints several runs, one row each; state is that of the fullest process."""
     table = Table(box=box.ROUNDED)
-    table.add_column("run", style="bold", overflow="fold")
+    table.add_column("run", style="bold", no_wrap=True)
     table.add_column("optimizer", no_wrap=True)
-    for name in ("steps", "held-out", "mean rank", "state", "of AdamW's", "s/step"):
+    for name in ("held-out", "rank", "state", "s/step"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, report in reports.items():
         rank = report["mean_rank"]
         table.add_row(
             name,
             report["optimizer"],
-            str(report["steps"]),
             loss(report["final_held_out_loss"]),
             "-" if rank is None else f"{rank:.1f}",
-            size(max(report["state_bytes"], default=0)),
-            share(report["largest_share"]),
+            f"{size(max(report['state_bytes'], default=0))}, {share(report['largest_share'])}",
             seconds(report["seconds_per_step"]),
         )
     (console or Console()).print(table)
