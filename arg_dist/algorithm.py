@@ -23,11 +23,11 @@ from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.subspace.adam import adam_direction
-from arg_dist.subspace.exchange import Steps, gather, sum_scatter, total
+from arg_dist.subspace.exchange import Steps, gather, select_rows, sum_scatter, total
 from arg_dist.subspace.range_finder import leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_until_next
 from arg_dist.subspace.sketch import gaussian_rows
-from arg_dist.subspace.spread import Side, Spread, row_count
+from arg_dist.subspace.spread import Side, Spread
 from arg_dist.subspace.transport import transport_moments
 
 State = dict[str, Any]
@@ -109,7 +109,7 @@ def low_rank_step(
 
 def adam_step(
     gradient: Tensor, state: State, side: Side, settings: AdaRankGradConfig, *, me: int
-) -> Steps[Tensor | None]:
+) -> Steps[Tensor]:
     """One step of Adam on the elements of a tensor, which lie over the processes as `side` says.
 
     Args:
@@ -206,8 +206,8 @@ def _refresh(
     rotation = None
     if state:
         # R = Q_new^T Q_old, each row of the bases counted once
-        old = _slice(state["basis"], spread.store[me], basis.keep[me])
-        part = _slice(vectors, basis.touch[me], basis.keep[me]).T @ old
+        old = select_rows(state["basis"], spread.store[me], basis.keep[me])
+        part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
         rotation = yield from total(part, spread.whole(rank), spread.shares(rank), me)
     return NewBasis(vectors, found.energies[:rank], rotation)
 
@@ -252,11 +252,6 @@ def _adopt(
     state["rank"] = projected.shape[1]
     state["energy"] = min(1.0, float(new.energies.sum()) / norm_sq)
     # a copy: a slice would keep the whole basis, or a whole bucket, alive
-    state["basis"] = _slice(
+    state["basis"] = select_rows(
         new.vectors, spread.basis.touch[spread.me], spread.store[spread.me]
     ).clone(memory_format=torch.contiguous_format)
-
-
-def _slice(rows: Tensor, have: tuple[int, int], want: tuple[int, int]) -> Tensor:
-    start = want[0] - have[0] if row_count(want) else 0
-    return rows[start : start + row_count(want)]

@@ -28,7 +28,7 @@ class FlatPartitionAdapter:
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the group holds one flat tensor that is a cut of another."""
-        return _is_flat(group) and any(hasattr(p, "_dp_group") for _, p in _members(group))
+        return _is_flat(group) and any(hasattr(p, "_dp_group") for _, p in group.alive())
 
     def on_construction(self, optimizer: Any) -> None:
         """Lets DeepSpeed, if it is in use, know the optimizer."""
@@ -44,7 +44,8 @@ class FlatPartitionAdapter:
             RuntimeError: the cut does not hold the parameters' values.
         """
         flat = group.targets[0]
-        members = [(name, p) for name, p in _members(group) if hasattr(p, "_dp_group")]
+        # which parameters it trains, DeepSpeed chose at its start, whatever is frozen now
+        members = [(name, p) for name, p in group.alive() if hasattr(p, "_dp_group")]
         process_group = members[0][1]._dp_group
         first = dist.get_rank(process_group) * flat.numel()
         last = first + flat.numel()
@@ -65,7 +66,7 @@ class PartitionedParametersAdapter:
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the group holds one flat tensor, and its parameters are partitioned."""
-        return _is_flat(group) and any(hasattr(p, "_z3_optimizer") for _, p in _members(group))
+        return _is_flat(group) and any(hasattr(p, "_z3_optimizer") for _, p in group.alive())
 
     def on_construction(self, optimizer: Any) -> None:
         """Nothing to prepare beyond what the other stages need."""
@@ -77,8 +78,8 @@ class PartitionedParametersAdapter:
             RuntimeError: the flat tensor is none of DeepSpeed's sub-groups.
         """
         flat = group.targets[0]
-        names = {id(parameter): name for name, parameter in _members(group)}
-        zero: Any = next(p._z3_optimizer for _, p in _members(group) if hasattr(p, "_z3_optimizer"))
+        names = {id(parameter): name for name, parameter in group.alive()}
+        zero: Any = next(p._z3_optimizer for _, p in group.alive() if hasattr(p, "_z3_optimizer"))
         flats = zero.fp32_partitioned_groups_flat
         place = next((i for i, tensor in enumerate(flats) if tensor is flat), None)
         if place is None:
@@ -107,15 +108,6 @@ def _is_flat(group: ParameterGroup) -> bool:
         and group.targets[0].dim() == 1
         and not any(group.targets[0] is parameter for parameter in group.parameters)
     )
-
-
-def _members(group: ParameterGroup) -> list[tuple[str, Any]]:
-    """The parameters that are still there; DeepSpeed chose at its start which it trains."""
-    return [
-        (name, parameter)
-        for name, parameter in zip(group.names, group.parameters, strict=True)
-        if parameter is not None
-    ]
 
 
 def _fragment(

@@ -64,11 +64,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _trainable(group: ParameterGroup) -> list[tuple[str, Tensor]]:
-    return [
-        (name, parameter)
-        for name, parameter in zip(group.names, group.parameters, strict=True)
-        if parameter is not None and parameter.requires_grad
-    ]
+    return [(name, parameter) for name, parameter in group.alive() if parameter.requires_grad]
 
 
 def _are_originals(group: ParameterGroup) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -70,6 +70,14 @@ class ParameterGroup:
     names: Sequence[str]
     parameters: list[Tensor | None]
     process_group: dist.ProcessGroup | None
+
+    def alive(self) -> list[tuple[str, Any]]:
+        """Name and parameter of those that are still alive."""
+        return [
+            (name, parameter)
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            if parameter is not None
+        ]
 
 
 class Adapter(Protocol):

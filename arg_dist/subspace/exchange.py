@@ -102,7 +102,8 @@ def add_up(exchange: Exchange, me: int, contributions: Sequence[tuple[int, Tenso
     return result
 
 
-def _rows(part: Tensor, have: Interval, want: Interval) -> Tensor:
+def select_rows(part: Tensor, have: Interval, want: Interval) -> Tensor:
+    """The rows `want` of a matrix, from a part that has its rows `have`; a view."""
     low, high = want if want[0] < want[1] else (have[0], have[0])
     return part[low - have[0] : high - have[0]]
 
@@ -117,7 +118,7 @@ def gather(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
         me: this process's index in the group.
     """
     if _everyone_has_what_he_wants(have, want):
-        return _rows(part, have[me], want[me])
+        return select_rows(part, have[me], want[me])
     return (yield Exchange(part, have, want))  # type: ignore[return-value]
 
 
@@ -131,7 +132,7 @@ def sum_scatter(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
         me: this process's index in the group.
     """
     if _everyone_has_what_he_wants(have, want) and _nobody_else_contributes(have, want):
-        return _rows(part, have[me], want[me])
+        return select_rows(part, have[me], want[me])
     return (yield Exchange(part, have, want))  # type: ignore[return-value]
 
 
