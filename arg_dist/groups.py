@@ -78,14 +78,22 @@ def param_groups(
     targets: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     convolutions: bool = False,
+    decay_vectors: bool = True,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Parameter groups for :class:`arg_dist.AdaRankGrad`, with names.
 
-    Arguments as for :func:`classify`; `settings` go into every group.
+    Args:
+        model: the model.
+        targets: as for :func:`classify`.
+        exclude: as for :func:`classify`.
+        convolutions: as for :func:`classify`.
+        decay_vectors: whether ``weight_decay`` is for norms and biases (one dimension) too.
+        **settings: go into every group.
 
     Returns:
-        Up to three groups: matrices, convolution kernels, and the rest with ``low_rank=False``.
+        Up to four groups: matrices, convolution kernels, and the rest with ``low_rank=False``, of
+        which vectors that are not decayed are a group of their own.
 
     Raises:
         ConfigError: a pattern matches no module, or no parameter is trainable.
@@ -94,14 +102,19 @@ def param_groups(
     if not kinds:
         raise ConfigError(f"{type(model).__name__} has no trainable parameter: nothing to optimize")
     parameters = dict(model.named_parameters())
-    extra: dict[Kind, dict[str, Any]] = {
+    extra: dict[Kind | Literal["vector"], dict[str, Any]] = {
         "matrix": {},
         "convolution": {"view": "flatten"},
         "rest": {"low_rank": False},
+        "vector": {"low_rank": False, "weight_decay": 0.0},
     }
     groups = []
-    for kind, keys in extra.items():
-        names = [name for name, of_kind in kinds.items() if of_kind == kind]
+    for group, keys in extra.items():
+        names = []
+        for name, kind in kinds.items():
+            is_vector = not decay_vectors and len(full_shape(parameters[name])) < 2
+            if group == ("vector" if is_vector else kind):
+                names.append(name)
         if names:
             params = [parameters[name] for name in names]
             groups.append({"params": params, "param_names": names, **settings, **keys})

@@ -5,9 +5,9 @@ A run directory holds ``metrics.jsonl`` (one line per step), ``report.json`` and
 """
 
 from arg_dist.report.files import read_metrics, read_report
-from arg_dist.report.optimizer_state import OptimizerSample, sample_optimizer
 from arg_dist.report.record import RunRecord
 from arg_dist.report.summary import RunFacts, run_facts, summarize
+from arg_dist.telemetry import OptimizerSample, sample_optimizer
 
 __all__ = [
     "OptimizerSample",

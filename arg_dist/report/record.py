@@ -8,9 +8,9 @@ from typing import Any
 
 from arg_dist.report.charts import draw_report
 from arg_dist.report.files import PICTURE, REPORT, MetricsLog, write_json
-from arg_dist.report.optimizer_state import OptimizerSample
 from arg_dist.report.summary import RunFacts, summarize
 from arg_dist.report.tables import print_summary
+from arg_dist.telemetry import OptimizerSample
 
 
 class RunRecord:

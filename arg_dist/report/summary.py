@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from arg_dist.report.optimizer_state import OptimizerSample
+from arg_dist.telemetry import OptimizerSample
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "arg_dist")
 

@@ -14,8 +14,8 @@ from arg_dist.report import OptimizerSample, RunRecord, run_facts, sample_optimi
 from arg_dist.report.__main__ import main
 from arg_dist.report.charts import kind_of
 from arg_dist.report.files import read_metrics, read_report
-from arg_dist.report.optimizer_state import merge
 from arg_dist.report.tables import print_summary, size
+from arg_dist.telemetry import merge
 
 pytestmark = pytest.mark.unit
 

@@ -1,7 +1,8 @@
 """The rooms of the package, and who may know whom: imports run one way.
 
-`lm`, `report` -> `engines` -> `core` (the optimizer) -> `sharding` -> `subspace` -> torch, and
-`config` knows none of them. A room is a folder of `arg_dist`; `core` is the files beside them.
+`finetuning` -> `lm` -> `report`, `integrations` -> `engines` -> `core` (the optimizer) ->
+`sharding` -> `subspace` -> torch, and `config` knows none of them. A room is a folder of
+`arg_dist`; `core` is the files beside them.
 CONTRIBUTING.md gives the reasons.
 """
 
@@ -28,10 +29,12 @@ MAY_IMPORT = {
     "sharding": {"subspace"},
     "core": {"config", "sharding", "subspace"},
     "engines": {"config", "core", "sharding", "subspace"},
-    "cli": {"package", "config", "core", "engines", "lm", "report", "sharding", "subspace"},
-    "lm": {"package", "config", "core", "engines", "report", "sharding", "subspace"},
-    "report": {"package", "config", "core", "engines", "lm", "sharding", "subspace"},
-    "package": {"config", "core", "engines"},
+    "telemetry": set(),
+    "integrations": {"config", "core", "engines", "telemetry"},
+    "lm": {"package", "config", "engines", "integrations", "report", "telemetry"},
+    "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
+    "report": {"telemetry"},
+    "package": {"config", "core", "engines", "integrations"},
 }
 THIRD_PARTY = {
     "config": {"pydantic"},

@@ -1,0 +1,72 @@
+"""The line that a user of ``transformers.Trainer`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from arg_dist.config import ConfigError, parse_config
+from arg_dist.groups import param_groups
+from arg_dist.optimizer import AdaRankGrad
+
+
+class OptimizerFactory:
+    """Builds the optimizer once the Trainer has its model: with names, and with its weight decay.
+
+    The Trainer calls ``OptimizerFactory()(model, **settings)`` for a class that is no optimizer.
+    """
+
+    def __call__(self, model: nn.Module, **settings: Any) -> AdaRankGrad:
+        """The optimizer of `model`; norms and biases are not decayed, as is the Trainer's way."""
+        chosen = {key: settings.pop(key) for key in CHOICES if key in settings}
+        groups = param_groups(model, decay_vectors=False, **chosen)
+        return AdaRankGrad(groups, **settings)
+
+
+CHOICES = ("targets", "exclude", "convolutions")
+"""Arguments of :func:`arg_dist.param_groups`."""
+
+
+def for_trainer(
+    args: Any,
+    *,
+    targets: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    convolutions: bool = False,
+    **settings: Any,
+) -> tuple[type[OptimizerFactory], dict[str, Any]]:
+    """What ``Trainer(optimizer_cls_and_kwargs=...)`` needs to train with AdaRankGrad.
+
+    ``Trainer(model, args, optimizer_cls_and_kwargs=arg_dist.for_trainer(args, max_rank=0.25))``
+
+    Args:
+        args: the ``TrainingArguments``: learning rate, betas, epsilon and weight decay are theirs
+            where `settings` has none.
+        targets: see :func:`arg_dist.param_groups`.
+        exclude: see :func:`arg_dist.param_groups`.
+        convolutions: see :func:`arg_dist.param_groups`.
+        **settings: fields of :class:`arg_dist.AdaRankGradConfig`.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range, or the DeepSpeed JSON names an optimizer
+            too, which the Trainer would prefer.
+    """
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    if deepspeed is not None and "optimizer" in deepspeed.config:
+        raise ConfigError(
+            "optimizer: the DeepSpeed JSON has this section, and the Trainer would build the "
+            "optimizer from it and drop this one; remove the section, or put AdaRankGrad's "
+            "settings into it and leave optimizer_cls_and_kwargs out"
+        )
+    given = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        **settings,
+    }
+    parse_config(given, "for_trainer")
+    chosen = {"targets": targets, "exclude": exclude, "convolutions": convolutions}
+    return OptimizerFactory, {**given, **chosen}
