@@ -1,13 +1,17 @@
-"""Starts scripts by the real `deepspeed` launcher, with a time limit and a free port."""
+"""Starts scripts by the real launchers, with a time limit and a free port."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
+
+Launcher = Literal["deepspeed", "torchrun", "accelerate"]
 
 
 def free_port() -> int:
@@ -17,11 +21,22 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def command(script: str, *arguments: object, processes: int) -> list[str]:
-    """The command line of a launch."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--log_level", "critical", "--num_gpus", processes, "--master_port", free_port()]
-    return [str(word) for word in (launcher, *options, script, *arguments)]
+def command(
+    script: str,
+    *arguments: object,
+    processes: int,
+    launcher: Launcher = "deepspeed",
+    options: Sequence[object] = (),
+) -> list[str]:
+    """The command line of a launch; `options` are the launcher's own."""
+    port = free_port()
+    own: dict[Launcher, list[object]] = {
+        "deepspeed": ["--log_level=critical", "--num_gpus", processes, "--master_port", port],
+        "torchrun": ["--nproc_per_node", processes, "--master_port", port],
+        "accelerate": ["launch", "--num_processes", processes, "--main_process_port", port],
+    }
+    program = Path(sys.executable).with_name(launcher)
+    return [str(word) for word in (program, *own[launcher], *options, script, *arguments)]
 
 
 def environment() -> dict[str, str]:
@@ -31,13 +46,22 @@ def environment() -> dict[str, str]:
 
 
 def launch(
-    script: str, *arguments: object, processes: int, seconds: float
+    script: str,
+    *arguments: object,
+    processes: int,
+    seconds: float,
+    launcher: Launcher = "deepspeed",
+    options: Sequence[object] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `script` on so many processes; ends all of them, and the test, after `seconds`."""
+    """Runs `script` on so many processes; ends all of them, and the test, after `seconds`.
+
+    `variables` are set in the environment beside those of :func:`environment`.
+    """
     process = subprocess.Popen(
-        command(script, *arguments, processes=processes),
+        command(script, *arguments, processes=processes, launcher=launcher, options=options),
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
