@@ -1,0 +1,150 @@
+"""The optimizer's numbers in the logs of ``transformers.Trainer``, wherever they are reported."""
+
+from __future__ import annotations
+
+import functools
+from statistics import fmean
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from arg_dist.config import ConfigError
+from arg_dist.optimizer import AdaRankGrad
+from arg_dist.telemetry import OptimizerSample, sample_optimizer
+
+
+class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Adds ranks, energy and sizes to the Trainer's training logs, before anything reports them.
+
+    ``Trainer(..., callbacks=[AdaRankGradCallback()])``
+
+    =========================== ====================================================================
+    key                         meaning
+    =========================== ====================================================================
+    ``rank_mean``, ``rank_min`` over the low-rank matrices of the model
+    and ``rank_max``
+    ``energy_mean``             mean share of the gradients' energy kept at the last refreshes
+    ``optimizer_state_bytes``   on the process with most
+    ``optimizer_state_share``   as a share of AdamW's, on the process where it is largest
+    ``optimizer_sent_bytes``    by the optimizer, per step since the last log, on the process that
+                                sends most
+    ``rank/NAME``               rank of each matrix, if asked for
+    =========================== ====================================================================
+
+    They are in ``trainer.state.log_history`` too. Each process asks the others, so all of them need
+    the callback. When training begins it makes sure that AdaRankGrad is what trains.
+
+    Args:
+        every: fewest steps between two logs with these numbers; None for all training logs.
+        matrices: whether to log the rank of each matrix too.
+
+    Raises:
+        ConfigError: `every` is not a positive whole number.
+    """
+
+    def __init__(self, every: int | None = None, *, matrices: bool = False) -> None:
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ConfigError(f"every: got {every!r}; a whole number of steps, 1 or more, or None")
+        self.every = every
+        self.matrices = matrices
+        self._optimizer: Optimizer | None = None
+        self._sampled_step = 0
+        self._sent_bytes: list[int] = []
+        _introduce()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes sure that AdaRankGrad is what trains.
+
+        Raises:
+            RuntimeError: it is not; the message names what does, and the usual causes.
+        """
+        self._optimizer = _adarankgrad_in(kwargs.get("optimizer"))
+        self._sampled_step = state.global_step
+        self._sent_bytes = sample_optimizer(self._optimizer).sent_bytes
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Lets go of the optimizer."""
+        self._optimizer = None
+
+    def add_numbers(self, logs: dict[str, Any], state: Any, control: Any) -> None:
+        """Adds the numbers to `logs` if they are due; a collective.
+
+        ``should_log`` tells the Trainer's own training log, for which all processes come together
+        anyway, from what somebody logs on one process alone.
+        """
+        steps = state.global_step - self._sampled_step
+        if self._optimizer is None or not control.should_log or "loss" not in logs:
+            return
+        if steps < (self.every or 1):
+            return
+        sample = sample_optimizer(self._optimizer)
+        numbers = self._numbers(sample, steps)
+        self._sampled_step, self._sent_bytes = state.global_step, sample.sent_bytes
+        logs.update(numbers)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(numbers)  # the Trainer put a copy of `logs` there
+
+    def _numbers(self, sample: OptimizerSample, steps: int) -> dict[str, float]:
+        numbers: dict[str, float] = {}
+        if sample.ranks:
+            ranks = sample.ranks.values()
+            numbers.update(rank_mean=fmean(ranks), rank_min=min(ranks), rank_max=max(ranks))
+            numbers["energy_mean"] = fmean(sample.energy.values())
+        numbers["optimizer_state_bytes"] = max(sample.state_bytes)
+        if sample.largest_share is not None:
+            numbers["optimizer_state_share"] = sample.largest_share
+        since = zip(sample.sent_bytes, self._sent_bytes, strict=True)
+        numbers["optimizer_sent_bytes"] = max(now - before for now, before in since) / steps
+        if self.matrices:
+            numbers.update({f"rank/{name}": rank for name, rank in sample.ranks.items()})
+        return numbers
+
+
+def _adarankgrad_in(prepared: Any) -> AdaRankGrad:
+    """The optimizer inside what the Trainer trains with."""
+    chain = [prepared]
+    while not isinstance(chain[-1], AdaRankGrad):
+        inner = getattr(chain[-1], "optimizer", None)
+        if inner is None or len(chain) > 8:
+            names = " of ".join(type(each).__name__ for each in chain)
+            raise RuntimeError(
+                f"optimizer: {names} trains this model, not AdaRankGrad. Under DeepSpeed the "
+                "Trainer drops `optimizers=`: give optimizer_cls_and_kwargs=arg_dist.for_trainer("
+                "args) instead; with an offloaded optimizer accelerate puts DeepSpeedCPUAdam in "
+                'its place: set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON'
+            )
+        chain.append(inner)
+    return chain[-1]
+
+
+def _introduce() -> None:
+    """Lets callbacks of this class add to the logs before any callback sees them; once.
+
+    The Trainer hands its logs to one callback after the other, those that report (to TensorBoard
+    and others) before those that a user gives, and tells no callback of the others.
+
+    Raises:
+        RuntimeError: this transformers has no place for it.
+    """
+    on_log = getattr(CallbackHandler, "on_log", None)
+    if on_log is None:
+        raise RuntimeError(
+            "transformers' CallbackHandler has no on_log; this version is not supported "
+            "(tested: 5.23.0)"
+        )
+    if getattr(on_log, "asks_adarankgrad", False):
+        return
+
+    @functools.wraps(on_log)
+    def with_numbers(
+        handler: Any, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        for callback in handler.callbacks:
+            if isinstance(callback, AdaRankGradCallback):
+                callback.add_numbers(logs, state, control)
+        return on_log(handler, args, state, control, logs, **kwargs)
+
+    with_numbers.asks_adarankgrad = True  # type: ignore[attr-defined]
+    CallbackHandler.on_log = with_numbers
