@@ -24,12 +24,43 @@ class Agreement:
         rounds: rounds of communication that this step takes.
         strangers: processes that hold optimizer state which another process saved, or that have
             taken another number of steps than the first.
+        processes: size of the group.
     """
 
     norm_sq: list[float]
     kept_sq: list[float]
     rounds: int
     strangers: list[int]
+    processes: int
+
+    def is_usable(self, names: Sequence[str], *, skip: bool) -> bool:
+        """Whether the step can be taken.
+
+        Args:
+            names: of the matrices and tensors.
+            skip: whether a step with a gradient that is not finite is left out.
+
+        Raises:
+            RuntimeError: a process holds state that is not its own.
+            FloatingPointError: a gradient is not finite, and `skip` is not set.
+        """
+        if self.strangers:
+            raise RuntimeError(
+                f"load_state_dict: process {', '.join(map(str, self.strangers))} of "
+                f"{self.processes} was given optimizer state that another process saved, another "
+                "number of processes, another model, or another step; the state is sharded: each "
+                "process has to save and load its own"
+            )
+        bad = self.nonfinite()
+        if bad and not skip:
+            more = f" and {len(bad) - 1} of {len(names) - 1} others" if len(bad) > 1 else ""
+            raise FloatingPointError(
+                f"the gradient of {names[bad[0]]}{more} is NaN or infinite (or above 1e18); "
+                "weights and state of the parameters in this call are as before it. Lower the "
+                "learning rate or clip the gradient, look for the bad batch, or set "
+                'nonfinite="skip"'
+            )
+        return not bad
 
     def nonfinite(self) -> list[int]:
         """Positions of the matrices and tensors whose gradient is NaN, infinite or too large."""
@@ -86,4 +117,5 @@ def agree(
             for process, (_, own, taken) in enumerate(processes_say)
             if not own or taken != steps_of_first
         ],
+        processes=processes,
     )

@@ -13,14 +13,16 @@ from torch import Tensor
 from arg_dist.agreement import Agreement, agree
 from arg_dist.algorithm import State, is_due, rounds
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
-from arg_dist.parameter_groups import SETTINGS, check_names, group_spec, settings_of
+from arg_dist.custody import Custody
+from arg_dist.parameter_groups import SETTINGS, check_names, group_spec, members, settings_of
+from arg_dist.saved_forms import WHOLE, whole_state
 from arg_dist.shard_step import apply_update, computation, oriented_gradient
 from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.drivers import run_collective, run_local
 from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.state import copy_state, fits, matrix_stats, storage_bytes
+from arg_dist.state import copy_state, matrix_stats, storage_bytes
 from arg_dist.subspace.exchange import Steps
 
 
@@ -86,7 +88,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         self._patterns_applied = config.targets is None and config.exclude is None
         self.is_classified = False
         self._process_group = process_group
-        self._loaded_process: tuple[int, int] | None = None
+        self._custody = Custody()
         self._calls = 0
         self.skipped_steps = 0
         super().__init__(params, dict(config))
@@ -163,12 +165,15 @@ class AdaRankGrad(torch.optim.Optimizer):
                 loss = closure()
         groups = [group for group in self.param_groups if group["params"]]
         settings = [settings_of(group) for group in groups]
+        self._custody.whole = None
         prepared = []
         for plan in self._bound_plans(groups):
+            self._custody.cut_loaded(plan, self.state)
             gradients = {shard.unit: oriented_gradient(shard) for shard in plan.shards}
             prepared.append((plan, gradients, self._agree(plan, gradients, settings)))
         # nothing changes before every gradient of this call is known to be usable
-        if all([self._is_usable(agreed, plan, settings) for plan, _, agreed in prepared]):
+        skip = all(each.nonfinite == "skip" for each in settings)
+        if all([agreed.is_usable(plan.names, skip=skip) for plan, _, agreed in prepared]):
             for plan, gradients, agreed in prepared:
                 self._update(plan, gradients, agreed, settings)
         else:
@@ -194,7 +199,7 @@ class AdaRankGrad(torch.optim.Optimizer):
             list(gradients.items()),
             kept,
             needed,
-            own_state=self._has_own_state(plan),
+            own_state=self._custody.is_own(plan, self.state),
             steps=self._calls,
             units=len(plan.names),
             processes=plan.communicator.size,
@@ -202,27 +207,6 @@ class AdaRankGrad(torch.optim.Optimizer):
         )
         agreed: Agreement = _run([norms], plan.communicator, 1)[0]
         return agreed
-
-    def _is_usable(self, agreed: Agreement, plan: Plan, settings: list[AdaRankGradConfig]) -> bool:
-        """Whether a plan's gradients are finite; raises where the step is not to be left out."""
-        if agreed.strangers:
-            raise RuntimeError(
-                f"load_state_dict: process {', '.join(map(str, agreed.strangers))} of "
-                f"{plan.communicator.size} was given optimizer state that another process saved, "
-                "another number of processes, another model, or another step; the state is "
-                "sharded: each process has to save and load its own"
-            )
-        bad = agreed.nonfinite()
-        if not bad:
-            return True
-        if all(each.nonfinite == "skip" for each in settings):
-            return False
-        more = f" and {len(bad) - 1} of {len(plan.names) - 1} others" if len(bad) > 1 else ""
-        raise FloatingPointError(
-            f"the gradient of {plan.names[bad[0]]}{more} is NaN or infinite (or above 1e18); "
-            "weights and state of the parameters in this call are as before it. Lower the learning "
-            'rate or clip the gradient, look for the bad batch, or set nonfinite="skip"'
-        )
 
     def _update(
         self,
@@ -272,13 +256,6 @@ class AdaRankGrad(torch.optim.Optimizer):
             specs.append(group_spec(seen, settings_of(group), self._full_rank_names))
         return make_plans(specs, self._communicators)
 
-    def _has_own_state(self, plan: Plan) -> bool:
-        """Whether the state, which may have been loaded, is this process's and of these shapes."""
-        here = (plan.communicator.me, plan.communicator.size)
-        if self._loaded_process is not None and tuple(self._loaded_process) != here:
-            return False
-        return all(fits(shard, self._state_of(shard)) for shard in plan.shards)
-
     def _state_of(self, shard: Shard) -> State:
         state: State = self.state[shard.fragment.target].setdefault(shard.name, {})
         return state
@@ -321,11 +298,35 @@ class AdaRankGrad(torch.optim.Optimizer):
 
     # -- saving ------------------------------------------------------------------------------------
 
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Puts sharded state together on one process, for a checkpoint that it alone writes.
+
+        For engines that leave the parameters whole; every process must call it. Up to the next
+        step, :meth:`state_dict` is then that of one process with the whole state, which any number
+        of processes can load. Under other engines there is nothing to do.
+
+        Args:
+            to: the process that writes, by its index in the group; it needs memory on the CPU for
+                the whole state.
+        """
+        self._custody.whole = (WHOLE, {})
+        for plan in self._every_plan():
+            if plan.replicated:
+                parts = [whole_state(shard, self._state_of(shard), to=to) for shard in plan.shards]
+                states = _run(parts, plan.communicator, rounds=1)
+                self._custody.keep_whole(plan, states, to)
+
     def state_dict(self) -> dict[str, Any]:
-        """This process's state, and whose it is."""
-        places = [(plan.communicator.me, plan.communicator.size) for plan in self._every_plan()]
-        whose = {"process": places[0] if places else None, "calls": self._calls}
-        return {**super().state_dict(), **whose}
+        """This process's state, and whose it is.
+
+        Raises:
+            RuntimeError: the state is shared out over processes that all have the whole model, of
+                which usually one saves, and it has not been put together.
+        """
+        saved = super().state_dict()
+        saved["process"], saved["calls"] = None, self._calls
+        self._custody.prepare_saving(saved, members(self.param_groups), list(self._every_plan()))
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; unlike torch, every tensor keeps its dtype.
@@ -334,14 +335,13 @@ class AdaRankGrad(torch.optim.Optimizer):
         in a RuntimeError.
         """
         check_names(self.param_groups, state_dict["param_groups"])
-        super().load_state_dict(state_dict)
-        self._loaded_process = state_dict.get("process")
-        self._calls = state_dict.get("calls", 0)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        held = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, target in zip(saved, held, strict=False):
-            if index in state_dict["state"]:
-                self.state[target] = copy_state(state_dict["state"][index], target.device)
+        super().load_state_dict({**state_dict, "state": {}})
+        indexes = members(state_dict["param_groups"])
+        targets = dict(zip(indexes, members(self.param_groups), strict=False))
+        loaded = self._custody.load(state_dict, targets)
+        self._calls = loaded.calls
+        for target, units in loaded.states.items():
+            self.state[target] = copy_state(units, target.device)
 
 
 def _run(computations: list[Steps[Any]], communicator: Communicator, rounds: int) -> list[Any]:

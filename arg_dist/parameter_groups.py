@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -47,6 +47,11 @@ def group_spec(
         views=views,
         settings="; ".join(f"{key}={value!r}" for key, value in settings),
     )
+
+
+def members(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """What the groups hold, one after the other: tensors, or their indexes in a saved state."""
+    return [member for group in groups for member in group["params"]]
 
 
 def check_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

@@ -66,6 +66,7 @@ def cut_matrix(
         ranges = ((0, weight.numel()),) * len(ranges)
     return [
         MatrixShard(
+            me=me,
             unit=0,
             name="w",
             fragment=_fragment(weight, start, stop),

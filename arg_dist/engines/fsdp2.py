@@ -36,7 +36,7 @@ class ShardedTensorAdapter:
                 fragments.append(_fragment(name, target, axis, dimension))
         if process_group is not None and dist.get_world_size(process_group) == 1:
             process_group = None
-        return Holding(fragments, process_group)
+        return Holding(fragments, process_group, saved_by_key=True)
 
 
 def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:

@@ -48,11 +48,14 @@ class Holding:
         group: the processes over which the parameters are spread; None for one process.
         replicated: every process holds all of every parameter and the same gradient; the work and
             the state are shared out.
+        saved_by_key: checkpoints merge what all processes give them, by key, so that each process
+            has to save its state under a key of its own.
     """
 
     fragments: list[Fragment]
     group: dist.ProcessGroup | None
     replicated: bool = False
+    saved_by_key: bool = False
 
 
 @dataclass(frozen=True)

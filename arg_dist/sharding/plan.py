@@ -56,12 +56,16 @@ class Plan:
         shards: this process's parts, in an order equal on all processes.
         names: names of all matrices and tensors, those held by others included.
         held: the fragments that this process holds.
+        replicated: every process holds all parameters, and only the state is cut.
+        saved_by_key: see :class:`arg_dist.sharding.fragment.Holding`.
     """
 
     communicator: Communicator
     shards: list[Shard]
     names: list[str]
     held: list[Fragment]
+    replicated: bool
+    saved_by_key: bool
 
 
 def make_plans(specs: Sequence[GroupSpec], communicators: dict[Any, Communicator]) -> list[Plan]:
@@ -102,7 +106,15 @@ def _make_plan(members: list[tuple[int, GroupSpec]], communicator: Communicator)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise RuntimeError(f"two matrices are called {twice!r}; rename one of the parameters")
-    return Plan(communicator, shards, names, held)
+    holdings = [spec.holding for _, spec in members]
+    return Plan(
+        communicator,
+        shards,
+        names,
+        held,
+        replicated=any(holding.replicated for holding in holdings),
+        saved_by_key=any(holding.saved_by_key for holding in holdings),
+    )
 
 
 def _shards_of(
@@ -145,6 +157,7 @@ def _shards_of(
                 offset=view.offset,
                 range=mine[me],
                 group=position,
+                me=me,
                 matrix=view,
                 spread=spread,
                 spans_columns=spans_columns,
@@ -165,8 +178,8 @@ def _shards_of(
                     offset=0,
                     range=ranges[me],
                     group=position,
-                    side=element_side(ranges, numel, replicated),
                     me=me,
+                    side=element_side(ranges, numel, replicated),
                 )
             )
     return shards

@@ -24,6 +24,7 @@ class Shard:
         offset: its first element within the parameter.
         range: the elements of it that this process holds, counted from its own first element.
         group: position of its parameter group in the plan.
+        me: this process's index in the group of processes.
     """
 
     unit: int
@@ -32,6 +33,7 @@ class Shard:
     offset: int
     range: Interval
     group: int
+    me: int
 
     def values(self) -> Tensor:
         """The weights held, ``numel``, or as they lie in the engine; writing changes the model."""
@@ -70,11 +72,9 @@ class TensorShard(Shard):
 
     Attributes:
         side: how its elements lie over the processes.
-        me: this process's index in the group.
     """
 
     side: Side
-    me: int
 
     @property
     def is_shared(self) -> bool:

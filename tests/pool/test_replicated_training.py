@@ -119,7 +119,7 @@ def one_has_nan(group, nonfinite: str):
     for step in range(3):
         step_towards_zero(optimizer, step)
     before = [weight.detach().clone() for weight in parameters_of(optimizer)]
-    state_before = copy.deepcopy(optimizer.state_dict()["state"])
+    state_before = copy.deepcopy([optimizer.state[weight] for weight in parameters_of(optimizer)])
     broken = gradients(SHAPES, 9)
     if dist.get_rank(group) == dist.get_world_size(group) - 1:
         broken[1].fill_(float("nan"))
@@ -130,7 +130,8 @@ def one_has_nan(group, nonfinite: str):
         message = str(error)
     after = [weight.detach() for weight in parameters_of(optimizer)]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
-    torch.testing.assert_close(optimizer.state_dict()["state"], state_before, rtol=0, atol=0)
+    state_after = [optimizer.state[weight] for weight in parameters_of(optimizer)]
+    torch.testing.assert_close(state_after, state_before, rtol=0, atol=0)
     return message, optimizer.skipped_steps
 
 
@@ -144,40 +145,94 @@ def test_nan_on_one_process_is_skipped_by_all(pool):
     assert pool.run(one_has_nan, 3, "skip", seconds=10) == [("", 1)] * 3
 
 
-def go_on_from_a_checkpoint(group) -> None:
-    straight, first = build(group), build(group)
+def checkpoint(optimizer, group, to: int = 0):
+    """What process `to` saves, on all processes, as if it had been read from a file."""
+    optimizer.consolidate_state_dict(to)
+    saved = [optimizer.state_dict()]
+    if group is not None:
+        dist.broadcast_object_list(saved, group=group, group_src=to)
+    return saved[0]
+
+
+def copy_weights(ours, theirs):
+    for our, their in zip(parameters_of(ours), parameters_of(theirs), strict=True):
+        our.data.copy_(their.data)
+
+
+def go_on_from_a_checkpoint(group, settings, to) -> None:
+    straight, first = build(group, **settings), build(group, **settings)
     for step in range(6):
         step_towards_zero(straight, step)
         step_towards_zero(first, step)
-    second = build(group)
-    for ours, theirs in zip(parameters_of(second), parameters_of(first), strict=True):
-        ours.data.copy_(theirs.data)
-    second.load_state_dict(first.state_dict())
+    second = build(group, **settings)
+    copy_weights(second, first)
+    second.load_state_dict(checkpoint(first, group, to))
     for step in range(6, 14):
         step_towards_zero(straight, step)
         step_towards_zero(second, step)
     assert all(map(torch.equal, parameters_of(second), parameters_of(straight)))
+    assert second.state_bytes() == straight.state_bytes()
 
 
-def test_a_run_that_every_process_saved_and_loaded_goes_on_to_the_bit(pool):
-    pool.run(go_on_from_a_checkpoint, 3)
+@pytest.mark.parametrize(("settings", "to"), [({}, 0), ({"shard_basis": False}, 2)])
+def test_a_run_that_one_process_saved_and_all_loaded_goes_on_to_the_bit(pool, settings, to):
+    pool.run(go_on_from_a_checkpoint, 3, settings, to)
 
 
-def load_the_state_of_process_0(group) -> str:
-    """The error where all processes load what only one of them saved, as is usual under DDP."""
-    shapes = [(96, 48), (48, 96)]  # equal shares, so that the shapes of the states fit
-    first, second = build(group, shapes=shapes), build(group, shapes=shapes)
-    step_towards_zero(first, 0)
-    saved = [first.state_dict()]
-    dist.broadcast_object_list(saved, src=0, group=group)
+def save_after_six_steps(group):
+    optimizer = build(group)
+    for step in range(6):
+        step_towards_zero(optimizer, step)
+    weights = [weight.detach().clone() for weight in parameters_of(optimizer)]
+    return checkpoint(optimizer, group), weights
+
+
+def go_on_from(group, saved, weights):
+    optimizer = build(group)
+    for ours, theirs in zip(parameters_of(optimizer), weights, strict=True):
+        ours.data.copy_(theirs)
+    optimizer.load_state_dict(saved)
+    losses = [step_towards_zero(optimizer, step) for step in range(6, 14)]
+    return losses, {entry["name"]: entry["rank"] for entry in optimizer.stats()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (1, 4), (4, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(pool, before, after):
+    expected, ranks = go_on_from(None, *save_after_six_steps(None))
+    saved, weights = pool.run(save_after_six_steps, before)[0]
+    for losses, some_ranks in pool.run(go_on_from, after, saved, weights):
+        REDUCTION_ORDER.check(torch.tensor(losses), torch.tensor(expected))
+        assert some_ranks == ranks
+
+
+def save_what_is_not_whole(group) -> str:
+    optimizer = build(group)
+    optimizer.state_dict()  # there is nothing to lose yet
+    step_towards_zero(optimizer, 0)
+    optimizer.consolidate_state_dict()
+    step_towards_zero(optimizer, 1)  # outdates it
     with pytest.raises(RuntimeError) as raised:
-        second.load_state_dict(saved[0])
+        optimizer.state_dict()
+    return str(raised.value)
+
+
+def test_a_process_does_not_save_a_part_as_if_it_were_everything(pool):
+    for message in pool.run(save_what_is_not_whole, 2):
+        assert "consolidate_state_dict() on every process" in message
+
+
+def load_what_another_process_was_left_with(group) -> str:
+    first, second = build(group), build(group)
+    step_towards_zero(first, 0)
+    first.consolidate_state_dict()
+    second.load_state_dict(first.state_dict())  # process 1 has none
+    with pytest.raises(RuntimeError) as raised:
         step_towards_zero(second, 1)
     return str(raised.value)
 
 
-def test_a_state_that_another_process_saved_is_refused(pool):
-    messages = pool.run(load_the_state_of_process_0, 2)
+def test_a_state_that_lies_elsewhere_is_refused(pool):
+    messages = pool.run(load_what_another_process_was_left_with, 2)
     assert messages[0] == messages[1] and "process 1" in messages[0]
 
 
@@ -209,8 +264,9 @@ def load_on_one_process_only(group) -> str:
     def action(group):
         first, second = build(group), build(group)
         step_towards_zero(first, 0)
+        saved = checkpoint(first, group)
         if dist.get_rank(group) == 0:
-            second.load_state_dict(first.state_dict())
+            second.load_state_dict(saved)
         step_towards_zero(second, 1)
 
     return told_of(action, group)

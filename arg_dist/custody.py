@@ -1,0 +1,125 @@
+"""Whose the optimizer's state is, when it leaves for a file and when it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from arg_dist.algorithm import State
+from arg_dist.saved_forms import ELSEWHERE, WHOLE, Place, cut_state, pack, unpack
+from arg_dist.sharding.plan import Plan
+from arg_dist.state import fits
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a state dictionary held for this process.
+
+    Attributes:
+        calls: steps that were taken before it was saved.
+        states: the states of the matrices and tensors in each target, by their names.
+    """
+
+    calls: int
+    states: dict[Tensor, dict[str, State]]
+
+
+class Custody:
+    """Whose the optimizer's state is, on its way out and back in.
+
+    Attributes:
+        whole: state put together for saving, by target and name, and whose it is; until the next
+            step.
+    """
+
+    def __init__(self) -> None:
+        self.whole: tuple[Place, dict[Tensor, dict[str, State]]] | None = None
+        self._place: Place | None = None
+        self._uncut: set[tuple[Tensor, str]] = set()
+
+    # -- out -------------------------------------------------------------------------------------
+
+    def keep_whole(self, plan: Plan, states: Sequence[State | None], to: int) -> None:
+        """Remembers what :func:`whole_state` gave for the shards of `plan`."""
+        assert self.whole is not None
+        by_target = self.whole[1]
+        for shard, state in zip(plan.shards, states, strict=True):
+            if state is not None:
+                by_target.setdefault(shard.fragment.target, {})[shard.name] = state
+        self.whole = (WHOLE if plan.communicator.me == to else ELSEWHERE, by_target)
+
+    def prepare_saving(
+        self, saved: dict[str, Any], targets: Sequence[Tensor], plans: Sequence[Plan]
+    ) -> None:
+        """Writes down whose the state in `saved` is, in the form in which the engine saves.
+
+        Args:
+            saved: the optimizer's state dictionary.
+            targets: the tensors of its groups, in the order of their indexes in it.
+            plans: the optimizer's.
+
+        Raises:
+            RuntimeError: the state has not been put together.
+        """
+        for plan in plans:
+            place = (plan.communicator.me, plan.communicator.size)
+            saved["process"] = saved["process"] or place
+            if plan.replicated:
+                if self.whole is None:
+                    raise RuntimeError(_NOT_CONSOLIDATED)
+                saved["process"], whole = self.whole
+                saved["state"] = {i: whole[t] for i, t in enumerate(targets) if t in whole}
+            elif plan.saved_by_key:
+                here = {id(fragment.target) for fragment in plan.held}
+                for index, target in enumerate(targets):
+                    if id(target) in here:
+                        units = saved["state"].get(index, {})
+                        saved["state"][index] = pack(units, place, saved["calls"])
+
+    # -- in --------------------------------------------------------------------------------------
+
+    def load(self, saved: Mapping[str, Any], targets: Mapping[Any, Tensor]) -> Loaded:
+        """The states in a state dictionary, for the target of each of its indexes."""
+        self.whole, self._place, calls = None, saved.get("process"), saved.get("calls", 0)
+        states = {}
+        for index, target in targets.items():
+            units = saved["state"].get(index)
+            if units and any(isinstance(value, bytes) for value in units.values()):
+                self._place, calls, units = unpack(units)
+            if units is not None:
+                states[target] = units
+        self._place = None if self._place is None else (self._place[0], self._place[1])
+        whole = states if self._place == WHOLE else {}
+        self._uncut = {(target, name) for target, units in whole.items() for name in units}
+        return Loaded(calls, states)
+
+    def cut_loaded(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> None:
+        """Where state was loaded whole and is shared out, leaves each shard's own part of it."""
+        if not (self._uncut and plan.replicated):
+            return
+        for shard in plan.shards:
+            target = shard.fragment.target
+            if (target, shard.name) in self._uncut:
+                self._uncut.remove((target, shard.name))
+                units = states[target]
+                units[shard.name] = cut_state(shard, units[shard.name])
+
+    def is_own(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> bool:
+        """Whether the state, which may have been loaded, is this process's and of these shapes."""
+        here = (plan.communicator.me, plan.communicator.size)
+        was_cut = plan.replicated and self._place == WHOLE
+        if self._place not in (None, here) and not was_cut:
+            return False
+        return all(
+            fits(shard, states[shard.fragment.target].get(shard.name, {})) for shard in plan.shards
+        )
+
+
+_NOT_CONSOLIDATED = (
+    "state_dict: the optimizer's state is shared out over the processes, and this one has a part "
+    "of it; call optimizer.consolidate_state_dict() on every process first, then save on process 0 "
+    "and load on all"
+)

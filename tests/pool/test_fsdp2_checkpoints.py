@@ -1,0 +1,97 @@
+"""Under FSDP2, PyTorch's distributed checkpoints bring back all of the state, ragged ranks too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from test_torch_engines import distribute
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+import arg_dist
+from tests.launch import models
+from tests.launch.cases import SETTINGS
+
+
+class Run:
+    """A cut model, its optimizer, and steps on batches that depend on the step alone."""
+
+    def __init__(self, group: dist.ProcessGroup, name: str, how: str) -> None:
+        self.group = group
+        self.model = distribute(models.build(name), group, how)
+        groups = arg_dist.param_groups(self.model)
+        self.optimizer = arg_dist.AdaRankGrad(groups, **SETTINGS)
+
+    def train(self, first: int, last: int) -> list[float]:
+        share = models.BATCH // dist.get_world_size(self.group)
+        start = dist.get_rank(self.group) * share
+        losses = []
+        for step in range(first, last):
+            tokens = models.batch(step)[start : start + share]
+            loss = self.model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+        }
+
+    def ranks(self) -> dict[str, int]:
+        return {entry["name"]: entry["rank"] for entry in self.optimizer.stats()}
+
+
+def go_on(group: dist.ProcessGroup, name: str, how: str, folder: Path) -> None:
+    straight = Run(group, name, how)
+    straight.train(0, 8)
+    dcp.save(straight.state(), checkpoint_id=folder, process_group=group)
+    expected = straight.train(8, 16)
+    resumed = Run(group, name, how)
+    state = resumed.state()
+    dcp.load(state, checkpoint_id=folder, process_group=group)
+    set_model_state_dict(resumed.model, state["model"])
+    set_optimizer_state_dict(resumed.model, resumed.optimizer, state["optimizer"])
+    assert resumed.train(8, 16) == expected
+    assert resumed.ranks() == straight.ranks()
+    assert resumed.optimizer.state_bytes() == straight.optimizer.state_bytes()
+
+
+@pytest.mark.parametrize(
+    ("processes", "name", "how"),
+    [(2, "llama", "rows"), (4, "odd", "rows"), (2, "llama", "columns"), (4, "llama", "replicas")],
+)
+def test_a_run_goes_on_to_the_bit(pool, tmp_path, processes, name, how):
+    pool.run(go_on, processes, name, how, tmp_path / "checkpoint", seconds=60)
+
+
+def save(group: dist.ProcessGroup, folder: Path) -> None:
+    run = Run(group, "llama", "rows")
+    run.train(0, 3)
+    dcp.save(run.state(), checkpoint_id=folder, process_group=group)
+
+
+def load(group: dist.ProcessGroup, folder: Path) -> str:
+    run = Run(group, "llama", "rows")
+    state = run.state()
+    try:
+        dcp.load(state, checkpoint_id=folder, process_group=group)
+    except BaseException as error:  # DCP's own is no Exception
+        return str(error)
+    return ""
+
+
+def test_another_number_of_processes_is_refused_by_name(pool, tmp_path):
+    pool.run(save, 2, tmp_path, seconds=60)
+    assert all("process 0 of 4" in message for message in pool.run(load, 4, tmp_path, seconds=60))
