@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,13 +34,19 @@ class ReportsItself(Protocol):
 
 @dataclass(frozen=True)
 class OptimizerSample:
-    """The optimizer over all processes at one moment; the lists go by process index."""
+    """The optimizer over all processes at one moment; the lists go by process index.
+
+    `low_rank_bytes` is the state of the low-rank matrices on all processes together, and
+    `low_rank_adamw_bytes` what AdamW keeps for them.
+    """
 
     ranks: dict[str, int] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
     state_bytes: list[int] = field(default_factory=list)
     adamw_bytes: list[int] = field(default_factory=list)
     sent_bytes: list[int] = field(default_factory=list)
+    low_rank_bytes: int = 0
+    low_rank_adamw_bytes: int = 0
 
     @property
     def mean_rank(self) -> float | None:
@@ -94,4 +101,7 @@ def merge(gathered: list[tuple[list[dict[str, Any]], int, int, int]]) -> Optimiz
         state_bytes=[own for _, own, _, _ in gathered],
         adamw_bytes=[adamw for _, _, adamw, _ in gathered],
         sent_bytes=[sent for *_, sent in gathered],
+        low_rank_bytes=sum(part["state_bytes"] for stats, *_ in gathered for part in stats),
+        low_rank_adamw_bytes=ADAMW_BYTES_PER_ELEMENT
+        * sum(prod(matrix["shape"]) for matrix in matrices.values()),
     )

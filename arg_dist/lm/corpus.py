@@ -57,16 +57,17 @@ def read_corpus(
     return Corpus(training, held_out, source)
 
 
-def documents_of(pattern: str, text_key: str) -> Iterator[bytes]:
+def documents_of(pattern: str, text_key: str, option: str = "--data") -> Iterator[bytes]:
     """The documents at a path: files, a directory of them, a glob, or a saved data set.
 
     ``.jsonl`` files and data sets (``datasets.save_to_disk``) hold one under `text_key` per row.
+    Messages name `option`, by which the user gave the path.
     """
     path = Path(pattern)
     if path.is_dir() and any(
         (path / name).exists() for name in ("state.json", "dataset_dict.json")
     ):
-        yield from _saved_data_set(path, text_key)
+        yield from _saved_data_set(path, text_key, option)
         return
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -76,19 +77,19 @@ def documents_of(pattern: str, text_key: str) -> Iterator[bytes]:
         files = sorted(Path(found) for found in glob.glob(pattern, recursive=True))
         files = [file for file in files if file.is_file()]
         if not files:
-            raise InputError(f"--data {pattern}: no such file, directory or matching pattern")
+            raise InputError(f"{option} {pattern}: no such file, directory or matching pattern")
     for file in files:
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise InputError(f"--data {file}: {error.strerror}") from None
+            raise InputError(f"{option} {file}: {error.strerror}") from None
         if file.suffix == ".jsonl":
-            yield from _records(file, content, text_key)
+            yield from _records(file, content, text_key, option)
         else:
             yield content
 
 
-def _records(file: Path, content: bytes, text_key: str) -> Iterator[bytes]:
+def _records(file: Path, content: bytes, text_key: str, option: str) -> Iterator[bytes]:
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
@@ -96,12 +97,12 @@ def _records(file: Path, content: bytes, text_key: str) -> Iterator[bytes]:
             yield json.loads(line)[text_key].encode()
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
-                f'--data {file}, line {number}: a JSON object with a text under "{text_key}" is '
+                f'{option} {file}, line {number}: a JSON object with a text under "{text_key}" is '
                 "needed; name another key with --text-key"
             ) from None
 
 
-def _saved_data_set(path: Path, text_key: str) -> Iterator[bytes]:
+def _saved_data_set(path: Path, text_key: str, option: str) -> Iterator[bytes]:
     import datasets
 
     loaded = datasets.load_from_disk(str(path))
@@ -109,7 +110,7 @@ def _saved_data_set(path: Path, text_key: str) -> Iterator[bytes]:
     for part in parts:
         if text_key not in part.column_names:
             raise InputError(
-                f'--data {path}: no column "{text_key}" among {part.column_names}; '
+                f'{option} {path}: no column "{text_key}" among {part.column_names}; '
                 "name one with --text-key"
             )
         for text in part[text_key]:

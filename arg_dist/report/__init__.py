@@ -5,14 +5,17 @@ A run directory holds ``metrics.jsonl`` (one line per step), ``report.json`` and
 """
 
 from arg_dist.report.files import read_metrics, read_report
+from arg_dist.report.measures import MEASURES, measured
 from arg_dist.report.record import RunRecord
 from arg_dist.report.summary import RunFacts, run_facts, summarize
 from arg_dist.telemetry import OptimizerSample, sample_optimizer
 
 __all__ = [
+    "MEASURES",
     "OptimizerSample",
     "RunFacts",
     "RunRecord",
+    "measured",
     "read_metrics",
     "read_report",
     "run_facts",

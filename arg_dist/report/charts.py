@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from arg_dist.report.files import write_atomically
+from arg_dist.report.measures import LOSS, MEASURES, Measure, judging
 from arg_dist.report.tables import processes, share
 
 if TYPE_CHECKING:
@@ -29,18 +30,23 @@ _STYLE = {
     "font.size": 10,
 }
 _OWN, _OTHER, _FAINT = "#1f5fa8", "#c9c9c9", "#9db8d6"
-_HIGHLIGHT = "#d1495b"
+_HIGHLIGHT, _GOOD = "#d1495b", "#2a7f62"
 _MIB = 2**20
 
 
 def draw_report(report: dict[str, Any], steps: Steps, path: Path) -> None:
-    """Four panels: losses, the optimizer state, the rank and the kept energy of each matrix."""
+    """Four panels: losses, the optimizer state, the rank and the kept energy of each matrix.
+
+    The first one shows what judges the run too, where that is not the loss.
+    """
     from matplotlib import rc_context
 
     with rc_context(_STYLE):
         figure = _figure(13, 8.5)
         (losses, state), (ranks, energy) = figure.subplots(2, 2)
         _draw_losses(losses, steps)
+        if report["measure"] != LOSS:
+            _draw_measure(losses, steps, MEASURES[report["measure"]])
         _draw_state(state, report)
         _draw_matrices(ranks, steps, "ranks", "Rank of each matrix", whole=True)
         _draw_matrices(energy, steps, "energy", "Gradient energy kept by each basis")
@@ -61,21 +67,26 @@ def draw_report(report: dict[str, Any], steps: Steps, path: Path) -> None:
 
 
 def draw_comparison(runs: Mapping[str, tuple[dict[str, Any], Steps]], path: Path) -> None:
-    """Two panels: the runs' losses over steps, and their largest state on one process."""
+    """Two panels: what judges the runs over steps, and their largest state on one process."""
     from matplotlib import colormaps, rc_context
 
     colors = colormaps["tab10"].colors
     with rc_context(_STYLE):
         figure = _figure(13, 5)
-        losses, state = figure.subplots(1, 2, width_ratios=(3, 2))
+        judged, state = figure.subplots(1, 2, width_ratios=(3, 2))
+        measure = judging([report for report, _ in runs.values()])
+        title = measure.title[0].upper() + measure.title[1:]
+        judged.set(title=title, xlabel="step")
         for color, (name, (_, steps)) in zip(_cycle(colors), runs.items(), strict=False):
-            numbers, values = _series(steps, "loss")
-            losses.plot(numbers, _smooth(values), color=color, alpha=0.35, linewidth=1)
-            numbers, values = _series(steps, "held_out_loss")
-            losses.plot(numbers, values, color=color, marker="o", markersize=4, label=name)
-        losses.set(title="Held-out loss (faint: training)", xlabel="step", ylabel="loss")
-        _crop_start(losses, [line for _, steps in runs.values() for line in steps])
-        losses.legend()
+            numbers, values = _series(steps, measure.key)
+            judged.plot(numbers, values, color=color, marker="o", markersize=4, label=name)
+            if measure.key == LOSS:
+                numbers, values = _series(steps, "loss")
+                judged.plot(numbers, _smooth(values), color=color, alpha=0.35, linewidth=1)
+        if measure.key == LOSS:
+            judged.set(title=f"{title} (faint: training)", ylabel="loss")
+            _crop_start(judged, [line for _, steps in runs.values() for line in steps])
+        judged.legend()
         for row, (color, (report, _)) in enumerate(
             zip(_cycle(colors), runs.values(), strict=False)
         ):
@@ -104,7 +115,7 @@ def _draw_losses(axes: Axes, steps: Steps) -> None:
     numbers, values = _series(steps, "loss")
     axes.plot(numbers, values, color=_FAINT, linewidth=0.8, label="training")
     axes.plot(numbers, _smooth(values), color=_OWN, linewidth=1.8, label="training, smoothed")
-    numbers, values = _series(steps, "held_out_loss")
+    numbers, values = _series(steps, LOSS)
     axes.plot(numbers, values, color=_HIGHLIGHT, marker="o", markersize=4, label="held-out")
     if values:
         axes.annotate(
@@ -114,6 +125,19 @@ def _draw_losses(axes: Axes, steps: Steps) -> None:
     _crop_start(axes, steps)
     axes.set(title="Loss", xlabel="step")
     axes.legend()
+
+
+def _draw_measure(axes: Axes, steps: Steps, measure: Measure) -> None:
+    """Adds `measure` to the losses, with a scale of its own on the right."""
+    right = axes.twinx()
+    numbers, values = _series(steps, measure.key)
+    right.plot(numbers, values, color=_GOOD, marker="s", markersize=4, label=measure.title)
+    right.set_ylabel(measure.title, color=_GOOD)
+    right.spines.right.set_visible(True)
+    right.grid(visible=False)
+    lines = [axes.get_legend_handles_labels(), right.get_legend_handles_labels()]
+    axes.legend(*(sum(parts, []) for parts in zip(*lines, strict=True)), loc="center right")
+    axes.set(title=f"Loss and {measure.title}")
 
 
 def _draw_matrices(axes: Axes, steps: Steps, key: str, title: str, *, whole: bool = False) -> None:
@@ -187,7 +211,7 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 def _crop_start(axes: Axes, steps: Steps) -> None:
     """Cuts off the first steps' high losses, which would flatten all that follows."""
     late = [step["loss"] for step in steps if step["loss"] is not None and step["step"] > 20]
-    late += [step["held_out_loss"] for step in steps if step.get("held_out_loss") is not None]
+    late += [step[LOSS] for step in steps if step.get(LOSS) is not None]
     if len(late) > 20:
         margin = 0.08 * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)

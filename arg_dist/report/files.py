@@ -44,14 +44,20 @@ class MetricsLog:
     """Appends one JSON line per step to ``metrics.jsonl`` and keeps them for the report.
 
     Each line reaches the operating system at once, so a killed run keeps all its finished steps.
+    Of an earlier run's lines those up to the step `resumed_at` stay.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, resumed_at: int = 0) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for stale in (REPORT, PICTURE):  # an earlier run's would seem to belong to these metrics
             (directory / stale).unlink(missing_ok=True)
+        earlier = []
+        if resumed_at and (directory / METRICS).exists():
+            earlier = [line for line in read_metrics(directory) if line["step"] <= resumed_at]
         self.lines: list[dict[str, Any]] = []
         self._file = open(directory / METRICS, "w")  # noqa: SIM115 - open for the whole run
+        for line in earlier:
+            self.append(line)
 
     def append(self, line: dict[str, Any]) -> None:
         """Writes one step; what was not measured at it is absent."""

@@ -21,17 +21,25 @@ class RunRecord:
     Args:
         directory: where the files go; an earlier run's are replaced.
         active: False on all processes but the first, which then only pass through.
+        resumed_at: the step that the run goes on from; earlier ones keep their lines.
     """
 
     def __init__(
-        self, directory: Path, facts: RunFacts, *, planned_steps: int, active: bool
+        self,
+        directory: Path,
+        facts: RunFacts,
+        *,
+        planned_steps: int,
+        active: bool,
+        resumed_at: int = 0,
     ) -> None:
         self._directory = directory
         self._facts = facts
         self._planned_steps = planned_steps
-        self._log = MetricsLog(directory) if active else None
+        self._log = MetricsLog(directory, resumed_at) if active else None
         self._sample = OptimizerSample()
         self._largest_share: float | None = None
+        self._low_rank_bytes = 0
         self._finished = False
 
     def __enter__(self) -> RunRecord:
@@ -53,6 +61,7 @@ class RunRecord:
             # Ranks fall as well as rise; what must fit into memory is the most there ever was.
             shares = (self._largest_share, sample.largest_share)
             self._largest_share = max((share for share in shares if share), default=None)
+            self._low_rank_bytes = max(self._low_rank_bytes, sample.low_rank_bytes)
             if sample.ranks:
                 line = line | {"ranks": sample.ranks, "energy": sample.energy}
         if self._log:
@@ -75,6 +84,7 @@ class RunRecord:
             steps,
             self._sample,
             largest_share=self._largest_share,
+            low_rank_bytes=self._low_rank_bytes,
             status=status,
             planned_steps=self._planned_steps,
         )

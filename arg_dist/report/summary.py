@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from arg_dist.report.measures import LOSS, MEASURES, measured
 from arg_dist.telemetry import OptimizerSample
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "arg_dist")
@@ -22,7 +23,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "arg_dist")
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run before its first step."""
+    """What is known of a run before its first step; `measure` is a key of ``MEASURES``."""
 
     command: str
     date: str
@@ -35,6 +36,7 @@ class RunFacts:
     optimizer: str
     optimizer_settings: dict[str, Any]
     job: dict[str, Any]
+    measure: str = LOSS
 
 
 def run_facts(
@@ -45,11 +47,13 @@ def run_facts(
     model_parameters: int,
     optimizer: str,
     optimizer_settings: dict[str, Any],
+    measure: str = LOSS,
     **job: Any,
 ) -> RunFacts:
     """Adds command, date, versions and hardware to what the caller knows.
 
-    `job` takes everything else worth keeping: batch size, sequence length, seed, data.
+    `measure` judges the run. `job` takes everything else worth keeping: batch size, sequence
+    length, seed, data.
     """
     arguments = [word for word in sys.argv if not word.startswith("--local_rank")]
     return RunFacts(
@@ -64,6 +68,7 @@ def run_facts(
         optimizer=optimizer,
         optimizer_settings=optimizer_settings,
         job=job,
+        measure=measure,
     )
 
 
@@ -101,15 +106,21 @@ def summarize(
     sample: OptimizerSample,
     *,
     largest_share: float | None,
+    low_rank_bytes: int,
     status: str,
     planned_steps: int,
 ) -> dict[str, Any]:
     """The report of a run that is over, whether it came to its end or not.
 
     Bytes are per process, in the order of their indexes, at the end of the run; `largest_share` is
-    the largest of any process at any sampled step.
+    the largest of any process at any sampled step. The low-rank matrices' bytes are those of all
+    processes together: the most at any sampled step, and what AdamW keeps for the same matrices.
     """
-    losses = [step["held_out_loss"] for step in steps if step.get("held_out_loss") is not None]
+    evaluated = [numbers for step in steps if (numbers := measured(step))]
+    judged = {
+        key: [numbers[key] for numbers in evaluated if key in numbers]
+        for key in dict.fromkeys((LOSS, facts.measure))
+    }
     return {
         "status": status,
         **asdict(facts),
@@ -117,12 +128,17 @@ def summarize(
         "planned_steps": planned_steps,
         "tokens": steps[-1]["tokens"] if steps else 0,
         "final_loss": steps[-1]["loss"] if steps else None,
-        "final_held_out_loss": losses[-1] if losses else None,
-        "best_held_out_loss": min(losses, default=None),
+        "final_held_out_loss": judged[LOSS][-1] if judged[LOSS] else None,
+        "best_held_out_loss": MEASURES[LOSS].best(judged[LOSS]),
+        "final_measure": judged[facts.measure][-1] if judged[facts.measure] else None,
+        "best_measure": MEASURES[facts.measure].best(judged[facts.measure]),
+        "final_measures": evaluated[-1] if evaluated else {},
         "mean_rank": sample.mean_rank,
         "state_bytes": sample.state_bytes,
         "adamw_state_bytes": sample.adamw_bytes,
         "largest_share": largest_share,
+        "low_rank_state_bytes": low_rank_bytes,
+        "low_rank_adamw_bytes": sample.low_rank_adamw_bytes,
         "seconds_per_step": median(step["seconds"] for step in steps) if steps else None,
         "sent_bytes_per_step": [sent / max(1, len(steps)) for sent in sample.sent_bytes],
     }

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from arg_dist.report.measures import LOSS, MEASURES, judging
+
 Row = tuple[str, str]
 
 
@@ -16,18 +18,29 @@ def summary_rows(report: dict[str, Any]) -> list[Row]:
     parameters = f"{report['model_parameters'] / 1e6:.1f}M parameters"
     state = f"{size(max(report['state_bytes'], default=0))}"
     adamw = f"{size(max(report['adamw_state_bytes'], default=0))}"
+    final = report["final_measures"]
+    shown = {*final, LOSS, report["measure"]}
     return [
         ("status", f"{report['status']}, {report['steps']} of {report['planned_steps']} steps"),
         ("model", f"{report['model']}, {parameters}"),
         ("optimizer", f"{report['optimizer']}, {report['engine']}, {processes(report)}"),
-        ("held-out loss", loss(report["final_held_out_loss"])),
-        ("best held-out loss", loss(report["best_held_out_loss"])),
+        *((MEASURES[key].title, loss(final.get(key))) for key in MEASURES if key in shown),
+        (f"best {MEASURES[report['measure']].title}", loss(report["best_measure"])),
         ("mean rank", "-" if report["mean_rank"] is None else f"{report['mean_rank']:.1f}"),
         ("optimizer state per process", f"{state} (AdamW: {adamw})"),
         ("largest share of AdamW's", share(report["largest_share"])),
+        *_low_rank_rows(report),
         ("seconds per step", seconds(report["seconds_per_step"])),
         ("sent by the optimizer per step", size(max(report["sent_bytes_per_step"], default=0))),
     ]
+
+
+def _low_rank_rows(report: dict[str, Any]) -> list[Row]:
+    state, adamw = report["low_rank_state_bytes"], report["low_rank_adamw_bytes"]
+    if not adamw:
+        return []
+    text = f"{size(state)} (AdamW: {size(adamw)}), {share(state / adamw)}"
+    return [("state of low-rank matrices", text)]
 
 
 def print_summary(report: dict[str, Any], where: str, console: Console | None = None) -> None:
@@ -45,14 +58,15 @@ def print_comparison(reports: dict[str, dict[str, Any]], console: Console | None
     table = Table(box=box.ROUNDED)
     table.add_column("run", style="bold", no_wrap=True)
     table.add_column("optimizer", no_wrap=True)
-    for name in ("held-out", "rank", "state", "s/step"):
+    measure = judging(list(reports.values()))
+    for name in (measure.title, "rank", "state", "s/step"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, report in reports.items():
         rank = report["mean_rank"]
         table.add_row(
             name,
             report["optimizer"],
-            loss(report["final_held_out_loss"]),
+            loss(report["final_measures"].get(measure.key)),
             "-" if rank is None else f"{rank:.1f}",
             f"{size(max(report['state_bytes'], default=0))}, {share(report['largest_share'])}",
             seconds(report["seconds_per_step"]),

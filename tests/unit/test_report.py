@@ -114,9 +114,9 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
 
 
 def test_a_cut_matrix_counts_once_and_bytes_go_by_process():
-    whole = {"name": "a", "rank": 4, "energy": 0.9}
-    cut = {"name": "b", "rank": 8, "energy": 0.8}
-    unborn = {"name": "c", "rank": 0, "energy": 0.0}
+    whole = {"name": "a", "rank": 4, "energy": 0.9, "shape": (10, 20), "state_bytes": 8}
+    cut = {"name": "b", "rank": 8, "energy": 0.8, "shape": (5, 10), "state_bytes": 4}
+    unborn = {"name": "c", "rank": 0, "energy": 0.0, "shape": (2, 5), "state_bytes": 0}
     sample = merge([([whole, cut], 10, 100, 1), ([cut, unborn], 20, 100, 2)])
     assert sample.ranks == {"a": 4, "b": 8}
     assert sample.energy == {"a": 0.9, "b": 0.8}
@@ -124,6 +124,8 @@ def test_a_cut_matrix_counts_once_and_bytes_go_by_process():
     assert sample.sent_bytes == [1, 2]
     assert sample.largest_share == 0.2
     assert sample.mean_rank == 6
+    assert sample.low_rank_bytes == 8 + 4 + 4
+    assert sample.low_rank_adamw_bytes == 8 * (10 * 20 + 5 * 10 + 2 * 5)
 
 
 def test_the_state_of_adamw_is_its_two_moments():
