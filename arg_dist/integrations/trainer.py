@@ -53,8 +53,8 @@ def for_trainer(
         ConfigError: a setting is unknown or out of range, or the DeepSpeed JSON names an optimizer
             too, which the Trainer would prefer.
     """
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    if deepspeed is not None and "optimizer" in deepspeed.config:
+    plugin = getattr(args, "deepspeed_plugin", None)  # of the arguments, or of accelerate's launcher
+    if plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise ConfigError(
             "optimizer: the DeepSpeed JSON has this section, and the Trainer would build the "
             "optimizer from it and drop this one; remove the section, or put AdaRankGrad's "
