@@ -7,17 +7,18 @@ import os
 import warnings
 
 
-def prepare_environment() -> None:
+def prepare_environment(*, world_of_one: bool = True) -> None:
     """Fills in what the environment leaves open; call it before DeepSpeed is imported.
 
     A variable that the user has set is never changed. Without a launcher the process becomes a
-    world of one, so that ``python script.py`` works like ``deepspeed --num_gpus 1 script.py``.
+    world of one, so that ``python script.py`` works like ``deepspeed --num_gpus 1 script.py``;
+    where no engine needs that, `world_of_one` may be False.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Port 0 lets the operating system choose: nobody else has to find this process.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if "RANK" not in os.environ:
+    if world_of_one and "RANK" not in os.environ:
         os.environ.update(alone)
 
     import torch
