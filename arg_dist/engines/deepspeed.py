@@ -8,6 +8,7 @@ positions used here are those of DeepSpeed 0.19.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -31,10 +32,12 @@ class FlatPartitionAdapter:
         return _is_flat(group) and any(hasattr(p, "_dp_group") for _, p in group.alive())
 
     def on_construction(self, optimizer: Any) -> None:
-        """Lets DeepSpeed, if it is in use, know the optimizer."""
-        if "deepspeed" in sys.modules:
-            from arg_dist.engines.deepspeed_entry import introduce
+        """Lets DeepSpeed, if it is or will be in use, know the optimizer."""
+        from arg_dist.engines.deepspeed_guard import expect, introduce
 
+        expect(optimizer)
+        # accelerate and the Trainer import DeepSpeed late, and say before that they will
+        if "deepspeed" in sys.modules or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             introduce(type(optimizer))
 
     def hold(self, group: ParameterGroup) -> Holding:

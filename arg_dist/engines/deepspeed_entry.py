@@ -1,14 +1,11 @@
 """The ways into DeepSpeed: by name from the JSON, by :func:`initialize`, or as a client optimizer.
 
-All three pass the same guard, which DeepSpeed runs into after it has built or been given the
-optimizer and before it wraps it: settings that cannot work are refused there, and the optimizer
-learns the model's names.
+All three pass the same guard (``deepspeed_guard.py``).
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import json
 import os
@@ -28,7 +25,7 @@ from arg_dist.engines.deepspeed_config import (
     refuse_unsupported,
     warn_defaults,
 )
-from arg_dist.groups import classify
+from arg_dist.engines.deepspeed_guard import MOE, introduce
 from arg_dist.optimizer import AdaRankGrad
 
 
@@ -133,84 +130,8 @@ def from_json(params: Iterable[Any], **settings: Any) -> AdaRankGrad:
     parse_config(settings, "optimizer.params")
     groups = list(params)
     if any(isinstance(group, dict) and group.get("moe") for group in groups):
-        raise ConfigError(_MOE)
+        raise ConfigError(MOE)
     return AdaRankGrad(groups, **settings)
-
-
-def introduce(optimizer_class: type) -> None:
-    """Makes DeepSpeed accept the optimizer, and pass the guard before wrapping one; once.
-
-    Raises:
-        RuntimeError: this DeepSpeed has no place for the guard.
-    """
-    from deepspeed.runtime import engine as engine_module
-    from deepspeed.runtime.zero import utils as zero_utils
-
-    if optimizer_class not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
-        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
-    engine_class = engine_module.DeepSpeedEngine
-    check = getattr(engine_class, "_do_optimizer_sanity_check", None)
-    if check is None:
-        raise RuntimeError(
-            "DeepSpeedEngine has no _do_optimizer_sanity_check; this version of DeepSpeed is not "
-            "supported (tested: 0.19.8)"
-        )
-    if hasattr(check, "__wrapped__"):
-        return
-
-    @functools.wraps(check)
-    def guarded(engine: Any, basic_optimizer: Any) -> Any:
-        if isinstance(basic_optimizer, AdaRankGrad):
-            refuse_unsupported(engine._config._param_dict, cuda=torch.cuda.is_available())
-            _refuse_model(engine)
-            name_parameters(basic_optimizer, engine.module)
-        return check(engine, basic_optimizer)
-
-    engine_class._do_optimizer_sanity_check = guarded
-
-
-def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:
-    """Gives bare parameters their names in `model`, and keeps embeddings and head full-rank.
-
-    An optimizer whose groups say which matrices are low-rank keeps them as they are.
-
-    Raises:
-        ConfigError: a pattern of ``targets`` or ``exclude`` matches nothing, or comes beside groups
-            that say it already.
-    """
-    patterns = {key: optimizer.defaults[key] for key in ("targets", "exclude")}
-    if optimizer.is_classified and any(patterns.values()):
-        raise ConfigError(
-            "targets, exclude: the parameter groups already say which matrices are low-rank; give "
-            "the patterns to arg_dist.param_groups instead"
-        )
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    renamed = {
-        old: names[identity]
-        for identity, old in optimizer.parameter_names().items()
-        if identity in names
-    }
-    full_rank: list[str] = []
-    if not optimizer.is_classified:
-        kinds = classify(model, **patterns)
-        full_rank = [name for name, kind in kinds.items() if kind != "matrix"]
-    optimizer.adopt_names(renamed, full_rank)
-
-
-def _refuse_model(engine: Any) -> None:
-    """Refuses what no configuration shows: models that are cut over processes by themselves."""
-    if engine.has_moe_layers:
-        raise ConfigError(_MOE)
-    if engine.pipeline_parallelism:
-        raise ConfigError(
-            "model: got a PipelineModule; AdaRankGrad has not been made to work with DeepSpeed's "
-            "pipeline stages; use ZeRO stages 0-3 without it"
-        )
-    if engine.mp_world_size > 1:
-        raise ConfigError(
-            f"mpu: got {engine.mp_world_size} model-parallel processes; AdaRankGrad needs whole "
-            "matrices within a data-parallel group; leave mpu out"
-        )
 
 
 def _compare_across_processes(config: Mapping[str, Any]) -> None:
@@ -227,10 +148,5 @@ def _compare_across_processes(config: Mapping[str, Any]) -> None:
             "them with the same file"
         )
 
-
-_MOE = (
-    "model: got DeepSpeed MoE layers, whose experts are reduced over groups of their own; "
-    "AdaRankGrad does not follow these groups; use a model without deepspeed.moe layers, or AdamW"
-)
 
 torch.optim.AdaRankGrad = from_json  # type: ignore[attr-defined]

@@ -73,6 +73,8 @@ EVERYWHERE = [
     for stage in (0, 1, 2, 3)
 ]
 """Run with 1, 2, 3 and 4 processes."""
+SHARDED = [case for case in EVERYWHERE if case.model == "llama"]
+"""Run with 8 processes, too."""
 
 VARIANTS = [
     Case("zero2-round-robin", "llama", 2, {"round_robin_gradients": True}),
@@ -110,3 +112,9 @@ VARIANTS = [
 """Run with 2 processes; `json` and `client` are the other ways in."""
 
 CASES = {case.name: case for case in EVERYWHERE + VARIANTS}
+
+RESUMED = [
+    *("llama-zero0", "llama-zero1", "llama-zero2", "llama-zero3"),
+    *("zero0-bf16", "zero2-bf16", "zero3-bf16"),
+]
+"""Saved in mid-run and resumed, with 2 processes."""

@@ -126,6 +126,19 @@ def fp16_at_stage_0() -> None:
         )
 
 
+def replaced(step_first: bool) -> None:
+    """DeepSpeed is handed AdamW for a model for which an AdaRankGrad was built, and is gone."""
+    model = models.build("llama")
+    config = Case("replaced", "llama", 2).config(micro_batch=4)
+    del config["optimizer"]
+    optimizer = arg_dist.AdaRankGrad(arg_dist.param_groups(model), process_group=None)
+    if step_first:
+        optimizer.step()
+    del optimizer
+    adamw = torch.optim.AdamW(model.parameters())
+    deepspeed.initialize(model=model, optimizer=adamw, config=config)[0].destroy()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank")
@@ -143,6 +156,8 @@ def main() -> None:
         "elastic-json": told(lambda: elastic_checkpoint("json")),
         "elastic-client": told(lambda: elastic_checkpoint("client")),
         "fp16-zero0": told(fp16_at_stage_0),
+        "replaced": told(lambda: replaced(step_first=False)),
+        "another-later": told(lambda: replaced(step_first=True)),
     }
     file = options.out / f"process{dist.get_rank()}.json"
     file.write_text(json.dumps(results, indent=1))

@@ -29,6 +29,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("elastic-json", "ConfigError", ["zero_optimization.elastic_checkpoint", "false"]),
         ("elastic-client", "ConfigError", ["zero_optimization.elastic_checkpoint", "false"]),
         ("fp16-zero0", "ConfigError", ["fp16.enabled", "bf16"]),
+        ("replaced", "ConfigError", ["embed_tokens.weight", "AdamW would train", "for_trainer"]),
+        ("another-later", "", ["no error"]),
     ],
 )
 def test_every_process_is_told(

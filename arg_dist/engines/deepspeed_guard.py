@@ -1,0 +1,166 @@
+"""The guard that DeepSpeed runs into after it was given an optimizer and before it wraps it.
+
+Settings that cannot work are refused there, the optimizer learns the model's names, and an
+optimizer that somebody put into the place of AdaRankGrad is found out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from arg_dist.config import ConfigError
+from arg_dist.engines.deepspeed_config import refuse_unsupported
+from arg_dist.groups import classify
+from arg_dist.optimizer import AdaRankGrad
+
+MOE = (
+    "model: got DeepSpeed MoE layers, whose experts are reduced over groups of their own; "
+    "AdaRankGrad does not follow these groups; use a model without deepspeed.moe layers, or AdamW"
+)
+
+_EXPECTED: Any = WeakIdKeyDictionary()
+"""Parameters for which an AdaRankGrad was built that has not made a step yet."""
+
+
+def expect(optimizer: AdaRankGrad) -> None:
+    """Remembers, up to its first step, for which parameters an optimizer was built.
+
+    The optimizer itself may be gone by the time that another one is handed to DeepSpeed for them.
+    """
+    built = object()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _EXPECTED[parameter] = built
+
+    def forget(*_: Any) -> None:
+        for parameter in [each for each, whose in _EXPECTED.items() if whose is built]:
+            del _EXPECTED[parameter]
+        first_step.remove()
+
+    first_step = optimizer.register_step_pre_hook(forget)
+
+
+def introduce(optimizer_class: type) -> None:
+    """Makes DeepSpeed accept the optimizer, and pass the guard before wrapping one; once.
+
+    Raises:
+        RuntimeError: this DeepSpeed has no place for the guard.
+    """
+    from deepspeed.runtime import engine as engine_module
+    from deepspeed.runtime.zero import utils as zero_utils
+
+    if optimizer_class not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+    engine_class = engine_module.DeepSpeedEngine
+    check = getattr(engine_class, "_do_optimizer_sanity_check", None)
+    if check is None:
+        raise RuntimeError(
+            "DeepSpeedEngine has no _do_optimizer_sanity_check; this version of DeepSpeed is not "
+            "supported (tested: 0.19.8)"
+        )
+    if hasattr(check, "__wrapped__"):
+        return
+
+    @functools.wraps(check)
+    def guarded(engine: Any, basic_optimizer: Any) -> Any:
+        if isinstance(basic_optimizer, AdaRankGrad):
+            refuse_unsupported(engine._config._param_dict, cuda=torch.cuda.is_available())
+            _refuse_model(engine)
+            name_parameters(basic_optimizer, engine.module)
+            if not engine.zero_optimization():
+                engine.save_checkpoint = _consolidating(engine.save_checkpoint, basic_optimizer)
+        else:
+            _refuse_replacement(engine, basic_optimizer)
+        return check(engine, basic_optimizer)
+
+    engine_class._do_optimizer_sanity_check = guarded
+
+
+def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:
+    """Gives bare parameters their names in `model`, and keeps embeddings and head full-rank.
+
+    An optimizer whose groups say which matrices are low-rank keeps them as they are.
+
+    Raises:
+        ConfigError: a pattern of ``targets`` or ``exclude`` matches nothing, or comes beside groups
+            that say it already.
+    """
+    patterns = {key: optimizer.defaults[key] for key in ("targets", "exclude")}
+    if optimizer.is_classified and any(patterns.values()):
+        raise ConfigError(
+            "targets, exclude: the parameter groups already say which matrices are low-rank; give "
+            "the patterns to arg_dist.param_groups instead"
+        )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    renamed = {
+        old: names[identity]
+        for identity, old in optimizer.parameter_names().items()
+        if identity in names
+    }
+    full_rank: list[str] = []
+    if not optimizer.is_classified:
+        kinds = classify(model, **patterns)
+        full_rank = [name for name, kind in kinds.items() if kind != "matrix"]
+    optimizer.adopt_names(renamed, full_rank)
+
+
+def _refuse_model(engine: Any) -> None:
+    """Refuses what no configuration shows: models that are cut over processes by themselves."""
+    if engine.has_moe_layers:
+        raise ConfigError(MOE)
+    if engine.pipeline_parallelism:
+        raise ConfigError(
+            "model: got a PipelineModule; AdaRankGrad has not been made to work with DeepSpeed's "
+            "pipeline stages; use ZeRO stages 0-3 without it"
+        )
+    if engine.mp_world_size > 1:
+        raise ConfigError(
+            f"mpu: got {engine.mp_world_size} model-parallel processes; AdaRankGrad needs whole "
+            "matrices within a data-parallel group; leave mpu out"
+        )
+
+
+def _refuse_replacement(engine: Any, trains: Any) -> None:
+    """Refuses an optimizer for parameters that were given to an AdaRankGrad.
+
+    Raises:
+        ConfigError: with the usual causes.
+    """
+    name = next((name for name, p in engine.module.named_parameters() if p in _EXPECTED), None)
+    if name is None:
+        return
+    kind = type(trains).__name__
+    if kind.startswith("DeepSpeedCPU"):
+        cause = (
+            "where the JSON has offload_optimizer, accelerate replaces every optimizer; set "
+            '"zero_force_ds_cpu_optimizer": false in it'
+        )
+    else:
+        cause = (
+            "the Trainer drops optimizers=(...) under DeepSpeed; use optimizer_cls_and_kwargs="
+            "arg_dist.for_trainer(args, ...), or name AdaRankGrad in the JSON's optimizer section"
+        )
+    raise ConfigError(
+        f"optimizer: an AdaRankGrad was built for {name} and others, but {kind} would train them: "
+        f"{cause}"
+    )
+
+
+def _consolidating(save: Callable[..., Any], optimizer: AdaRankGrad) -> Callable[..., Any]:
+    """`save`, after the state was put together on the process that will write it.
+
+    At stage 0 DeepSpeed saves the first process's state for all of them.
+    """
+
+    @functools.wraps(save)
+    def consolidate_and_save(*args: Any, **kwargs: Any) -> Any:
+        optimizer.consolidate_state_dict()
+        return save(*args, **kwargs)
+
+    return consolidate_and_save
