@@ -1,6 +1,6 @@
 """Trains small models under many DeepSpeed configurations in one launch, against one process.
 
-    deepspeed --num_gpus 2 tests/launch/zero_runs.py --out results.json --cases llama-zero2 ...
+    PYTHONPATH=. deepspeed --num_gpus 2 tests/launch/zero_runs.py --out FILE --cases llama-zero2
 
 Writes what tests assert on: losses, ranks, bytes and collectives of each case.
 """
@@ -9,6 +9,7 @@ import argparse
 import faulthandler
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,33 @@ import deepspeed  # noqa: E402
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.utils.logger.setLevel(logging.ERROR)
 
-import models  # noqa: E402
-from cases import CASES, SETTINGS, STEPS, Case  # noqa: E402
-
 import arg_dist  # noqa: E402
+from tests.launch import models, training  # noqa: E402
+from tests.launch.cases import CASES, SETTINGS, Case  # noqa: E402
+from tests.launch.engine_ways import describe  # noqa: E402
 
 
-def ranks(optimizer: arg_dist.AdaRankGrad) -> dict[str, int]:
-    return {entry["name"]: entry["rank"] for entry in optimizer.stats()}
+@dataclass
+class DeepSpeedTraining:
+    """The real engine, which accumulates, clips and steps by its own count."""
+
+    engine: Any
+    optimizer: arg_dist.AdaRankGrad
+
+    def micro_step(self, tokens: torch.Tensor, share: float, last: bool) -> torch.Tensor:
+        loss = self.engine(input_ids=tokens, labels=tokens).loss
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss
 
 
 def reference(name: str) -> dict[str, Any]:
     """The same training in one process, on whole matrices, in fp32."""
-    model = models.build(name)
-    groups = arg_dist.param_groups(model)
-    optimizer = arg_dist.AdaRankGrad(groups, process_group=None, **SETTINGS)
-    losses, ranks_by_step = [], []
-    for step in range(STEPS):
-        tokens = models.batch(step)
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        ranks_by_step.append(ranks(optimizer))
+    alone = training.one_process(name)
+    run = training.train(alone)
+    optimizer = alone.optimizer
     return {
-        "losses": losses,
-        "ranks": ranks_by_step,
+        **run,
         "state_bytes": optimizer.state_bytes(),
         "refreshes": {entry["name"]: entry["refreshes"] for entry in optimizer.stats()},
         "bases": bases(optimizer),
@@ -96,10 +96,8 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 def train(case: Case, expected: dict[str, Any]) -> dict[str, Any]:
-    me, processes = dist.get_rank(), dist.get_world_size()
-    share = models.BATCH // processes
-    micro = share // case.accumulation
-    engine = start(case, case.config(micro))
+    processes = dist.get_world_size()
+    engine = start(case, case.config(models.BATCH // processes // case.accumulation))
     optimizer = engine.basic_optimizer
     calls = []
     inner = optimizer.step
@@ -111,28 +109,13 @@ def train(case: Case, expected: dict[str, Any]) -> dict[str, Any]:
         return result
 
     optimizer.step = counted
-    losses, ranks_equal = [], True
-    for step in range(STEPS):
-        mine = models.batch(step)[me * share : (me + 1) * share]
-        total = torch.zeros(())
-        for i in range(case.accumulation):
-            tokens = mine[i * micro : (i + 1) * micro]
-            loss = engine(input_ids=tokens, labels=tokens).loss
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach().float() / case.accumulation
-        dist.all_reduce(total)
-        losses.append(total.item() / processes)
-        everyone = gather(ranks(optimizer))
-        ranks_equal &= all(
-            expected["ranks"][step].get(name) == rank for r in everyone for name, rank in r.items()
-        )
+    run = training.train(
+        DeepSpeedTraining(engine, optimizer), [case.accumulation], group=dist.group.WORLD
+    )
     state_bytes = gather(optimizer.state_bytes())
     everyones_bases = gather(bases(optimizer))
     result = {
-        "losses": losses,
-        "loss_difference": max(abs(a - b) for a, b in zip(losses, expected["losses"], strict=True)),
-        "ranks_equal": ranks_equal,
+        "processes": gather({**run, "engine": describe(engine)}),
         "projector_difference": max(
             projector_difference(whole, [b[name] for b in everyones_bases if name in b])
             for name, whole in expected["bases"].items()
@@ -182,6 +165,7 @@ def main() -> None:
             first, last = run["ranks"][0], run["ranks"][-1]
             results[f"reference-{name}"] = {
                 "losses": run["losses"],
+                "ranks": run["ranks"],
                 "refreshes": min(run["refreshes"].values()),
                 "rank_changed": any(first[key] != last[key] for key in first),
             }

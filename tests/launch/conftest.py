@@ -1,0 +1,55 @@
+"""What the launch tests share: the results of launches that run many cases at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.cases import EVERYWHERE, SHARDED, VARIANTS
+from tests.launch.engines import ENGINES
+from tests.launch.launching import ROOT, Launcher, launch
+
+Runs = Callable[[Launcher, int], dict[str, Any]]
+
+ZERO_2 = ["--use_deepspeed", "--zero_stage", 2, "--gradient_clipping", 1.0]
+OPTIONS: dict[Launcher, list[object]] = {
+    "accelerate": [*ZERO_2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend=no"]
+}
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Results by case, or by engine, of a launcher and a number of processes; one launch each."""
+    done: dict[tuple[Launcher, int], dict[str, Any]] = {}
+
+    def of(launcher: Launcher, processes: int) -> dict[str, Any]:
+        if (launcher, processes) not in done:
+            out: Path = tmp_path_factory.mktemp("runs") / "results.json"
+            script, names = what_runs(launcher, processes)
+            finished = launch(
+                script,
+                *("--out", out, "--cases", *names),
+                processes=processes,
+                seconds=380,
+                launcher=launcher,
+                options=OPTIONS.get(launcher, ()),
+                variables={"PYTHONPATH": str(ROOT)},
+            )
+            assert finished.returncode == 0, finished.stderr[-6000:]
+            done[launcher, processes] = json.loads(out.read_text())
+        return done[launcher, processes]
+
+    return of
+
+
+def what_runs(launcher: Launcher, processes: int) -> tuple[str, list[str]]:
+    """The script of a launch, and the names of its cases."""
+    if launcher == "deepspeed":
+        cases = {2: EVERYWHERE + VARIANTS, 8: SHARDED}.get(processes, EVERYWHERE)
+        return "tests/launch/zero_runs.py", [case.name for case in cases]
+    here = [e.name for e in ENGINES if e.launcher == launcher and processes in e.processes]
+    return "tests/launch/engine_runs.py", here

@@ -1,0 +1,63 @@
+"""The table of engines: every one of them must give what one process gives.
+
+A new engine is one row here, beside its file in ``arg_dist/engines``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.launch.launching import Launcher
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to train.
+
+    Attributes:
+        name: what the test is called; for DeepSpeed's own launcher, one of ``cases.CASES``.
+        launcher: who starts the processes.
+        is_found: what must be there in the end, see ``engine_ways.describe``.
+        way: function of ``engine_ways`` that trains.
+        options: what that function is given.
+        processes: how many to train with.
+        is_exact: whether all numbers are fp32.
+    """
+
+    name: str
+    launcher: Launcher
+    is_found: str
+    way: str = "by_case"
+    options: dict[str, Any] = field(default_factory=dict)
+    processes: tuple[int, ...] = (1, 2, 4)
+    is_exact: bool = True
+
+
+BF16: dict[str, Any] = {"processes": (2,), "is_exact": False}
+FSDP = {"fsdp": True}
+
+ENGINES = [
+    Engine("one-process", "torchrun", "one process", "alone", processes=(1,)),
+    Engine("ddp", "torchrun", "DDP", "torch_engine", {"engine": "DDP"}),
+    Engine("fsdp2", "torchrun", "FSDP2 S0", "torch_engine", {"engine": "ROWS"}),
+    Engine("fsdp2-columns", "torchrun", "FSDP2 S0 S1", "torch_engine", {"engine": "COLUMNS"}),
+    Engine("hsdp", "torchrun", "FSDP2 R,S0", "torch_engine", {"engine": "HSDP"}, (2, 4)),
+    Engine("llama-zero0", "deepspeed", "ZeRO-0"),
+    Engine("llama-zero1", "deepspeed", "ZeRO-1"),
+    Engine("llama-zero2", "deepspeed", "ZeRO-2"),
+    Engine("llama-zero3", "deepspeed", "ZeRO-3"),
+    Engine("accelerate-ddp", "torchrun", "DDP", "accelerate_engine", {"cpu": True}),
+    Engine("accelerate-fsdp2", "torchrun", "FSDP2 S0", "accelerate_engine", FSDP),
+    Engine("accelerate-zero2", "accelerate", "ZeRO-2", "accelerate_engine"),
+    Engine("accelerate-zero3", "accelerate", "ZeRO-3", "accelerate_engine", {"stage": 3}),
+    Engine("trainer-ddp", "torchrun", "DDP", "trainer_engine", {"use_cpu": True}),
+    Engine("trainer-fsdp2", "torchrun", "FSDP2 S0", "trainer_engine", FSDP),
+    Engine("trainer-zero2", "accelerate", "ZeRO-2", "trainer_engine", {"stage": 2}),
+    Engine("ddp-bf16", "torchrun", "DDP", "torch_engine", {"engine": "DDP_BF16"}, **BF16),
+    Engine("fsdp2-bf16", "torchrun", "FSDP2 S0", "torch_engine", {"engine": "ROWS_BF16"}, **BF16),
+    Engine("zero0-bf16", "deepspeed", "ZeRO-0", **BF16),
+    Engine("zero1-bf16", "deepspeed", "ZeRO-1", **BF16),
+    Engine("zero2-bf16", "deepspeed", "ZeRO-2", **BF16),
+    Engine("zero3-bf16", "deepspeed", "ZeRO-3", **BF16),
+]  # fmt: skip
