@@ -135,8 +135,7 @@ def _draw_measure(axes: Axes, steps: Steps, measure: Measure) -> None:
     right.set_ylabel(measure.title, color=_GOOD)
     right.spines.right.set_visible(True)
     right.grid(visible=False)
-    lines = [axes.get_legend_handles_labels(), right.get_legend_handles_labels()]
-    axes.legend(*(sum(parts, []) for parts in zip(*lines, strict=True)), loc="center right")
+    axes.legend(handles=[*axes.lines, *right.lines], loc="center right")
     axes.set(title=f"Loss and {measure.title}")
 
 

@@ -1,0 +1,72 @@
+"""The pretrained checkpoint that is fine-tuned: a local Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from arg_dist.lm import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def read_config(directory: str, max_length: int) -> PretrainedConfig:
+    """The configuration of the model in `directory`.
+
+    Raises:
+        InputError: it holds no model with weights, or one with fewer positions than `max_length`.
+    """
+    from transformers import AutoConfig
+
+    path = Path(directory)
+    if not path.is_dir():
+        raise InputError(f"--model {directory}: no such directory")
+    if not any(any(path.glob(weights)) for weights in WEIGHTS):
+        raise InputError(f"--model {directory}: holds no weights ({' or '.join(WEIGHTS)})")
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"--model {directory}: holds no Hugging Face config.json") from None
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < max_length:
+        raise InputError(
+            f"--max-length {max_length}: --model {directory} has {positions} positions"
+        )
+    return config
+
+
+def read_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model; one without a padding token pads with its last token.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"--model {directory}: holds no Hugging Face tokenizer") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(auto_class: Any, directory: str, **settings: Any) -> PreTrainedModel:
+    """The model in fp32; weights that the checkpoint lacks (a new head) are drawn.
+
+    Raises:
+        InputError: the checkpoint does not fit `auto_class`.
+    """
+    try:
+        return auto_class.from_pretrained(
+            directory, local_files_only=True, dtype=torch.float32, **settings
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"--model {directory}: {auto_class.__name__} says: {first}") from None
