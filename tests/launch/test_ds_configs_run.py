@@ -1,4 +1,7 @@
-"""Every shipped DeepSpeed configuration trains, through the real launcher."""
+"""Every shipped DeepSpeed configuration trains, through the real launcher.
+
+Those for the Trainer are in test_trainer.py.
+"""
 
 import json
 from typing import Any
@@ -7,7 +10,7 @@ import pytest
 
 from tests.launch.launching import ROOT, launch
 
-CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
+CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("zero*.json"))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_config import (
     KNOWN_KEYS,
     load_deepspeed_config,
@@ -22,6 +23,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 README = (FOLDER / "README.md").read_text()
 FORMS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 FILES = [f"{form}{precision}.json" for form in FORMS for precision in ("", "_bf16")]
+TRAINER_FILES = ["trainer_zero2.json", "trainer_zero3.json"]
+"""Those whose "auto" values the Trainer fills in; tests/launch/test_trainer.py trains with them."""
+AUTO = {"lr", "betas", "eps", "weight_decay"}
 
 
 def keys(config: Any) -> Iterator[str]:
@@ -33,7 +37,7 @@ def keys(config: Any) -> Iterator[str]:
 
 
 def test_these_and_no_others_are_shipped() -> None:
-    assert sorted(path.name for path in FOLDER.glob("*.json")) == sorted(FILES)
+    assert sorted(path.name for path in FOLDER.glob("*.json")) == sorted(FILES + TRAINER_FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -65,7 +69,7 @@ def test_what_is_not_in_its_name_is_the_same_in_all(name: str) -> None:
     assert (settings.max_rank, settings.min_rank, settings.energy) == (0.25, 4, 0.9)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILES + TRAINER_FILES)
 def test_every_key_and_file_is_explained(name: str) -> None:
     for key in keys(load_deepspeed_config(FOLDER / name)):
         assert f"`{key}`" in README, f"ds_configs/README.md does not explain '{key}'"
@@ -73,10 +77,36 @@ def test_every_key_and_file_is_explained(name: str) -> None:
 
 
 def test_the_readme_explains_nothing_that_is_not_there() -> None:
-    used = {key for name in FILES for key in keys(load_deepspeed_config(FOLDER / name))}
+    files = FILES + TRAINER_FILES
+    used = {key for name in files for key in keys(load_deepspeed_config(FOLDER / name))}
     tables = README[README.index("## Keys") : README.index("## Choices")]
     explained = set(re.findall(r"^\| `(\w+)` \|", tables, flags=re.MULTILINE))
     assert explained <= used
+
+
+@pytest.mark.parametrize("name", TRAINER_FILES)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_one_for_the_trainer_is_the_plain_one_but_for_what_is_auto(name: str, cuda: bool) -> None:
+    config = load_deepspeed_config(FOLDER / name)
+    plain = load_deepspeed_config(FOLDER / name.removeprefix("trainer_"))
+    assert set(config) <= KNOWN_KEYS
+    refuse_unsupported(config, cuda=cuda)
+    assert warn_defaults(config) == []
+    filled = {key: plain["optimizer"]["params"].get(key, 1e-8) for key in AUTO}
+    params = config["optimizer"]["params"]
+    assert {key for key, value in params.items() if value == "auto"} == AUTO
+    config["optimizer"]["params"] = {**params, **filled}
+    assert optimizer_settings(config) == optimizer_settings(plain)
+    zero = config["zero_optimization"]
+    assert zero.keys() == plain["zero_optimization"].keys()
+    for key, value in zero.items():
+        assert value in ("auto", plain["zero_optimization"][key])
+
+
+@pytest.mark.parametrize("name", TRAINER_FILES)
+def test_what_only_the_trainer_fills_in_is_refused_elsewhere(name: str) -> None:
+    with pytest.raises(ConfigError, match=r'params\.lr: got "auto", which only the Trainer'):
+        optimizer_settings(load_deepspeed_config(FOLDER / name))
 
 
 @pytest.mark.parametrize("name", FILES)
