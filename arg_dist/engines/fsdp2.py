@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from arg_dist.config import ConfigError
 from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
 
 
@@ -27,7 +29,9 @@ class ShardedTensorAdapter:
 
         Raises:
             RuntimeError: a parameter is cut along two mesh axes, or cut in a way that is unknown.
+            ConfigError: accelerate was told to save in a way that would lose state.
         """
+        _refuse_full_state_dicts()
         fragments, process_group = [], None
         for name, target in zip(group.names, group.targets, strict=True):
             if target.requires_grad:
@@ -56,6 +60,17 @@ def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
         return Shard(1) if wide and parameter.shape[1] % processes == 0 else None
 
     return placement
+
+
+def _refuse_full_state_dicts() -> None:
+    accelerate = sys.modules.get("accelerate.state")
+    shared = accelerate.AcceleratorState._shared_state if accelerate else {}
+    kind = getattr(shared.get("fsdp_plugin"), "state_dict_type", None)
+    if kind is not None and kind.name == "FULL_STATE_DICT":
+        raise ConfigError(
+            "fsdp_state_dict_type: got FULL_STATE_DICT, with which accelerate's and the Trainer's "
+            "checkpoints would hold the optimizer state of process 0 alone; set SHARDED_STATE_DICT"
+        )
 
 
 def _cut(name: str, target: Any) -> tuple[int, int]:

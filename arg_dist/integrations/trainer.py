@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from arg_dist.config import ConfigError, parse_config
 from arg_dist.groups import param_groups
+from arg_dist.integrations.accelerate import innermost
 from arg_dist.optimizer import AdaRankGrad
 
 
@@ -20,9 +22,37 @@ class OptimizerFactory:
 
     def __call__(self, model: nn.Module, **settings: Any) -> AdaRankGrad:
         """The optimizer of `model`; norms and biases are not decayed, as is the Trainer's way."""
+        consolidate_before_saving()
         chosen = {key: settings.pop(key) for key in CHOICES if key in settings}
         groups = param_groups(model, decay_vectors=False, **chosen)
         return AdaRankGrad(groups, **settings)
+
+
+def consolidate_before_saving() -> None:
+    """Lets the Trainer put sharded state together before its first process alone saves it; once.
+
+    Raises:
+        RuntimeError: this version of transformers has no place for it.
+    """
+    from transformers import Trainer
+
+    save = getattr(Trainer, "_save_optimizer_and_scheduler", None)
+    if save is None:
+        raise RuntimeError(
+            "transformers.Trainer has no _save_optimizer_and_scheduler; this version of "
+            "transformers is not supported (tested: 5.23)"
+        )
+    if hasattr(save, "__wrapped__"):
+        return
+
+    @functools.wraps(save)
+    def consolidate_and_save(trainer: Any, output_dir: str) -> None:
+        optimizer = innermost(trainer.optimizer)
+        if isinstance(optimizer, AdaRankGrad):
+            optimizer.consolidate_state_dict()
+        save(trainer, output_dir)
+
+    Trainer._save_optimizer_and_scheduler = consolidate_and_save
 
 
 CHOICES = ("targets", "exclude", "convolutions")
@@ -53,7 +83,9 @@ def for_trainer(
         ConfigError: a setting is unknown or out of range, or the DeepSpeed JSON names an optimizer
             too, which the Trainer would prefer.
     """
-    plugin = getattr(args, "deepspeed_plugin", None)  # of the arguments, or of accelerate's launcher
+    plugin = getattr(
+        args, "deepspeed_plugin", None
+    )  # of the arguments, or of accelerate's launcher
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise ConfigError(
             "optimizer: the DeepSpeed JSON has this section, and the Trainer would build the "

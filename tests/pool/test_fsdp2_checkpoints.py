@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -95,3 +96,22 @@ def load(group: dist.ProcessGroup, folder: Path) -> str:
 def test_another_number_of_processes_is_refused_by_name(pool, tmp_path):
     pool.run(save, 2, tmp_path, seconds=60)
     assert all("process 0 of 4" in message for message in pool.run(load, 4, tmp_path, seconds=60))
+
+
+def told_before_the_first_step(group: dist.ProcessGroup) -> str:
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    run = Run(group, "llama", "rows")
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
+    with mock.patch.dict(AcceleratorState._shared_state, fsdp_plugin=plugin):
+        try:
+            run.train(0, 1)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_full_state_dicts_are_refused_before_they_lose_state(pool):
+    for message in pool.run(told_before_the_first_step, 2, seconds=60):
+        assert "fsdp_state_dict_type" in message and "SHARDED_STATE_DICT" in message
