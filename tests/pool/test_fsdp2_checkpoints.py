@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_torch_engines import distribute
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -17,19 +16,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-import arg_dist
-from tests.launch import models
-from tests.launch.cases import SETTINGS
+from tests.launch import models, torch_engines
+from tests.launch.training import ranks_now
 
 
 class Run:
-    """A cut model, its optimizer, and steps on batches that depend on the step alone."""
+    """Training under one of the engines, on batches that depend on the step alone."""
 
-    def __init__(self, group: dist.ProcessGroup, name: str, how: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, name: str, engine: str) -> None:
         self.group = group
-        self.model = distribute(models.build(name), group, how)
-        groups = arg_dist.param_groups(self.model)
-        self.optimizer = arg_dist.AdaRankGrad(groups, **SETTINGS)
+        self.training = getattr(torch_engines, engine).start(group, name)
+        self.model, self.optimizer = self.training.model, self.training.optimizer
 
     def train(self, first: int, last: int) -> list[float]:
         share = models.BATCH // dist.get_world_size(self.group)
@@ -37,11 +34,7 @@ class Run:
         losses = []
         for step in range(first, last):
             tokens = models.batch(step)[start : start + share]
-            loss = self.model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(self.training.micro_step(tokens, 1.0, last=True).item())
         return losses
 
     def state(self) -> dict[str, Any]:
@@ -50,41 +43,38 @@ class Run:
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
         }
 
-    def ranks(self) -> dict[str, int]:
-        return {entry["name"]: entry["rank"] for entry in self.optimizer.stats()}
 
-
-def go_on(group: dist.ProcessGroup, name: str, how: str, folder: Path) -> None:
-    straight = Run(group, name, how)
+def go_on(group: dist.ProcessGroup, name: str, engine: str, folder: Path) -> None:
+    straight = Run(group, name, engine)
     straight.train(0, 8)
     dcp.save(straight.state(), checkpoint_id=folder, process_group=group)
     expected = straight.train(8, 16)
-    resumed = Run(group, name, how)
+    resumed = Run(group, name, engine)
     state = resumed.state()
     dcp.load(state, checkpoint_id=folder, process_group=group)
     set_model_state_dict(resumed.model, state["model"])
     set_optimizer_state_dict(resumed.model, resumed.optimizer, state["optimizer"])
     assert resumed.train(8, 16) == expected
-    assert resumed.ranks() == straight.ranks()
+    assert ranks_now(resumed.optimizer) == ranks_now(straight.optimizer)
     assert resumed.optimizer.state_bytes() == straight.optimizer.state_bytes()
 
 
 @pytest.mark.parametrize(
-    ("processes", "name", "how"),
-    [(2, "llama", "rows"), (4, "odd", "rows"), (2, "llama", "columns"), (4, "llama", "replicas")],
+    ("processes", "name", "engine"),
+    [(2, "llama", "ROWS"), (4, "odd", "ROWS"), (2, "llama", "COLUMNS"), (4, "llama", "HSDP")],
 )
-def test_a_run_goes_on_to_the_bit(pool, tmp_path, processes, name, how):
-    pool.run(go_on, processes, name, how, tmp_path / "checkpoint", seconds=60)
+def test_a_run_goes_on_to_the_bit(pool, tmp_path, processes, name, engine):
+    pool.run(go_on, processes, name, engine, tmp_path / "checkpoint", seconds=60)
 
 
 def save(group: dist.ProcessGroup, folder: Path) -> None:
-    run = Run(group, "llama", "rows")
+    run = Run(group, "llama", "ROWS")
     run.train(0, 3)
     dcp.save(run.state(), checkpoint_id=folder, process_group=group)
 
 
 def load(group: dist.ProcessGroup, folder: Path) -> str:
-    run = Run(group, "llama", "rows")
+    run = Run(group, "llama", "ROWS")
     state = run.state()
     try:
         dcp.load(state, checkpoint_id=folder, process_group=group)
@@ -102,7 +92,7 @@ def told_before_the_first_step(group: dist.ProcessGroup) -> str:
     from accelerate.state import AcceleratorState
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    run = Run(group, "llama", "rows")
+    run = Run(group, "llama", "ROWS")
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
     with mock.patch.dict(AcceleratorState._shared_state, fsdp_plugin=plugin):
         try:
