@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-faulthandler.dump_traceback_later(200, exit=True)  # a deadlock shows where it stands
+faulthandler.dump_traceback_later(340, exit=True)  # a deadlock shows where it stands
 
 import deepspeed  # noqa: E402
 

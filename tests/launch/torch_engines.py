@@ -95,6 +95,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 DDP = TorchEngine(ddp(find_unused_parameters=True))
 DDP_STATIC = TorchEngine(ddp(static_graph=True))
 DDP_VIEWS = TorchEngine(ddp(gradient_as_bucket_view=True))
+DDP_STATIC_VIEWS = TorchEngine(ddp(static_graph=True, gradient_as_bucket_view=True))
 DDP_BF16 = TorchEngine(ddp(), autocast=BF16)
 DDP_BF16_WEIGHTS = TorchEngine(ddp(), weights=BF16)
 DDP_FP16 = TorchEngine(ddp(), autocast=FP16, loss_scaling=True)

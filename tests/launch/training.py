@@ -33,7 +33,15 @@ class Training(Protocol):
 
 @dataclass
 class TorchTraining:
-    """One process, DDP or FSDP2, written out as PyTorch's users do."""
+    """One process, DDP or FSDP2, written out as PyTorch's users do.
+
+    Attributes:
+        model: the model under its engine.
+        optimizer: its optimizer.
+        autocast: type of the products in the forward pass.
+        scaler: of the losses.
+        sends_each: whether gradients are sent with every micro-batch, not with the last alone.
+    """
 
     model: nn.Module
     optimizer: arg_dist.AdaRankGrad
@@ -41,9 +49,10 @@ class TorchTraining:
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
     )
+    sends_each: bool = False
 
     def micro_step(self, tokens: Tensor, share: float, last: bool) -> Tensor:
-        with gradients_kept_back(self.model, not last):
+        with gradients_kept_back(self.model, not (last or self.sends_each)):
             with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
                 loss = self.model(input_ids=tokens, labels=tokens).loss
             self.scaler.scale(loss * share).backward()
@@ -113,9 +122,9 @@ def optimizer_of(model: nn.Module, **more: Any) -> arg_dist.AdaRankGrad:
     return arg_dist.AdaRankGrad(arg_dist.param_groups(model), **{**SETTINGS, **more})
 
 
-def one_process(name: str) -> TorchTraining:
-    """Training of a whole model by a process on its own, in fp32."""
-    model = models.build(name)
+def one_process(name: str, weights: torch.dtype = torch.float32) -> TorchTraining:
+    """Training of a whole model by a process on its own."""
+    model = models.build(name).to(weights)
     return TorchTraining(model, optimizer_of(model, process_group=None))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-faulthandler.dump_traceback_later(150, exit=True)  # a deadlock shows where it stands
+faulthandler.dump_traceback_later(340, exit=True)  # a deadlock shows where it stands
 
 import deepspeed  # noqa: E402
 

@@ -7,107 +7,132 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tolerances import LOSSES, LOW_PRECISION_LOSSES
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
-from torch.nn.parallel import DistributedDataParallel
 
 import arg_dist
 from arg_dist.engines.fsdp2 import column_shards
-from tests.launch import models
-from tests.launch.cases import SETTINGS
+from tests.launch import models, torch_engines, training
+from tests.tolerances import LOSSES, LOW_PRECISION_LOSSES
 
-STEPS = 20
-HOW = ("rows", "copies")
-
-
-def distribute(model: torch.nn.Module, group: dist.ProcessGroup, how: str) -> torch.nn.Module:
-    """Cuts the layers, then the rest, as a training script would, or copies the model."""
-    if how == "copies":
-        return DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
-    processes = dist.get_world_size(group)
-    if how == "replicas":
-        mesh = init_device_mesh("cpu", (2, processes // 2), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = DeviceMesh.from_group(group, "cpu")
-    options: dict[str, Any] = {"mesh": mesh}
-    if how == "columns":
-        options["shard_placement_fn"] = column_shards(processes)
-    if how == "offload":
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    if how == "mixed":
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    for layer in (*getattr(model, "layers", ()), model):
-        fully_shard(layer, **options)
-    return model
+HOW = ("ROWS", "DDP")
 
 
 def train(
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup,
     name: str,
-    how: str = "rows",
-    accumulation: int = 1,
-    **more: Any,
-) -> dict[str, Any]:
-    """Losses, ranks at every step, and bytes of a run; `group` is None for one process."""
-    model = models.build(name)
-    processes = 1 if group is None else dist.get_world_size(group)
-    if group is not None:
-        model = distribute(model, group, how)
-    groups = arg_dist.param_groups(getattr(model, "module", model))
-    optimizer = arg_dist.AdaRankGrad(groups, process_group=group, **SETTINGS)
-    share = models.BATCH // processes
-    first = 0 if group is None else dist.get_rank(group) * share
-    losses, ranks = [], []
-    for step in range(STEPS):
-        total = torch.zeros(())
-        for tokens in models.batch(step)[first : first + share].chunk(accumulation):
-            loss = model(input_ids=tokens, labels=tokens).loss / accumulation
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        losses.append(total.item() / processes)
-        ranks.append({entry["name"]: entry["rank"] for entry in optimizer.stats()})
-    return {"losses": losses, "ranks": ranks, "state_bytes": optimizer.state_bytes()}
+    engine: str,
+    micro_batches: tuple[int, ...] = (1,),
+    sends_each: bool = False,
+) -> training.Run:
+    """What a process sees under one of ``torch_engines``, and what it holds."""
+    mine = getattr(torch_engines, engine).start(group, name)
+    mine.sends_each = sends_each
+    run = training.train(mine, micro_batches, group=group)
+    return {**run, "state_bytes": mine.optimizer.state_bytes()}
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return {name: train(None, name) for name in ("llama", "gpt2", "odd")}
+    runs = {}
+    for name in ("llama", "gpt2", "odd"):
+        mine = training.one_process(name)
+        runs[name] = {**training.train(mine), "state_bytes": mine.optimizer.state_bytes()}
+    return runs
 
 
 @pytest.mark.parametrize(
-    ("processes", "name", "how"),
+    ("processes", "name", "engine"),
     [(n, name, how) for how in HOW for n in (1, 2, 3, 4) for name in ("llama", "gpt2", "odd")]
-    + [(2, "llama", "columns"), (4, "llama", "columns"), (4, "llama", "replicas")]
-    + [(2, "llama", "offload")],
+    + [(2, "llama", "COLUMNS"), (4, "llama", "COLUMNS"), (4, "llama", "HSDP")]
+    + [(2, "llama", "OFFLOAD"), (4, "llama", "OFFLOAD")]
+    + [(2, "llama", "DDP_STATIC"), (2, "llama", "DDP_VIEWS"), (4, "llama", "DDP_STATIC_VIEWS")],
 )
-def test_training_cut_up_is_training_alone(pool, alone, processes, name, how):
-    results = pool.run(train, processes, name, how, seconds=60)
-    for result in results:
-        LOSSES.check(torch.tensor(result["losses"]), torch.tensor(alone[name]["losses"]))
-        for ours, theirs in zip(alone[name]["ranks"], result["ranks"], strict=True):
-            assert theirs.items() <= ours.items()
-    copies = 2 if how == "replicas" else 1
+def test_training_cut_up_is_training_alone(pool, alone, processes, name, engine):
+    results = pool.run(train, processes, name, engine, seconds=60)
+    training.check(results, alone[name], LOSSES)
+    copies = 2 if engine == "HSDP" else 1
     held = sum(result["state_bytes"] for result in results)
     assert held <= 1.03 * copies * alone[name]["state_bytes"]
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_accumulated_gradients_are_one_gradient(pool, alone, how):
-    for result in pool.run(train, 2, "llama", how, 3, seconds=60):
-        LOSSES.check(torch.tensor(result["losses"]), torch.tensor(alone["llama"]["losses"]))
+@pytest.mark.parametrize("engine", HOW)
+def test_accumulated_gradients_are_one_gradient(pool, alone, engine):
+    results = pool.run(train, 2, "llama", engine, (3,), True, seconds=60)
+    training.check(results, alone["llama"], LOSSES)
 
 
-def test_bf16_weights_in_the_forward_pass(pool, alone):
-    for result in pool.run(train, 2, "llama", "mixed", seconds=60):
-        ours = torch.tensor(alone["llama"]["losses"])
-        LOW_PRECISION_LOSSES.check(torch.tensor(result["losses"]), ours)
+@pytest.mark.parametrize("engine", ["ROWS", "COLUMNS", "OFFLOAD", "DDP", "DDP_VIEWS"])
+def test_gradients_sent_with_the_last_micro_batch_only(pool, alone, engine):
+    results = pool.run(train, 2, "llama", engine, (1, 3, 2), seconds=60)
+    training.check(results, alone["llama"], LOSSES)
+
+
+@pytest.mark.parametrize(
+    "engine", ["DDP_BF16", "DDP_FP16", "ROWS_BF16", "ROWS_FP16", "ROWS_FP16_AUTOCAST"]
+)
+def test_low_precision_of_products_comes_near_to_fp32(pool, alone, engine):
+    results = pool.run(train, 2, "llama", engine, seconds=60)
+    training.check(results, alone["llama"], LOW_PRECISION_LOSSES, ranks=False)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("engine", ["DDP_BF16_WEIGHTS", "ROWS_BF16_WEIGHTS"])
+def test_bf16_weights_are_trained_as_by_one_process(pool, engine, processes):
+    alone = training.train(training.one_process("llama", torch.bfloat16))
+    results = pool.run(train, processes, "llama", engine, seconds=60)
+    training.check(results, alone, LOW_PRECISION_LOSSES, ranks=False)
+
+
+def one_overflows(group: dist.ProcessGroup, engine: str) -> dict[str, Any]:
+    """Steps of which one has an infinite gradient element in one process's share of the batch."""
+    mine = getattr(torch_engines, engine).start(group)
+    me, share = dist.get_rank(group), models.BATCH // dist.get_world_size(group)
+    overflows = False
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[0, 0, 0] = float("inf")
+        return gradient
+
+    def watch(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        if overflows:
+            output.register_hook(overflow)
+
+    plain = getattr(mine.model, "module", mine.model)
+    plain.get_input_embeddings().register_forward_hook(watch)
+    seen: dict[str, Any] = {"scales": [], "moved": [], "losses": [], "ranks": []}
+    for step in range(6):
+        overflows = step == 3 and me == 1
+        before = [local(parameter).clone() for parameter in plain.parameters()]
+        tokens = models.batch(step)[me * share : (me + 1) * share]
+        loss = mine.micro_step(tokens, 1.0, last=True).detach()
+        dist.all_reduce(loss, group=group)
+        after = [local(parameter) for parameter in plain.parameters()]
+        seen["moved"].append(not all(map(torch.equal, before, after)))
+        seen["scales"].append(mine.scaler.get_scale())
+        seen["losses"].append(loss.item())
+        seen["ranks"].append(training.ranks_now(mine.optimizer))
+    return seen
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter."""
+    return parameter.detach().to_local() if hasattr(parameter, "to_local") else parameter.detach()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("engine", ["DDP_FP16", "ROWS_FP16"])
+def test_an_overflow_on_one_process_skips_the_step_on_all(pool, processes, engine):
+    results = pool.run(one_overflows, processes, engine)
+    scale = torch_engines.SCALE
+    for seen in results:
+        assert seen["moved"] == [True, True, True, False, True, True]
+        assert seen["scales"] == [scale] * 3 + [scale / 2] * 3
+        assert seen["losses"] == results[0]["losses"]
+        assert torch.tensor(seen["losses"]).isfinite().all()
+        assert seen["ranks"][3] == seen["ranks"][2]
 
 
 def sent_between_refreshes(group: dist.ProcessGroup, how: str) -> int:
