@@ -1,9 +1,12 @@
 """Pre-trains a language model with AdaRankGrad, or with AdamW for comparison.
 
 deepspeed --num_gpus 2 launchers/train_lm.py --deepspeed_config ds_configs/zero2.json
+accelerate launch --config_file launchers/accelerate/fsdp2.yaml launchers/train_lm.py
+torchrun --nproc_per_node 2 launchers/train_lm.py
 
-The same command runs on CPUs (gloo) and on GPUs (NCCL). It leaves metrics.jsonl, report.json and
-report.png in --out, also when it is stopped by Ctrl-C or SIGTERM.
+Without --deepspeed_config the launcher says what shards the model: accelerate's configuration, or
+DDP under torchrun. The same commands run on CPUs (gloo) and on GPUs (NCCL). They leave
+metrics.jsonl, report.json and report.png in --out, also when stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,41 +17,43 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 
 from arg_dist.lm import InputError
-from arg_dist.lm.command_line import BAD_INPUT, FAILED, OneLineParser, at_least, complain, share
+from arg_dist.lm.accelerate_engine import AccelerateSetup
+from arg_dist.lm.command_line import (
+    BAD_INPUT,
+    FAILED,
+    OneLineParser,
+    at_least,
+    complain,
+    not_negative,
+    share,
+)
 from arg_dist.lm.corpus import read_corpus
+from arg_dist.lm.deepspeed_engine import DeepSpeedSetup
 from arg_dist.lm.environment import prepare_environment, quiet_libraries
 from arg_dist.lm.interrupts import StopRequest, exit_code
 from arg_dist.lm.job_config import (
     OPTIMIZERS,
     choose_optimizer,
     parse_overrides,
-    read_deepspeed_config,
     set_batch,
     set_optimizer,
 )
-from arg_dist.lm.presets import build_model, count_parameters, model_config, zero_stage
-from arg_dist.lm.processes import from_first_process, is_first_process, mean_and_stop
+from arg_dist.lm.presets import build_model, count_parameters, model_config
+from arg_dist.lm.processes import (
+    from_first_process,
+    is_first_process,
+    let_first_process_speak,
+    mean_and_stop,
+)
 from arg_dist.lm.progress import TrainingProgress
 from arg_dist.lm.schedule import warmup_cosine_scheduler
 from arg_dist.lm.tokens import Sequences, load_tokenizer
-from arg_dist.lm.training import (
-    build_engine,
-    check_deepspeed_config,
-    connect_processes,
-    held_out_loss,
-    leave_processes,
-    train_step,
-)
+from arg_dist.lm.training import Engine, leave_processes
 from arg_dist.report import RunFacts, RunRecord, run_facts, sample_optimizer
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 
 def parse_options() -> argparse.Namespace:
@@ -57,7 +62,8 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--deepspeed_config", required=True, metavar="JSON", help="DeepSpeed configuration")
+    add("--deepspeed_config", metavar="JSON", help="train under DeepSpeed, as this file says "
+        "(default: as the launcher says)")  # fmt: skip
     add("--model", default="nano", help="nano|60m|130m|350m|1b|7b, a config.json or a checkpoint")
     add("--data", nargs="+", default=[], metavar="PATH", help="text files, directories, globs, "
         ".jsonl, a saved data set (default: the Python source installed here)")  # fmt: skip
@@ -70,7 +76,11 @@ def parse_options() -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="an optimizer setting, e.g. --set energy=0.8; may be repeated")  # fmt: skip
     add("--batch-size", type=at_least(1), help="sequences per step over all processes "
-        "(default: the JSON's train_batch_size)")  # fmt: skip
+        "(default: the JSON's train_batch_size; without one 16)")  # fmt: skip
+    add("--accumulation", type=at_least(1), help="portions in which a process takes its sequences "
+        "of a step (default: the JSON's, or 1)")  # fmt: skip
+    add("--clip", type=not_negative, help="largest norm of the gradient, 0 for no limit (default: "
+        "the JSON's gradient_clipping, or 1)")  # fmt: skip
     add("--seq-len", type=at_least(2), default=128, help="tokens per sequence")
     add("--steps", type=at_least(1), default=300, help="optimizer steps")
     add("--warmup", type=at_least(0), default=20, help="steps until the peak learning rate")
@@ -88,22 +98,27 @@ def parse_options() -> argparse.Namespace:
 class Job:
     """All that training needs."""
 
-    engine: DeepSpeedEngine
+    engine: Engine
     sequences: Sequences
     facts: RunFacts
-    device: torch.device
     out: Path
 
 
 def build(options: argparse.Namespace, stop: StopRequest) -> Job:
     """Joins the processes, reads the data, builds model and engine."""
+    path = options.deepspeed_config
+    setup = AccelerateSetup() if path is None else DeepSpeedSetup(path)
     with stop.at_once():
-        device = connect_processes()
-    config = from_first_process(lambda: read_deepspeed_config(options.deepspeed_config))
+        setup.connect()
+    config = setup.read_config()
     optimizer = choose_optimizer(config, options.optimizer)
     settings = set_optimizer(config, optimizer, parse_overrides(options.overrides), options.lr)
-    batch, micro, accumulation = set_batch(config, options.batch_size, dist.get_world_size())
-    check_deepspeed_config(config)
+    if options.accumulation is not None:
+        config["gradient_accumulation_steps"] = options.accumulation
+    if options.clip is not None:
+        config["gradient_clipping"] = options.clip
+    batch = set_batch(config, options.batch_size, dist.get_world_size())
+    setup.check(config)
     out = options.out or Path("runs") / f"{Path(options.model).name}-{optimizer}"
 
     def read_sequences() -> Sequences:
@@ -118,22 +133,22 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
     schedule = warmup_cosine_scheduler(
         steps=options.steps, warmup=options.warmup, min_lr_ratio=options.min_lr_ratio
     )
-    engine = build_engine(model, config, schedule)
+    engine = setup.build(model, config, batch, schedule)
     facts = run_facts(
-        engine=f"ZeRO-{zero_stage(config)}",
+        engine=engine.name,
         world_size=dist.get_world_size(),
         model=Path(options.model).name,
         model_parameters=count_parameters(model),
         optimizer=config["optimizer"]["type"],
         optimizer_settings=settings,
         data=sequences.source,
-        batch_size=batch,
-        micro_batch_size=micro,
-        accumulation_steps=accumulation,
+        batch_size=batch.total,
+        micro_batch_size=batch.micro,
+        accumulation_steps=batch.accumulation,
         seq_len=options.seq_len,
         seed=options.seed,
     )
-    return Job(engine, sequences, facts, device, out)
+    return Job(engine, sequences, facts, out)
 
 
 def make_directory(path: Path) -> None:
@@ -146,27 +161,26 @@ def make_directory(path: Path) -> None:
 
 def train(job: Job, options: argparse.Namespace, stop: StopRequest) -> int:
     """Trains until the last step or a signal, leaves the report, returns the exit code."""
-    tokens_per_step = job.engine.train_batch_size() * options.seq_len
+    engine = job.engine
+    tokens_per_step = engine.batch.total * options.seq_len
     first, stop_signal = is_first_process(), None
     with (
         RunRecord(job.out, job.facts, planned_steps=options.steps, active=first) as record,
         TrainingProgress(options.steps, shown=first) as progress,
     ):
         for step in range(1, options.steps + 1):
-            began, lr = time.perf_counter(), job.engine.get_lr()[0]
-            own_loss = train_step(job.engine, job.sequences, step)
-            loss, stop_signal = mean_and_stop(own_loss, stop.signal, job.device)
+            began, lr = time.perf_counter(), engine.learning_rate
+            own_loss = engine.train_step(job.sequences, step)
+            loss, stop_signal = mean_and_stop(own_loss, stop.signal, engine.device)
             seconds = time.perf_counter() - began
             line = {"step": step, "loss": loss, "lr": lr, "seconds": seconds}
             line["tokens"] = step * tokens_per_step
             last = step == options.steps or stop_signal is not None
             sample = None
             if last or step == 1 or step % options.log_ranks_every == 0:
-                sample = sample_optimizer(job.engine.basic_optimizer)
+                sample = sample_optimizer(engine.optimizer)
             if step == options.steps or (step % options.eval_every == 0 and not last):
-                line["held_out_loss"] = held_out_loss(
-                    job.engine, job.sequences, options.eval_batches
-                )
+                line["held_out_loss"] = engine.held_out_loss(job.sequences, options.eval_batches)
             record.step(line, sample)
             progress.show(line, record.mean_rank)
             if not math.isfinite(loss):  # DeepSpeed would skip every further step, to the end
@@ -184,16 +198,15 @@ def main() -> int:
     """The job, with what is wrong told in one line."""
     options = parse_options()
     stop = StopRequest()
-    prepare_environment()
-    quiet_libraries()
     try:
+        prepare_environment()
+        quiet_libraries()
         return train(build(options, stop), options, stop)
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:  # the loss's, or the optimizer's
         complain(str(error))
-        return BAD_INPUT
-    except FloatingPointError as error:  # the loss's, or the optimizer's; all processes agree
-        complain(str(error))
-        return FAILED
+        with stop.at_once():
+            let_first_process_speak()
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
     finally:
         leave_processes()
 

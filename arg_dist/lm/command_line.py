@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,4 +51,15 @@ def share(text: str) -> float:
         number = -1.0
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"a number from 0 to 1 is needed, got {text!r}")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """An argparse type: numbers from 0 on."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of at least 0 is needed, got {text!r}")
     return number

@@ -6,6 +6,11 @@ import logging
 import os
 import warnings
 
+from arg_dist.lm import InputError
+
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which an ``mpirun`` tells how many processes it has started."""
+
 
 def prepare_environment(*, world_of_one: bool = True) -> None:
     """Fills in what the environment leaves open; call it before DeepSpeed is imported.
@@ -32,6 +37,28 @@ def prepare_environment(*, world_of_one: bool = True) -> None:
                 os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1
             )
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+
+
+def _mpi_position() -> dict[str, str] | None:
+    """Which of how many processes of an ``mpirun`` this is; None if it was not started by one."""
+    if any(int(os.environ.get(name, 1)) > 1 for name in MPI_SIZES):
+        from accelerate.utils.environment import get_cpu_distributed_information
+
+        found = get_cpu_distributed_information()
+        return {
+            "RANK": str(found.rank),
+            "LOCAL_RANK": str(found.local_rank),
+            "WORLD_SIZE": str(found.world_size),
+            "LOCAL_SIZE": str(found.local_world_size),
+        }
+    # accelerate says where the first process is to be found to none but processes that look for it
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ:
+        raise InputError(
+            "distributed_type: got MULTI_CPU, for which accelerate launch needs mpirun "
+            "(mpirun_config), and without it starts a single process; use "
+            "launchers/accelerate/cpu.yaml, which needs none"
+        )
+    return None
 
 
 def quiet_libraries() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from arg_dist.config import ConfigError, parse_config
 from arg_dist.engines.deepspeed_config import load_deepspeed_config
@@ -14,6 +14,14 @@ ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
 OPTIMIZERS = ("adarankgrad", "adamw")
 
 
+class Batch(NamedTuple):
+    """Sequences of a step: all, those a process has in work at once, and how often it has some."""
+
+    total: int
+    micro: int
+    accumulation: int
+
+
 def read_deepspeed_config(path: str) -> dict[str, Any]:
     """The JSON at `path`, without the values that it leaves to others (``"auto"``).
 
@@ -21,14 +29,15 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         InputError: there is no such file, or it is not a JSON object.
     """
     try:
-        return _without_auto(load_deepspeed_config(path))
+        return without_auto(load_deepspeed_config(path))
     except ConfigError as error:
         raise InputError(str(error)) from None
 
 
-def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+def without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `section` without what it leaves to others, in sections below it too."""
     return {
-        key: _without_auto(value) if isinstance(value, dict) else value
+        key: without_auto(value) if isinstance(value, dict) else value
         for key, value in section.items()
         if value != "auto"
     }
@@ -94,8 +103,8 @@ def set_optimizer(
     return settings
 
 
-def set_batch(config: dict[str, Any], wanted: int | None, world_size: int) -> tuple[int, int, int]:
-    """Settles `(global batch, micro batch, accumulation)` for `world_size` and writes them down.
+def set_batch(config: dict[str, Any], wanted: int | None, world_size: int) -> Batch:
+    """Settles the batch for `world_size` processes and writes it down in `config`.
 
     `wanted` replaces the JSON's ``train_batch_size``. What the JSON leaves open follows; a given
     micro batch is kept, because it is what fits into memory.
@@ -141,4 +150,4 @@ def set_batch(config: dict[str, Any], wanted: int | None, world_size: int) -> tu
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
     }
-    return total, micro, accumulation
+    return Batch(total, micro, accumulation)

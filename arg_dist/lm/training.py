@@ -1,132 +1,132 @@
-"""What a training loop is made of: processes, an engine, a step, a held-out loss."""
+"""What a training loop asks of whatever shards its model, and where that comes from."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-import arg_dist
 from arg_dist.lm import InputError
+from arg_dist.lm.job_config import Batch
 from arg_dist.lm.tokens import Sequences
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-    from torch.optim import Optimizer
+Schedule = Callable[[Optimizer], Any]
+"""Makes an optimizer's learning-rate scheduler."""
 
 
-def connect_processes() -> torch.device:
-    """Joins the job's processes (NCCL on GPUs, gloo on CPUs) and returns this one's device.
+class Engine(ABC):
+    """A model in training.
 
-    Raises:
-        InputError: the first process cannot open the port where the others look for it.
+    Attributes:
+        name: what shards it, for the report.
+        module: the model as it is called.
+        optimizer: the optimizer itself, without its wrappers.
+        batch: the sequences of a step.
+        device: where they go.
     """
-    import deepspeed
 
-    accelerator = deepspeed.get_accelerator()
-    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
-    except dist.DistNetworkError:
-        raise InputError(
-            f"port {os.environ['MASTER_PORT']} cannot be used, perhaps by another job's doing; "
-            "give the launcher another one with --master_port"
-        ) from None
-    return torch.device(accelerator.current_device_name())
+    def __init__(
+        self, name: str, module: nn.Module, optimizer: Optimizer, batch: Batch, device: torch.device
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.optimizer = optimizer
+        self.batch = batch
+        self.device = device
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @abstractmethod
+    def micro_step(self, ids: Tensor) -> Tensor:
+        """Trains on sequences `ids`, `batch.micro x length`, and returns their mean loss.
+
+        Each `batch.accumulation`-th call moves the weights.
+        """
+
+    def train_step(self, sequences: Sequences, step: int) -> Tensor:
+        """One optimizer step on this process's part of the global batch; its mean loss."""
+        micro, accumulation = self.batch.micro, self.batch.accumulation
+        first = dist.get_rank() * micro * accumulation
+        total = torch.zeros((), device=self.device)
+        for start in range(first, first + micro * accumulation, micro):
+            ids = sequences.batch(step, range(start, start + micro)).to(self.device)
+            total += self.micro_step(ids).detach().float()
+        return total / accumulation
+
+    @torch.no_grad()
+    def held_out_loss(self, sequences: Sequences, batches: int) -> float:
+        """The mean loss over `batches` global batches of held-out sequences, always the same."""
+        micro = self.batch.micro
+        count = batches * self.batch.total
+        share = count // dist.get_world_size()
+        first = dist.get_rank() * share
+        total = torch.zeros((), device=self.device)
+        self.module.eval()
+        for start in range(first, first + share, micro):
+            ids = sequences.held_out_batch(range(start, start + micro), count).to(self.device)
+            total += self.module(input_ids=ids, labels=ids).loss.float() * micro
+        self.module.train()
+        dist.all_reduce(total)
+        return total.item() / count
+
+
+class Setup(ABC):
+    """How a job gets its engine. In this order: the processes, the configuration, the engine.
+
+    The configuration of every engine is written like a DeepSpeed JSON: ``optimizer``, the sizes of
+    the batch, ``gradient_clipping``.
+    """
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Joins the job's processes.
+
+        Raises:
+            InputError: the engine that was asked for cannot be had; or the first process cannot
+                open the port where the others look for it.
+        """
+
+    @abstractmethod
+    def read_config(self) -> dict[str, Any]:
+        """What the user wrote for the engine, without values that he left to others."""
+
+    @abstractmethod
+    def check(self, config: dict[str, Any]) -> None:
+        """Looks for what cannot work in the completed `config`, before a model is built.
+
+        Raises:
+            InputError: the first fault.
+        """
+
+    @abstractmethod
+    def build(
+        self, model: nn.Module, config: dict[str, Any], batch: Batch, schedule: Schedule
+    ) -> Engine:
+        """The engine of `model`, with the optimizer that ``config["optimizer"]`` names.
+
+        Raises:
+            InputError: the optimizer or the engine refuses a setting.
+        """
+
+
+def unusable_port(launcher_option: str) -> InputError:
+    """The error of a job whose first process cannot open its port."""
+    return InputError(
+        f"port {os.environ['MASTER_PORT']} cannot be used, perhaps by another job's doing; "
+        f"give the launcher another one with {launcher_option}"
+    )
 
 
 def leave_processes() -> None:
-    """Ends what :func:`connect_processes` began; without it gloo's threads may abort the exit."""
+    """Ends what :meth:`Setup.connect` began; without it gloo's threads may abort the exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def check_deepspeed_config(config: dict[str, Any]) -> None:
-    """Lets DeepSpeed read `config` before a model is built for it.
-
-    Raises:
-        InputError: DeepSpeed refuses it.
-    """
-    from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
-
-    try:
-        DeepSpeedConfig(config)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        path = ".".join(map(str, fault["loc"]))
-        raise InputError(
-            f"DeepSpeed JSON, {error.title}, {path}: {fault['msg']}, got {fault['input']!r}"
-        ) from None
-    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
-        raise InputError("DeepSpeed JSON: " + " ".join(str(error).split())) from None
-
-
-def build_engine(
-    model: torch.nn.Module,
-    config: dict[str, Any],
-    lr_scheduler: Callable[[Optimizer], Any],
-) -> DeepSpeedEngine:
-    """The DeepSpeed engine of `model` with the optimizer that ``config["optimizer"]`` names.
-
-    Raises:
-        InputError: the optimizer or DeepSpeed refuses a setting.
-    """
-    try:
-        if config["optimizer"]["type"] == "AdamW":
-            return _adamw_engine(model, config, lr_scheduler)
-        return arg_dist.initialize(model=model, config=config, lr_scheduler=lr_scheduler)[0]
-    except ValueError as error:  # while an engine is built, these are about settings
-        raise InputError(str(error)) from None
-
-
-def _adamw_engine(
-    model: torch.nn.Module,
-    config: dict[str, Any],
-    lr_scheduler: Callable[[Optimizer], Any],
-) -> DeepSpeedEngine:
-    import deepspeed
-
-    settings = config["optimizer"]["params"]
-    rest = {key: value for key, value in config.items() if key != "optimizer"}
-    return deepspeed.initialize(
-        model=model,
-        config=rest,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, **settings),
-        lr_scheduler=lr_scheduler,
-    )[0]
-
-
-def train_step(engine: DeepSpeedEngine, sequences: Sequences, step: int) -> torch.Tensor:
-    """One optimizer step on this process's part of the global batch; returns its mean loss."""
-    micro = engine.train_micro_batch_size_per_gpu()
-    accumulation = engine.gradient_accumulation_steps()
-    first = dist.get_rank() * micro * accumulation
-    total = torch.zeros((), device=engine.device)
-    for start in range(first, first + micro * accumulation, micro):
-        ids = sequences.batch(step, range(start, start + micro)).to(engine.device)
-        loss = engine(input_ids=ids, labels=ids).loss
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach().float()
-    return total / accumulation
-
-
-@torch.no_grad()
-def held_out_loss(engine: DeepSpeedEngine, sequences: Sequences, batches: int) -> float:
-    """The mean loss over `batches` global batches of held-out sequences, always the same ones."""
-    micro = engine.train_micro_batch_size_per_gpu()
-    count = batches * engine.train_batch_size()
-    share = count // dist.get_world_size()
-    first = dist.get_rank() * share
-    total = torch.zeros((), device=engine.device)
-    engine.eval()
-    for start in range(first, first + share, micro):
-        ids = sequences.held_out_batch(range(start, start + micro), count).to(engine.device)
-        total += engine(input_ids=ids, labels=ids).loss.float() * micro
-    engine.train()
-    dist.all_reduce(total)
-    return total.item() / count
