@@ -17,6 +17,9 @@ Kind = Literal["matrix", "convolution", "rest"]
 HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls", "pooler")
 """Names under which output heads go in common models; kept full-rank unless a target names them."""
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Parts of names that stand for a module which wraps another."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -101,7 +104,7 @@ def param_groups(
     kinds = classify(model, targets=targets, exclude=exclude, convolutions=convolutions)
     if not kinds:
         raise ConfigError(f"{type(model).__name__} has no trainable parameter: nothing to optimize")
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     extra: dict[Kind | Literal["vector"], dict[str, Any]] = {
         "matrix": {},
         "convolution": {"view": "flatten"},
@@ -121,6 +124,30 @@ def param_groups(
     return groups
 
 
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's own names: parts that wrappers (``torch.compile``, DDP) put into them are gone.
+
+    Names seed the sketches and are looked up in checkpoints, so no wrapper may change them.
+    """
+    return ((own_name(name), parameter) for name, parameter in _unwrapped(model).named_parameters())
+
+
+def own_name(name: str) -> str:
+    """A dotted name without the parts of wrapping modules."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and DDP, one around the other in any order."""
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        return _unwrapped(compiled)
+    replicated = getattr(model, "module", None)
+    if isinstance(replicated, nn.Module) and type(model).__name__.endswith("DataParallel"):
+        return _unwrapped(replicated)
+    return model
+
+
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """A parameter's shape; one that was cut up when it was made remembers it as ``ds_shape``."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -129,10 +156,10 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 def _places(model: nn.Module) -> list[list[Place]]:
     """The places of each trainable parameter, by parameter, in order of first use."""
     places: dict[int, list[Place]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in _unwrapped(model).named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if parameter.requires_grad:
-                place = Place(module_name, module, name, parameter)
+                place = Place(own_name(module_name), module, own_name(name), parameter)
                 places.setdefault(id(parameter), []).append(place)
     return list(places.values())
 
@@ -142,7 +169,7 @@ def _flat(places: list[list[Place]]) -> Iterator[Place]:
 
 
 def _output_heads(model: nn.Module) -> set[int]:
-    find = getattr(model, "get_output_embeddings", None)
+    find = getattr(_unwrapped(model), "get_output_embeddings", None)
     head = find() if callable(find) else None
     return set() if head is None else {id(head)}
 

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_config import refuse_unsupported
-from arg_dist.groups import classify
+from arg_dist.groups import classify, named_parameters
 from arg_dist.optimizer import AdaRankGrad
 
 MOE = (
@@ -97,7 +97,7 @@ def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:
             "targets, exclude: the parameter groups already say which matrices are low-rank; give "
             "the patterns to arg_dist.param_groups instead"
         )
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_parameters(model)}
     renamed = {
         old: names[identity]
         for identity, old in optimizer.parameter_names().items()
@@ -132,7 +132,7 @@ def _refuse_replacement(engine: Any, trains: Any) -> None:
     Raises:
         ConfigError: with the usual causes.
     """
-    name = next((name for name, p in engine.module.named_parameters() if p in _EXPECTED), None)
+    name = next((name for name, p in named_parameters(engine.module) if p in _EXPECTED), None)
     if name is None:
         return
     kind = type(trains).__name__

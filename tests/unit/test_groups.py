@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from matrices import gaussian
 from torch import nn
 
@@ -119,3 +122,26 @@ def test_bare_parameters_are_named_by_group_and_position():
     optimizer = AdaRankGrad(groups)
     assert list(optimizer.parameter_names().values()) == ["group0.param0", "group1.param0"]
     assert not optimizer.is_classified
+
+
+def test_wrappers_change_no_name(llama):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    expected = classify(llama)
+    assert classify(torch.compile(llama)) == expected
+    assert classify(nn.DataParallel(llama)) == expected
+    wrapped = copy.deepcopy(llama)
+    wrapped.model.layers[0] = checkpoint_wrapper(wrapped.model.layers[0])
+    wrapped.model.layers[1].compile()
+    assert classify(wrapped) == expected
+    groups = param_groups(torch.compile(nn.DataParallel(wrapped)))
+    assert {name for group in groups for name in group["param_names"]} == expected.keys()
+
+
+def test_vectors_may_be_left_undecayed(llama):
+    groups = param_groups(llama, weight_decay=0.1, decay_vectors=False)
+    of_decay = {d: [p for g in groups if g["weight_decay"] == d for p in g["params"]]
+                for d in (0.0, 0.1)}  # fmt: skip
+    assert {p.ndim for p in of_decay[0.0]} == {1}
+    assert {p.ndim for p in of_decay[0.1]} == {2}
+    AdaRankGrad(groups)
