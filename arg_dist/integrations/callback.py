@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
 from statistics import fmean
 from typing import Any
 
+import torch.distributed as dist
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from arg_dist.config import ConfigError
+from arg_dist.integrations.accelerate import innermost
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.telemetry import OptimizerSample, sample_optimizer
 
@@ -55,11 +58,13 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         _introduce()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Makes sure that AdaRankGrad is what trains.
+        """Makes sure that AdaRankGrad is what trains, and that the processes train together.
 
         Raises:
-            RuntimeError: it is not; the message names what does, and the usual causes.
+            ConfigError: another optimizer trains; the message has its name, and the usual causes.
+                Or the Trainer does not know how many processes there are.
         """
+        _check_processes(args)
         self._optimizer = _adarankgrad_in(kwargs.get("optimizer"))
         self._sampled_step = state.global_step
         self._sent_bytes = sample_optimizer(self._optimizer).sent_bytes
@@ -104,19 +109,31 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
 
 def _adarankgrad_in(prepared: Any) -> AdaRankGrad:
     """The optimizer inside what the Trainer trains with."""
-    chain = [prepared]
-    while not isinstance(chain[-1], AdaRankGrad):
-        inner = getattr(chain[-1], "optimizer", None)
-        if inner is None or len(chain) > 8:
-            names = " of ".join(type(each).__name__ for each in chain)
-            raise RuntimeError(
-                f"optimizer: {names} trains this model, not AdaRankGrad. Under DeepSpeed the "
-                "Trainer drops `optimizers=`: give optimizer_cls_and_kwargs=arg_dist.for_trainer("
-                "args) instead; with an offloaded optimizer accelerate puts DeepSpeedCPUAdam in "
-                'its place: set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON'
-            )
-        chain.append(inner)
-    return chain[-1]
+    inner = innermost(prepared)
+    if not isinstance(inner, AdaRankGrad):
+        raise ConfigError(
+            f"optimizer: {type(inner).__name__} trains this model, not AdaRankGrad. Give the "
+            "Trainer optimizer_cls_and_kwargs=arg_dist.for_trainer(args), not `optimizers=`, which "
+            "it drops under DeepSpeed; or name AdaRankGrad in the DeepSpeed JSON. If that offloads "
+            'the optimizer, set "zero_force_ds_cpu_optimizer": false there: otherwise accelerate '
+            "puts DeepSpeedCPUAdam in the place of every other optimizer"
+        )
+    return inner
+
+
+def _check_processes(args: Any) -> None:
+    """Refuses processes that do not know of each other: each would train on all of the data."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if dist.is_initialized():
+        started = dist.get_world_size()
+    if args.world_size != started:
+        raise ConfigError(
+            f"the Trainer counts {args.world_size} process(es) where {started} were started, so "
+            "each of them would train on all of the data. accelerate knows DeepSpeed on GPUs and "
+            "their like only; on CPUs, before the TrainingArguments are made, set the environment "
+            'variable ACCELERATE_USE_DEEPSPEED=true and call accelerate.PartialState(backend="gloo'
+            '"), and give them accelerator_config={"use_configured_state": True}'
+        )
 
 
 def _introduce() -> None:

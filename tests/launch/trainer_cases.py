@@ -1,0 +1,112 @@
+"""The ways to train with the Trainer that must all give the losses of one process."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tests.launch.cases import SETTINGS
+
+STEPS, SAVED_AFTER = 12, 6
+OWN = {key: value for key, value in SETTINGS.items() if key != "lr"}
+"""Settings that TrainingArguments do not have."""
+SHIPPED = Path(__file__).parents[2] / "ds_configs"
+
+Door = Literal["line", "json", "both", "launcher", "optimizers", "none", "trl"]
+"""What names the optimizer: `optimizer_cls_and_kwargs`, the DeepSpeed JSON in the arguments, both,
+the JSON of accelerate's launcher, `optimizers`, or nothing; `trl` is the line in an SFTTrainer."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train.
+
+    `deepspeed` is a shipped file, or a stage, where DeepSpeed is started by the arguments; `zero`
+    and `top` are more keys of its JSON.
+    """
+
+    name: str
+    door: Door = "line"
+    deepspeed: str | int | None = None
+    resume: bool = False
+    refused: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+    top: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> dict[str, Any] | None:
+        """The DeepSpeed JSON; its settings are those of the line."""
+        if self.deepspeed is None:
+            return None
+        if isinstance(self.deepspeed, str):
+            config = shipped(self.deepspeed)
+        else:
+            config = shipped("trainer_zero2.json")
+            config["zero_optimization"] = {"stage": self.deepspeed, **self.zero}
+        if self.door not in ("json", "both"):
+            del config["optimizer"]
+        return {**config, **self.top}
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """A shipped DeepSpeed JSON for the Trainer, with the settings of these runs."""
+    config: dict[str, Any] = json.loads((SHIPPED / name).read_text())
+    config["optimizer"]["params"].update(OWN)
+    return config
+
+
+KEPT = {
+    "save_strategy": "steps",
+    "eval_strategy": "steps",
+    "load_best_model_at_end": True,
+    "greater_is_better": True,  # so that the best is not the last, and the end has one to load
+    "report_to": ["tensorboard"],
+}
+IN_THREE = {"gradient_accumulation_steps": 3}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+NOT_REPLACED = {"zero_force_ds_cpu_optimizer": False}
+GLOO = {"use_cpu": False, "ddp_backend": "gloo"}
+"""What the Trainer needs on CPUs if accelerate's launcher starts DeepSpeed."""
+
+ALONE = [
+    Way("single", resume=True, arguments=KEPT),
+    Way("single-accumulation", arguments=IN_THREE),
+    Way("single-trl", "trl"),
+    Way("forgotten", "none", refused=True),
+]
+TORCHRUN = [
+    Way("ddp", arguments={"eval_strategy": "steps", "report_to": ["tensorboard"]}),
+    Way("ddp-accumulation", arguments=IN_THREE),
+    Way("ddp-trl", "trl"),
+]
+DEEPSPEED = [
+    Way("zero1", deepspeed=1, resume=True, arguments=KEPT),
+    Way("zero2", deepspeed=2, resume=True, arguments=KEPT),
+    Way("zero3", deepspeed="trainer_zero3.json", resume=True, arguments=KEPT),
+    Way("zero2-accumulation", deepspeed=2, arguments=IN_THREE),
+    Way("zero2-offload", deepspeed=2, zero=OFFLOAD, top=NOT_REPLACED),
+    Way("zero2-trl", "trl", 2),
+    Way("zero3-trl", "trl", 3),
+    Way("json-zero0", "json", 0),
+    Way("json-zero1", "json", 1),
+    Way("json-zero2", "json", "trainer_zero2.json", resume=True, arguments=KEPT),
+    Way("json-zero3", "json", "trainer_zero3.json", resume=True, arguments=KEPT),
+    Way("json-accumulation", "json", "trainer_zero2.json", arguments=IN_THREE),
+    Way("json-decay", "json", 2, arguments={"weight_decay": 0.1, "max_steps": 1}),
+    Way("dropped", "optimizers", 2, refused=True),
+    Way(
+        "both",
+        "line",
+        2,
+        refused=True,
+        top={"optimizer": shipped("trainer_zero2.json")["optimizer"]},
+    ),
+]
+ACCELERATE = [Way("accelerate")]
+ACCELERATE_DEEPSPEED = [
+    Way("accelerate-json", "launcher", arguments=GLOO),
+    Way("accelerate-both", "both", arguments=GLOO, refused=True),
+]
+WAYS = {
+    way.name: way for way in [*ALONE, *TORCHRUN, *DEEPSPEED, *ACCELERATE, *ACCELERATE_DEEPSPEED]
+}
