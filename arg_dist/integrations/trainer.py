@@ -83,9 +83,8 @@ def for_trainer(
         ConfigError: a setting is unknown or out of range, or the DeepSpeed JSON names an optimizer
             too, which the Trainer would prefer.
     """
-    plugin = getattr(
-        args, "deepspeed_plugin", None
-    )  # of the arguments, or of accelerate's launcher
+    # made from the arguments, or from what accelerate's launcher was told
+    plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise ConfigError(
             "optimizer: the DeepSpeed JSON has this section, and the Trainer would build the "
