@@ -4,6 +4,7 @@ from arg_dist import engines as _engines  # noqa: F401  registers the adapters
 from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.engines.deepspeed_entry import initialize
 from arg_dist.groups import classify, param_groups
+from arg_dist.integrations.accelerate import prepare
 from arg_dist.integrations.trainer import for_trainer
 from arg_dist.optimizer import AdaRankGrad
 
@@ -17,4 +18,5 @@ __all__ = [
     "for_trainer",
     "initialize",
     "param_groups",
+    "prepare",
 ]

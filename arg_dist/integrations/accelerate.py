@@ -14,6 +14,28 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+def prepare(accelerator: Accelerator, model: Any, optimizer: Any, *more: Any) -> Any:
+    """``accelerator.prepare`` for AdaRankGrad: same arguments, same values returned.
+
+    Refuses what would train otherwise than it seems, and lets ``accelerator.save_state`` save all
+    of the optimizer's state, which under DDP is shared out over the processes.
+
+    Args:
+        accelerator: the accelerator.
+        model: the model.
+        optimizer: an AdaRankGrad, or the ``DummyOptim`` that stands for the DeepSpeed JSON's.
+        *more: data loaders, schedulers.
+
+    Raises:
+        ConfigError: see :func:`check_accelerator` and :func:`check_optimizer`.
+    """
+    check_accelerator(accelerator)
+    prepared = accelerator.prepare(model, optimizer, *more)
+    ours = check_optimizer(prepared[1])
+    accelerator.register_save_state_pre_hook(lambda *_: ours.consolidate_state_dict())
+    return prepared
+
+
 def check_optimizer(prepared: Any) -> AdaRankGrad:
     """The AdaRankGrad inside what ``accelerator.prepare`` returned for the optimizer.
 
@@ -77,7 +99,6 @@ def check_accelerator(accelerator: Accelerator) -> None:
         ConfigError: FSDP was asked for and turned off, or is FSDP1; or the processes do not know
             of each other; or the engine is not one that AdaRankGrad works with.
     """
-    check_environment()
     kind = accelerator.distributed_type.value
     if asks_for("FSDP") and kind != "FSDP":
         raise ConfigError(

@@ -14,9 +14,11 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 import arg_dist
+from arg_dist.integrations.accelerate import check_optimizer
 from tests.launch import models
 from tests.launch.cases import CASES
-from tests.launch.training import CLIP, innermost, optimizer_of
+from tests.launch.cpu_fsdp import as_on_gpus
+from tests.launch.training import CLIP, optimizer_of
 
 WRAP = "LlamaDecoderLayer"
 
@@ -64,11 +66,8 @@ def cpus_as_gpus() -> Any:
     same batches; this says that they are GPUs, which talk by gloo.
     """
 
-    def backend(self: PartialState, *ignored: Any, **more: Any) -> tuple[str, DistributedType]:
-        return "gloo", DistributedType.MULTI_GPU
-
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    return mock.patch.object(PartialState, "_prepare_backend", backend)
+    return mock.patch.object(PartialState, "_prepare_backend", as_on_gpus)
 
 
 def start(**options: Any) -> AcceleratedTraining:
@@ -79,5 +78,5 @@ def start(**options: Any) -> AcceleratedTraining:
         config["train_micro_batch_size_per_gpu"] = models.BATCH // accelerator.num_processes
     model = models.build("llama")
     optimizer = optimizer_of(model)
-    prepared_model, prepared = accelerator.prepare(model, optimizer)
-    return AcceleratedTraining(accelerator, prepared_model, prepared, innermost(prepared))
+    prepared_model, prepared = arg_dist.prepare(accelerator, model, optimizer)
+    return AcceleratedTraining(accelerator, prepared_model, prepared, check_optimizer(prepared))
