@@ -48,7 +48,10 @@ def zero_config(stage: int) -> dict[str, Any]:
     return config
 
 
-def deepspeed_plugin(stage: int) -> dict[str, Any]:
+def deepspeed_plugin(stage: int | None) -> dict[str, Any]:
+    """Nothing for the stage that the launcher says."""
+    if stage is None:
+        return {}
     return {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=zero_config(stage))}
 
 

@@ -9,8 +9,6 @@ import os
 import runpy
 import sys
 
-os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -20,6 +18,8 @@ def as_on_gpus(*_: object, **__: object) -> tuple[str, DistributedType]:
     return "gloo", DistributedType.MULTI_GPU
 
 
-PartialState._prepare_backend = as_on_gpus
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+if __name__ == "__main__":
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = as_on_gpus
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

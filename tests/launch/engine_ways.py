@@ -5,6 +5,7 @@ Each function trains on all processes of the launch and tells what this one saw.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -43,29 +44,30 @@ def torch_engine(*, engine: str) -> Run:
     return {**train(training, group=dist.group.WORLD), "engine": describe(training.model)}
 
 
-def accelerate_engine(*, stage: int | None = None, fsdp: bool = False, cpu: bool = False) -> Run:
-    """By a loop around accelerate; as the launcher said, where no option is given."""
+def accelerate_engine(
+    *, stage: int | None = None, fsdp: bool = False, cpu: bool = False, precision: str = "no"
+) -> Run:
+    """By a loop around accelerate; as the launcher said, where no engine is given."""
     from tests.launch import accelerate_engines as engines
 
-    if fsdp:
-        with engines.cpus_as_gpus():
-            training = engines.start(**engines.fsdp2_plugin())
-    else:
-        training = engines.start(cpu=cpu, **(engines.deepspeed_plugin(stage) if stage else {}))
+    with engines.cpus_as_gpus() if fsdp else nullcontext():
+        plugin = engines.fsdp2_plugin() if fsdp else engines.deepspeed_plugin(stage)
+        training = engines.start(cpu=cpu, mixed_precision=precision, **plugin)
     run = train(training, group=dist.group.WORLD)
     return {**run, "engine": describe(training.model)}
 
 
-def trainer_engine(*, stage: int | None = None, fsdp: bool = False, use_cpu: bool = False) -> Run:
+def trainer_engine(
+    *, stage: int | None = None, fsdp: bool = False, cpu: bool = False, precision: str = "no"
+) -> Run:
     """By the Trainer, from ``TrainingArguments`` alone."""
     from tests.launch import accelerate_engines, trainer_engines
 
-    if use_cpu:
-        run, model = trainer_engines.train(use_cpu=True, ddp_backend="gloo")
-    else:
-        with accelerate_engines.cpus_as_gpus():
-            engine: dict[str, Any] = {"fsdp": True, "fsdp_config": trainer_engines.FSDP2}
-            if not fsdp:
-                engine = {"deepspeed": accelerate_engines.zero_config(stage)}
-            run, model = trainer_engines.train(**engine)
+    engine: dict[str, Any] = {"use_cpu": cpu, "ddp_backend": "gloo"}
+    if fsdp:
+        engine = {"fsdp": True, "fsdp_config": trainer_engines.FSDP2}
+    if stage is not None:
+        engine = {"deepspeed": accelerate_engines.zero_config(stage)}
+    with nullcontext() if cpu else accelerate_engines.cpus_as_gpus():
+        run, model = trainer_engines.train(bf16=precision == "bf16", **engine)
     return {**run, "engine": describe(model)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.launch.launching import Launcher
+from tests.tolerances import LOSSES, LOW_PRECISION_LOSSES, ROUNDED_LOSSES, Tolerance
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Engine:
         way: function of ``engine_ways`` that trains.
         options: what that function is given.
         processes: how many to train with.
-        is_exact: whether all numbers are fp32.
+        losses: how far they may lie from those of one process in fp32.
     """
 
     name: str
@@ -31,11 +32,14 @@ class Engine:
     way: str = "by_case"
     options: dict[str, Any] = field(default_factory=dict)
     processes: tuple[int, ...] = (1, 2, 4)
-    is_exact: bool = True
+    losses: Tolerance = LOSSES
 
 
-BF16: dict[str, Any] = {"processes": (2,), "is_exact": False}
 FSDP = {"fsdp": True}
+CPU = {"cpu": True}
+MIXED = {"precision": "bf16"}
+BF16: dict[str, Any] = {"processes": (2,), "losses": LOW_PRECISION_LOSSES}
+BF16_LOSS: dict[str, Any] = {"processes": (2,), "losses": ROUNDED_LOSSES}
 
 ENGINES = [
     Engine("one-process", "torchrun", "one process", "alone", processes=(1,)),
@@ -43,19 +47,27 @@ ENGINES = [
     Engine("fsdp2", "torchrun", "FSDP2 S0", "torch_engine", {"engine": "ROWS"}),
     Engine("fsdp2-columns", "torchrun", "FSDP2 S0 S1", "torch_engine", {"engine": "COLUMNS"}),
     Engine("hsdp", "torchrun", "FSDP2 R,S0", "torch_engine", {"engine": "HSDP"}, (2, 4)),
+    Engine("accelerate-ddp", "torchrun", "DDP", "accelerate_engine", CPU),
+    Engine("accelerate-fsdp2", "torchrun", "FSDP2 S0", "accelerate_engine", FSDP),
+    Engine("accelerate-zero2", "accelerate", "ZeRO-2", "accelerate_engine"),
+    Engine("accelerate-zero3", "accelerate", "ZeRO-3", "accelerate_engine", {"stage": 3}),
+    Engine("trainer-ddp", "torchrun", "DDP", "trainer_engine", CPU),
+    Engine("trainer-fsdp2", "torchrun", "FSDP2 S0", "trainer_engine", FSDP),
+    Engine("trainer-zero2", "accelerate", "ZeRO-2", "trainer_engine", {"stage": 2}),
+    Engine("trainer-zero3", "accelerate", "ZeRO-3", "trainer_engine", {"stage": 3}),
     Engine("llama-zero0", "deepspeed", "ZeRO-0"),
     Engine("llama-zero1", "deepspeed", "ZeRO-1"),
     Engine("llama-zero2", "deepspeed", "ZeRO-2"),
     Engine("llama-zero3", "deepspeed", "ZeRO-3"),
-    Engine("accelerate-ddp", "torchrun", "DDP", "accelerate_engine", {"cpu": True}),
-    Engine("accelerate-fsdp2", "torchrun", "FSDP2 S0", "accelerate_engine", FSDP),
-    Engine("accelerate-zero2", "accelerate", "ZeRO-2", "accelerate_engine"),
-    Engine("accelerate-zero3", "accelerate", "ZeRO-3", "accelerate_engine", {"stage": 3}),
-    Engine("trainer-ddp", "torchrun", "DDP", "trainer_engine", {"use_cpu": True}),
-    Engine("trainer-fsdp2", "torchrun", "FSDP2 S0", "trainer_engine", FSDP),
-    Engine("trainer-zero2", "accelerate", "ZeRO-2", "trainer_engine", {"stage": 2}),
+]  # fmt: skip
+
+ENGINES += [
     Engine("ddp-bf16", "torchrun", "DDP", "torch_engine", {"engine": "DDP_BF16"}, **BF16),
     Engine("fsdp2-bf16", "torchrun", "FSDP2 S0", "torch_engine", {"engine": "ROWS_BF16"}, **BF16),
+    Engine("accelerate-ddp-bf16", "torchrun", "DDP", "accelerate_engine", CPU | MIXED, **BF16),
+    Engine("accelerate-fsdp2-bf16", "torchrun", "FSDP2 S0", "accelerate_engine", FSDP | MIXED,
+           **BF16_LOSS),
+    Engine("trainer-ddp-bf16", "torchrun", "DDP", "trainer_engine", CPU | MIXED, **BF16),
     Engine("zero0-bf16", "deepspeed", "ZeRO-0", **BF16),
     Engine("zero1-bf16", "deepspeed", "ZeRO-1", **BF16),
     Engine("zero2-bf16", "deepspeed", "ZeRO-2", **BF16),

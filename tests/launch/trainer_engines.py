@@ -12,9 +12,10 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import arg_dist
+from arg_dist.integrations.accelerate import check_optimizer
 from tests.launch import models
 from tests.launch.cases import SETTINGS, STEPS
-from tests.launch.training import CLIP, Run, innermost, ranks_now
+from tests.launch.training import CLIP, Run, ranks_now
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
@@ -45,14 +46,18 @@ class Recorder(TrainerCallback):
         self.ranks: list[dict[str, int]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.ranks.append(ranks_now(innermost(more["optimizer"])))
+        self.ranks.append(ranks_now(check_optimizer(more["optimizer"])))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
 
 
-FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+FSDP2 = {
+    "version": 2,
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    "state_dict_type": "SHARDED_STATE_DICT",
+}
 
 
 def train(**options: Any) -> tuple[Run, nn.Module]:

@@ -104,19 +104,6 @@ def ranks_now(optimizer: arg_dist.AdaRankGrad) -> dict[str, int]:
     return {entry["name"]: entry["rank"] for entry in optimizer.stats()}
 
 
-def innermost(optimizer: Any) -> arg_dist.AdaRankGrad:
-    """The optimizer inside all that engines put around it.
-
-    Raises:
-        TypeError: it is not ours.
-    """
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, arg_dist.AdaRankGrad):
-        raise TypeError(f"{type(optimizer).__name__} trains, not AdaRankGrad")
-    return optimizer
-
-
 def optimizer_of(model: nn.Module, **more: Any) -> arg_dist.AdaRankGrad:
     """The optimizer of a model, with names, by the settings of all these runs."""
     return arg_dist.AdaRankGrad(arg_dist.param_groups(model), **{**SETTINGS, **more})
