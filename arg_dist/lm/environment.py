@@ -18,13 +18,16 @@ def prepare_environment(*, world_of_one: bool = True) -> None:
     A variable that the user has set is never changed. Without a launcher the process becomes a
     world of one, so that ``python script.py`` works like ``deepspeed --num_gpus 1 script.py``;
     where no engine needs that, `world_of_one` may be False.
+
+    Raises:
+        InputError: ``accelerate launch`` has started one process where several were meant.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Port 0 lets the operating system choose: nobody else has to find this process.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if world_of_one and "RANK" not in os.environ:
-        os.environ.update(alone)
+        os.environ.update(_mpi_position() or alone)
 
     import torch
 

@@ -1,0 +1,212 @@
+"""`accelerate launch` and `torchrun` as a user starts them: shipped files, and what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arg_dist.lm.presets import build_model
+from tests.launch.launching import ROOT, Launcher, environment, launch
+from tests.tolerances import LOSSES
+
+SCRIPT = "launchers/train_lm.py"
+ON_CPUS_TOO = "tests/launch/cpu_fsdp.py"
+YAMLS = "launchers/accelerate"
+SETTINGS = ("max_rank=12", "min_rank=2", "energy=0.7", "max_gap=6", "min_gap=3")
+JOB = (
+    *("--seq-len", 32, "--batch-size", 8, "--steps", 20, "--warmup", 2, "--eval-every", 10),
+    *("--eval-batches", 1, "--log-ranks-every", 1, *(f"--set={setting}" for setting in SETTINGS)),
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of a few source files: real text, read in a moment."""
+    folder = tmp_path_factory.mktemp("text")
+    for source in sorted((ROOT / "arg_dist/subspace").glob("*.py")):
+        (folder / source.name).write_text(source.read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny model's configuration, and below it one with its first weights."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=72,
+        intermediate_size=172,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    config.save_pretrained(folder)
+    fresh = build_model(str(folder), config, seed=0, deepspeed_config={})
+    fresh.save_pretrained(folder / "checkpoint")
+    return folder
+
+
+def alone(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """One process without a launcher."""
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        cwd=ROOT,
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return json.loads((run / "report.json").read_text()), [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def reference(text: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job on one process, under DeepSpeed without accelerate."""
+    out = tmp_path_factory.mktemp("reference")
+    config = ("--deepspeed_config", "ds_configs/zero2.json", "--lr", 1e-3)
+    finished = alone(*config, "--data", text, "--model", model, "--out", out, *JOB)
+    assert finished.returncode == 0, finished.stderr
+    return out
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("yaml", "script", "weights", "engine", "options"),
+    [
+        ("cpu", SCRIPT, ".", "DDP", ("--accumulation", 2)),
+        ("ddp", SCRIPT, ".", "DDP", ()),
+        ("fsdp2", ON_CPUS_TOO, "checkpoint", "FSDP2", ("--accumulation", 2)),
+        ("zero2", SCRIPT, ".", "ZeRO-2 (accelerate)", ("--accumulation", 2)),
+        ("zero3", SCRIPT, ".", "ZeRO-3 (accelerate)", ()),
+    ],
+)
+def test_a_shipped_file_trains_as_one_process_does(
+    yaml: str,
+    script: str,
+    weights: str,
+    engine: str,
+    options: tuple[object, ...],
+    text: Path,
+    model: Path,
+    reference: Path,
+    tmp_path: Path,
+) -> None:
+    words = [SCRIPT] if script != SCRIPT else []
+    finished = launch(
+        script,
+        *(*words, "--data", text, "--model", model / weights, "--out", tmp_path, *JOB, *options),
+        processes=2,
+        seconds=100,
+        launcher="accelerate",
+        options=("--config_file", f"{YAMLS}/{yaml}.yaml"),
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "warn" not in finished.stderr.lower(), finished.stderr
+    report, lines = read(tmp_path)
+    expected, expected_lines = read(reference)
+    assert (report["engine"], report["optimizer"]) == (engine, "AdaRankGrad")
+    assert (report["world_size"], report["status"]) == (2, "finished")
+    assert report["optimizer_settings"] == expected["optimizer_settings"]
+    for line, other in zip(lines, expected_lines, strict=True):
+        LOSSES.check(line["loss"], other["loss"])
+        assert line["lr"] == other["lr"]
+        assert line["ranks"] == other["ranks"]
+    LOSSES.check(report["final_held_out_loss"], expected["final_held_out_loss"])
+    assert max(report["state_bytes"]) < 0.6 * expected["state_bytes"][0]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_adamw_trains_to_compare(
+    launcher: Launcher, text: Path, model: Path, tmp_path: Path
+) -> None:
+    options = ("--config_file", f"{YAMLS}/zero2.yaml") if launcher == "accelerate" else ()
+    job = ("--data", text, "--model", model, "--out", tmp_path, *JOB, "--optimizer", "adamw")
+    settings = (word for word in job if not str(word).startswith("--set"))
+    finished = launch(
+        SCRIPT, *settings, processes=2, seconds=100, launcher=launcher, options=options
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    report, lines = read(tmp_path)
+    assert (report["optimizer"], report["world_size"]) == ("AdamW", 2)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.timeout(120)
+def test_fsdp_that_accelerate_turned_off_is_told(text: Path, tmp_path: Path) -> None:
+    finished = launch(
+        SCRIPT,
+        *("--data", text, "--out", tmp_path / "run"),
+        processes=2,
+        seconds=100,
+        launcher="accelerate",
+        options=("--config_file", f"{YAMLS}/fsdp2.yaml"),
+    )
+    assert finished.returncode != 0
+    told = [line for line in finished.stderr.splitlines() if line.startswith("train_lm: ")]
+    assert len(told) == 1, finished.stderr
+    assert "use_fsdp: " in told[0] and "turned it off" in told[0]
+    assert not (tmp_path / "run").exists()
+
+
+def plugin(path: Path, **sections: Any) -> dict[str, str]:
+    """What `accelerate launch` leaves in the environment for a DeepSpeed JSON."""
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **sections}))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            ["zero_force_ds_cpu_optimizer", "DeepSpeedCPUAdam", "set it to false"],
+        ),
+        (
+            {"optimizer": {"type": "AdaRankGrad", "params": {"max_rnak": 3}}},
+            ["optimizer.params.max_rnak", "'max_rank'"],
+        ),
+    ],
+)
+def test_a_json_that_cannot_work_gets_one_line(
+    sections: dict[str, Any], words: list[str], text: Path, model: Path, tmp_path: Path
+) -> None:
+    job = ("--data", text, "--model", model, "--out", tmp_path / "run", *JOB)
+    finished = alone(*job, **plugin(tmp_path / "ds.json", **sections))
+    assert finished.returncode == 2
+    lines = finished.stderr.strip().splitlines()
+    assert len(lines) == 1, finished.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.timeout(150)
+def test_the_optimizer_that_trains_is_looked_at(tmp_path: Path) -> None:
+    out = tmp_path / "said.json"
+    finished = launch(
+        "tests/launch/accelerate_runs.py",
+        *("--out", out),
+        processes=2,
+        seconds=120,
+        launcher="torchrun",
+        variables={"PYTHONPATH": str(ROOT)},
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    said = json.loads(out.read_text())
+    assert said["ddp"] == said["fsdp2"] == said["zero2"] == said["zero3"] == "ours"
+    assert "AdamW, not AdaRankGrad" in said["adamw"]
+    for case in ("replaced", "replaced, not by ours"):
+        assert "DeepSpeedCPUAdam" in said[case] and "zero_force_ds_cpu_optimizer" in said[case]
+    assert "FSDP1" in said["fsdp1"] and "fsdp_version=2" in said["fsdp1"]
