@@ -126,6 +126,7 @@ def test_the_best_model_is_loaded_at_the_end(ran: Ran, way: str) -> None:
     LOSSES.check(middle, single["evaluated"][0])
     assert middle > end + 0.1
     assert result["evaluated_at_end"] == middle
+    assert result["resumed"]["evaluated_at_end"] == middle
 
 
 @pytest.mark.parametrize("way", REPORTED)
@@ -133,7 +134,7 @@ def test_numbers_are_in_the_event_files_of_tensorboard(
     ran: Ran, folders: Callable[[str], Path], way: str
 ) -> None:
     last = ran(way)["last_log"]
-    found = scalars(folders(LAUNCH_OF[way]) / way)
+    found = scalars(folders(LAUNCH_OF[way]) / way / "runs")
     for key in (
         "rank_mean",
         "rank_min",

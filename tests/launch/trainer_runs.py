@@ -115,7 +115,7 @@ def run(way: Way, out: Path) -> dict[str, Any]:
         return refusal(way, out)
     result = facts(trainer_of(way, out), None)
     if way.resume:
-        again = trainer_of(way, out)
+        again = trainer_of(way, out / "resumed")
         result["resumed"] = facts(again, str(out / f"checkpoint-{SAVED_AFTER}"))
     return result
 
