@@ -89,6 +89,8 @@ def training_arguments(
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",
         "disable_tqdm": True,  # its bar and its printing of every log make way for ours
+        "log_level": "error",
+        "log_level_replica": "error",
         "save_total_limit": 2,
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }

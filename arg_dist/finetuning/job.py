@@ -65,6 +65,7 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
         eval_dataset=task.held_out,
         processing_class=task.tokenizer,
         compute_metrics=task.compute_metrics,
+        compute_loss_func=task.compute_loss,
         **chosen,
     )
     trainer.remove_callback(PrinterCallback)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
 from arg_dist.finetuning.checkpoint import load_model, read_config, read_tokenizer
 from arg_dist.finetuning.metrics import metrics_of_logits
 from arg_dist.finetuning.rows import Columns, Row, label_names, label_numbers, read_rows
@@ -29,6 +32,7 @@ class Task:
         build_model: loads the checkpoint; call it once the seed is set and the processes are known.
         collator: makes a batch of examples.
         compute_metrics: None where the loss is all there is.
+        compute_loss: where the model's own loss cannot be relied on.
         measure: the key of the number that judges a run, one of `arg_dist.report.MEASURES`.
         facts: what the report tells of the data.
     """
@@ -40,6 +44,7 @@ class Task:
     collator: Callable[[Examples], Any]
     measure: str
     compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    compute_loss: Callable[..., Tensor] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,6 +94,7 @@ def text_classification(
         collator=DataCollatorWithPadding(tokenizer),
         measure="matthews",
         compute_metrics=metrics_of_logits(),
+        compute_loss=cross_entropy_share,
         facts={
             "data": ", ".join([*training, *held_out]),
             "labels": names,
@@ -97,6 +103,25 @@ def text_classification(
             "max_length": max_length,
         },
     )
+
+
+def cross_entropy_share(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """This part of the global batch's mean loss: its sum over the examples of the whole batch.
+
+    The Trainer takes that of a model to be such a share, if its ``forward`` has ``**kwargs``. Some
+    classifiers take no notice and return the mean over their own examples: loss and gradient are
+    then too large by the number of processes, and by that of accumulation steps.
+
+    Args:
+        outputs: the model's; logits are `examples x labels`.
+        labels: one number an example.
+        num_items_in_batch: examples of the whole batch; None if they are those of `labels`.
+    """
+    logits = outputs["logits"].float()
+    total = cross_entropy(logits, labels.to(logits.device).flatten(), reduction="sum")
+    return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], **settings: Any) -> Examples:

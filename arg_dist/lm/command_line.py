@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -14,9 +15,12 @@ from arg_dist.lm.processes import is_first_process
 FAILED, BAD_INPUT = 1, 2
 """Exit codes."""
 
+PATIENCE = 8.0
+"""Seconds; the processes of a busy machine start that far apart."""
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, from the first process only."""
+    """Reports a wrong option in one line, once for all processes."""
 
     def error(self, message: str) -> NoReturn:
         """Prints `message` and ends the process."""
@@ -25,9 +29,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def complain(message: str) -> None:
-    """Prints `message` after the script's name on stderr, from the first process only."""
-    if is_first_process():
-        print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
+    """Prints `message` after the script's name on stderr, once for all processes.
+
+    The first process speaks. A launcher ends all processes as soon as one has ended, so the others
+    wait until they are; what only they have met, they tell after :data:`PATIENCE` themselves.
+    """
+    if not is_first_process():
+        time.sleep(PATIENCE)
+    print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
 
 
 def at_least(least: int) -> Callable[[str], int]:
