@@ -72,7 +72,7 @@ def parse_options() -> argparse.Namespace:
         "--data: 32 MiB)")  # fmt: skip
     add("--tokenizer", metavar="DIR", help="a Hugging Face tokenizer (default: bytes)")
     add("--optimizer", choices=OPTIMIZERS, help="default: the JSON's, or adarankgrad")
-    add("--lr", type=float, help="peak learning rate (default: the JSON's)")
+    add("--lr", type=float, help="peak learning rate (default: the JSON's, or 1e-3)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="an optimizer setting, e.g. --set energy=0.8; may be repeated")  # fmt: skip
     add("--batch-size", type=at_least(1), help="sequences per step over all processes "

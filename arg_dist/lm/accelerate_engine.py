@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,12 @@ class AccelerateSetup(Setup):
             raise unusable_port("--main_process_port (torchrun: --master_port)") from None
         except (ValueError, ImportError, NotImplementedError) as error:
             raise InputError(_one_line(error)) from None
+        plugin = self._accelerator.state.fsdp_plugin
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate would have the loss rounded to bf16, too coarse to see training
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, output_dtype=None
+            )
         if self._accelerator.scaler is not None:
             raise InputError(
                 "mixed_precision: got fp16; outside DeepSpeed this job has not been made to work "

@@ -128,21 +128,46 @@ def test_a_shipped_file_trains_as_one_process_does(
     assert max(report["state_bytes"]) < 0.6 * expected["state_bytes"][0]
 
 
+ADAMW = (*(word for word in JOB if not str(word).startswith("--set")), "--optimizer", "adamw")
+
+
+def check_adamw(run: Path, engine: str) -> list[float]:
+    """That AdamW has trained and says so; its losses."""
+    report, lines = read(run)
+    assert (report["optimizer"], report["engine"]) == ("AdamW", engine)
+    assert report["state_bytes"] == report["adamw_state_bytes"]
+    losses = [line["loss"] for line in lines]
+    assert losses[-1] < losses[0] - 0.5
+    return losses
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_adamw_trains_to_compare(
     launcher: Launcher, text: Path, model: Path, tmp_path: Path
 ) -> None:
-    options = ("--config_file", f"{YAMLS}/zero2.yaml") if launcher == "accelerate" else ()
-    job = ("--data", text, "--model", model, "--out", tmp_path, *JOB, "--optimizer", "adamw")
-    settings = (word for word in job if not str(word).startswith("--set"))
-    finished = launch(
-        SCRIPT, *settings, processes=2, seconds=100, launcher=launcher, options=options
-    )
+    job = ("--data", text, "--model", model, "--out", tmp_path, *ADAMW)
+    if launcher == "torchrun":
+        finished = launch(SCRIPT, *job, processes=2, seconds=100, launcher=launcher)
+    else:
+        options = ("--config_file", f"{YAMLS}/fsdp2.yaml", "--mixed_precision", "bf16")
+        finished = launch(
+            ON_CPUS_TOO, SCRIPT, *job, processes=2, seconds=100, launcher=launcher, options=options
+        )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    report, lines = read(tmp_path)
-    assert (report["optimizer"], report["world_size"]) == ("AdamW", 2)
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    losses = check_adamw(tmp_path, "DDP" if launcher == "torchrun" else "FSDP2")
+    # not rounded to bf16, not even where two processes' losses are averaged
+    assert any(loss * 2**8 % 1 for loss in losses)
+
+
+def test_adamw_takes_the_place_of_the_jsons_optimizer(
+    text: Path, model: Path, tmp_path: Path
+) -> None:
+    config = json.loads((ROOT / YAMLS / "zero2.json").read_text())
+    job = ("--data", text, "--model", model, "--out", tmp_path, "--lr", 1e-3, *ADAMW)
+    finished = alone(*job, **plugin(tmp_path / "ds.json", **config))
+    assert finished.returncode == 0, finished.stderr
+    check_adamw(tmp_path, "ZeRO-2 (accelerate)")
 
 
 @pytest.mark.timeout(120)
