@@ -154,8 +154,9 @@ def test_a_language_model_under_deepspeed(given: Path, tmp_path: Path) -> None:
         20,
     )
     finished = launch(
-        SCRIPT, *words, *settings, "--out", tmp_path / "run", processes=2, seconds=120
-    )
+        SCRIPT, *words, *settings, "--deepspeed", "ds_configs/zero3.json",
+        "--out", tmp_path / "run", processes=2, seconds=120,
+    )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]
     report = read_report(tmp_path / "run")
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
@@ -194,6 +195,26 @@ def test_a_signal_leaves_a_report_and_a_checkpoint(given: Path, tmp_path: Path) 
     assert report["status"] == "interrupted"
     assert (tmp_path / "checkpoints" / f"checkpoint-{report['steps']}").is_dir()
     assert not (tmp_path / "model").exists()
+
+
+def test_a_sweep_repeats_no_finished_run(given: Path, classifier: Path, tmp_path: Path) -> None:
+    shutil.copytree(classifier, tmp_path / "adarankgrad-1e-2-seed0")
+    job = classification(given, tmp_path, *STEPS)[: -len(("--out", tmp_path))]
+    job = [word for word in job if word not in LOW_RANK]
+    swept = ("--adarankgrad-lr", "1e-2", "--adamw-lr", "1e-2", "--seeds", "0", *LOW_RANK)
+    finished = subprocess.run(
+        [sys.executable, "launchers/finetune_sweep.py", "--out", tmp_path, *swept, "--", *job],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "adarankgrad-1e-2-seed0: started" not in finished.stdout
+    assert "adamw-1e-2-seed0: started" in finished.stdout
+    assert "AdaRankGrad" in finished.stdout and "AdamW" in finished.stdout
 
 
 @pytest.mark.parametrize(
