@@ -51,7 +51,9 @@ def print_sweep(reports: dict[Trial, dict[str, Any]], console: Console | None = 
     ``state`` is the largest share of AdamW's that the low-rank matrices had in any of the runs.
     """
     measure = next(iter(reports.values()))["measure"]
-    table = Table(box=box.SIMPLE)  # a terminal's 80 columns are just enough for three seeds
+    table = Table(
+        box=box.SIMPLE, padding=(0, 1, 0, 0)
+    )  # a terminal's 80 columns are just enough for three seeds
     for name in ("optimizer", "lr", measure, "median", "accuracy", "rank", "state", "s/step"):
         table.add_column(name, no_wrap=True)
     for optimizer, lr in dict.fromkeys((trial.optimizer, trial.lr) for trial in reports):
