@@ -63,9 +63,10 @@ def test_accumulated_gradients_are_one_gradient(pool, alone, engine):
     training.check(results, alone["llama"], LOSSES)
 
 
-@pytest.mark.parametrize("engine", ["ROWS", "COLUMNS", "OFFLOAD", "DDP", "DDP_VIEWS"])
+@pytest.mark.parametrize("engine", ["ROWS", "COLUMNS", "HSDP", "OFFLOAD", "DDP", "DDP_VIEWS"])
 def test_gradients_sent_with_the_last_micro_batch_only(pool, alone, engine):
-    results = pool.run(train, 2, "llama", engine, (1, 3, 2), seconds=60)
+    processes = 4 if engine == "HSDP" else 2
+    results = pool.run(train, processes, "llama", engine, (1, 3, 2), seconds=60)
     training.check(results, alone["llama"], LOSSES)
 
 
