@@ -153,9 +153,9 @@ def main() -> int:
     options = parse_options()
     stop = StopRequest()
     with_deepspeed = options.deepspeed is not None or asks_for("DEEPSPEED")
-    prepare_environment(world_of_one=with_deepspeed)
-    quiet_trainer(with_deepspeed=with_deepspeed)
     try:
+        prepare_environment(world_of_one=with_deepspeed)
+        quiet_trainer(with_deepspeed=with_deepspeed)
         stopped_by = train(options, stop)
         return exit_code(stopped_by) if stopped_by else 0
     except (InputError, arg_dist.ConfigError) as error:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 DEFAULT_BATCH = 32
-ENGINE_NAMES = {"NO": "one process", "MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP2"}
+ENGINE_NAMES = {"NO": "PyTorch", "MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP2"}
 
 
 def quiet_trainer(*, with_deepspeed: bool) -> None:
@@ -124,7 +124,7 @@ def _on_cpus(config: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def engine_name(trainer: Trainer) -> str:
-    """What the report calls that which trains: ``"DDP"``, ``"ZeRO-2"``, ``"one process"``."""
+    """What the report calls that which trains: ``"DDP"``, ``"ZeRO-2"``, ``"PyTorch"``."""
     kind = trainer.accelerator.distributed_type.value
     if kind == "DEEPSPEED":
         return f"ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arg_dist.finetuning.arguments import engine_name
-from arg_dist.finetuning.recording import RecordingCallback
+from arg_dist.finetuning.recording import OptimizerCheck, RecordingCallback
 from arg_dist.finetuning.tasks import Task
+from arg_dist.integrations.accelerate import check_accelerator
 from arg_dist.integrations.trainer import for_trainer
 from arg_dist.lm.interrupts import StopRequest
 from arg_dist.lm.presets import count_parameters
@@ -48,7 +49,8 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
 
     Raises:
         InputError: the checkpoint does not fit the task.
-        ConfigError: a setting of the optimizer is unknown or out of range.
+        ConfigError: a setting of the optimizer is unknown or out of range, or accelerate trains
+            otherwise than it was told.
     """
     from transformers import Trainer, set_seed
     from transformers.trainer_callback import PrinterCallback
@@ -68,6 +70,9 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
         compute_loss_func=task.compute_loss,
         **chosen,
     )
+    check_accelerator(trainer.accelerator)
+    if optimizer.name == "adarankgrad":
+        trainer.add_callback(OptimizerCheck())
     trainer.remove_callback(PrinterCallback)
     return trainer
 

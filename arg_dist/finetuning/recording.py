@@ -10,11 +10,23 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from arg_dist.integrations.accelerate import innermost
+from arg_dist.integrations.accelerate import check_optimizer, innermost
 from arg_dist.lm.interrupts import StopRequest
 from arg_dist.lm.processes import mean_and_stop
 from arg_dist.lm.progress import TrainingProgress
 from arg_dist.report import MEASURES, RunRecord, sample_optimizer
+
+
+class OptimizerCheck(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Makes sure that AdaRankGrad is what trains.
+
+    Raises:
+        ConfigError: it is not; the message has the reason and what to do.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks into what accelerate has made of the optimizer."""
+        check_optimizer(kwargs["optimizer"])
 
 
 class RecordingCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types

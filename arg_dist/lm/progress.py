@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from arg_dist.report import MEASURES, measured
+
 
 class TrainingProgress:
     """Shows each step as it ends; `shown` is False on all processes but the first.
@@ -53,6 +55,7 @@ class TrainingProgress:
         if mean_rank is not None:
             values += f"  rank {mean_rank:.1f}"
         self._bar.update(self._task, completed=line["step"], values=values)
-        if "held_out_loss" in line:
-            text = f"step {line['step']}: held-out loss {line['held_out_loss']:.4f}"
+        if found := measured(line):
+            numbers = (f"{MEASURES[key].title} {value:.4f}" for key, value in found.items())
+            text = f"step {line['step']}: {', '.join(numbers)}"
             self._bar.console.print(text if self._live else f"{text}, {values}", highlight=False)

@@ -135,7 +135,10 @@ def _draw_measure(axes: Axes, steps: Steps, measure: Measure) -> None:
     right.set_ylabel(measure.title, color=_GOOD)
     right.spines.right.set_visible(True)
     right.grid(visible=False)
-    axes.legend(handles=[*axes.lines, *right.lines], loc="center right")
+    for scale in (axes, right):  # room for the legend above both
+        low, high = scale.get_ylim()
+        scale.set_ylim(low, high + 0.25 * (high - low))
+    axes.legend(handles=[*axes.lines, *right.lines], loc="upper center", ncols=2)
     axes.set(title=f"Loss and {measure.title}")
 
 

@@ -82,7 +82,7 @@ def test_a_classifier_learns_and_reports(classifier: Path) -> None:
 
     report = read_report(classifier)
     assert report["status"] == "finished"
-    assert (report["engine"], report["optimizer"]) == ("one process", "AdaRankGrad")
+    assert (report["engine"], report["optimizer"]) == ("PyTorch", "AdaRankGrad")
     assert report["measure"] == "matthews"
     assert report["final_measure"] == report["final_measures"]["matthews"] > 0.9
     assert report["final_measures"]["accuracy"] > 0.95
