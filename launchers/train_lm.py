@@ -46,7 +46,6 @@ from arg_dist.lm.presets import build_model, count_parameters, model_config
 from arg_dist.lm.processes import (
     from_first_process,
     is_first_process,
-    let_first_process_speak,
     mean_and_stop,
 )
 from arg_dist.lm.progress import TrainingProgress
@@ -204,8 +203,6 @@ def main() -> int:
         return train(build(options, stop), options, stop)
     except (InputError, FloatingPointError) as error:  # the loss's, or the optimizer's
         complain(str(error))
-        with stop.at_once():
-            let_first_process_speak()
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     finally:
         leave_processes()

@@ -56,7 +56,7 @@ class AccelerateSetup(Setup):
             raise unusable_port("--main_process_port (torchrun: --master_port)") from None
         except (ValueError, ImportError, NotImplementedError) as error:
             raise InputError(_one_line(error)) from None
-        plugin = self._accelerator.state.fsdp_plugin
+        plugin = getattr(self._accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.mixed_precision_policy is not None:
             # accelerate would have the loss rounded to bf16, too coarse to see training
             plugin.mixed_precision_policy = replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def complain(message: str) -> None:
     wait until they are; what only they have met, they tell after :data:`PATIENCE` themselves.
     """
     if not is_first_process():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's: the first one has spoken
         time.sleep(PATIENCE)
     print(f"{Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,16 +17,6 @@ T = TypeVar("T")
 def is_first_process() -> bool:
     """Whether this process speaks for the job; right before process groups exist, too."""
     return int(os.environ.get("RANK", 0)) == 0
-
-
-def let_first_process_speak() -> None:
-    """Keeps the other processes for a moment, after an error that all of them have.
-
-    A launcher ends all processes once one has ended, and the one that tells what is wrong may be
-    the last to find out.
-    """
-    if not is_first_process():
-        time.sleep(1 if dist.is_initialized() else 10)
 
 
 def from_first_process(produce: Callable[[], T]) -> T:
