@@ -10,6 +10,7 @@ report.json and report.png in OUT, also when it is stopped by Ctrl-C or SIGTERM.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,9 @@ def main() -> int:
     """The job, with what is wrong told in one line."""
     options = parse_options()
     stop = StopRequest()
+    if options.deepspeed is None and asks_for("DEEPSPEED"):
+        # one way for both launchers, and an optimizer in the file is understood
+        options.deepspeed = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     with_deepspeed = options.deepspeed is not None or asks_for("DEEPSPEED")
     try:
         prepare_environment(world_of_one=with_deepspeed)

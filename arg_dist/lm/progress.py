@@ -21,7 +21,7 @@ class TrainingProgress:
         console = Console()
         self._shown = shown
         self._live = console.is_terminal
-        self._smoothed = 0.0
+        self._smoothed, self._seen = 0.0, 0
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=24),
@@ -50,7 +50,8 @@ class TrainingProgress:
         if not self._shown:
             return
         # Single steps jump; people want to see where the loss is going.
-        self._smoothed += (line["loss"] - self._smoothed) * max(0.1, 1 / line["step"])
+        self._seen += 1
+        self._smoothed += (line["loss"] - self._smoothed) * max(0.1, 1 / self._seen)
         values = f"loss {self._smoothed:.3f}  lr {line['lr']:.2e}  {line['seconds']:.2f} s/step"
         if mean_rank is not None:
             values += f"  rank {mean_rank:.1f}"
@@ -58,4 +59,6 @@ class TrainingProgress:
         if found := measured(line):
             numbers = (f"{MEASURES[key].title} {value:.4f}" for key, value in found.items())
             text = f"step {line['step']}: {', '.join(numbers)}"
-            self._bar.console.print(text if self._live else f"{text}, {values}", highlight=False)
+            self._bar.console.print(
+                text if self._live else f"{text}, {values}", highlight=False, soft_wrap=True
+            )

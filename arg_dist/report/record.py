@@ -37,6 +37,7 @@ class RunRecord:
         self._facts = facts
         self._planned_steps = planned_steps
         self._log = MetricsLog(directory, resumed_at) if active else None
+        self._earlier_steps = len(self._log.lines) if self._log else 0
         self._sample = OptimizerSample()
         self._largest_share: float | None = None
         self._low_rank_bytes = 0
@@ -85,6 +86,7 @@ class RunRecord:
             self._sample,
             largest_share=self._largest_share,
             low_rank_bytes=self._low_rank_bytes,
+            own_steps=len(steps) - self._earlier_steps,
             status=status,
             planned_steps=self._planned_steps,
         )

@@ -107,6 +107,7 @@ def summarize(
     *,
     largest_share: float | None,
     low_rank_bytes: int,
+    own_steps: int,
     status: str,
     planned_steps: int,
 ) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def summarize(
     Bytes are per process, in the order of their indexes, at the end of the run; `largest_share` is
     the largest of any process at any sampled step. The low-rank matrices' bytes are those of all
     processes together: the most at any sampled step, and what AdamW keeps for the same matrices.
+    Of `steps`, `own_steps` are not those of an earlier run that this one went on from.
     """
     evaluated = [numbers for step in steps if (numbers := measured(step))]
     judged = {
@@ -140,5 +142,5 @@ def summarize(
         "low_rank_state_bytes": low_rank_bytes,
         "low_rank_adamw_bytes": sample.low_rank_adamw_bytes,
         "seconds_per_step": median(step["seconds"] for step in steps) if steps else None,
-        "sent_bytes_per_step": [sent / max(1, len(steps)) for sent in sample.sent_bytes],
+        "sent_bytes_per_step": [sent / max(1, own_steps) for sent in sample.sent_bytes],
     }

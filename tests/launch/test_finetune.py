@@ -17,6 +17,7 @@ from tests.launch.tiny_checkpoints import write_checkpoints, write_data
 from tests.tolerances import LOSSES
 
 SCRIPT = "launchers/finetune.py"
+ON_CPUS_TOO = "tests/launch/cpu_fsdp.py"
 LEARN = ("--lr", 1e-2, "--batch-size", 16, "--max-length", 32)
 LOW_RANK = ("--set", "max_rank=6")
 STEPS = ("--steps", 48, "--eval-every", 4)
@@ -139,37 +140,33 @@ def test_two_processes_under_each_launcher(given: Path, classifier: Path, tmp_pa
 
 
 @pytest.mark.timeout(200)
-def test_a_language_model_under_deepspeed(given: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP2"])
+def test_a_language_model_in_pieces(engine: str, given: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    out = tmp_path / "run"
     words = ("--model", given / "llama", "--task", "causal-lm", "--train", given / "text.txt")
-    settings = (
-        "--deepspeed",
-        "ds_configs/zero3.json",
-        *LEARN,
-        *LOW_RANK,
-        "--steps",
-        40,
-        "--eval-every",
-        20,
-    )
-    finished = launch(
-        SCRIPT, *words, *settings, "--deepspeed", "ds_configs/zero3.json",
-        "--out", tmp_path / "run", processes=2, seconds=120,
-    )  # fmt: skip
+    job = (*words, *LEARN, *LOW_RANK, "--steps", 40, "--eval-every", 20, "--out", out)
+    if engine == "FSDP2":
+        options = ("--config_file", ROOT / "launchers/accelerate/fsdp2.yaml")
+        finished = launch(
+            ON_CPUS_TOO, SCRIPT, *job, processes=2, seconds=120, launcher="accelerate",
+            options=options,
+        )  # fmt: skip
+    else:
+        job = (*job, "--deepspeed", "ds_configs/zero3.json")
+        finished = launch(SCRIPT, *job, processes=2, seconds=120)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    report = read_report(tmp_path / "run")
-    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
-    assert (report["engine"], report["optimizer"], report["world_size"]) == (
-        "ZeRO-3", "AdaRankGrad", 2,
-    )  # fmt: skip
+    report, losses = read_report(out), [line["loss"] for line in read_metrics(out)]
+    assert (report["engine"], report["optimizer"]) == (engine, "AdaRankGrad")
+    assert report["world_size"] == 2
     assert report["measure"] == "held_out_loss"
     assert report["final_held_out_loss"] < 0.5 * losses[0]
     assert report["low_rank_state_bytes"] < report["low_rank_adamw_bytes"] / 2
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("the a", return_tensors="pt")
-    after = model(tokens["input_ids"]).logits[0, -1].argmax()
-    assert after == AutoTokenizer.from_pretrained(given / "llama").convert_tokens_to_ids("film")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    logits = model(tokenizer("the a", return_tensors="pt")["input_ids"]).logits
+    assert tokenizer.convert_ids_to_tokens(int(logits[0, -1].argmax())) == "film"
 
 
 @pytest.mark.timeout(120)

@@ -27,6 +27,8 @@ SAMPLE = OptimizerSample(
     state_bytes=[250, 300],
     adamw_bytes=[1000, 1000],
     sent_bytes=[40, 80],
+    low_rank_bytes=150,
+    low_rank_adamw_bytes=1200,
 )
 
 
@@ -67,6 +69,7 @@ def test_a_run_leaves_its_three_files(tmp_path, capsys):
     assert report["best_held_out_loss"] == report["final_held_out_loss"] == 0.15
     assert report["mean_rank"] == 12
     assert report["largest_share"] == 0.3
+    assert (report["low_rank_state_bytes"], report["low_rank_adamw_bytes"]) == (150, 1200)
     assert report["sent_bytes_per_step"] == [1, 2]
     assert report["seconds_per_step"] == 0.5
     assert report["versions"]["torch"] == torch.__version__
@@ -82,6 +85,45 @@ def test_a_run_without_low_rank_matrices_or_evaluations_has_a_report_too(tmp_pat
     assert (report["status"], report["steps"], report["planned_steps"]) == ("interrupted", 1, 5)
     assert report["mean_rank"] is None
     assert report["final_held_out_loss"] is None
+
+
+def test_a_resumed_run_keeps_the_lines_before_its_checkpoint(tmp_path):
+    write_run(tmp_path, steps=40)
+    with RunRecord(tmp_path, facts(), planned_steps=40, active=True, resumed_at=30) as record:
+        assert not (tmp_path / "report.json").exists()
+        for number in range(31, 41):
+            record.step(step(number, seconds=1.5), SAMPLE if number == 40 else None)
+        record.finish("finished")
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 41))
+    assert [line["seconds"] for line in read_metrics(tmp_path)[29:31]] == [0.5, 1.5]
+    assert read_report(tmp_path)["sent_bytes_per_step"] == [4, 8]  # of the ten steps of its own
+
+
+def test_a_run_is_judged_by_its_measure(tmp_path, capsys):
+    for name, scale in (("ours", 1.0), ("theirs", 0.5)):
+        known = facts(measure="matthews")
+        with RunRecord(tmp_path / name, known, planned_steps=3, active=True) as record:
+            for number, correlation in enumerate((0.1, 0.5, 0.4), start=1):
+                held_out = {"held_out_loss": 0.6 + number, "matthews": scale * correlation}
+                record.step(step(number, accuracy=0.75, **held_out), SAMPLE)
+            record.finish("finished")
+    report = read_report(tmp_path / "ours")
+    assert (report["final_measure"], report["best_measure"]) == (0.4, 0.5)
+    assert report["final_measures"] == {"matthews": 0.4, "accuracy": 0.75, "held_out_loss": 3.6}
+    assert report["best_held_out_loss"] == 1.6
+    assert "best Matthews correlation" in capsys.readouterr().out
+    runs = [str(tmp_path / name) for name in ("ours", "theirs")]
+    assert main(["compare", *runs, "--out", str(tmp_path / "compare.png")]) == 0
+    compared = capsys.readouterr().out
+    assert "Matthews correlation" in compared
+    assert "0.4000" in compared and "0.2000" in compared
+    write_run(tmp_path / "language")  # judged by its loss, which is all that the two have in common
+    runs[1] = str(tmp_path / "language")
+    capsys.readouterr()
+    assert main(["compare", *runs, "--out", str(tmp_path / "compare.png")]) == 0
+    compared = capsys.readouterr().out
+    assert "held-out loss" in compared
+    assert "3.6000" in compared and "0.1500" in compared
 
 
 def test_an_error_leaves_a_report_that_says_so(tmp_path):
