@@ -127,8 +127,12 @@ def norm_sq(part: Tensor) -> Tensor:
     In fp64, since fp32 squares of large gradients would overflow, and sums of many lose digits.
     """
     if part.device.type != "cpu":
-        return torch.linalg.vector_norm(part, dtype=torch.float64).square()
+        norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
+        return norm.square()
     # torch's own mixed norm is five times slower here than converting what fits into the cache
     flat = (part if part.is_contiguous() or part.ndim != 2 else part.T).reshape(-1)
-    runs = (run.double() for run in flat.split(RUN))
-    return torch.stack([torch.dot(run, run) for run in runs]).sum()
+    total = flat.new_zeros((), dtype=torch.float64)
+    for start in range(0, flat.numel(), RUN):
+        run = flat[start : start + RUN].double()
+        total += torch.dot(run, run)
+    return total

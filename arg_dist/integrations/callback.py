@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
 from statistics import fmean
 from typing import Any
 
-import torch.distributed as dist
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from arg_dist.config import ConfigError
 from arg_dist.integrations.accelerate import innermost
+from arg_dist.integrations.trainer import check_processes
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.telemetry import OptimizerSample, sample_optimizer
 
@@ -64,7 +63,7 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
             ConfigError: another optimizer trains; the message has its name, and the usual causes.
                 Or the Trainer does not know how many processes there are.
         """
-        _check_processes(args)
+        check_processes(args)
         self._optimizer = _adarankgrad_in(kwargs.get("optimizer"))
         self._sampled_step = state.global_step
         self._sent_bytes = sample_optimizer(self._optimizer).sent_bytes
@@ -119,21 +118,6 @@ def _adarankgrad_in(prepared: Any) -> AdaRankGrad:
             "puts DeepSpeedCPUAdam in the place of every other optimizer"
         )
     return inner
-
-
-def _check_processes(args: Any) -> None:
-    """Refuses processes that do not know of each other: each would train on all of the data."""
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if dist.is_initialized():
-        started = dist.get_world_size()
-    if args.world_size != started:
-        raise ConfigError(
-            f"the Trainer counts {args.world_size} process(es) where {started} were started, so "
-            "each of them would train on all of the data. accelerate knows DeepSpeed on GPUs and "
-            "their like only; on CPUs, before the TrainingArguments are made, set the environment "
-            'variable ACCELERATE_USE_DEEPSPEED=true and call accelerate.PartialState(backend="gloo'
-            '"), and give them accelerator_config={"use_configured_state": True}'
-        )
 
 
 def _introduce() -> None:

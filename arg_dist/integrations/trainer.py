@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from arg_dist.config import ConfigError, parse_config
@@ -81,8 +83,9 @@ def for_trainer(
 
     Raises:
         ConfigError: a setting is unknown or out of range, or the DeepSpeed JSON names an optimizer
-            too, which the Trainer would prefer.
+            too, which the Trainer would prefer, or the processes do not know of each other.
     """
+    check_processes(args)
     # made from the arguments, or from what accelerate's launcher was told
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
@@ -101,3 +104,25 @@ def for_trainer(
     parse_config(given, "for_trainer")
     chosen = {"targets": targets, "exclude": exclude, "convolutions": convolutions}
     return OptimizerFactory, {**given, **chosen}
+
+
+def check_processes(args: Any) -> None:
+    """Refuses processes that do not know of each other: each would train on all of the data.
+
+    Args:
+        args: the ``TrainingArguments``.
+
+    Raises:
+        ConfigError: the Trainer counts fewer processes than were started.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if dist.is_initialized():
+        started = dist.get_world_size()
+    if args.world_size != started:
+        raise ConfigError(
+            f"the Trainer counts {args.world_size} process(es) where {started} were started, so "
+            "each of them would train on all of the data. accelerate knows DeepSpeed on GPUs and "
+            "their like only; on CPUs, before the TrainingArguments are made, set the environment "
+            'variable ACCELERATE_USE_DEEPSPEED=true and call accelerate.PartialState(backend="gloo'
+            '"), and give them accelerator_config={"use_configured_state": True}'
+        )

@@ -13,6 +13,7 @@ from tests.launch.launching import ROOT, Launcher, launch
 from tests.launch.trainer_cases import (
     ACCELERATE,
     ACCELERATE_DEEPSPEED,
+    ACCELERATE_FSDP2,
     ALONE,
     DEEPSPEED,
     SAVED_AFTER,
@@ -29,12 +30,14 @@ LAUNCHES: dict[str, tuple[Launcher, int, list[Way]]] = {
     "torchrun": ("torchrun", 2, TORCHRUN),
     "deepspeed": ("deepspeed", 2, DEEPSPEED),
     "accelerate": ("accelerate", 2, ACCELERATE),
+    "accelerate-fsdp2": ("accelerate", 2, ACCELERATE_FSDP2),
     "accelerate-deepspeed": ("accelerate", 2, ACCELERATE_DEEPSPEED),
 }
 QUIET = ("--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no")
 LAUNCH_OF = {way.name: name for name, (_, _, ways) in LAUNCHES.items() for way in ways}
 TRAINED = [name for name, way in WAYS.items() if not way.refused]
 RESUMED = [name for name, way in WAYS.items() if way.resume]
+AT_THE_END = [name for name, way in WAYS.items() if way.arguments.get("load_best_model_at_end")]
 REPORTED = [name for name, way in WAYS.items() if "report_to" in way.arguments]
 
 Ran = Callable[[str], dict[str, Any]]
@@ -56,8 +59,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 (out / "deepspeed.json").write_text(json.dumps(shipped("trainer_zero2.json")))
                 config = out / "deepspeed.json"
                 options = [*QUIET, "--use_deepspeed", "--deepspeed_config_file", config]
+            scripts = ["tests/launch/trainer_runs.py"]
+            if name == "accelerate-fsdp2":
+                options = ["--config_file", "launchers/accelerate/fsdp2.yaml"]
+                scripts.insert(0, "tests/launch/cpu_fsdp.py")
             finished = launch(
-                "tests/launch/trainer_runs.py",
+                *scripts,
                 *("--out", out, "--ways", *(way.name for way in ways)),
                 processes=processes,
                 seconds=300,
@@ -119,7 +126,7 @@ def test_resuming_from_the_trainers_checkpoint_is_bitwise(ran: Ran, way: str) ->
     assert result["resumed"]["evaluated"] == result["evaluated"]
 
 
-@pytest.mark.parametrize("way", RESUMED)
+@pytest.mark.parametrize("way", AT_THE_END)
 def test_the_best_model_is_loaded_at_the_end(ran: Ran, way: str) -> None:
     result, single = ran(way), ran("single")
     middle, end = result["evaluated"]

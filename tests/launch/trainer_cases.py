@@ -75,7 +75,7 @@ ALONE = [
     Way("forgotten", "none", refused=True),
 ]
 TORCHRUN = [
-    Way("ddp", arguments={"eval_strategy": "steps", "report_to": ["tensorboard"]}),
+    Way("ddp", resume=True, arguments=KEPT),
     Way("ddp-accumulation", arguments=IN_THREE),
     Way("ddp-trl", "trl"),
 ]
@@ -103,10 +103,18 @@ DEEPSPEED = [
     ),
 ]
 ACCELERATE = [Way("accelerate")]
+KEPT_BY_FSDP2 = {**KEPT, **GLOO, "load_best_model_at_end": False}
+"""Under FSDP2 a checkpoint of transformers 5.23 only sometimes names the best one, itself: it looks
+for its own folder while it is being made."""
+ACCELERATE_FSDP2 = [Way("fsdp2", resume=True, arguments=KEPT_BY_FSDP2)]
 ACCELERATE_DEEPSPEED = [
     Way("accelerate-json", "launcher", arguments=GLOO),
     Way("accelerate-both", "both", arguments=GLOO, refused=True),
 ]
 WAYS = {
-    way.name: way for way in [*ALONE, *TORCHRUN, *DEEPSPEED, *ACCELERATE, *ACCELERATE_DEEPSPEED]
+    way.name: way
+    for way in [
+        *(*ALONE, *TORCHRUN, *DEEPSPEED),
+        *(*ACCELERATE, *ACCELERATE_FSDP2, *ACCELERATE_DEEPSPEED),
+    ]
 }

@@ -25,6 +25,7 @@ from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments  # noqa: E402
+from transformers.integrations import TensorBoardCallback  # noqa: E402
 
 import arg_dist  # noqa: E402
 from arg_dist.integrations.accelerate import innermost  # noqa: E402
@@ -146,12 +147,14 @@ def facts(trainer: Trainer, checkpoint: str | None) -> dict[str, Any]:
         "last_log": logs[-1],
         "evaluated": [entry["eval_loss"] for entry in history if "eval_loss" in entry],
         "optimizer": type(optimizer).__name__,
-        "names": sorted(optimizer.parameter_names().values()),
+        "names": sorted(n for group in optimizer.param_groups for n in group["param_names"]),
         "decay": [group["weight_decay"] for group in optimizer.param_groups],
         "engine": type(trainer.model_wrapped).__name__,
         "processes": trainer.accelerator.num_processes,
     }
     if trainer.args.load_best_model_at_end:
+        # its files are called by the second: another one would take the place of a quick training's
+        trainer.pop_callback(TensorBoardCallback)
         result["evaluated_at_end"] = trainer.evaluate()["eval_loss"]
     close(trainer)
     return result
