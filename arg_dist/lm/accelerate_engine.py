@@ -62,7 +62,7 @@ class AccelerateSetup(Setup):
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, output_dtype=None
             )
-        if self._accelerator.scaler is not None:
+        if self._accelerator.mixed_precision == "fp16":  # which accelerate drops on CPUs
             raise InputError(
                 "mixed_precision: got fp16; outside DeepSpeed this job has not been made to work "
                 "with loss scaling; use bf16 or no"

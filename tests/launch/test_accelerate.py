@@ -194,23 +194,33 @@ def plugin(path: Path, **sections: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("sections", "words"),
+    ("sections", "variables", "words"),
     [
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            {},
             ["zero_force_ds_cpu_optimizer", "DeepSpeedCPUAdam", "set it to false"],
         ),
         (
             {"optimizer": {"type": "AdaRankGrad", "params": {"max_rnak": 3}}},
+            {},
             ["optimizer.params.max_rnak", "'max_rank'"],
         ),
+        (None, {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["mixed_precision: got fp16", "use bf16"]),
     ],
 )
-def test_a_json_that_cannot_work_gets_one_line(
-    sections: dict[str, Any], words: list[str], text: Path, model: Path, tmp_path: Path
+def test_settings_that_cannot_work_get_one_line(
+    sections: dict[str, Any] | None,
+    variables: dict[str, str],
+    words: list[str],
+    text: Path,
+    model: Path,
+    tmp_path: Path,
 ) -> None:
     job = ("--data", text, "--model", model, "--out", tmp_path / "run", *JOB)
-    finished = alone(*job, **plugin(tmp_path / "ds.json", **sections))
+    if sections is not None:
+        variables = {**variables, **plugin(tmp_path / "ds.json", **sections)}
+    finished = alone(*job, **variables)
     assert finished.returncode == 2
     lines = finished.stderr.strip().splitlines()
     assert len(lines) == 1, finished.stderr
