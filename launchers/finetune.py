@@ -21,6 +21,7 @@ from arg_dist.finetuning.arguments import (
     divide_batch,
     last_checkpoint,
     quiet_trainer,
+    reporting,
     schedule_of,
     training_arguments,
 )
@@ -29,7 +30,15 @@ from arg_dist.finetuning.rows import Columns
 from arg_dist.finetuning.tasks import Task, causal_language_model, text_classification
 from arg_dist.integrations.accelerate import asks_for
 from arg_dist.lm import InputError
-from arg_dist.lm.command_line import BAD_INPUT, FAILED, OneLineParser, at_least, complain, share
+from arg_dist.lm.command_line import (
+    BAD_INPUT,
+    FAILED,
+    OneLineParser,
+    at_least,
+    complain,
+    not_negative,
+    share,
+)
 from arg_dist.lm.environment import prepare_environment
 from arg_dist.lm.interrupts import StopRequest, exit_code
 from arg_dist.lm.job_config import (
@@ -63,7 +72,12 @@ def parse_options() -> argparse.Namespace:
     add("--label-key", default="label", metavar="COLUMN", help="of the label (default: label)")
     add("--max-length", type=at_least(2), default=128, metavar="TOKENS", help="longer texts are "
         "cut; causal-lm: the length of its blocks (default: 128)")  # fmt: skip
-    add("--epochs", type=float, default=3.0, help="passes over the training data (default: 3)")
+    add(
+        "--epochs",
+        type=not_negative,
+        default=3.0,
+        help="passes over the training data (default: 3)",
+    )
     add("--steps", type=at_least(1), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=at_least(1), help="examples per step over all processes (default: 32, "
         "or the JSON's)")  # fmt: skip
@@ -78,21 +92,22 @@ def parse_options() -> argparse.Namespace:
     add("--schedule", choices=SCHEDULES, default="linear", help="the learning rate's course")
     add("--warmup-ratio", type=share, default=0.06, help="share of the steps until the peak "
         "(default: 0.06)")  # fmt: skip
-    add("--clip", type=float, help="the gradient's largest norm (default: 1, or the JSON's)")
+    add("--clip", type=not_negative, help="the gradient's largest norm (default: 1, or the JSON's)")
     add("--seed", type=at_least(0), default=0)
     add("--deepspeed", metavar="JSON", help="DeepSpeed configuration")
     add("--eval-every", type=at_least(1), metavar="STEPS", help="default: each epoch")
     add("--log-ranks-every", type=at_least(1), default=10, metavar="STEPS")
     add("--save-every", type=at_least(1), metavar="STEPS", help="checkpoints in OUT/checkpoints")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUT")
-    add("--report-to", default="none", help="where the Trainer reports too, e.g. tensorboard")
+    add("--report-to", default="none", metavar="WHERE", help="where the Trainer reports "
+        "too, ranks included, e.g. tensorboard")  # fmt: skip
     add("--out", type=Path, help="the run's directory (default: runs/MODEL-TASK-OPTIMIZER)")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args()
     if options.task == "classification" and not options.eval:
         parser.error("--eval: classification needs held-out files")
-    if options.epochs <= 0:
-        parser.error(f"--epochs: a number above 0 is needed, got {options.epochs}")
+    if options.epochs == 0:
+        parser.error("--epochs: a number above 0 is needed, got 0")
     if options.warmup_ratio == 1:
         parser.error("--warmup-ratio: below 1 is needed, or the learning rate only rises")
     return options
@@ -134,10 +149,10 @@ def train(options: argparse.Namespace, stop: StopRequest) -> int | None:
         **divide_batch(config, options.batch_size, options.micro_batch),
         **clipping(config, options.clip),
         **schedule_of(options.steps, options.epochs, options.eval_every, options.save_every),
+        **reporting(options.report_to),
         "lr_scheduler_type": options.schedule,
         "warmup_steps": options.warmup_ratio,
         "train_sampling_strategy": "group_by_length" if options.group_by_length else "random",
-        "report_to": options.report_to,
         "seed": options.seed,
     }
     with stop.at_once():

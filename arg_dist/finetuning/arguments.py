@@ -133,6 +133,23 @@ def engine_name(trainer: Trainer) -> str:
     return ENGINE_NAMES.get(kind, kind)
 
 
+def reporting(where: str) -> dict[str, str]:
+    """The Trainer's argument for where it reports to, beside this job's own files.
+
+    Raises:
+        InputError: it knows no such place, or the package for it is not installed.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = sorted(get_available_reporting_integrations())
+    if where not in ("none", *available):
+        raise InputError(
+            f"--report-to {where}: not known or not installed; there are "
+            f"{', '.join(['none', *available])}"
+        )
+    return {"report_to": where}
+
+
 def schedule_of(
     steps: int | None, epochs: float, every: int | None, save: int | None
 ) -> dict[str, Any]:

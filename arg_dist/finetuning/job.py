@@ -55,6 +55,8 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
     from transformers import Trainer, set_seed
     from transformers.trainer_callback import PrinterCallback
 
+    from arg_dist.integrations.callback import AdaRankGradCallback
+
     chosen: dict[str, Any] = {}
     if optimizer.name == "adarankgrad":
         chosen["optimizer_cls_and_kwargs"] = for_trainer(args, **optimizer.given)
@@ -73,6 +75,8 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
     check_accelerator(trainer.accelerator)
     if optimizer.name == "adarankgrad":
         trainer.add_callback(OptimizerCheck())
+        if args.report_to:
+            trainer.add_callback(AdaRankGradCallback())
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from arg_dist.finetuning.rows import Columns
+from arg_dist.finetuning.tasks import text_classification
 from tests.launch.launching import ROOT, environment, launch
 from tests.launch.tiny_checkpoints import write_checkpoints, write_data
 from tests.tolerances import LOSSES
@@ -20,6 +22,7 @@ SCRIPT = "launchers/finetune.py"
 ON_CPUS_TOO = "tests/launch/cpu_fsdp.py"
 LEARN = ("--lr", 1e-2, "--batch-size", 16, "--max-length", 32)
 LOW_RANK = ("--set", "max_rank=6")
+LOGS = ("--report-to", "tensorboard")
 STEPS = ("--steps", 48, "--eval-every", 4)
 CPU = ("--config_file", ROOT / "launchers/accelerate/cpu.yaml")
 
@@ -70,7 +73,7 @@ def read_report(run: Path) -> dict[str, Any]:
 def classifier(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished run of one process."""
     out = tmp_path_factory.mktemp("classifier") / "run"
-    finished = alone(classification(given, out, *STEPS, "--save-every", 24))
+    finished = alone(classification(given, out, *STEPS, "--save-every", 24, *LOGS))
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "Matthews correlation" in finished.stdout
     assert not finished.stderr.strip(), finished.stderr
@@ -91,8 +94,30 @@ def test_a_classifier_learns_and_reports(classifier: Path) -> None:
     assert 1 <= report["mean_rank"] <= 6
     assert max(report["state_bytes"]) < max(report["adamw_state_bytes"])
     assert 0 < report["low_rank_state_bytes"] < report["low_rank_adamw_bytes"] / 2
+    (events,) = classifier.rglob("events.out.tfevents.*")
+    assert b"rank_mean" in events.read_bytes()
     judge = pipeline("text-classification", model=str(classifier / "model"))
     assert judge("the film was very good")[0]["label"] == "good"
+
+
+def test_pairs_are_told_apart_and_long_texts_cut(given: Path, tmp_path: Path) -> None:
+    rows = [("the film", "was very good", "yes"), ("the plot was very very fine", "not", "no")]
+    lines = [json.dumps(dict(zip("aby", row, strict=True))) for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    files = [str(tmp_path / "pairs.jsonl")]
+    task = text_classification(
+        str(given / "bert"), training=files, held_out=files, columns=Columns("a", "y", "b"),
+        max_length=9,
+    )  # fmt: skip
+    assert task.facts["labels"] == ["no", "yes"]
+    assert task.facts["examples_cut_to_max_length"] == [1, 1]
+    assert [example["labels"] for example in task.training] == [1, 0]
+    assert task.training[0]["token_type_ids"] == [0] * 4 + [1] * 4
+    batch = task.collator(task.training)
+    assert batch["attention_mask"].sum(1).tolist() == [8, 9]
+    model = task.build_model()
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    assert model(**batch).logits.shape == (2, 2)
 
 
 @pytest.mark.timeout(200)

@@ -12,7 +12,13 @@ import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 
-from arg_dist.finetuning.arguments import clipping, divide_batch, last_checkpoint, schedule_of
+from arg_dist.finetuning.arguments import (
+    clipping,
+    divide_batch,
+    last_checkpoint,
+    reporting,
+    schedule_of,
+)
 from arg_dist.finetuning.metrics import classification_metrics, metrics_of_logits
 from arg_dist.finetuning.rows import Columns, Row, label_names, label_numbers, read_rows
 from arg_dist.finetuning.sweep import Trial, best_lr, print_sweep
@@ -154,6 +160,12 @@ def test_the_json_and_the_command_line_agree_on_clipping():
     assert clipping(config, 2.0) == {"max_grad_norm": 2.0}
     assert config == {"gradient_clipping": 2.0}
     assert clipping({}, None) == {"max_grad_norm": 1.0}
+
+
+def test_where_to_report_must_be_installed():
+    assert reporting("none") == {"report_to": "none"}
+    with pytest.raises(InputError, match=r"--report-to tensorbord: .* none"):
+        reporting("tensorbord")
 
 
 def test_the_length_of_a_job():
