@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from arg_dist.algorithm import State
-from arg_dist.saved_forms import ELSEWHERE, WHOLE, Place, cut_state, pack, unpack
+from arg_dist.saved_forms import ELSEWHERE, WHOLE, Place, cut_state, is_packed, pack, unpack
 from arg_dist.sharding.plan import Plan
 from arg_dist.state import fits
 
@@ -74,21 +74,35 @@ class Custody:
                 saved["state"] = {i: whole[t] for i, t in enumerate(targets) if t in whole}
             elif plan.saved_by_key:
                 here = {id(fragment.target) for fragment in plan.held}
-                for index, target in enumerate(targets):
-                    if id(target) in here:
-                        units = saved["state"].get(index, {})
-                        saved["state"][index] = pack(units, place, saved["calls"])
+                packs = {
+                    index: pack(saved["state"].get(index, {}), place, saved["calls"], target.device)
+                    for index, target in enumerate(targets)
+                    if id(target) in here
+                }
+                saved["state"].update(packs)
+                if plan.saved_by_first():
+                    for others in plan.communicator.gather_objects_on_first(packs):
+                        for index, entry in others.items():
+                            saved["state"][index] = saved["state"][index] | entry
 
     # -- in --------------------------------------------------------------------------------------
 
-    def load(self, saved: Mapping[str, Any], targets: Mapping[Any, Tensor]) -> Loaded:
-        """The states in a state dictionary, for the target of each of its indexes."""
+    def load(
+        self, saved: Mapping[str, Any], targets: Mapping[Any, Tensor], plans: Sequence[Plan]
+    ) -> Loaded:
+        """The states in a state dictionary, for the target of each of its indexes.
+
+        Raises:
+            ConfigError: it has those of other processes only.
+        """
         self.whole, self._place, calls = None, saved.get("process"), saved.get("calls", 0)
+        places = [(plan.communicator.me, plan.communicator.size) for plan in plans]
+        here = places[0] if places else None
         states = {}
         for index, target in targets.items():
             units = saved["state"].get(index)
-            if units and any(isinstance(value, bytes) for value in units.values()):
-                self._place, calls, units = unpack(units)
+            if units and is_packed(units):
+                self._place, calls, units = unpack(units, here)
             if units is not None:
                 states[target] = units
         self._place = None if self._place is None else (self._place[0], self._place[1])

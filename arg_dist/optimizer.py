@@ -338,7 +338,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         indexes = members(state_dict["param_groups"])
         targets = dict(zip(indexes, members(self.param_groups), strict=False))
-        loaded = self._custody.load(state_dict, targets)
+        loaded = self._custody.load(state_dict, targets, list(self._every_plan()))
         self._calls = loaded.calls
         for target, units in loaded.states.items():
             self.state[target] = copy_state(units, target.device)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arg_dist.algorithm import State
+from arg_dist.config import ConfigError
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.exchange import Exchange, Interval, Rows, Steps, select_rows
 
@@ -100,19 +102,44 @@ def _only(to: int, have: Rows) -> Rows:
     return tuple((0, size if i == to else 0) for i in range(len(have)))
 
 
-def pack(units: Mapping[str, State], place: Place, calls: int) -> dict[str, bytes]:
+def pack(
+    units: Mapping[str, State], place: Place, calls: int, device: torch.device
+) -> dict[str, Any]:
     """One parameter's state under a key that no other process uses.
 
-    As bytes, because the ranks decide its size and readers would ask for the size beforehand.
+    As bytes, because the ranks decide its size and readers would ask for the size beforehand. The
+    number beside them is the form's; some readers want at least one tensor, on the `device`.
     """
     buffer = io.BytesIO()
     torch.save({"process": place, "calls": calls, "units": dict(units)}, buffer)
-    me, processes = place
-    return {f"process {me} of {processes}": buffer.getvalue()}
+    return {_key(place): buffer.getvalue(), "form": torch.ones(1, device=device)}
 
 
-def unpack(entry: Mapping[str, bytes]) -> tuple[Place, int, dict[str, State]]:
-    """What was given to :func:`pack`: place, calls, units. Loading runs no code."""
-    (packed,) = entry.values()
-    unpacked = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+def is_packed(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a state dictionary comes from :func:`pack`."""
+    return any(isinstance(value, bytes) for value in entry.values())
+
+
+def unpack(entry: Mapping[str, Any], place: Place | None) -> tuple[Place, int, dict[str, State]]:
+    """What was given to :func:`pack`: place, calls, units. Loading runs no code.
+
+    Args:
+        entry: what one process packed, or all of them did.
+        place: which of them to unpack; None for the only one.
+
+    Raises:
+        ConfigError: it is not among them.
+    """
+    packed = {key: value for key, value in entry.items() if isinstance(value, bytes)}
+    key = _key(place) if place is not None and len(packed) > 1 else next(iter(packed))
+    if key not in packed:
+        raise ConfigError(
+            f"load_state_dict: no state of {key} was saved, but of {', '.join(packed)}; start as "
+            "many processes as there were then"
+        )
+    unpacked = torch.load(io.BytesIO(packed[key]), map_location="cpu", weights_only=True)
     return unpacked["process"], unpacked["calls"], unpacked["units"]
+
+
+def _key(place: Place) -> str:
+    return f"process {place[0]} of {place[1]}"

@@ -10,7 +10,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from arg_dist.config import ConfigError
 from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
 
 
@@ -29,9 +28,7 @@ class ShardedTensorAdapter:
 
         Raises:
             RuntimeError: a parameter is cut along two mesh axes, or cut in a way that is unknown.
-            ConfigError: accelerate was told to save in a way that would lose state.
         """
-        _refuse_full_state_dicts()
         fragments, process_group = [], None
         for name, target in zip(group.names, group.targets, strict=True):
             if target.requires_grad:
@@ -40,7 +37,9 @@ class ShardedTensorAdapter:
                 fragments.append(_fragment(name, target, axis, dimension))
         if process_group is not None and dist.get_world_size(process_group) == 1:
             process_group = None
-        return Holding(fragments, process_group, saved_by_key=True)
+        return Holding(
+            fragments, process_group, saved_by_key=True, saved_by_first=first_process_saves
+        )
 
 
 def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
@@ -62,15 +61,15 @@ def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
     return placement
 
 
-def _refuse_full_state_dicts() -> None:
+def first_process_saves() -> bool:
+    """Whether accelerate, or the Trainer, is set to gather checkpoints on the first process.
+
+    Then all processes ask for their state dictionaries, and that of the first one is written.
+    """
     accelerate = sys.modules.get("accelerate.state")
     shared = accelerate.AcceleratorState._shared_state if accelerate else {}
     kind = getattr(shared.get("fsdp_plugin"), "state_dict_type", None)
-    if kind is not None and kind.name == "FULL_STATE_DICT":
-        raise ConfigError(
-            "fsdp_state_dict_type: got FULL_STATE_DICT, with which accelerate's and the Trainer's "
-            "checkpoints would hold the optimizer state of process 0 alone; set SHARDED_STATE_DICT"
-        )
+    return kind is not None and kind.name == "FULL_STATE_DICT"
 
 
 def _cut(name: str, target: Any) -> tuple[int, int]:

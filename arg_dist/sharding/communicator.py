@@ -68,6 +68,14 @@ class Communicator:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather_objects_on_first(self, value: Any) -> list[Any]:
+        """Everyone's `value` on the first process, nothing on the others; for checkpoints."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size if self.me == 0 else []
+        dist.gather_object(value, values if self.me == 0 else None, group=self.group, group_dst=0)
+        return values
+
     def exchange(self, exchanges: Sequence[Exchange]) -> list[Tensor]:
         """Carries out the requests of one round, all in one all-to-all.
 

@@ -50,12 +50,15 @@ class Holding:
             the state are shared out.
         saved_by_key: checkpoints merge what all processes give them, by key, so that each process
             has to save its state under a key of its own.
+        saved_by_first: whether checkpoints are now those of the first process alone, for which it
+            needs everyone's keys; asked on all processes whenever they save.
     """
 
     fragments: list[Fragment]
     group: dist.ProcessGroup | None
     replicated: bool = False
     saved_by_key: bool = False
+    saved_by_first: Callable[[], bool] = bool
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class Plan:
         held: the fragments that this process holds.
         replicated: every process holds all parameters, and only the state is cut.
         saved_by_key: see :class:`arg_dist.sharding.fragment.Holding`.
+        saved_by_first: see there.
     """
 
     communicator: Communicator
@@ -66,6 +67,7 @@ class Plan:
     held: list[Fragment]
     replicated: bool
     saved_by_key: bool
+    saved_by_first: Callable[[], bool]
 
 
 def make_plans(specs: Sequence[GroupSpec], communicators: dict[Any, Communicator]) -> list[Plan]:
@@ -114,6 +116,7 @@ def _make_plan(members: list[tuple[int, GroupSpec]], communicator: Communicator)
         held,
         replicated=any(holding.replicated for holding in holdings),
         saved_by_key=any(holding.saved_by_key for holding in holdings),
+        saved_by_first=holdings[0].saved_by_first,
     )
 
 

@@ -126,6 +126,16 @@ def test_resuming_from_the_trainers_checkpoint_is_bitwise(ran: Ran, way: str) ->
     assert result["resumed"]["evaluated"] == result["evaluated"]
 
 
+@pytest.mark.parametrize(
+    ("way", "written"), [("fsdp2", "optimizer_0"), ("fsdp2-by-arguments", "optimizer.bin")]
+)
+def test_fsdp2_resumes_from_either_form_of_checkpoint(
+    ran: Ran, folders: Callable[[str], Path], way: str, written: str
+) -> None:
+    assert ran(way)["resumed"]["losses"] == ran(way)["losses"]
+    assert (folders(LAUNCH_OF[way]) / way / f"checkpoint-{SAVED_AFTER}" / written).exists()
+
+
 @pytest.mark.parametrize("way", AT_THE_END)
 def test_the_best_model_is_loaded_at_the_end(ran: Ran, way: str) -> None:
     result, single = ran(way), ran("single")

@@ -106,7 +106,15 @@ ACCELERATE = [Way("accelerate")]
 KEPT_BY_FSDP2 = {**KEPT, **GLOO, "load_best_model_at_end": False}
 """Under FSDP2 a checkpoint of transformers 5.23 only sometimes names the best one, itself: it looks
 for its own folder while it is being made."""
-ACCELERATE_FSDP2 = [Way("fsdp2", resume=True, arguments=KEPT_BY_FSDP2)]
+BY_ARGUMENTS = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+"""Saved by the first process, which is the Trainer's default."""
+ACCELERATE_FSDP2 = [
+    Way("fsdp2", resume=True, arguments=KEPT_BY_FSDP2),
+    Way("fsdp2-by-arguments", resume=True, arguments={**KEPT_BY_FSDP2, **BY_ARGUMENTS}),
+]
 ACCELERATE_DEEPSPEED = [
     Way("accelerate-json", "launcher", arguments=GLOO),
     Way("accelerate-both", "both", arguments=GLOO, refused=True),

@@ -56,7 +56,6 @@ class Recorder(TrainerCallback):
 FSDP2 = {
     "version": 2,
     "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-    "state_dict_type": "SHARDED_STATE_DICT",
 }
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -88,20 +92,74 @@ def test_another_number_of_processes_is_refused_by_name(pool, tmp_path):
     assert all("process 0 of 4" in message for message in pool.run(load, 4, tmp_path, seconds=60))
 
 
-def told_before_the_first_step(group: dist.ProcessGroup) -> str:
+@contextmanager
+def first_process_saves() -> Iterator[None]:
+    """What accelerate is told by ``fsdp_state_dict_type: FULL_STATE_DICT``."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    run = Run(group, "llama", "ROWS")
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
     with mock.patch.dict(AcceleratorState._shared_state, fsdp_plugin=plugin):
-        try:
-            run.train(0, 1)
-        except ValueError as error:
-            return str(error)
+        yield
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def write_on_first(group: dist.ProcessGroup, run: Run, file: Path) -> None:
+    with first_process_saves():
+        saved = {
+            "model": get_model_state_dict(run.model, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(run.model, run.optimizer, options=WHOLE),
+        }
+    if dist.get_rank(group) == 0:
+        torch.save(saved, file)
+
+
+def read_on_first(group: dist.ProcessGroup, run: Run, file: Path) -> None:
+    saved: dict[str, Any] = {"model": {}, "optimizer": {}}
+    if dist.get_rank(group) == 0:
+        saved = torch.load(file, weights_only=True)
+    with first_process_saves():
+        set_model_state_dict(run.model, saved["model"], options=FROM_FIRST)
+        set_optimizer_state_dict(run.model, run.optimizer, saved["optimizer"], options=FROM_FIRST)
+
+
+def go_on_from_one_file(group: dist.ProcessGroup, engine: str, file: Path) -> None:
+    straight = Run(group, "llama", engine)
+    straight.train(0, 8)
+    write_on_first(group, straight, file)
+    expected = straight.train(8, 16)
+    resumed = Run(group, "llama", engine)
+    read_on_first(group, resumed, file)
+    assert resumed.train(8, 16) == expected
+    assert ranks_now(resumed.optimizer) == ranks_now(straight.optimizer)
+
+
+@pytest.mark.parametrize("engine", ["ROWS", "HSDP"])
+def test_a_run_goes_on_from_what_the_first_process_saved(pool, tmp_path, engine):
+    pool.run(go_on_from_one_file, 4, engine, tmp_path / "all.pt", seconds=60)
+
+
+def write(group: dist.ProcessGroup, file: Path) -> None:
+    run = Run(group, "llama", "ROWS")
+    run.train(0, 3)
+    write_on_first(group, run, file)
+
+
+def read(group: dist.ProcessGroup, file: Path) -> str:
+    saved = torch.load(file, weights_only=True)["optimizer"]  # everywhere: nothing is broadcast
+    run = Run(group, "llama", "ROWS")
+    run.state()  # binds, as PyTorch does before it loads
+    try:
+        set_optimizer_state_dict(run.model, run.optimizer, saved)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
-def test_full_state_dicts_are_refused_before_they_lose_state(pool):
-    for message in pool.run(told_before_the_first_step, 2, seconds=60):
-        assert "fsdp_state_dict_type" in message and "SHARDED_STATE_DICT" in message
+def test_one_file_of_another_number_of_processes_is_refused_by_name(pool, tmp_path):
+    pool.run(write, 4, tmp_path / "all.pt", seconds=60)
+    for i, message in enumerate(pool.run(read, 2, tmp_path / "all.pt", seconds=60)):
+        assert f"no state of process {i} of 2 was saved, but of process 0 of 4" in message
