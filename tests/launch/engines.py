@@ -49,6 +49,8 @@ ENGINES = [
     Engine("hsdp", "torchrun", "FSDP2 R,S0", "torch_engine", {"engine": "HSDP"}, (2, 4)),
     Engine("accelerate-ddp", "torchrun", "DDP", "accelerate_engine", CPU),
     Engine("accelerate-fsdp2", "torchrun", "FSDP2 S0", "accelerate_engine", FSDP),
+    Engine("accelerate-zero0", "accelerate", "ZeRO-0", "accelerate_engine", {"stage": 0}, (2,)),
+    Engine("accelerate-zero1", "accelerate", "ZeRO-1", "accelerate_engine", {"stage": 1}, (2,)),
     Engine("accelerate-zero2", "accelerate", "ZeRO-2", "accelerate_engine"),
     Engine("accelerate-zero3", "accelerate", "ZeRO-3", "accelerate_engine", {"stage": 3}),
     Engine("trainer-ddp", "torchrun", "DDP", "trainer_engine", CPU),

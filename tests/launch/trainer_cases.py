@@ -80,6 +80,7 @@ TORCHRUN = [
     Way("ddp-trl", "trl"),
 ]
 DEEPSPEED = [
+    Way("zero0", deepspeed=0, resume=True, arguments=KEPT),
     Way("zero1", deepspeed=1, resume=True, arguments=KEPT),
     Way("zero2", deepspeed=2, resume=True, arguments=KEPT),
     Way("zero3", deepspeed="trainer_zero3.json", resume=True, arguments=KEPT),
@@ -113,6 +114,7 @@ BY_ARGUMENTS = {
 """Saved by the first process, which is the Trainer's default."""
 ACCELERATE_FSDP2 = [
     Way("fsdp2", resume=True, arguments=KEPT_BY_FSDP2),
+    Way("fsdp2-trl", "trl", arguments=GLOO),
     Way("fsdp2-by-arguments", resume=True, arguments={**KEPT_BY_FSDP2, **BY_ARGUMENTS}),
 ]
 ACCELERATE_DEEPSPEED = [
