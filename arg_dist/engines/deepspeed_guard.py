@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_config import refuse_unsupported
+from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.groups import classify, named_parameters
 from arg_dist.optimizer import AdaRankGrad
 
@@ -50,36 +51,32 @@ def introduce(optimizer_class: type) -> None:
     """Makes DeepSpeed accept the optimizer, and pass the guard before wrapping one; once.
 
     Raises:
-        RuntimeError: this DeepSpeed has no place for the guard.
+        RuntimeError: this version of DeepSpeed has no place for the guard.
     """
     from deepspeed.runtime import engine as engine_module
     from deepspeed.runtime.zero import utils as zero_utils
 
     if optimizer_class not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
-    engine_class = engine_module.DeepSpeedEngine
-    check = getattr(engine_class, "_do_optimizer_sanity_check", None)
-    if check is None:
-        raise RuntimeError(
-            "DeepSpeedEngine has no _do_optimizer_sanity_check; this version of DeepSpeed is not "
-            "supported (tested: 0.19.8)"
-        )
-    if hasattr(check, "__wrapped__"):
-        return
+    wrap_method(
+        engine_module.DeepSpeedEngine,
+        "_do_optimizer_sanity_check",
+        _guard,
+        library="DeepSpeed",
+        tested="0.19.8",
+    )
 
-    @functools.wraps(check)
-    def guarded(engine: Any, basic_optimizer: Any) -> Any:
-        if isinstance(basic_optimizer, AdaRankGrad):
-            refuse_unsupported(engine._config._param_dict, cuda=torch.cuda.is_available())
-            _refuse_model(engine)
-            name_parameters(basic_optimizer, engine.module)
-            if not engine.zero_optimization():
-                engine.save_checkpoint = _consolidating(engine.save_checkpoint, basic_optimizer)
-        else:
-            _refuse_replacement(engine, basic_optimizer)
-        return check(engine, basic_optimizer)
 
-    engine_class._do_optimizer_sanity_check = guarded
+def _guard(check: Callable[..., Any], engine: Any, basic_optimizer: Any) -> Any:
+    if isinstance(basic_optimizer, AdaRankGrad):
+        refuse_unsupported(engine._config._param_dict, cuda=torch.cuda.is_available())
+        _refuse_model(engine)
+        name_parameters(basic_optimizer, engine.module)
+        if not engine.zero_optimization():
+            engine.save_checkpoint = _consolidating(engine.save_checkpoint, basic_optimizer)
+    else:
+        _refuse_replacement(engine, basic_optimizer)
+    return check(engine, basic_optimizer)
 
 
 def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:

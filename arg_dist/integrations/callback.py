@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from arg_dist.config import ConfigError
+from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.integrations.accelerate import innermost
 from arg_dist.integrations.trainer import check_processes
 from arg_dist.optimizer import AdaRankGrad
@@ -127,25 +128,21 @@ def _introduce() -> None:
     and others) before those that a user gives, and tells no callback of the others.
 
     Raises:
-        RuntimeError: this transformers has no place for it.
+        RuntimeError: this version of transformers has no place for it.
     """
-    on_log = getattr(CallbackHandler, "on_log", None)
-    if on_log is None:
-        raise RuntimeError(
-            "transformers' CallbackHandler has no on_log; this version is not supported "
-            "(tested: 5.23.0)"
-        )
-    if getattr(on_log, "asks_adarankgrad", False):
-        return
+    wrap_method(CallbackHandler, "on_log", _on_log, library="transformers", tested="5.23.0")
 
-    @functools.wraps(on_log)
-    def with_numbers(
-        handler: Any, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
-    ) -> Any:
-        for callback in handler.callbacks:
-            if isinstance(callback, AdaRankGradCallback):
-                callback.add_numbers(logs, state, control)
-        return on_log(handler, args, state, control, logs, **kwargs)
 
-    with_numbers.asks_adarankgrad = True  # type: ignore[attr-defined]
-    CallbackHandler.on_log = with_numbers
+def _on_log(
+    on_log: Callable[..., Any],
+    handler: Any,
+    args: Any,
+    state: Any,
+    control: Any,
+    logs: dict[str, Any],
+    **kwargs: Any,
+) -> Any:
+    for callback in handler.callbacks:
+        if isinstance(callback, AdaRankGradCallback):
+            callback.add_numbers(logs, state, control)
+    return on_log(handler, args, state, control, logs, **kwargs)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from arg_dist.config import ConfigError, parse_config
+from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.groups import param_groups
 from arg_dist.integrations.accelerate import innermost
 from arg_dist.optimizer import AdaRankGrad
@@ -38,23 +38,20 @@ def consolidate_before_saving() -> None:
     """
     from transformers import Trainer
 
-    save = getattr(Trainer, "_save_optimizer_and_scheduler", None)
-    if save is None:
-        raise RuntimeError(
-            "transformers.Trainer has no _save_optimizer_and_scheduler; this version of "
-            "transformers is not supported (tested: 5.23)"
-        )
-    if hasattr(save, "__wrapped__"):
-        return
+    wrap_method(
+        Trainer,
+        "_save_optimizer_and_scheduler",
+        _consolidate_and_save,
+        library="transformers",
+        tested="5.23.0",
+    )
 
-    @functools.wraps(save)
-    def consolidate_and_save(trainer: Any, output_dir: str) -> None:
-        optimizer = innermost(trainer.optimizer)
-        if isinstance(optimizer, AdaRankGrad):
-            optimizer.consolidate_state_dict()
-        save(trainer, output_dir)
 
-    Trainer._save_optimizer_and_scheduler = consolidate_and_save
+def _consolidate_and_save(save: Callable[..., None], trainer: Any, output_dir: str) -> None:
+    optimizer = innermost(trainer.optimizer)
+    if isinstance(optimizer, AdaRankGrad):
+        optimizer.consolidate_state_dict()
+    save(trainer, output_dir)
 
 
 CHOICES = ("targets", "exclude", "convolutions")

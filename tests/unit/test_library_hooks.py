@@ -1,0 +1,45 @@
+"""Methods of libraries with something of ours around them."""
+
+import pytest
+
+from arg_dist.engines.library_hooks import wrap_method
+
+pytestmark = pytest.mark.unit
+
+
+class Library:
+    """Something that is not ours."""
+
+    def double(self, number: int, *, plus: int = 0) -> int:
+        """Twice `number`."""
+        return 2 * number + plus
+
+
+def shout(method, library, number, **more):
+    return -method(library, number, **more)
+
+
+def wrap(owner: type, name: str) -> None:
+    wrap_method(owner, name, shout, library="library", tested="1.2")
+
+
+def test_a_method_is_wrapped_once():
+    owner = type("Fresh", (Library,), dict(vars(Library)))
+    for _ in range(3):
+        wrap(owner, "double")
+    assert owner().double(3, plus=1) == -7
+    assert owner.double.__doc__ == "Twice `number`."
+    assert Library().double(3) == 6
+
+
+def test_a_class_whose_parent_is_wrapped_is_not_wrapped_again():
+    parent = type("Parent", (Library,), dict(vars(Library)))
+    child = type("Child", (parent,), {})
+    wrap(parent, "double")
+    wrap(child, "double")
+    assert child().double(3) == -6
+
+
+def test_a_method_that_is_gone_is_an_error_with_the_tested_version():
+    with pytest.raises(RuntimeError, match=r"library: Library has no triple .*tested: 1\.2"):
+        wrap(Library, "triple")
