@@ -11,6 +11,7 @@ from torch import Tensor
 from arg_dist.algorithm import State
 from arg_dist.saved_forms import ELSEWHERE, WHOLE, Place, cut_state, is_packed, pack, unpack
 from arg_dist.sharding.plan import Plan
+from arg_dist.sharding.shard import Shard
 from arg_dist.state import fits
 
 
@@ -42,13 +43,12 @@ class Custody:
 
     # -- out -------------------------------------------------------------------------------------
 
-    def keep_whole(self, plan: Plan, states: Sequence[State | None], to: int) -> None:
-        """Remembers what :func:`whole_state` gave for the shards of `plan`."""
+    def keep_whole(self, plan: Plan, shard: Shard, state: State | None, to: int) -> None:
+        """Remembers what :func:`whole_state` gave for a shard of `plan`."""
         assert self.whole is not None
         by_target = self.whole[1]
-        for shard, state in zip(plan.shards, states, strict=True):
-            if state is not None:
-                by_target.setdefault(shard.fragment.target, {})[shard.name] = state
+        if state is not None:
+            by_target.setdefault(shard.fragment.target, {})[shard.name] = state
         self.whole = (WHOLE if plan.communicator.me == to else ELSEWHERE, by_target)
 
     def prepare_saving(
@@ -80,10 +80,9 @@ class Custody:
                     if id(target) in here
                 }
                 saved["state"].update(packs)
-                if plan.saved_by_first():
-                    for others in plan.communicator.gather_objects_on_first(packs):
-                        for index, entry in others.items():
-                            saved["state"][index] = saved["state"][index] | entry
+                for index, own in packs.items() if plan.saved_by_first() else ():
+                    for entry in plan.communicator.gather_objects_on_first(own):
+                        saved["state"][index] = saved["state"][index] | entry
 
     # -- in --------------------------------------------------------------------------------------
 

@@ -307,14 +307,14 @@ class AdaRankGrad(torch.optim.Optimizer):
 
         Args:
             to: the process that writes, by its index in the group; it needs memory on the CPU for
-                the whole state.
+                the whole state, and on its device for one matrix at a time.
         """
         self._custody.whole = (WHOLE, {})
         for plan in self._every_plan():
-            if plan.replicated:
-                parts = [whole_state(shard, self._state_of(shard), to=to) for shard in plan.shards]
-                states = _run(parts, plan.communicator, rounds=1)
-                self._custody.keep_whole(plan, states, to)
+            for shard in plan.shards if plan.replicated else ():
+                part = whole_state(shard, self._state_of(shard), to=to)
+                state = _run([part], plan.communicator, rounds=1)[0]
+                self._custody.keep_whole(plan, shard, state, to)
 
     def state_dict(self) -> dict[str, Any]:
         """This process's state, and whose it is.
