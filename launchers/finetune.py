@@ -17,6 +17,7 @@ from typing import Any
 
 import arg_dist
 from arg_dist.finetuning.arguments import (
+    PRECISIONS,
     clipping,
     divide_batch,
     last_checkpoint,
@@ -93,11 +94,14 @@ def parse_options() -> argparse.Namespace:
     add("--warmup-ratio", type=share, default=0.06, help="share of the steps until the peak "
         "(default: 0.06)")  # fmt: skip
     add("--clip", type=not_negative, help="the gradient's largest norm (default: 1, or the JSON's)")
+    add("--precision", choices=PRECISIONS, help="of the forward and backward pass; weights stay "
+        "in fp32 (default: accelerate's, or the JSON's, or fp32)")  # fmt: skip
     add("--seed", type=at_least(0), default=0)
     add("--deepspeed", metavar="JSON", help="DeepSpeed configuration")
     add("--eval-every", type=at_least(1), metavar="STEPS", help="default: each epoch")
     add("--log-ranks-every", type=at_least(1), default=10, metavar="STEPS")
-    add("--save-every", type=at_least(1), metavar="STEPS", help="checkpoints in OUT/checkpoints")
+    add("--save-every", type=at_least(1), metavar="STEPS", help="in OUT/checkpoints; the "
+        "last two are kept (default: none)")  # fmt: skip
     add("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     add("--report-to", default="none", metavar="WHERE", help="where the Trainer reports "
         "too, ranks included, e.g. tensorboard")  # fmt: skip
@@ -153,6 +157,7 @@ def train(options: argparse.Namespace, stop: StopRequest) -> int | None:
         "lr_scheduler_type": options.schedule,
         "warmup_steps": options.warmup_ratio,
         "train_sampling_strategy": "group_by_length" if options.group_by_length else "random",
+        "precision": options.precision,
         "seed": options.seed,
     }
     with stop.at_once():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 DEFAULT_BATCH = 32
+PRECISIONS = ("bf16", "fp16")
 ENGINE_NAMES = {"NO": "PyTorch", "MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP2"}
 
 
@@ -65,13 +66,15 @@ def clipping(config: dict[str, Any], norm: float | None) -> dict[str, float]:
 
 
 def training_arguments(
-    out: Path, config: dict[str, Any] | None, **settings: Any
+    out: Path, config: dict[str, Any] | None, *, precision: str | None, **settings: Any
 ) -> TrainingArguments:
     """Joins the processes, and says what the Trainer is to do.
 
     Args:
         out: the run's directory.
         config: DeepSpeed's, completed: its batch and clipping are those of `settings`.
+        precision: ``"bf16"`` or ``"fp16"`` for the forward and backward pass (weights stay fp32);
+            None leaves it to ``accelerate launch`` or to `config`, which converts the weights.
         **settings: other fields of ``TrainingArguments``.
 
     Raises:
@@ -98,8 +101,14 @@ def training_arguments(
         if zero_stage(config) == 3:  # or the Trainer could not save the model
             config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         settings["deepspeed"] = config
-        for precision in ("bf16", "fp16"):
-            settings[precision] = bool(config.get(precision, {}).get("enabled", False))
+        if precision is not None:
+            raise InputError(f"--precision {precision}: under DeepSpeed its JSON decides that")
+        precision = next((p for p in PRECISIONS if config.get(p, {}).get("enabled")), None)
+    if precision == "fp16" and not torch.accelerator.is_available():
+        # accelerate would train in fp32 without a word
+        raise InputError("fp16: needs a GPU, and this machine has none; use bf16 or fp32")
+    if precision is not None:
+        settings[precision] = True
     try:
         if not torch.accelerator.is_available():
             settings |= _on_cpus(config)
@@ -117,7 +126,7 @@ def _on_cpus(config: dict[str, Any] | None) -> dict[str, Any]:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
-        return {"accelerator_config": {"use_configured_state": True}}
+        return {"accelerator_config": {"use_configured_state": True}, "use_cpu": True}
     if asks_for("DEEPSPEED") or asks_for("FSDP"):
         return {"ddp_backend": "gloo"}
     return {"use_cpu": True}

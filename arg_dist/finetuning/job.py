@@ -100,6 +100,7 @@ def facts_of(trainer: Trainer, task: Task, optimizer: OptimizerChoice, model: st
         warmup_ratio=args.warmup_steps,
         clip=args.max_grad_norm,
         group_by_length=args.train_sampling_strategy == "group_by_length",
+        precision=args.mixed_precision.replace("no", "fp32"),
         seed=args.seed,
         **task.facts,
     )

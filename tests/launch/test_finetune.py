@@ -138,7 +138,7 @@ def test_two_processes_under_each_launcher(given: Path, classifier: Path, tmp_pa
     micro = (*STEPS, "--micro-batch", 4)
     for out, launcher, options, more in (
         (ours, "torchrun", (), ()),
-        (adamw, "accelerate", CPU, ("--optimizer", "adamw")),
+        (adamw, "accelerate", CPU, ("--optimizer", "adamw", "--precision", "bf16")),
     ):
         words = classification(given, out, *micro, *more)
         finished = launch(
@@ -154,6 +154,7 @@ def test_two_processes_under_each_launcher(given: Path, classifier: Path, tmp_pa
         assert two["tokens"] == one["tokens"]
     assert max(read_report(ours)["state_bytes"]) < max(read_report(adamw)["state_bytes"]) / 2
     assert read_report(adamw)["low_rank_adamw_bytes"] == 0
+    assert read_report(adamw)["job"]["precision"] == "bf16"
     compared = subprocess.run(
         [sys.executable, "-m", "arg_dist.report", "compare", "ours", "adamw"],
         cwd=tmp_path,
@@ -251,6 +252,7 @@ def test_a_sweep_repeats_no_finished_run(given: Path, classifier: Path, tmp_path
         (("--max-length", 65), ["--max-length 65", "64 positions"]),
         (("--eval", "{odd}"), ["--eval", "odd.csv, line 3", "'so-so'", "bad, good"]),
         (("--out", os.devnull), ["--out", os.devnull]),
+        (("--deepspeed", "ds_configs/zero2.json", "--precision", "bf16"), ["--precision", "JSON"]),
     ],
 )
 def test_bad_input_gets_one_line(

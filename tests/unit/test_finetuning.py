@@ -18,6 +18,7 @@ from arg_dist.finetuning.arguments import (
     last_checkpoint,
     reporting,
     schedule_of,
+    training_arguments,
 )
 from arg_dist.finetuning.metrics import classification_metrics, metrics_of_logits
 from arg_dist.finetuning.rows import Columns, Row, label_names, label_numbers, read_rows
@@ -160,6 +161,13 @@ def test_the_json_and_the_command_line_agree_on_clipping():
     assert clipping(config, 2.0) == {"max_grad_norm": 2.0}
     assert config == {"gradient_clipping": 2.0}
     assert clipping({}, None) == {"max_grad_norm": 1.0}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 trains on GPUs")
+@pytest.mark.parametrize("config", [None, {"fp16": {"enabled": True}}])
+def test_fp16_on_cpus_is_refused_where_it_would_be_ignored(tmp_path, config):
+    with pytest.raises(InputError, match="fp16: needs a GPU"):
+        training_arguments(tmp_path, config, precision=None if config else "fp16")
 
 
 def test_where_to_report_must_be_installed():
