@@ -15,11 +15,10 @@ from arg_dist.lm.job_config import set_batch
 from arg_dist.lm.presets import zero_stage
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
 DEFAULT_BATCH = 32
 PRECISIONS = ("bf16", "fp16")
-ENGINE_NAMES = {"NO": "PyTorch", "MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP2"}
 
 
 def quiet_trainer(*, with_deepspeed: bool) -> None:
@@ -130,16 +129,6 @@ def _on_cpus(config: dict[str, Any] | None) -> dict[str, Any]:
     if asks_for("DEEPSPEED") or asks_for("FSDP"):
         return {"ddp_backend": "gloo"}
     return {"use_cpu": True}
-
-
-def engine_name(trainer: Trainer) -> str:
-    """What the report calls that which trains: ``"DDP"``, ``"ZeRO-2"``, ``"PyTorch"``."""
-    kind = trainer.accelerator.distributed_type.value
-    if kind == "DEEPSPEED":
-        return f"ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
-    if trainer.accelerator.num_processes == 1:
-        return ENGINE_NAMES["NO"]
-    return ENGINE_NAMES.get(kind, kind)
 
 
 def reporting(where: str) -> dict[str, str]:

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arg_dist.lm import InputError
+from arg_dist.lm.local_checkpoints import (
+    WEIGHTS,
+    check_positions,
+    config_at,
+    has_weights,
+    tokenizer_at,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def read_config(directory: str, max_length: int) -> PretrainedConfig:
@@ -21,22 +26,12 @@ def read_config(directory: str, max_length: int) -> PretrainedConfig:
     Raises:
         InputError: it holds no model with weights, or one with fewer positions than `max_length`.
     """
-    from transformers import AutoConfig
-
-    path = Path(directory)
-    if not path.is_dir():
+    if not Path(directory).is_dir():
         raise InputError(f"--model {directory}: no such directory")
-    if not any(any(path.glob(weights)) for weights in WEIGHTS):
+    if not has_weights(directory):
         raise InputError(f"--model {directory}: holds no weights ({' or '.join(WEIGHTS)})")
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"--model {directory}: holds no Hugging Face config.json") from None
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < max_length:
-        raise InputError(
-            f"--max-length {max_length}: --model {directory} has {positions} positions"
-        )
+    config = config_at(directory)
+    check_positions(directory, config, max_length, "--max-length")
     return config
 
 
@@ -46,12 +41,7 @@ def read_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"--model {directory}: holds no Hugging Face tokenizer") from None
+    tokenizer = tokenizer_at(directory, "--model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

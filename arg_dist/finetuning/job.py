@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arg_dist.finetuning.arguments import engine_name
 from arg_dist.finetuning.recording import OptimizerCheck, RecordingCallback
 from arg_dist.finetuning.tasks import Task
-from arg_dist.integrations.accelerate import check_accelerator
+from arg_dist.integrations.accelerate import check_accelerator, engine_name
 from arg_dist.integrations.trainer import for_trainer
 from arg_dist.lm.interrupts import StopRequest
 from arg_dist.lm.presets import count_parameters
@@ -84,8 +83,9 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
 def facts_of(trainer: Trainer, task: Task, optimizer: OptimizerChoice, model: str) -> RunFacts:
     """What the report tells of a job before its first step."""
     args = trainer.args
+    alone = args.world_size == 1 and not trainer.is_deepspeed_enabled
     return run_facts(
-        engine=engine_name(trainer),
+        engine="PyTorch" if alone else engine_name(trainer.accelerator),
         world_size=args.world_size,
         model=Path(model).resolve().name,
         model_parameters=count_parameters(trainer.model),

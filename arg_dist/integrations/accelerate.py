@@ -125,6 +125,14 @@ def check_accelerator(accelerator: Accelerator) -> None:
         )
 
 
+def engine_name(accelerator: Accelerator) -> str:
+    """What trains under an accelerator: ``"ZeRO-2"``, ``"FSDP2"``, ``"DDP"``, ``"PyTorch"``."""
+    kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED":
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return {"FSDP": "FSDP2", "NO": "PyTorch"}.get(kind, "DDP")
+
+
 def asks_for(engine: str) -> bool:
     """Whether ``accelerate launch`` was told to use `engine`: ``"FSDP"`` or ``"DEEPSPEED"``."""
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"

@@ -18,6 +18,7 @@ from arg_dist.integrations.accelerate import (
     check_accelerator,
     check_environment,
     check_optimizer,
+    engine_name,
     innermost,
 )
 from arg_dist.lm import InputError
@@ -153,10 +154,8 @@ class AccelerateSetup(Setup):
                 written[key] = value
 
     def _name(self) -> str:
-        kind = self._accelerator.distributed_type.value
-        if kind == "DEEPSPEED":
-            return f"ZeRO-{self._accelerator.state.deepspeed_plugin.zero_stage} (accelerate)"
-        return {"FSDP": "FSDP2", "NO": "PyTorch"}.get(kind, "DDP")
+        name = engine_name(self._accelerator)
+        return name if self._plugin_config is None else f"{name} (accelerate)"
 
 
 class AccelerateTraining(Engine):

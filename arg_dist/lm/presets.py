@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arg_dist.lm import InputError
+from arg_dist.lm.local_checkpoints import check_positions, config_at, has_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -42,7 +43,7 @@ def model_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig
         InputError: neither; or the model at the path has fewer tokens than `vocab_size`, or
             fewer positions than `length`.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import LlamaConfig
 
     if size := LLAMA_SIZES.get(name):
         return LlamaConfig(
@@ -58,10 +59,7 @@ def model_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig
         )
     if not Path(name).exists():
         raise InputError(f"--model {name}: neither a path nor one of {', '.join(LLAMA_SIZES)}")
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"--model {name}: holds no Hugging Face config.json") from None
+    config = config_at(name)
     config.use_cache = False
     text = config.get_text_config()
     if text.vocab_size < vocab_size:
@@ -69,9 +67,7 @@ def model_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig
             f"--model {name} knows {text.vocab_size} tokens and the tokenizer has {vocab_size}: "
             "give the model's own with --tokenizer"
         )
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and positions < length:
-        raise InputError(f"--seq-len {length}: --model {name} has {positions} positions")
+    check_positions(name, config, length, "--seq-len")
     return config
 
 
@@ -88,8 +84,7 @@ def build_model(
 
     # transformers cuts models while it builds them for as long as this object lives.
     zero3 = HfDeepSpeedConfig(deepspeed_config) if zero_stage(deepspeed_config) == 3 else None
-    path = Path(name)
-    if any(any(path.glob(weights)) for weights in ("*.safetensors", "pytorch_model*.bin")):
+    if has_weights(name):
         model = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, local_files_only=True
         )

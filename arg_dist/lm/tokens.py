@@ -13,6 +13,7 @@ import torch
 
 from arg_dist.lm import InputError
 from arg_dist.lm.corpus import Corpus
+from arg_dist.lm.local_checkpoints import tokenizer_at
 
 
 class Tokenizer(Protocol):
@@ -46,14 +47,9 @@ class HuggingFaceTokenizer:
     """A tokenizer from a directory that holds a Hugging Face one."""
 
     def __init__(self, directory: str) -> None:
-        from transformers import AutoTokenizer
-
         if not Path(directory).is_dir():
             raise InputError(f"--tokenizer {directory}: no such directory")
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError):
-            raise InputError(f"--tokenizer {directory}: holds no Hugging Face tokenizer") from None
+        self._tokenizer = tokenizer_at(directory, "--tokenizer")
         if self._tokenizer.eos_token_id is None:
             raise InputError(f"--tokenizer {directory}: has no end-of-text token (eos_token)")
         self.eos_id: int = self._tokenizer.eos_token_id

@@ -12,11 +12,12 @@ import deepspeed.ops.adam
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from arg_dist import AdaRankGrad, ConfigError, param_groups
 from arg_dist.integrations.accelerate import check_accelerator, check_optimizer
+from tests.launch.accelerate_engines import cpus_as_gpus
 from tests.launch.models import build
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -42,15 +43,8 @@ def ddp() -> Accelerator:
 
 def fsdp(version: int) -> Accelerator:
     """FSDP on CPUs; see cpu_fsdp.py."""
-    from accelerate.utils import DistributedType
-
-    kept = PartialState._prepare_backend
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    try:
+    with cpus_as_gpus():
         return Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=version))
-    finally:
-        PartialState._prepare_backend = kept
 
 
 def zero(stage: int, **sections: Any) -> Accelerator:

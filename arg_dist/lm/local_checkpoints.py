@@ -1,0 +1,58 @@
+"""What a local Hugging Face directory holds: configuration, weights, tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arg_dist.lm import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""The files in which a directory keeps a model's weights."""
+
+
+def has_weights(directory: str) -> bool:
+    """Whether a model's weights lie in `directory`."""
+    return any(any(Path(directory).glob(weights)) for weights in WEIGHTS)
+
+
+def config_at(directory: str) -> PretrainedConfig:
+    """The configuration of the model in `directory`.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"--model {directory}: holds no Hugging Face config.json") from None
+
+
+def check_positions(directory: str, config: PretrainedConfig, length: int, option: str) -> None:
+    """Looks whether sequences of `length` tokens, as `option` says, fit the model.
+
+    Raises:
+        InputError: it has fewer positions.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < length:
+        raise InputError(f"{option} {length}: --model {directory} has {positions} positions")
+
+
+def tokenizer_at(directory: str, option: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`, which `option` names.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{option} {directory}: holds no Hugging Face tokenizer") from None
