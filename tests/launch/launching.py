@@ -76,3 +76,15 @@ def launch(
             f"{script} was not done after {seconds} s:\n{out[-2000:]}\n{err[-4000:]}"
         ) from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def compare(folder: Path, *runs: str) -> str:
+    """What the comparison of the runs in `folder` prints."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "arg_dist.report", "compare", *runs],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return finished.stdout

@@ -14,7 +14,7 @@ import pytest
 
 from arg_dist.finetuning.rows import Columns
 from arg_dist.finetuning.tasks import text_classification
-from tests.launch.launching import ROOT, environment, launch
+from tests.launch.launching import ROOT, compare, environment, launch
 from tests.launch.tiny_checkpoints import reviews, write_checkpoints, write_data
 from tests.tolerances import LOSSES
 
@@ -155,14 +155,8 @@ def test_two_processes_under_each_launcher(given: Path, classifier: Path, tmp_pa
     assert max(read_report(ours)["state_bytes"]) < max(read_report(adamw)["state_bytes"]) / 2
     assert read_report(adamw)["low_rank_adamw_bytes"] == 0
     assert read_report(adamw)["job"]["precision"] == "bf16"
-    compared = subprocess.run(
-        [sys.executable, "-m", "arg_dist.report", "compare", "ours", "adamw"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Matthews" in compared.stdout and "AdamW" in compared.stdout
+    compared = compare(tmp_path, "ours", "adamw")
+    assert "Matthews" in compared and "AdamW" in compared
 
 
 @pytest.mark.timeout(200)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.launching import ROOT, command, environment, launch
+from tests.launch.launching import ROOT, command, compare, environment, launch
 
 SCRIPT = "launchers/train_lm.py"
 CONFIG = ("--deepspeed_config", "ds_configs/zero2.json")
@@ -57,14 +57,8 @@ def test_reports_show_adarankgrad_next_to_adamw(text: Path, tmp_path: Path) -> N
     assert ours["mean_rank"] >= 1
     assert max(ours["state_bytes"]) < max(adamw["state_bytes"])
     assert adamw["state_bytes"] == ours["adamw_state_bytes"] == adamw["adamw_state_bytes"]
-    compared = subprocess.run(
-        [sys.executable, "-m", "arg_dist.report", "compare", "adarankgrad", "adamw"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "AdaRankGrad" in compared.stdout and "AdamW" in compared.stdout
+    compared = compare(tmp_path, "adarankgrad", "adamw")
+    assert "AdaRankGrad" in compared and "AdamW" in compared
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
