@@ -15,7 +15,7 @@ from arg_dist.lm.interrupts import StopRequest
 from arg_dist.lm.presets import count_parameters
 from arg_dist.lm.processes import is_first_process
 from arg_dist.lm.progress import TrainingProgress
-from arg_dist.report import RunFacts, RunRecord, run_facts
+from arg_dist.report import Earlier, RunFacts, RunRecord, run_facts
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -130,9 +130,9 @@ def run_job(
         The number of the signal that ended the run early, or None.
     """
     first, steps = is_first_process(), planned_steps(trainer)
-    resumed_at = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    earlier = Earlier(int(checkpoint.rpartition("-")[2])) if checkpoint else None
     with (
-        RunRecord(out, facts, planned_steps=steps, active=first, resumed_at=resumed_at) as record,
+        RunRecord(out, facts, planned_steps=steps, active=first, earlier=earlier) as record,
         TrainingProgress(steps, shown=first) as progress,
     ):
         recording = RecordingCallback(record, progress, stop, sample_every=sample_every)

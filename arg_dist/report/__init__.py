@@ -4,6 +4,7 @@ A run directory holds ``metrics.jsonl`` (one line per step), ``report.json`` and
 ``python -m arg_dist.report compare RUN_DIR...`` puts several runs side by side.
 """
 
+from arg_dist.report.earlier import Earlier
 from arg_dist.report.files import read_metrics, read_report
 from arg_dist.report.measures import MEASURES, measured
 from arg_dist.report.record import RunRecord
@@ -12,6 +13,7 @@ from arg_dist.telemetry import OptimizerSample, sample_optimizer
 
 __all__ = [
     "MEASURES",
+    "Earlier",
     "OptimizerSample",
     "RunFacts",
     "RunRecord",

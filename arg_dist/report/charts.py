@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from arg_dist.report.files import write_atomically
 from arg_dist.report.measures import LOSS, MEASURES, Measure, judging
-from arg_dist.report.tables import processes, share
+from arg_dist.report.tables import processes, resumed_steps, share, typical_save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,6 +45,7 @@ def draw_report(report: dict[str, Any], steps: Steps, path: Path) -> None:
         figure = _figure(13, 8.5)
         (losses, state), (ranks, energy) = figure.subplots(2, 2)
         _draw_losses(losses, steps)
+        _draw_checkpoints(losses, report, steps)
         if report["measure"] != LOSS:
             _draw_measure(losses, steps, MEASURES[report["measure"]])
         _draw_state(state, report)
@@ -124,6 +125,20 @@ def _draw_losses(axes: Axes, steps: Steps) -> None:
         )  # fmt: skip
     _crop_start(axes, steps)
     axes.set(title="Loss", xlabel="step")
+
+
+def _draw_checkpoints(axes: Axes, report: dict[str, Any], steps: Steps) -> None:
+    """Marks where the run was saved, and where it went on from a checkpoint."""
+    saved, _ = _series(steps, "save_seconds")
+    if saved:
+        typical = f", {typical_save(report['saves'])}" if report["saves"] else ""
+        axes.plot(
+            saved, [0.02] * len(saved), "^", color=_GOOD, markersize=5, clip_on=False,
+            transform=axes.get_xaxis_transform(), label=f"saved{typical}",
+        )  # fmt: skip
+    for number, step in enumerate(resumed_steps(report)):
+        label = None if number else "resumed"
+        axes.axvline(step + 0.5, color="#666666", linestyle=":", label=label)
     axes.legend()
 
 
@@ -138,7 +153,8 @@ def _draw_measure(axes: Axes, steps: Steps, measure: Measure) -> None:
     for scale in (axes, right):  # room for the legend above both
         low, high = scale.get_ylim()
         scale.set_ylim(low, high + 0.25 * (high - low))
-    axes.legend(handles=[*axes.lines, *right.lines], loc="upper center", ncols=2)
+    handles = [line for line in (*axes.lines, *right.lines) if line.get_label()[0] != "_"]
+    axes.legend(handles=handles, loc="upper center", ncols=2)
     axes.set(title=f"Loss and {measure.title}")
 
 

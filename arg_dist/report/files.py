@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,31 +44,33 @@ class MetricsLog:
     """Appends one JSON line per step to ``metrics.jsonl`` and keeps them for the report.
 
     Each line reaches the operating system at once, so a killed run keeps all its finished steps.
-    Of an earlier run's lines those up to the step `resumed_at` stay.
+    The file begins with the lines `earlier`, whatever it held before.
     """
 
-    def __init__(self, directory: Path, resumed_at: int = 0) -> None:
+    def __init__(self, directory: Path, earlier: Sequence[dict[str, Any]] = ()) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for stale in (REPORT, PICTURE):  # an earlier run's would seem to belong to these metrics
             (directory / stale).unlink(missing_ok=True)
-        earlier = []
-        if resumed_at and (directory / METRICS).exists():
-            earlier = [line for line in read_metrics(directory) if line["step"] <= resumed_at]
-        self.lines: list[dict[str, Any]] = []
-        self._file = open(directory / METRICS, "w")  # noqa: SIM115 - open for the whole run
-        for line in earlier:
-            self.append(line)
+        self.lines = list(earlier)
+        text = "".join(map(_json_line, self.lines))
+        # at no moment, not even that of a crash, are the earlier lines nowhere
+        write_atomically(directory / METRICS, lambda temporary: temporary.write_text(text))
+        self._file = open(directory / METRICS, "a")  # noqa: SIM115 - open for the whole run
 
     def append(self, line: dict[str, Any]) -> None:
         """Writes one step; what was not measured at it is absent."""
         line = _finite(line)
         self.lines.append(line)
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.write(_json_line(line))
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file; the lines stay readable here."""
         self._file.close()
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

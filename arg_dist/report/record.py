@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from arg_dist.report.charts import draw_report
+from arg_dist.report.earlier import Earlier
 from arg_dist.report.files import PICTURE, REPORT, MetricsLog, write_json
 from arg_dist.report.summary import RunFacts, summarize
 from arg_dist.report.tables import print_summary
@@ -21,7 +24,7 @@ class RunRecord:
     Args:
         directory: where the files go; an earlier run's are replaced.
         active: False on all processes but the first, which then only pass through.
-        resumed_at: the step that the run goes on from; earlier ones keep their lines.
+        earlier: what was before the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -31,13 +34,16 @@ class RunRecord:
         *,
         planned_steps: int,
         active: bool,
-        resumed_at: int = 0,
+        earlier: Earlier | None = None,
     ) -> None:
         self._directory = directory
         self._facts = facts
         self._planned_steps = planned_steps
-        self._log = MetricsLog(directory, resumed_at) if active else None
-        self._earlier_steps = len(self._log.lines) if self._log else 0
+        self._earlier = earlier or Earlier()
+        lines = self._earlier.lines(directory) if active else []
+        self._log = MetricsLog(directory, lines) if active else None
+        self._earlier_steps = len(lines)
+        self._began = time.perf_counter()
         self._sample = OptimizerSample()
         self._largest_share: float | None = None
         self._low_rank_bytes = 0
@@ -63,18 +69,52 @@ class RunRecord:
             shares = (self._largest_share, sample.largest_share)
             self._largest_share = max((share for share in shares if share), default=None)
             self._low_rank_bytes = max(self._low_rank_bytes, sample.low_rank_bytes)
-            if sample.ranks:
-                line = line | {"ranks": sample.ranks, "energy": sample.energy}
+            line = self._with_sample(line, sample)
         if self._log:
             self._log.append(line)
+
+    def progress(
+        self, line: dict[str, Any], sample: OptimizerSample | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON, for a run that goes on from it: fields of `Earlier`.
+
+        `line` and `sample` are those of the checkpoint's step, which :meth:`step` has not got yet.
+        """
+        last_line = self._with_sample(line, sample) if sample else line
+        return {"last_line": last_line, "seconds": self.seconds, "parts": self.parts}
+
+    @staticmethod
+    def _with_sample(line: dict[str, Any], sample: OptimizerSample) -> dict[str, Any]:
+        return line | {"ranks": sample.ranks, "energy": sample.energy} if sample.ranks else line
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that training has taken, with all of its earlier parts."""
+        return self._earlier.seconds + time.perf_counter() - self._began
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Where each part of the run was trained, from the first to this one."""
+        own = {
+            "first_step": self._earlier.step + 1,
+            "engine": self._facts.engine,
+            "world_size": self._facts.world_size,
+            "date": self._facts.date,
+            "command": self._facts.command,
+        }
+        return [*self._earlier.parts, own]
 
     @property
     def mean_rank(self) -> float | None:
         """The mean rank at the last sample."""
         return self._sample.mean_rank
 
-    def finish(self, status: str) -> None:
-        """Writes ``report.json`` and ``report.png`` and prints the table."""
+    def finish(self, status: str, saves: Sequence[dict[str, Any]] = ()) -> None:
+        """Writes ``report.json`` and ``report.png`` and prints the table.
+
+        `saves` are this part's checkpoints: step, stall_seconds and write_seconds (the longest of
+        any process), bytes (of all processes).
+        """
         self._finished = True
         if self._log is None:
             return
@@ -89,6 +129,9 @@ class RunRecord:
             own_steps=len(steps) - self._earlier_steps,
             status=status,
             planned_steps=self._planned_steps,
+            seconds=self.seconds,
+            parts=self.parts,
+            saves=saves,
         )
         write_json(self._directory / REPORT, report)
         draw_report(report, steps, self._directory / PICTURE)

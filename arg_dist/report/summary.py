@@ -110,13 +110,17 @@ def summarize(
     own_steps: int,
     status: str,
     planned_steps: int,
+    seconds: float,
+    parts: Sequence[dict[str, Any]],
+    saves: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """The report of a run that is over, whether it came to its end or not.
 
     Bytes are per process, in the order of their indexes, at the end of the run; `largest_share` is
     the largest of any process at any sampled step. The low-rank matrices' bytes are those of all
     processes together: the most at any sampled step, and what AdamW keeps for the same matrices.
-    Of `steps`, `own_steps` are not those of an earlier run that this one went on from.
+    Of `steps`, `own_steps` are not those of earlier `parts` of the run, which `seconds`, the whole
+    training time, counts too. `saves` are the checkpoints that this part wrote.
     """
     evaluated = [numbers for step in steps if (numbers := measured(step))]
     judged = {
@@ -142,5 +146,8 @@ def summarize(
         "low_rank_state_bytes": low_rank_bytes,
         "low_rank_adamw_bytes": sample.low_rank_adamw_bytes,
         "seconds_per_step": median(step["seconds"] for step in steps) if steps else None,
+        "seconds": seconds,
+        "parts": list(parts),
+        "saves": list(saves),
         "sent_bytes_per_step": [sent / max(1, own_steps) for sent in sample.sent_bytes],
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from arg_dist.report import OptimizerSample, RunRecord, run_facts, sample_optimizer
+from arg_dist.report import Earlier, OptimizerSample, RunRecord, run_facts, sample_optimizer
 from arg_dist.report.__main__ import main
 from arg_dist.report.charts import kind_of
 from arg_dist.report.files import read_metrics, read_report
@@ -89,7 +89,8 @@ def test_a_run_without_low_rank_matrices_or_evaluations_has_a_report_too(tmp_pat
 
 def test_a_resumed_run_keeps_the_lines_before_its_checkpoint(tmp_path):
     write_run(tmp_path, steps=40)
-    with RunRecord(tmp_path, facts(), planned_steps=40, active=True, resumed_at=30) as record:
+    earlier = Earlier(30)
+    with RunRecord(tmp_path, facts(), planned_steps=40, active=True, earlier=earlier) as record:
         assert not (tmp_path / "report.json").exists()
         for number in range(31, 41):
             record.step(step(number, seconds=1.5), SAMPLE if number == 40 else None)
@@ -97,6 +98,52 @@ def test_a_resumed_run_keeps_the_lines_before_its_checkpoint(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 41))
     assert [line["seconds"] for line in read_metrics(tmp_path)[29:31]] == [0.5, 1.5]
     assert read_report(tmp_path)["sent_bytes_per_step"] == [4, 8]  # of the ten steps of its own
+
+
+def test_a_run_goes_on_from_what_its_checkpoint_knows(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    with RunRecord(first, facts(), planned_steps=6, active=True) as record:
+        for number in (1, 2, 3):
+            record.step(step(number))
+        # killed before it could write the line of the checkpoint's step
+        known = json.loads(json.dumps(record.progress(step(4), SAMPLE)))
+    earlier = Earlier(4, first, **known)
+    changed = facts(engine="FSDP2", world_size=3)
+    with RunRecord(second, changed, planned_steps=6, active=True, earlier=earlier) as record:
+        assert [line["step"] for line in read_metrics(second)] == [1, 2, 3, 4]
+        record.step(step(5, save_seconds=0.25))
+        again = Earlier(5, second, **record.progress(step(5)))
+        record.step(step(6, save_seconds=0.75), SAMPLE)
+        saves = [
+            {"step": 5, "stall_seconds": 0.25, "write_seconds": 1.5, "bytes": 2**20},
+            {"step": 6, "stall_seconds": 0.75, "write_seconds": 2.5, "bytes": 3 * 2**20},
+        ]
+        record.finish("finished", saves)
+    assert read_metrics(second)[3]["ranks"] == SAMPLE.ranks
+    report = read_report(second)
+    assert [(part["first_step"], part["engine"]) for part in report["parts"]] == [
+        (1, "ZeRO-2"), (5, "FSDP2"),
+    ]  # fmt: skip
+    assert report["saves"] == saves
+    assert report["seconds"] >= known["seconds"]
+    assert report["sent_bytes_per_step"] == [20, 40]  # over the two steps of this part
+    printed = capsys.readouterr().out
+    assert "stall 0.500 s, write 2.000 s, 2.0 MiB" in printed
+    assert "resumed after step" in printed
+    # lines of the checkpoint's step, and of none after it, come back once
+    assert [line["step"] for line in again.lines(tmp_path / "third")] == [1, 2, 3, 4, 5]
+
+
+def test_the_earlier_lines_are_in_the_file_at_every_moment(tmp_path, monkeypatch):
+    write_run(tmp_path, steps=4)
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        RunRecord(tmp_path, facts(), planned_steps=4, active=True, earlier=Earlier(2))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_run_is_judged_by_its_measure(tmp_path, capsys):
