@@ -1,5 +1,6 @@
 """AdaRankGrad for models that are cut over many processes: DeepSpeed ZeRO, FSDP2, DDP."""
 
+from arg_dist import checkpoint
 from arg_dist import engines as _engines  # noqa: F401  registers the adapters
 from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.engines.deepspeed_entry import initialize
@@ -14,6 +15,7 @@ __all__ = [
     "AdaRankGrad",
     "AdaRankGradConfig",
     "ConfigError",
+    "checkpoint",
     "classify",
     "for_trainer",
     "initialize",

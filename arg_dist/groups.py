@@ -129,7 +129,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
     Names seed the sketches and are looked up in checkpoints, so no wrapper may change them.
     """
-    return ((own_name(name), parameter) for name, parameter in _unwrapped(model).named_parameters())
+    return ((own_name(name), parameter) for name, parameter in unwrapped(model).named_parameters())
 
 
 def own_name(name: str) -> str:
@@ -137,14 +137,16 @@ def own_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and DDP, one around the other in any order."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, DDP or an engine, one around the other in any order."""
     compiled = getattr(model, "_orig_mod", None)
     if isinstance(compiled, nn.Module):
-        return _unwrapped(compiled)
+        return unwrapped(compiled)
     replicated = getattr(model, "module", None)
-    if isinstance(replicated, nn.Module) and type(model).__name__.endswith("DataParallel"):
-        return _unwrapped(replicated)
+    if isinstance(replicated, nn.Module) and type(model).__name__.endswith(
+        ("DataParallel", "Engine")
+    ):
+        return unwrapped(replicated)
     return model
 
 
@@ -156,7 +158,7 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 def _places(model: nn.Module) -> list[list[Place]]:
     """The places of each trainable parameter, by parameter, in order of first use."""
     places: dict[int, list[Place]] = {}
-    for module_name, module in _unwrapped(model).named_modules():
+    for module_name, module in unwrapped(model).named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if parameter.requires_grad:
                 place = Place(own_name(module_name), module, own_name(name), parameter)
@@ -169,7 +171,7 @@ def _flat(places: list[list[Place]]) -> Iterator[Place]:
 
 
 def _output_heads(model: nn.Module) -> set[int]:
-    find = getattr(_unwrapped(model), "get_output_embeddings", None)
+    find = getattr(unwrapped(model), "get_output_embeddings", None)
     head = find() if callable(find) else None
     return set() if head is None else {id(head)}
 

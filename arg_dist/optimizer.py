@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,17 +15,18 @@ from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.custody import Custody
 from arg_dist.parameter_groups import SETTINGS, check_names, group_spec, members, settings_of
 from arg_dist.saved_forms import WHOLE, whole_state
+from arg_dist.self_report import SelfReport
 from arg_dist.shard_step import apply_update, computation, oriented_gradient
 from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.drivers import run_collective, run_local
-from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup
+from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup, step_calls
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.state import copy_state, matrix_stats, storage_bytes
+from arg_dist.state import copy_state
 from arg_dist.subspace.exchange import Steps
 
 
-class AdaRankGrad(torch.optim.Optimizer):
+class AdaRankGrad(SelfReport, torch.optim.Optimizer):
     """Adam in an adaptive low-rank subspace of each gradient (arXiv 2410.17881), sharded.
 
     Each matrix ``G`` has a basis ``Q`` on its shorter side. One call of :meth:`step` does, for all
@@ -87,9 +87,9 @@ class AdaRankGrad(torch.optim.Optimizer):
         self._full_rank_names: frozenset[str] = frozenset()
         self._patterns_applied = config.targets is None and config.exclude is None
         self.is_classified = False
-        self._process_group = process_group
+        self.process_group = process_group
         self._custody = Custody()
-        self._calls = 0
+        self.calls = 0
         self.skipped_steps = 0
         super().__init__(params, dict(config))
         for adapter in ADAPTERS:
@@ -178,7 +178,7 @@ class AdaRankGrad(torch.optim.Optimizer):
                 self._update(plan, gradients, agreed, settings)
         else:
             self.skipped_steps += 1
-        self._calls += 1
+        self.calls += 1
         return loss
 
     def _agree(
@@ -187,7 +187,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         """``||G||^2``, finiteness and rounds of all matrices, equal on all processes."""
         kept, needed = [], 0
         for shard in plan.shards:
-            state = self._state_of(shard)
+            state = self.state_of(shard)
             if "kept_sq" in state:
                 kept.append((shard.unit, state["kept_sq"]))
             if isinstance(shard, MatrixShard) and shard.is_shared:
@@ -200,7 +200,7 @@ class AdaRankGrad(torch.optim.Optimizer):
             kept,
             needed,
             own_state=self._custody.is_own(plan, self.state),
-            steps=self._calls,
+            steps=self.calls,
             units=len(plan.names),
             processes=plan.communicator.size,
             me=plan.communicator.me,
@@ -218,7 +218,7 @@ class AdaRankGrad(torch.optim.Optimizer):
         """Runs the algorithm on every shard that has ever had a gradient."""
         shared: list[tuple[Shard, Steps[Any]]] = []
         for shard in plan.shards:
-            state = self._state_of(shard)
+            state = self.state_of(shard)
             if not state and agreed.norm_sq[shard.unit] == 0:
                 continue
             steps = computation(
@@ -247,54 +247,35 @@ class AdaRankGrad(torch.optim.Optimizer):
                 "targets, exclude: the optimizer was built from bare parameters and cannot tell "
                 "modules; build its groups with arg_dist.param_groups(model, targets=..., ...)"
             )
-        process_group = training_group(self._process_group)
-        specs = []
-        for group in groups:
-            names = group["param_names"]
-            parameters = [self._parameters[name]() for name in names]
-            seen = ParameterGroup(list(group["params"]), names, parameters, process_group)
-            specs.append(group_spec(seen, settings_of(group), self._full_rank_names))
+        specs = [
+            group_spec(self._seen(group), settings_of(group), self._full_rank_names)
+            for group in groups
+        ]
         return make_plans(specs, self._communicators)
 
-    def _state_of(self, shard: Shard) -> State:
-        state: State = self.state[shard.fragment.target].setdefault(shard.name, {})
-        return state
+    def _seen(self, group: dict[str, Any]) -> ParameterGroup:
+        """A group as the engines' adapters see it."""
+        parameters = [self._parameters[name]() for name in group["param_names"]]
+        process_group = training_group(self.process_group)
+        return ParameterGroup(
+            list(group["params"]), group["param_names"], parameters, process_group
+        )
 
-    def _every_plan(self) -> Iterator[Plan]:
-        return chain.from_iterable(self._plans.values())
+    def bind(self, *, anew: bool = False) -> list[Plan]:
+        """The plans for all tensors, as the engine is going to hand them to :meth:`step`.
 
-    # -- what users ask ----------------------------------------------------------------------------
+        Every process must call it. The engine must have taken the parameters over.
 
-    def stats(self) -> list[dict[str, Any]]:
-        """One entry for each matrix of which this process keeps something.
-
-        Keys: name, shape, side, rank, energy (share of the gradient kept at the last refresh),
-        steps_since_refresh, refreshes, state_bytes (on this process).
+        Args:
+            anew: settings have changed, and the plans made so far may not hold any more.
         """
-        # a matrix may be in several plans: groups were added, or parameters frozen, on the way
-        shards = {shard.name: shard for plan in self._every_plan() for shard in plan.shards}
-        return [
-            matrix_stats(shard, state)
-            for shard in shards.values()
-            if isinstance(shard, MatrixShard) and (state := self._state_of(shard))
-        ]
-
-    def state_bytes(self) -> int:
-        """Bytes of optimizer state on this process: whole storages, so that no view hides more."""
-        return storage_bytes(list(self.state.values()))
-
-    def comm_bytes(self) -> int:
-        """Bytes sent by this process in the optimizer's collectives since it was built."""
-        return sum(communicator.sent_bytes for communicator in self._communicators.values())
-
-    def collectives(self) -> int:
-        """Collectives that this process has taken part in since the optimizer was built."""
-        return sum(communicator.collectives for communicator in self._communicators.values())
-
-    def held_elements(self) -> int:
-        """Elements of the parameters that the engine has given to this process's optimizer."""
-        held = {part.name: part.stop - part.start for p in self._every_plan() for part in p.held}
-        return sum(held.values())
+        if anew:
+            self._plans.clear()
+        plans = []
+        for call in step_calls([self._seen(group) for group in self.param_groups]):
+            groups = [{**self.param_groups[i], "params": targets} for i, targets in call]
+            plans += self._bound_plans([group for group in groups if group["params"]])
+        return plans
 
     # -- saving ------------------------------------------------------------------------------------
 
@@ -310,9 +291,9 @@ class AdaRankGrad(torch.optim.Optimizer):
                 the whole state, and on its device for one matrix at a time.
         """
         self._custody.whole = (WHOLE, {})
-        for plan in self._every_plan():
+        for plan in self.every_plan():
             for shard in plan.shards if plan.replicated else ():
-                part = whole_state(shard, self._state_of(shard), to=to)
+                part = whole_state(shard, self.state_of(shard), to=to)
                 state = _run([part], plan.communicator, rounds=1)[0]
                 self._custody.keep_whole(plan, shard, state, to)
 
@@ -324,8 +305,8 @@ class AdaRankGrad(torch.optim.Optimizer):
                 which usually one saves, and it has not been put together.
         """
         saved = super().state_dict()
-        saved["process"], saved["calls"] = None, self._calls
-        self._custody.prepare_saving(saved, members(self.param_groups), list(self._every_plan()))
+        saved["process"], saved["calls"] = None, self.calls
+        self._custody.prepare_saving(saved, members(self.param_groups), list(self.every_plan()))
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,10 +319,25 @@ class AdaRankGrad(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         indexes = members(state_dict["param_groups"])
         targets = dict(zip(indexes, members(self.param_groups), strict=False))
-        loaded = self._custody.load(state_dict, targets, list(self._every_plan()))
-        self._calls = loaded.calls
+        loaded = self._custody.load(state_dict, targets, list(self.every_plan()))
+        self.calls = loaded.calls
         for target, units in loaded.states.items():
             self.state[target] = copy_state(units, target.device)
+
+    def replace_state(
+        self, states: Mapping[Tensor, dict[str, State]], calls: int, skipped_steps: int
+    ) -> None:
+        """Puts other state, this process's part of it, in the place of what there is.
+
+        Args:
+            states: for each tensor that :meth:`bind` found, the states of what lies in it by name.
+            calls: calls of :meth:`step` that led to it; equal on all processes.
+            skipped_steps: how many of them skipped the step.
+        """
+        self._custody = Custody()
+        self.state.clear()
+        self.state.update(states)
+        self.calls, self.skipped_steps = calls, skipped_steps
 
 
 def _run(computations: list[Steps[Any]], communicator: Communicator, rounds: int) -> list[Any]:

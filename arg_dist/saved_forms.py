@@ -44,7 +44,7 @@ def whole_state(shard: Shard, state: State, *, to: int) -> Steps[State | None]:
     rows = kept_rows(shard)
     everyone = ((0, 1),) * len(rows["exp_avg"])
     requests = {
-        key: Exchange(_kept(state[key], shard, key), have, _only(to, have))
+        key: Exchange(kept_part(state[key], shard, key), have, _only(to, have))
         for key, have in rows.items()
     }
     if "kept_sq" in state:
@@ -93,7 +93,8 @@ def stored_rows(shard: Shard, key: str) -> Interval:
     return kept_rows(shard)[key][shard.me]
 
 
-def _kept(value: Tensor, shard: Shard, key: str) -> Tensor:
+def kept_part(value: Tensor, shard: Shard, key: str) -> Tensor:
+    """The rows of a tensor of the state that this process speaks for, out of those it holds."""
     return select_rows(value, stored_rows(shard, key), kept_rows(shard)[key][shard.me])
 
 

@@ -27,9 +27,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Slice = tuple[
-    Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]
-]
+Slice = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 """Rows ``[start, stop)`` that a process wrote: process, start, stop."""
 
 
@@ -53,7 +51,8 @@ class StateEntry(_Part):
 
     Attributes:
         kind: ``matrix`` or ``tensor``.
-        shape: as the model has it; of a tensor, its number of elements.
+        shape: as the model has it.
+        transposed: the moments of a tensor are in column-major order.
         side: the side that the basis spans, `right` or `left`; None for a tensor.
         numbers: rank, step, gap and the like; see :mod:`arg_dist.algorithm`.
         tensors: basis, exp_avg, exp_avg_sq; of a matrix, exp_avg is ``long x rank``.
@@ -63,6 +62,7 @@ class StateEntry(_Part):
 
     kind: Literal["matrix", "tensor"]
     shape: tuple[int, ...]
+    transposed: bool
     side: Literal["right", "left"] | None
     numbers: dict[str, int | float]
     tensors: dict[str, SlicedTensor]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from arg_dist.groups import full_shape
-from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
+from arg_dist.sharding.fragment import (
+    ADAPTERS,
+    Adapter,
+    Fragment,
+    Holding,
+    ParameterGroup,
+    StepCall,
+)
 
 
-class FlatPartitionAdapter:
+class FlatPartitionAdapter(Adapter):
     """Stages 1 and 2: the parameters are views of one long tensor, the target is a cut of it.
 
     A parameter's storage offset *is* its place in the long tensor, also with
@@ -63,16 +71,31 @@ class FlatPartitionAdapter:
             fragments.append(fragment)
         return Holding(fragments, process_group)
 
+    def step_calls(self, groups: Sequence[ParameterGroup]) -> list[StepCall] | None:
+        """One group at a time."""
+        if not any(self.recognizes(group) for group in groups):
+            return None
+        return [[(i, group.targets)] for i, group in enumerate(groups)]
 
-class PartitionedParametersAdapter:
+    def weights_loaded(self, optimizer: Any) -> None:
+        """The weights that the model computes with follow the fp32 ones."""
+        from arg_dist.engines.deepspeed_guard import wrapper_of
+
+        wrapper = wrapper_of(optimizer)
+        if hasattr(wrapper, "update_lp_params"):
+            wrapper.update_lp_params()
+        elif hasattr(wrapper, "fp32_groups"):  # stage 0 with copies
+            for copies, originals in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+                for copy, original in zip(copies, originals, strict=True):
+                    original.data.copy_(copy.data)
+
+
+class PartitionedParametersAdapter(Adapter):
     """Stage 3: process `i` holds the `i`-th of N equal pieces of each parameter, padded."""
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the group holds one flat tensor, and its parameters are partitioned."""
         return _is_flat(group) and any(hasattr(p, "_z3_optimizer") for _, p in group.alive())
-
-    def on_construction(self, optimizer: Any) -> None:
-        """Nothing to prepare beyond what the other stages need."""
 
     def hold(self, group: ParameterGroup) -> Holding:
         """This process's piece of each parameter of the sub-group.
@@ -103,6 +126,40 @@ class PartitionedParametersAdapter:
             name, shape = names[id(parameter)], full_shape(parameter)
             fragments.append(_fragment(name, shape, start, stop, flat, offset))
         return Holding(fragments, process_group)
+
+    def step_calls(self, groups: Sequence[ParameterGroup]) -> list[StepCall] | None:
+        """One sub-group at a time; between the calls, the groups are empty."""
+        zero = next(
+            (p._z3_optimizer for g in groups for _, p in g.alive() if hasattr(p, "_z3_optimizer")),
+            None,
+        )
+        if zero is None:
+            return None
+        flats = zero.fp32_partitioned_groups_flat
+        return [[(zero.sub_group_to_group_id[i], [flat])] for i, flat in enumerate(flats)]
+
+    def untrained(self, name: str, parameter: Tensor) -> Holding | None:
+        """This process's piece."""
+        if not hasattr(parameter, "ds_tensor"):
+            return None
+        partitioned: Any = parameter
+        me, piece = dist.get_rank(partitioned.ds_process_group), partitioned.partition_numel()
+        start = min(me * piece, partitioned.ds_numel)
+        stop = min(start + piece, partitioned.ds_numel)
+        shape = full_shape(parameter)
+        piece_held = _fragment(name, shape, start, stop, partitioned.ds_tensor, 0)
+        return Holding([piece_held], partitioned.ds_process_group)
+
+    def weights_loaded(self, optimizer: Any) -> None:
+        """The pieces that the model computes with follow the fp32 ones."""
+        from arg_dist.engines.deepspeed_guard import wrapper_of
+
+        zero = wrapper_of(optimizer)
+        if hasattr(zero, "fp32_partitioned_groups_flat"):
+            zero.checkpoint_event_prologue()
+            for i in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(i)
+            zero.checkpoint_event_epilogue()
 
 
 def _is_flat(group: ParameterGroup) -> bool:

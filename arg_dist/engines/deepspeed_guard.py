@@ -7,6 +7,7 @@ optimizer that somebody put into the place of AdaRankGrad is found out.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,16 @@ MOE = (
 
 _EXPECTED: Any = WeakIdKeyDictionary()
 """Parameters for which an AdaRankGrad was built that has not made a step yet."""
+
+
+_ENGINES: weakref.WeakKeyDictionary[AdaRankGrad, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""The DeepSpeed engine that each optimizer was given to."""
+
+
+def wrapper_of(optimizer: AdaRankGrad) -> Any:
+    """What DeepSpeed has put around an optimizer; None if it knows nothing of it."""
+    engine = _ENGINES[optimizer]() if optimizer in _ENGINES else None
+    return None if engine is None else engine.optimizer
 
 
 def expect(optimizer: AdaRankGrad) -> None:
@@ -72,6 +83,7 @@ def _guard(check: Callable[..., Any], engine: Any, basic_optimizer: Any) -> Any:
         refuse_unsupported(engine._config._param_dict, cuda=torch.cuda.is_available())
         _refuse_model(engine)
         name_parameters(basic_optimizer, engine.module)
+        _ENGINES[basic_optimizer] = weakref.ref(engine)
         if not engine.zero_optimization():
             engine.save_checkpoint = _consolidating(engine.save_checkpoint, basic_optimizer)
     else:

@@ -10,18 +10,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
+from arg_dist.sharding.fragment import ADAPTERS, Adapter, Fragment, Holding, ParameterGroup
 
 
-class ShardedTensorAdapter:
+class ShardedTensorAdapter(Adapter):
     """DTensors cut along one dimension of one mesh axis; other axes must hold copies (HSDP)."""
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether any of the group's tensors is a DTensor."""
         return any(hasattr(target, "placements") for target in group.targets)
-
-    def on_construction(self, optimizer: Any) -> None:
-        """Nothing to prepare."""
 
     def hold(self, group: ParameterGroup) -> Holding:
         """This process's rows (or columns) of each trainable parameter.
@@ -40,6 +37,14 @@ class ShardedTensorAdapter:
         return Holding(
             fragments, process_group, saved_by_key=True, saved_by_first=first_process_saves
         )
+
+    def untrained(self, name: str, parameter: Tensor) -> Holding | None:
+        """This process's rows or columns."""
+        if not hasattr(parameter, "placements"):
+            return None
+        axis, dimension = _cut(name, parameter)
+        group = parameter.device_mesh.get_group(axis)  # type: ignore[attr-defined]
+        return Holding([_fragment(name, parameter, axis, dimension)], group)
 
 
 def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from arg_dist.config import ConfigError
-from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding, ParameterGroup
+from arg_dist.sharding.fragment import ADAPTERS, Adapter, Fragment, Holding, ParameterGroup
 
 
-class ReplicatedAdapter:
+class ReplicatedAdapter(Adapter):
     """Plain tensors: everyone holds everything, so the work and the state are shared out.
 
     Also serves engines that train fp32 copies of the parameters: same number, shapes and order.
@@ -18,9 +18,6 @@ class ReplicatedAdapter:
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the targets are the parameters themselves, or copies of the trainable ones."""
         return len(group.targets) == len(_trainable(group)) or _are_originals(group)
-
-    def on_construction(self, optimizer: object) -> None:
-        """Nothing to prepare."""
 
     def hold(self, group: ParameterGroup) -> Holding:
         """Every process holds all of every trainable parameter.

@@ -7,9 +7,10 @@ everything else is written once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -86,15 +87,18 @@ class ParameterGroup:
         ]
 
 
-class Adapter(Protocol):
+StepCall = list[tuple[int, list[Tensor]]]
+"""One call of ``step()``: positions of parameter groups, and the tensors that they then hold."""
+
+
+class Adapter(ABC):
     """Knows the layout of one engine; lives in ``arg_dist.engines``."""
 
+    @abstractmethod
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the group's parameters are under this engine."""
 
-    def on_construction(self, optimizer: object) -> None:
-        """Called when an optimizer is built, before an engine takes it over."""
-
+    @abstractmethod
     def hold(self, group: ParameterGroup) -> Holding:
         """What this process holds of the group.
 
@@ -102,9 +106,35 @@ class Adapter(Protocol):
             RuntimeError: if the engine's layout is not what this adapter knows.
         """
 
+    def on_construction(self, optimizer: Any) -> None:  # noqa: B027  nothing to do, mostly
+        """Called when an optimizer is built, before an engine takes it over."""
+
+    def step_calls(self, groups: Sequence[ParameterGroup]) -> list[StepCall] | None:
+        """The coming calls of ``step()``; None where one call has all tensors, or not mine."""
+        return None
+
+    def untrained(self, name: str, parameter: Tensor) -> Holding | None:
+        """What this process holds of one parameter that no optimizer trains; None: not cut by me.
+
+        The `target` of its one fragment is where the values lie.
+        """
+        return None
+
+    def weights_loaded(self, optimizer: Any) -> None:  # noqa: B027
+        """Called on every process after a checkpoint's weights were put into the targets."""
+
 
 ADAPTERS: list[Adapter] = []
 """Adapters in the order in which they are asked; the engines register themselves at import."""
+
+
+def step_calls(groups: Sequence[ParameterGroup]) -> list[StepCall]:
+    """How ``step()`` is going to be called; engines may show it one group, or a part, at a time."""
+    for adapter in ADAPTERS:
+        calls = adapter.step_calls(groups)
+        if calls is not None:
+            return calls
+    return [[(i, group.targets) for i, group in enumerate(groups)]]
 
 
 def hold(group: ParameterGroup) -> Holding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class MatrixShard(Shard):
         return shape[::-1] if self.fragment.transposed else shape
 
     @property
-    def side_name(self) -> str:
+    def side_name(self) -> Literal["right", "left"]:
         """`right` if the basis spans the columns as the model has them, else `left`."""
         return "right" if self.spans_columns != self.fragment.transposed else "left"
 

@@ -1,8 +1,8 @@
 """The rooms of the package, and who may know whom: imports run one way.
 
-`finetuning` -> `lm` -> `report`, `integrations` -> `engines` -> `core` (the optimizer) ->
-`sharding` -> `subspace` -> torch, and `config` knows none of them. A room is a folder of
-`arg_dist`; `core` is the files beside them.
+`finetuning` -> `lm` -> `report`, `integrations` -> `engines` -> `checkpoint` -> `core` (the
+optimizer) -> `sharding` -> `subspace` -> torch, and `config` knows none of them. A room is a folder
+of `arg_dist`; `core` is the files beside them.
 CONTRIBUTING.md gives the reasons.
 """
 
@@ -28,24 +28,26 @@ MAY_IMPORT = {
     "subspace": set(),
     "sharding": {"subspace"},
     "core": {"config", "sharding", "subspace"},
-    "engines": {"config", "core", "sharding", "subspace"},
+    "checkpoint": {"config", "core", "sharding", "subspace"},
+    "engines": {"checkpoint", "config", "core", "sharding", "subspace"},
     "telemetry": set(),
     "integrations": {"config", "core", "engines", "telemetry"},
-    "lm": {"package", "config", "engines", "integrations", "report", "telemetry"},
+    "lm": {"package", "checkpoint", "config", "engines", "integrations", "report", "telemetry"},
     "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
     "report": {"telemetry"},
-    "package": {"config", "core", "engines", "integrations"},
+    "package": {"checkpoint", "config", "core", "engines", "integrations"},
 }
 THIRD_PARTY = {
     "config": {"pydantic"},
     "subspace": {"torch"},
     "sharding": {"torch"},
     "core": {"torch"},
+    "checkpoint": {"pydantic", "safetensors", "torch"},
     "package": set(),
 }
 """Rooms that are not listed may import any package."""
-WITHOUT_PROCESSES = {"config", "core", "package", "subspace"}
-WITHOUT_ENGINES = {"core", "sharding", "subspace"}
+WITHOUT_PROCESSES = {"checkpoint", "config", "core", "package", "subspace"}
+WITHOUT_ENGINES = {"checkpoint", "core", "sharding", "subspace"}
 ENGINE_NAMES = re.compile(r"(?i:(?<![a-z])(deepspeed|fsdp\d?|accelerate|trainer)(?![a-z]))|ZeRO")
 """Names of engines; in lower case, zero is a number."""
 

@@ -1,0 +1,150 @@
+"""What a process puts into a checkpoint: its slices of the optimizer's state and of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from arg_dist.algorithm import State
+from arg_dist.checkpoint.index import SlicedTensor, StateEntry, Weight, tensor_key
+from arg_dist.saved_forms import kept_part, kept_rows
+from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding
+from arg_dist.sharding.job import has_first_process
+from arg_dist.sharding.plan import Plan
+from arg_dist.sharding.shard import MatrixShard, Shard
+from arg_dist.subspace.exchange import Interval, even_rows
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one process writes.
+
+    Attributes:
+        states: entries of the index, with this process's slices only.
+        weights: the same.
+        tensors: the slices, by their names in the file; views of the optimizer's and the engine's
+            tensors where possible.
+    """
+
+    states: dict[str, StateEntry] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def slice_of(
+        self, key: str, process: int, rows: Interval, shape: tuple[int, ...], values: Tensor
+    ) -> SlicedTensor:
+        """Notes `values` as rows `rows` of a tensor of that shape."""
+        slices = []
+        if rows[0] < rows[1]:
+            self.tensors[key] = values
+            slices.append((process, *rows))
+        return SlicedTensor(shape=shape, dtype=dtype_name(values.dtype), slices=slices)
+
+    def on_host(self) -> Contents:
+        """A copy that training can no longer change, in the host's memory."""
+        tensors = {
+            key: value.detach().to("cpu", copy=True).contiguous()
+            for key, value in self.tensors.items()
+        }
+        return Contents(self.states, self.weights, tensors)
+
+
+def add_states(
+    contents: Contents, plan: Plan, states: Iterable[tuple[Shard, State]], process: int
+) -> None:
+    """Adds this process's part of the state of each shard of a plan; each row is written once."""
+    for shard, state in states:
+        if not state:
+            continue
+        matrix = shard if isinstance(shard, MatrixShard) else None
+        tensors = {}
+        for part, kept in kept_rows(shard).items():
+            values = kept_part(state[part], shard, part)
+            shape = (max(stop for _, stop in kept), *values.shape[1:])
+            key = tensor_key("state", shard.name, part)
+            tensors[part] = contents.slice_of(key, process, kept[shard.me], shape, values)
+        first = kept_rows(shard)["exp_avg"][shard.me][0]
+        contents.states[shard.name] = StateEntry(
+            kind="tensor" if matrix is None else "matrix",
+            shape=_full_shape(shard.fragment) if matrix is None else matrix.shape,
+            transposed=matrix is None and shard.fragment.transposed,
+            side=None if matrix is None else matrix.side_name,
+            numbers={k: v for k, v in state.items() if not isinstance(v, Tensor)},
+            tensors=tensors,
+            kept_sq=[(process, first, float(state["kept_sq"]))] if "kept_sq" in state else [],
+        )
+
+
+def add_trained_weights(contents: Contents, plan: Plan, process: int) -> None:
+    """Adds this process's part of the weights that a plan's optimizer trains."""
+    for fragment in plan.held:
+        held = fragment.start, fragment.stop
+        written = held
+        if plan.replicated:  # everyone has everything: a cut for each
+            numel = held[1] - held[0]
+            written = even_rows(numel, plan.communicator.size)[plan.communicator.me]
+        values = local_values(fragment).reshape(-1)[written[0] - held[0] : written[1] - held[0]]
+        contents.weights[fragment.name] = _weight(contents, fragment, written, values, process)
+
+
+def add_untrained_weights(
+    contents: Contents,
+    parameters: Iterable[tuple[str, Tensor]],
+    buffers: Iterable[tuple[str, Tensor]],
+    job: Communicator,
+) -> None:
+    """Adds what no optimizer trains; what every process has whole, the first alone writes."""
+    for kind, named in (("frozen", parameters), ("buffer", buffers)):
+        for name, tensor in named:
+            holding = held_untrained(name, tensor)
+            [fragment] = holding.fragments
+            if holding.replicated:
+                writes = job.me == 0
+            else:
+                writes = has_first_process(Communicator(holding.group), job)
+            held = (fragment.start, fragment.stop if writes else fragment.start)
+            values = local_values(fragment).reshape(-1)[: held[1] - held[0]]
+            weight = _weight(contents, fragment, held, values, job.me)
+            contents.weights[name] = weight.model_copy(update={"kind": kind})
+
+
+def held_untrained(name: str, tensor: Tensor) -> Holding:
+    """What this process holds of a parameter or buffer that no optimizer trains."""
+    for adapter in ADAPTERS:
+        holding = adapter.untrained(name, tensor)
+        if holding is not None:
+            return holding
+    whole = Fragment(name, tuple(tensor.shape), 0, tensor.numel(), tensor, lambda all_: all_)
+    return Holding([whole], None, replicated=True)
+
+
+def local_values(fragment: Fragment) -> Tensor:
+    """The values that a process holds of a fragment, in its row-major order."""
+    return fragment.view(fragment.target.detach())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the index has it: ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _weight(
+    contents: Contents, fragment: Fragment, held: Interval, values: Tensor, process: int
+) -> Weight:
+    key = tensor_key("weight", fragment.name)
+    numel = (math.prod(fragment.shape),)
+    return Weight(
+        shape=_full_shape(fragment),
+        transposed=fragment.transposed,
+        elements=contents.slice_of(key, process, held, numel, values),
+        kind="trained",
+    )
+
+
+def _full_shape(fragment: Fragment) -> tuple[int, ...]:
+    return fragment.shape[::-1] if fragment.transposed else fragment.shape

@@ -1,0 +1,120 @@
+"""Files that are whole or not there: written, forced to the disk, and only then named."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from arg_dist.checkpoint.index import CheckpointError, FileEntry
+from arg_dist.config import ConfigError
+from arg_dist.sharding.communicator import Communicator
+
+T = TypeVar("T")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Writes tensors to a new file, forces it to the disk, and says what must be found in it.
+
+    Args:
+        path: the file.
+        tensors: contiguous, in the host's memory.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    try:
+        save_file(dict(tensors), path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        return describe(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(_cannot_write(path, error)) from None
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a small file so that readers see what was there before, or all of the new content.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(_cannot_write(path, error)) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(path: Path) -> FileEntry:
+    """Size and sha256 of a file as it is."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(bytes=path.stat().st_size, sha256=digest)
+
+
+def verify(path: Path, expected: FileEntry) -> None:
+    """Reads a file to its end and compares it with what was written.
+
+    Raises:
+        CheckpointError: it is not there, or is another one.
+    """
+    try:
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise CheckpointError(
+                f"{path}: has {size} bytes where {expected.bytes} were written; use another "
+                "checkpoint"
+            )
+        if describe(path) != expected:
+            raise CheckpointError(
+                f"{path}: damaged (its sha256 is not the one that was written); use another "
+                "checkpoint"
+            )
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; use another checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def on_all(communicator: Communicator, work: Callable[[], T]) -> list[T]:
+    """Does `work` on every process; what each of them returned, or an error on all of them.
+
+    Raises:
+        CheckpointError: the first process's that failed.
+    """
+    result: T | None = None
+    fault = None
+    try:
+        result = work()
+    except (CheckpointError, ConfigError, OSError) as error:
+        fault = str(error)
+    outcomes = communicator.gather_objects((fault, result))
+    for process, (other, _) in enumerate(outcomes):
+        if other is not None:
+            where = f"process {process}: " if communicator.size > 1 else ""
+            raise CheckpointError(where + other)
+    return [each for _, each in outcomes]
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    return f"{path}: cannot be written ({error}); checkpoints written before are as they were"

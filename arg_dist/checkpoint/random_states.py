@@ -1,0 +1,52 @@
+"""The random number generators of a process, as tensors."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def random_states() -> dict[str, Tensor]:
+    """The states of the generators of torch (host and accelerator), Python and NumPy."""
+    version, words, gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
+    }
+    if "numpy" in sys.modules:
+        _, keys, *rest = sys.modules["numpy"].random.get_state()
+        states["numpy"] = torch.tensor([int(key) for key in keys])
+        states["numpy_rest"] = torch.tensor(rest, dtype=torch.float64)
+    device = _device_module()
+    if device is not None:
+        states["accelerator"] = device.get_rng_state()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Tensor]) -> None:
+    """Sets the generators to what :func:`random_states` gave; one that is not there is left."""
+    torch.set_rng_state(states["torch"])
+    version, *words = states["python"].tolist()
+    gauss = states["python_gauss"].item()
+    random.setstate((version, tuple(words), None if math.isnan(gauss) else gauss))
+    if "numpy" in states:
+        import numpy
+
+        position, has_gauss, cached = states["numpy_rest"].tolist()
+        keys = states["numpy"].numpy().astype("uint32")
+        numpy.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    device = _device_module()
+    if device is not None and "accelerator" in states:
+        device.set_rng_state(states["accelerator"])
+
+
+def _device_module() -> Any:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else torch.get_device_module(device)

@@ -1,0 +1,235 @@
+"""A run's checkpoints: saved while training goes on, the last few kept, the newest intact found."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from arg_dist.checkpoint.files import on_all, sync_folder, write_bytes
+from arg_dist.checkpoint.index import CheckpointError
+from arg_dist.checkpoint.reading import Restored, restore, verified_index
+from arg_dist.checkpoint.writing import Draft, draft, write
+from arg_dist.optimizer import AdaRankGrad
+from arg_dist.sharding.job import for_host_data, job_communicator
+
+LATEST_NAME = "latest"
+_NAME = re.compile(r"step-(\d+)(\.replaced)?")
+_LEFTOVER = re.compile(r"\.(step-\d+|latest)(\.replaced)?\.(partial|removed)")
+
+
+class SaveTimes(NamedTuple):
+    """What one save has cost this process.
+
+    Attributes:
+        step: optimizer steps of the job up to it.
+        stall_seconds: how long training stood still: waiting for the save before it, and copying.
+        write_seconds: until the checkpoint was complete, beside training.
+        bytes: written by this process.
+    """
+
+    step: int
+    stall_seconds: float
+    write_seconds: float
+    bytes: int
+
+
+class Checkpoints:
+    """A folder of checkpoints, ``step-00000100`` and so on, and ``latest``, the newest one's name.
+
+    Every process of the job makes one and calls its methods at the same steps.
+
+    Args:
+        folder: where they are, on a file system that all processes share.
+        optimizer: the AdaRankGrad itself, without wrappers, once the engine has taken it over.
+        model: gives what the optimizer does not train, and the model's configuration.
+        scheduler: the learning-rate scheduler, or anything with ``state_dict`` (of plain data) and
+            ``load_state_dict``.
+        keep: how many checkpoints to keep.
+        background: write in a thread, while training goes on.
+        time_limit: seconds that one process waits for the others.
+
+    Attributes:
+        times: of the saves that are complete.
+
+    Raises:
+        ValueError: `keep` is below 1.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        optimizer: AdaRankGrad,
+        *,
+        model: nn.Module | None = None,
+        scheduler: Any = None,
+        keep: int = 3,
+        background: bool = True,
+        time_limit: float = 1800,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep: got {keep}; at least 1 is needed")
+        self.folder = Path(folder)
+        self.times: list[SaveTimes] = []
+        self._optimizer, self._model, self._scheduler = optimizer, model, scheduler
+        self._keep = keep
+        job = job_communicator(optimizer.process_group, optimizer.bind())
+        self._processes = for_host_data(job, time_limit)
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._pending: Future[SaveTimes] | None = None
+        on_all(self._processes, self._clear_leftovers)
+
+    def save(self, step: int, job: Mapping[str, Any] | None = None) -> None:
+        """Saves; with `background`, returns as soon as everything is copied to the host's memory.
+
+        Args:
+            step: optimizer steps of the job so far.
+            job: plain data to be given back by :meth:`load`.
+
+        Raises:
+            CheckpointError: on every process: this one, or the one before it, could not be
+                written. Those that were there before are as they were.
+        """
+        began = time.perf_counter()
+        self.wait()
+        prepared = draft(
+            self._optimizer,
+            model=self._model,
+            scheduler=self._scheduler,
+            step=step,
+            job=job,
+            weights=True,
+        )
+        stall = time.perf_counter() - began
+        if self._thread is None:
+            self.times.append(self._write(prepared, 0.0)._replace(stall_seconds=0.0))
+            seconds = time.perf_counter() - began
+            self.times[-1] = self.times[-1]._replace(stall_seconds=seconds)
+        else:
+            self._pending = self._thread.submit(self._write, prepared, stall)
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+            CheckpointError: on every process: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.times.append(pending.result())
+
+    def load(self, which: str | Path = "auto") -> Restored | None:
+        """Brings back the newest checkpoint that is intact, or a certain one.
+
+        Args:
+            which: `auto`, or the folder of a checkpoint.
+
+        Returns:
+            What it was; with `auto` None if there are no checkpoints.
+
+        Raises:
+            CheckpointError: on every process: the checkpoint is broken, or is one of another
+                model; with `auto`, all of them are broken.
+        """
+        self.wait()
+        if which != "auto":
+            return self._load(Path(which))
+        passed_over: list[str] = []
+        found = self.found()
+        for checkpoint in reversed(found):
+            try:
+                index = verified_index(checkpoint, self._processes)
+            except CheckpointError as error:
+                passed_over.append(str(error))
+                continue
+            return replace(self._load(checkpoint, index), passed_over=passed_over)
+        if found:
+            raise CheckpointError(
+                f"{self.folder}: none of its checkpoints is intact: " + "; ".join(passed_over)
+            )
+        return None
+
+    def found(self) -> list[Path]:
+        """The checkpoints in the folder as its first process sees them, the newest last."""
+        return on_all(self._processes, self._found)[0]
+
+    def _load(self, checkpoint: Path, index: Any = None) -> Restored:
+        return restore(
+            checkpoint,
+            index or verified_index(checkpoint, self._processes),
+            self._optimizer,
+            model=self._model,
+            scheduler=self._scheduler,
+            weights=True,
+        )
+
+    def _write(self, prepared: Draft, stall: float) -> SaveTimes:
+        began = time.perf_counter()
+        step = prepared.index.step
+        checkpoint = self.folder / f"step-{step:08d}"
+        on_all(self._processes, lambda: self._set_aside(checkpoint))
+        write(prepared, checkpoint, self._processes)
+        on_all(self._processes, lambda: self._point_to(checkpoint))
+        written = sum(tensor.nbytes for tensor in prepared.tensors.values())
+        return SaveTimes(step, stall, time.perf_counter() - began, written)
+
+    # -- what the first process does in the folder -----------------------------------------------
+
+    def _found(self) -> list[Path]:
+        if self._processes.me != 0 or not self.folder.is_dir():
+            return []
+        return _checkpoints_in(self.folder)
+
+    def _set_aside(self, checkpoint: Path) -> None:
+        """A checkpoint of the same step, of a run that was resumed from an earlier one."""
+        if self._processes.me == 0 and checkpoint.exists():
+            replaced = checkpoint.with_name(f"{checkpoint.name}.replaced")
+            _remove(replaced)
+            checkpoint.rename(replaced)
+
+    def _point_to(self, checkpoint: Path) -> None:
+        """Writes ``latest``, and removes what is not to be kept."""
+        if self._processes.me != 0:
+            return
+        write_bytes(self.folder / LATEST_NAME, f"{checkpoint.name}\n".encode())
+        _remove(checkpoint.with_name(f"{checkpoint.name}.replaced"))
+        older = [each for each in _checkpoints_in(self.folder) if each.name <= checkpoint.name]
+        for each in older[: -self._keep]:
+            _remove(each)
+
+    def _clear_leftovers(self) -> None:
+        """Of runs that were killed while they saved."""
+        if self._processes.me == 0 and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def newest_in(folder: str | Path) -> Path | None:
+    """The newest checkpoint in a folder, intact or not; None if there is none."""
+    found = _checkpoints_in(Path(folder)) if Path(folder).is_dir() else []
+    return found[-1] if found else None
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """By step; of two of one step, the one that was replaced comes first."""
+    names = {path: _NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
+    found = {path: (int(name[1]), name[2] is None) for path, name in names.items() if name}
+    return sorted(found, key=lambda path: found[path])
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint so that at no moment a part of it stands under its name."""
+    if checkpoint.exists():
+        removed = checkpoint.with_name(f".{checkpoint.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
+        sync_folder(checkpoint.parent)
+        shutil.rmtree(removed)

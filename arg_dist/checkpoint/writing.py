@@ -1,0 +1,226 @@
+"""Writing a checkpoint: every process what it owns, and the name only when everything is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from arg_dist.checkpoint.contents import (
+    Contents,
+    add_states,
+    add_trained_weights,
+    add_untrained_weights,
+)
+from arg_dist.checkpoint.files import on_all, sync_folder, write_bytes, write_tensors
+from arg_dist.checkpoint.index import (
+    INDEX_NAME,
+    CheckpointError,
+    Group,
+    Index,
+    StateEntry,
+    Weight,
+    file_name,
+    index_bytes,
+    tensor_key,
+)
+from arg_dist.checkpoint.random_states import random_states
+from arg_dist.groups import named_parameters, own_name, unwrapped
+from arg_dist.optimizer import AdaRankGrad
+from arg_dist.parameter_groups import settings_of
+from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.job import has_first_process, job_communicator
+from arg_dist.sharding.plan import Plan
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What one process is going to write, in the host's memory.
+
+    Attributes:
+        index: of this process's slices.
+        tensors: the slices, by their names in the file.
+    """
+
+    index: Index
+    tensors: Mapping[str, Tensor]
+
+
+def draft(
+    optimizer: AdaRankGrad,
+    *,
+    model: nn.Module | None,
+    scheduler: Any,
+    step: int,
+    job: Mapping[str, Any] | None,
+    weights: bool,
+) -> Draft:
+    """Copies what this process has to write; training may go on afterwards.
+
+    Raises:
+        CheckpointError: on every process, if state of the scheduler or the job is no JSON.
+    """
+    plans = optimizer.bind()
+    communicator = job_communicator(optimizer.process_group, plans)
+    me = communicator.me
+    on_all(communicator, lambda: _check_json(scheduler, job))
+    contents = Contents()
+    for plan in plans:
+        if has_first_process(plan.communicator, communicator):  # else a copy of what others write
+            states = ((shard, optimizer.state_of(shard)) for shard in plan.shards)
+            add_states(contents, plan, states, me)
+            if weights:
+                add_trained_weights(contents, plan, me)
+    if model is not None and weights:
+        frozen = untrained_parameters(optimizer, model, plans)
+        add_untrained_weights(contents, frozen, persistent_buffers(model), communicator)
+    generators = random_states()
+    on_host = contents.on_host().tensors
+    for name, state in generators.items():
+        on_host[tensor_key("random", name)] = state
+    config: Any = getattr(model, "config", None)
+    index = Index(
+        step=step,
+        world_size=communicator.size,
+        calls=optimizer.calls,
+        skipped_steps=optimizer.skipped_steps,
+        groups=[_describe(group) for group in optimizer.param_groups],
+        states=contents.states,
+        weights=contents.weights,
+        random_states=list(generators),
+        scheduler=None if scheduler is None else scheduler.state_dict(),
+        job=dict(job or {}),
+        model_config_values=config.to_dict() if hasattr(config, "to_dict") else None,
+        files={},
+    )
+    return Draft(index, on_host)
+
+
+def write(draft: Draft, directory: Path, communicator: Communicator) -> None:
+    """Writes drafts of all processes into a new folder, which appears with its last file.
+
+    Args:
+        draft: this process's.
+        directory: the folder; it must not exist.
+        communicator: the processes.
+
+    Raises:
+        CheckpointError: on every process; what was written is gone again.
+    """
+    me, size = communicator.me, communicator.size
+    partial = directory.with_name(f".{directory.name}.partial")
+    name = file_name(me, size)
+    try:
+        on_all(communicator, lambda: _make(partial, directory) if me == 0 else None)
+        files = on_all(communicator, lambda: write_tensors(_within(partial) / name, draft.tensors))
+        parts = communicator.gather_objects_on_first((draft.index.states, draft.index.weights))
+
+        def finish() -> None:
+            index = draft.index.model_copy(
+                update={
+                    "states": _merge(states for states, _ in parts),
+                    "weights": _merge(weights for _, weights in parts),
+                    "files": {file_name(i, size): entry for i, entry in enumerate(files)},
+                }
+            )
+            write_bytes(partial / INDEX_NAME, index_bytes(index, f"arg_dist {version('arg-dist')}"))
+            sync_folder(partial)
+            partial.rename(directory)
+            sync_folder(directory.parent)
+
+        on_all(communicator, lambda: finish() if me == 0 else None)
+    except CheckpointError:
+        if me == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def untrained_parameters(
+    optimizer: AdaRankGrad, model: nn.Module, plans: Iterable[Plan]
+) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters that the optimizer does not train, with their names."""
+    trained = {fragment.name for plan in plans for fragment in plan.held}
+    names = optimizer.parameter_names()
+    for name, parameter in named_parameters(model):
+        if names.get(id(parameter), name) not in trained:
+            yield name, parameter
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that belong into the model's checkpoints, with their names."""
+    for prefix, module in unwrapped(model).named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield own_name(f"{prefix}.{name}" if prefix else name), buffer
+
+
+def _describe(group: Mapping[str, Any]) -> Group:
+    settings = settings_of(group).model_dump(mode="json")
+    if "initial_lr" in group:
+        settings["initial_lr"] = float(group["initial_lr"])
+    return Group(names=list(group["param_names"]), settings=settings)
+
+
+def _check_json(scheduler: Any, job: Mapping[str, Any] | None) -> None:
+    given = {"scheduler": scheduler.state_dict() if scheduler is not None else None, "job": job}
+    for what, value in given.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{what}: its state cannot be written as JSON ({error}); a checkpoint holds "
+                "numbers, texts, lists and dictionaries of them"
+            ) from None
+
+
+def _make(partial: Path, directory: Path) -> None:
+    if directory.exists():
+        raise CheckpointError(f"{directory}: exists; give a new folder, or remove it")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error.strerror})") from None
+
+
+def _within(partial: Path) -> Path:
+    if not partial.is_dir():
+        raise CheckpointError(
+            f"{partial}: process 0 has made this folder, but it is not there; checkpoints must lie "
+            "on a file system that all processes share"
+        )
+    return partial
+
+
+def _merge(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries of all processes, each with everybody's slices."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for name, entry in part.items():
+            known = merged.get(name)
+            merged[name] = entry if known is None else _join(name, known, entry)
+    return merged
+
+
+def _join(name: str, known: StateEntry | Weight, other: StateEntry | Weight) -> Any:
+    if isinstance(known, Weight) and isinstance(other, Weight):
+        slices = known.elements.slices + other.elements.slices
+        elements = known.elements.model_copy(update={"slices": slices})
+        return known.model_copy(update={"elements": elements})
+    assert isinstance(known, StateEntry) and isinstance(other, StateEntry)
+    if known.numbers != other.numbers:
+        raise CheckpointError(
+            f"{name}: the processes disagree about it ({known.numbers}, {other.numbers}); their "
+            "training has come apart, and nothing was written"
+        )
+    tensors = {
+        part: sliced.model_copy(update={"slices": sliced.slices + other.tensors[part].slices})
+        for part, sliced in known.tensors.items()
+    }
+    return known.model_copy(update={"tensors": tensors, "kept_sq": known.kept_sq + other.kept_sq})

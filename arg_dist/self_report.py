@@ -1,0 +1,61 @@
+"""What an optimizer tells of itself: what it keeps, and what it has sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from arg_dist.algorithm import State
+from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.plan import Plan
+from arg_dist.sharding.shard import MatrixShard, Shard
+from arg_dist.state import matrix_stats, storage_bytes
+
+
+class SelfReport:
+    """The part of :class:`arg_dist.AdaRankGrad` that answers users' questions."""
+
+    state: Any
+    _plans: dict[tuple[tuple[int, bool], ...], list[Plan]]
+    _communicators: dict[Any, Communicator]
+
+    def every_plan(self) -> Iterator[Plan]:
+        """All plans made so far."""
+        return chain.from_iterable(self._plans.values())
+
+    def state_of(self, shard: Shard) -> State:
+        """This process's part of a matrix's or tensor's state; empty before its first step."""
+        state: State = self.state[shard.fragment.target].setdefault(shard.name, {})
+        return state
+
+    def stats(self) -> list[dict[str, Any]]:
+        """One entry for each matrix of which this process keeps something.
+
+        Keys: name, shape, side, rank, energy (share of the gradient kept at the last refresh),
+        steps_since_refresh, refreshes, state_bytes (on this process).
+        """
+        # a matrix may be in several plans: groups were added, or parameters frozen, on the way
+        shards = {shard.name: shard for plan in self.every_plan() for shard in plan.shards}
+        return [
+            matrix_stats(shard, state)
+            for shard in shards.values()
+            if isinstance(shard, MatrixShard) and (state := self.state_of(shard))
+        ]
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this process: whole storages, so that no view hides more."""
+        return storage_bytes(list(self.state.values()))
+
+    def comm_bytes(self) -> int:
+        """Bytes sent by this process in the optimizer's collectives since it was built."""
+        return sum(communicator.sent_bytes for communicator in self._communicators.values())
+
+    def collectives(self) -> int:
+        """Collectives that this process has taken part in since the optimizer was built."""
+        return sum(communicator.collectives for communicator in self._communicators.values())
+
+    def held_elements(self) -> int:
+        """Elements of the parameters that the engine has given to this process's optimizer."""
+        held = {part.name: part.stop - part.start for p in self.every_plan() for part in p.held}
+        return sum(held.values())
