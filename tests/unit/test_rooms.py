@@ -42,7 +42,7 @@ THIRD_PARTY = {
     "subspace": {"torch"},
     "sharding": {"torch"},
     "core": {"torch"},
-    "checkpoint": {"pydantic", "safetensors", "torch"},
+    "checkpoint": {"numpy", "pydantic", "safetensors", "torch"},
     "package": set(),
 }
 """Rooms that are not listed may import any package."""
