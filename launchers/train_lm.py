@@ -7,6 +7,9 @@ torchrun --nproc_per_node 2 launchers/train_lm.py
 Without --deepspeed_config the launcher says what shards the model: accelerate's configuration, or
 DDP under torchrun. The same commands run on CPUs (gloo) and on GPUs (NCCL). They leave
 metrics.jsonl, report.json and report.png in --out, also when stopped by Ctrl-C or SIGTERM.
+
+With --save-every they leave checkpoints too, there, at a stop and at the end; and the same command
+with --resume auto goes on from the newest, under any launcher and on any number of processes.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from arg_dist.checkpoint import CheckpointError
+from arg_dist.config import AdaRankGradConfig
 from arg_dist.lm import InputError
 from arg_dist.lm.accelerate_engine import AccelerateSetup
 from arg_dist.lm.command_line import (
@@ -34,6 +40,7 @@ from arg_dist.lm.command_line import (
 from arg_dist.lm.corpus import read_corpus
 from arg_dist.lm.deepspeed_engine import DeepSpeedSetup
 from arg_dist.lm.environment import prepare_environment, quiet_libraries
+from arg_dist.lm.identity import model_values, text_digest, token_digest
 from arg_dist.lm.interrupts import StopRequest, exit_code
 from arg_dist.lm.job_config import (
     OPTIMIZERS,
@@ -49,6 +56,15 @@ from arg_dist.lm.processes import (
     mean_and_stop,
 )
 from arg_dist.lm.progress import TrainingProgress
+from arg_dist.lm.resuming import (
+    KEEP,
+    Found,
+    check_job,
+    describe_job,
+    find_checkpoint,
+    plan_checkpoints,
+)
+from arg_dist.lm.saving import RunCheckpoints
 from arg_dist.lm.schedule import warmup_cosine_scheduler
 from arg_dist.lm.tokens import Sequences, load_tokenizer
 from arg_dist.lm.training import Engine, leave_processes
@@ -88,6 +104,14 @@ def parse_options() -> argparse.Namespace:
     add("--eval-every", type=at_least(1), default=50, metavar="STEPS")
     add("--eval-batches", type=at_least(1), default=4, help="global batches per evaluation")
     add("--log-ranks-every", type=at_least(1), default=10, metavar="STEPS")
+    add("--save-every", type=at_least(1), metavar="STEPS", help="leave checkpoints in "
+        "OUT/checkpoints, also at the end and when stopped (with --resume: only then)")  # fmt: skip
+    add("--keep", type=at_least(1), metavar="K", help=f"checkpoints that stay (default: {KEEP})")
+    add("--resume", metavar="auto|PATH", help="go on from the newest intact checkpoint in OUT, or "
+        "from the beginning if there is none; or from a certain one, of any run")  # fmt: skip
+    add("--time-limit", type=at_least(1), metavar="SECONDS", help="how long a process waits for "
+        "another one that has stopped answering, or reads the data (default: the engine's, 10 to "
+        "30 minutes)")  # fmt: skip
     add("--out", type=Path, help="the run's directory (default: runs/MODEL-OPTIMIZER)")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args()
@@ -101,17 +125,22 @@ class Job:
     sequences: Sequences
     facts: RunFacts
     out: Path
+    checkpoints: RunCheckpoints
 
 
 def build(options: argparse.Namespace, stop: StopRequest) -> Job:
     """Joins the processes, reads the data, builds model and engine."""
     path = options.deepspeed_config
     setup = AccelerateSetup() if path is None else DeepSpeedSetup(path)
+    limit = options.time_limit
     with stop.at_once():
-        setup.connect()
+        setup.connect(None if limit is None else timedelta(seconds=limit))
     config = setup.read_config()
     optimizer = choose_optimizer(config, options.optimizer)
-    settings = set_optimizer(config, optimizer, parse_overrides(options.overrides), options.lr)
+    overrides = parse_overrides(options.overrides)
+    if limit is not None and "time_limit" in AdaRankGradConfig.model_fields:
+        overrides.setdefault("time_limit", limit)
+    settings = set_optimizer(config, optimizer, overrides, options.lr)
     if options.accumulation is not None:
         config["gradient_accumulation_steps"] = options.accumulation
     if options.clip is not None:
@@ -119,27 +148,55 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
     batch = set_batch(config, options.batch_size, dist.get_world_size())
     setup.check(config)
     out = options.out or Path("runs") / f"{Path(options.model).name}-{optimizer}"
+    plan = plan_checkpoints(
+        out,
+        optimizer,
+        resume=options.resume,
+        save_every=options.save_every,
+        keep=options.keep,
+        time_limit=limit,
+    )
 
-    def read_sequences() -> Sequences:
+    def read_sequences() -> tuple[Sequences, dict[str, str], Found | None]:
         make_directory(out)
+        found = find_checkpoint(plan)
         tokenizer = load_tokenizer(options.tokenizer)
         corpus = read_corpus(options.data, text_key=options.text_key, max_bytes=options.data_bytes)
-        return Sequences.of(corpus, tokenizer, length=options.seq_len, seed=options.seed)
+        sequences = Sequences.of(corpus, tokenizer, length=options.seq_len, seed=options.seed)
+        digests = {"text": text_digest(corpus), "tokens": token_digest(sequences)}
+        return sequences, digests if plan.saves else {}, found
 
-    sequences = from_first_process(read_sequences)
+    sequences, digests, found = from_first_process(read_sequences)
     shape = model_config(options.model, vocab_size=sequences.vocab_size, length=options.seq_len)
-    model = build_model(options.model, shape, seed=options.seed, deepspeed_config=config)
-    schedule = warmup_cosine_scheduler(
-        steps=options.steps, warmup=options.warmup, min_lr_ratio=options.min_lr_ratio
+    course = {
+        "steps": options.steps,
+        "warmup": options.warmup,
+        "min_lr_ratio": options.min_lr_ratio,
+    }
+    description = describe_job(
+        identity={
+            "model": model_values(shape),
+            "seed": options.seed,
+            "seq_len": options.seq_len,
+            "batch_size": batch.total,
+            **digests,
+        },
+        schedule={**course, "clip": config.get("gradient_clipping", 1.0)},
+        settings=settings,
     )
-    engine = setup.build(model, config, batch, schedule)
+    if found is not None:
+        changes = check_job(found, description, lr=options.lr, given=overrides)
+        if changes and is_first_process():
+            print(*changes, sep="\n", flush=True)
+    model = build_model(options.model, shape, seed=options.seed, deepspeed_config=config)
+    engine = setup.build(model, config, batch, warmup_cosine_scheduler(**course))
     facts = run_facts(
         engine=engine.name,
         world_size=dist.get_world_size(),
         model=Path(options.model).name,
         model_parameters=count_parameters(model),
         optimizer=config["optimizer"]["type"],
-        optimizer_settings=settings,
+        optimizer_settings=description["settings"],
         data=sequences.source,
         batch_size=batch.total,
         micro_batch_size=batch.micro,
@@ -147,7 +204,7 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
         seq_len=options.seq_len,
         seed=options.seed,
     )
-    return Job(engine, sequences, facts, out)
+    return Job(engine, sequences, facts, out, RunCheckpoints(plan, engine, description))
 
 
 def make_directory(path: Path) -> None:
@@ -160,34 +217,46 @@ def make_directory(path: Path) -> None:
 
 def train(job: Job, options: argparse.Namespace, stop: StopRequest) -> int:
     """Trains until the last step or a signal, leaves the report, returns the exit code."""
-    engine = job.engine
-    tokens_per_step = engine.batch.total * options.seq_len
-    first, stop_signal = is_first_process(), None
+    engine, first = job.engine, is_first_process()
+    earlier = job.checkpoints.resume(new_peak=options.lr)
+    step, stop_signal = earlier.step, None
     with (
-        RunRecord(job.out, job.facts, planned_steps=options.steps, active=first) as record,
-        TrainingProgress(options.steps, shown=first) as progress,
+        job.checkpoints as checkpoints,
+        RunRecord(
+            job.out, job.facts, planned_steps=options.steps, active=first, earlier=earlier
+        ) as record,
+        TrainingProgress(options.steps, shown=first, done=step) as progress,
     ):
-        for step in range(1, options.steps + 1):
+        progress.say(checkpoints.news())
+        for step in range(earlier.step + 1, options.steps + 1):
             began, lr = time.perf_counter(), engine.learning_rate
             own_loss = engine.train_step(job.sequences, step)
             loss, stop_signal = mean_and_stop(own_loss, stop.signal, engine.device)
             seconds = time.perf_counter() - began
             line = {"step": step, "loss": loss, "lr": lr, "seconds": seconds}
-            line["tokens"] = step * tokens_per_step
+            line["tokens"] = step * engine.batch.total * options.seq_len
+            finite = math.isfinite(loss)
             last = step == options.steps or stop_signal is not None
             sample = None
             if last or step == 1 or step % options.log_ranks_every == 0:
                 sample = sample_optimizer(engine.optimizer)
             if step == options.steps or (step % options.eval_every == 0 and not last):
                 line["held_out_loss"] = engine.held_out_loss(job.sequences, options.eval_batches)
+            if finite and checkpoints.is_due(step, last=last):
+                line["save_seconds"] = checkpoints.save(step, record.progress(line, sample))
             record.step(line, sample)
             progress.show(line, record.mean_rank)
-            if not math.isfinite(loss):  # DeepSpeed would skip every further step, to the end
+            if not finite:  # DeepSpeed would skip every further step, to the end
                 raise FloatingPointError(f"the loss of step {step} is {loss}; lower --lr")
+            progress.say(checkpoints.news())
             if last:
                 break
+        else:  # the checkpoint is that of the last step
+            record.observe(sample_optimizer(engine.optimizer))
+        saves = checkpoints.finish()
+        progress.say(checkpoints.news())
     interrupted_by = stop_signal if step < options.steps else None
-    record.finish("interrupted" if interrupted_by else "finished")
+    record.finish("interrupted" if interrupted_by else "finished", saves)
     # The launcher ends all processes once one of them has ended with a signal's exit code.
     dist.barrier()
     return exit_code(interrupted_by) if interrupted_by else 0
@@ -201,7 +270,8 @@ def main() -> int:
         prepare_environment()
         quiet_libraries()
         return train(build(options, stop), options, stop)
-    except (InputError, FloatingPointError) as error:  # the loss's, or the optimizer's
+    except (InputError, CheckpointError, FloatingPointError) as error:
+        # a FloatingPointError is the loss's, or the optimizer's
         complain(str(error))
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,13 @@ from arg_dist.integrations.accelerate import (
     innermost,
 )
 from arg_dist.lm import InputError
-from arg_dist.lm.deepspeed_engine import check_deepspeed_config
+from arg_dist.lm.deepspeed_engine import (
+    check_deepspeed_config,
+    load_loss_scale_state,
+    loss_scale_state,
+)
 from arg_dist.lm.job_config import Batch, without_auto
+from arg_dist.lm.schedule import WarmupCosine
 from arg_dist.lm.training import Engine, Schedule, Setup, unusable_port
 
 if TYPE_CHECKING:
@@ -41,7 +47,7 @@ class AccelerateSetup(Setup):
 
     _accelerator: Accelerator
 
-    def connect(self) -> None:
+    def connect(self, time_limit: timedelta | None) -> None:
         """Makes the accelerator, which joins the processes."""
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
@@ -50,8 +56,9 @@ class AccelerateSetup(Setup):
             check_environment()
             # Told so, accelerate gives up on FSDP and DeepSpeed; not told, on sharing plain work.
             cpu = not (_has_gpu() or asks_for("DEEPSPEED") or asks_for("FSDP"))
-            handlers = [] if _has_gpu() else [InitProcessGroupKwargs(backend="gloo")]
-            self._accelerator = Accelerator(cpu=cpu, kwargs_handlers=handlers)
+            on_cpus = {} if _has_gpu() else {"backend": "gloo"}
+            group = InitProcessGroupKwargs(timeout=time_limit, **on_cpus)
+            self._accelerator = Accelerator(cpu=cpu, kwargs_handlers=[group])
             check_accelerator(self._accelerator)
         except dist.DistNetworkError:
             raise unusable_port("--main_process_port (torchrun: --master_port)") from None
@@ -170,14 +177,34 @@ class AccelerateTraining(Engine):
         *,
         accelerator: Accelerator,
         prepared: Any,
-        scheduler: Any,
+        scheduler: WarmupCosine,
         clip: float,
     ) -> None:
-        super().__init__(name, module, optimizer, batch, accelerator.device)
+        super().__init__(
+            name,
+            module,
+            optimizer,
+            batch,
+            model=accelerator.unwrap_model(module),
+            scheduler=scheduler,
+            device=accelerator.device,
+        )
         self._accelerator = accelerator
         self._prepared = prepared
-        self._scheduler = scheduler
         self._clip = clip
+
+    def extra_state(self) -> dict[str, Any]:
+        """The dynamic loss scale, under DeepSpeed in fp16."""
+        return loss_scale_state(self.module) if self._has_deepspeed else {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Goes on with the loss scale of a checkpoint, if both have a dynamic one."""
+        if self._has_deepspeed:
+            load_loss_scale_state(self.module, state)
+
+    @property
+    def _has_deepspeed(self) -> bool:
+        return self._accelerator.state.deepspeed_plugin is not None
 
     def micro_step(self, ids: Tensor) -> Tensor:
         """Forward and backward; on the last micro batch of a step also clipping and the step."""
@@ -192,7 +219,7 @@ class AccelerateTraining(Engine):
                 self._prepared.zero_grad()
                 if not accelerator.optimizer_step_was_skipped:
                     # Prepared, it would take as many steps as there are processes.
-                    self._scheduler.step()
+                    self.scheduler.step()
         return loss
 
 

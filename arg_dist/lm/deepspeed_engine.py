@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from arg_dist.lm.presets import zero_stage
 from arg_dist.lm.processes import from_first_process
 from arg_dist.lm.training import Engine, Schedule, Setup, unusable_port
 
+LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scale changes in itself."""
+
 
 class DeepSpeedSetup(Setup):
     """Reads the JSON at `path` and builds the engine with ``arg_dist.initialize``."""
@@ -25,7 +29,7 @@ class DeepSpeedSetup(Setup):
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def connect(self) -> None:
+    def connect(self, time_limit: timedelta | None) -> None:
         """Joins the processes: NCCL on GPUs, gloo on CPUs."""
         for engine in ("DEEPSPEED", "FSDP"):
             if asks_for(engine):
@@ -37,8 +41,11 @@ class DeepSpeedSetup(Setup):
 
         accelerator = deepspeed.get_accelerator()
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        limit = {} if time_limit is None else {"timeout": time_limit}
         try:
-            deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+            deepspeed.init_distributed(
+                accelerator.communication_backend_name(), verbose=False, **limit
+            )
         except dist.DistNetworkError:
             raise unusable_port("--master_port") from None
 
@@ -68,8 +75,24 @@ class DeepSpeedTraining(Engine):
     """Training steps of a DeepSpeed engine, which clips, steps and schedules by itself."""
 
     def __init__(self, name: str, engine: Any, batch: Batch) -> None:
-        super().__init__(name, engine, engine.basic_optimizer, batch, torch.device(engine.device))
+        super().__init__(
+            name,
+            engine,
+            engine.basic_optimizer,
+            batch,
+            model=engine.module,
+            scheduler=engine.lr_scheduler,
+            device=torch.device(engine.device),
+        )
         self._engine = engine
+
+    def extra_state(self) -> dict[str, Any]:
+        """The dynamic loss scale, under fp16."""
+        return loss_scale_state(self._engine)
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Goes on with the loss scale of a checkpoint, if both have a dynamic one."""
+        load_loss_scale_state(self._engine, state)
 
     def micro_step(self, ids: Tensor) -> Tensor:
         """Forward, backward, and DeepSpeed's step."""
@@ -77,6 +100,21 @@ class DeepSpeedTraining(Engine):
         self._engine.backward(loss)
         self._engine.step()
         return loss
+
+
+def loss_scale_state(engine: Any) -> dict[str, Any]:
+    """State of a DeepSpeed engine's dynamic loss scale, as JSON; nothing where it has none."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    return {"loss_scale": {key: getattr(scaler, key) for key in LOSS_SCALE_KEYS}}
+
+
+def load_loss_scale_state(engine: Any, state: dict[str, Any]) -> None:
+    """Puts back :func:`loss_scale_state`, where the engine has a dynamic loss scale too."""
+    if "loss_scale" in state and loss_scale_state(engine):
+        for key, value in state["loss_scale"].items():
+            setattr(engine.optimizer.loss_scaler, key, value)
 
 
 def check_deepspeed_config(config: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -14,10 +15,11 @@ from arg_dist.report import MEASURES, measured
 class TrainingProgress:
     """Shows each step as it ends; `shown` is False on all processes but the first.
 
+    Of the `steps`, a resumed run has some `done`.
     Without a terminal (a log file, a test) only evaluated steps make a line.
     """
 
-    def __init__(self, steps: int, *, shown: bool) -> None:
+    def __init__(self, steps: int, *, shown: bool, done: int = 0) -> None:
         console = Console()
         self._shown = shown
         self._live = console.is_terminal
@@ -31,7 +33,7 @@ class TrainingProgress:
             console=console,
             disable=not (shown and self._live),
         )
-        self._task = self._bar.add_task("", total=steps, values="starting")
+        self._task = self._bar.add_task("", total=steps, completed=done, values="starting")
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -44,6 +46,11 @@ class TrainingProgress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Shows `lines` above the live one."""
+        for line in lines if self._shown else ():
+            self._bar.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def show(self, line: dict[str, Any], mean_rank: float | None) -> None:
         """Shows a step's line of ``metrics.jsonl`` and the latest mean rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,15 +21,46 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, min_lr_ratio: float) ->
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def warmup_cosine_scheduler(
-    *, steps: int, warmup: int, min_lr_ratio: float
-) -> Callable[[Optimizer], LambdaLR]:
-    """A scheduler factory, as ``deepspeed.initialize`` takes it."""
+class WarmupCosine(LambdaLR):
+    """The scheduler of :func:`warmup_cosine`, with one peak for all parameter groups.
 
-    def factory(optimizer: Optimizer) -> LambdaLR:
+    Its state is the position and the peak alone: engines group the parameters differently, and a
+    run may be resumed with other `steps`, for which the rest of the course is drawn anew.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, *, steps: int, warmup: int, min_lr_ratio: float
+    ) -> None:
         def share(step: int) -> float:
             return warmup_cosine(step, steps=steps, warmup=warmup, min_lr_ratio=min_lr_ratio)
 
-        return LambdaLR(optimizer, share)
+        super().__init__(optimizer, share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps done and the peak, as JSON."""
+        return {"step": self.last_epoch, "peak": float(self.base_lrs[0])}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes to the step of `state_dict`."""
+        self.last_epoch = state_dict["step"]
+        self._step_count = self.last_epoch + 1
+        self.set_peak(state_dict["peak"])
+
+    def set_peak(self, peak: float) -> None:
+        """Gives all groups the learning rate of the present step, with another peak."""
+        self.base_lrs = [peak for _ in self.optimizer.param_groups]
+        rate = peak * self.lr_lambdas[0](self.last_epoch)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"], group["lr"] = peak, rate
+        self._last_lr = [rate for _ in self.optimizer.param_groups]
+
+
+def warmup_cosine_scheduler(
+    *, steps: int, warmup: int, min_lr_ratio: float
+) -> Callable[[Optimizer], WarmupCosine]:
+    """A scheduler factory, as ``deepspeed.initialize`` takes it."""
+
+    def factory(optimizer: Optimizer) -> WarmupCosine:
+        return WarmupCosine(optimizer, steps=steps, warmup=warmup, min_lr_ratio=min_lr_ratio)
 
     return factory

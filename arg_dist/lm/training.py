@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch.optim import Optimizer
 
 from arg_dist.lm import InputError
 from arg_dist.lm.job_config import Batch
+from arg_dist.lm.schedule import WarmupCosine
 from arg_dist.lm.tokens import Sequences
 
-Schedule = Callable[[Optimizer], Any]
+Schedule = Callable[[Optimizer], WarmupCosine]
 """Makes an optimizer's learning-rate scheduler."""
 
 
@@ -26,17 +28,29 @@ class Engine(ABC):
     Attributes:
         name: what shards it, for the report.
         module: the model as it is called.
+        model: the model itself, without what the engine puts around it.
         optimizer: the optimizer itself, without its wrappers.
+        scheduler: the learning rate's.
         batch: the sequences of a step.
         device: where they go.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, optimizer: Optimizer, batch: Batch, device: torch.device
+        self,
+        name: str,
+        module: nn.Module,
+        optimizer: Optimizer,
+        batch: Batch,
+        *,
+        model: nn.Module,
+        scheduler: WarmupCosine,
+        device: torch.device,
     ) -> None:
         self.name = name
         self.module = module
+        self.model = model
         self.optimizer = optimizer
+        self.scheduler = scheduler
         self.batch = batch
         self.device = device
 
@@ -51,6 +65,13 @@ class Engine(ABC):
 
         Each `batch.accumulation`-th call moves the weights.
         """
+
+    def extra_state(self) -> dict[str, Any]:
+        """What the engine itself must know to go on from a checkpoint, as JSON."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have none
+        """Takes over :meth:`extra_state`, which may be another engine's: what is known of it."""
 
     def train_step(self, sequences: Sequences, step: int) -> Tensor:
         """One optimizer step on this process's part of the global batch; its mean loss."""
@@ -87,8 +108,12 @@ class Setup(ABC):
     """
 
     @abstractmethod
-    def connect(self) -> None:
+    def connect(self, time_limit: timedelta | None) -> None:
         """Joins the job's processes.
+
+        Args:
+            time_limit: how long a process waits for one that has stopped answering; None for
+                the engine's default.
 
         Raises:
             InputError: the engine that was asked for cannot be had; or the first process cannot

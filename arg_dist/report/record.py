@@ -64,14 +64,18 @@ class RunRecord:
     def step(self, line: dict[str, Any], sample: OptimizerSample | None = None) -> None:
         """Writes one step; `sample` adds the ranks and energies where the optimizer was asked."""
         if sample is not None:
-            self._sample = sample
-            # Ranks fall as well as rise; what must fit into memory is the most there ever was.
-            shares = (self._largest_share, sample.largest_share)
-            self._largest_share = max((share for share in shares if share), default=None)
-            self._low_rank_bytes = max(self._low_rank_bytes, sample.low_rank_bytes)
+            self.observe(sample)
             line = self._with_sample(line, sample)
         if self._log:
             self._log.append(line)
+
+    def observe(self, sample: OptimizerSample) -> None:
+        """Takes the optimizer's numbers for the report."""
+        self._sample = sample
+        # Ranks fall as well as rise; what must fit into memory is the most there ever was.
+        shares = (self._largest_share, sample.largest_share)
+        self._largest_share = max((share for share in shares if share), default=None)
+        self._low_rank_bytes = max(self._low_rank_bytes, sample.low_rank_bytes)
 
     def progress(
         self, line: dict[str, Any], sample: OptimizerSample | None = None

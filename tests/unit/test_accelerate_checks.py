@@ -66,7 +66,7 @@ def test_fsdp1_is_refused_by_name(version: str | None, monkeypatch: pytest.Monke
 def test_one_job_has_one_configuration(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(InputError, match=rf"--deepspeed_config x\.json: given, .* {engine} too"):
-        DeepSpeedSetup("x.json").connect()
+        DeepSpeedSetup("x.json").connect(None)
 
 
 @pytest.fixture
