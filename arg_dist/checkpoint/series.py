@@ -185,7 +185,7 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         if self._processes.me != 0 or not self.folder.is_dir():
             return []
-        return _checkpoints_in(self.folder)
+        return checkpoints_in(self.folder)
 
     def _set_aside(self, checkpoint: Path) -> None:
         """A checkpoint of the same step, of a run that was resumed from an earlier one."""
@@ -200,7 +200,7 @@ class Checkpoints:
             return
         write_bytes(self.folder / LATEST_NAME, f"{checkpoint.name}\n".encode())
         _remove(checkpoint.with_name(f"{checkpoint.name}.replaced"))
-        older = [each for each in _checkpoints_in(self.folder) if each.name <= checkpoint.name]
+        older = [each for each in checkpoints_in(self.folder) if each.name <= checkpoint.name]
         for each in older[: -self._keep]:
             _remove(each)
 
@@ -214,11 +214,11 @@ class Checkpoints:
 
 def newest_in(folder: str | Path) -> Path | None:
     """The newest checkpoint in a folder, intact or not; None if there is none."""
-    found = _checkpoints_in(Path(folder)) if Path(folder).is_dir() else []
+    found = checkpoints_in(Path(folder)) if Path(folder).is_dir() else []
     return found[-1] if found else None
 
 
-def _checkpoints_in(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """By step; of two of one step, the one that was replaced comes first."""
     names = {path: _NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
     found = {path: (int(name[1]), name[2] is None) for path, name in names.items() if name}

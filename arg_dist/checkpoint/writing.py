@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +19,13 @@ from arg_dist.checkpoint.contents import (
     add_trained_weights,
     add_untrained_weights,
 )
-from arg_dist.checkpoint.files import on_all, sync_folder, write_bytes, write_tensors
+from arg_dist.checkpoint.files import (
+    cannot_write,
+    on_all,
+    sync_folder,
+    write_bytes,
+    write_tensors,
+)
 from arg_dist.checkpoint.index import (
     INDEX_NAME,
     CheckpointError,
@@ -64,42 +71,48 @@ def draft(
     """Copies what this process has to write; training may go on afterwards.
 
     Raises:
-        CheckpointError: on every process, if state of the scheduler or the job is no JSON.
+        CheckpointError: on every process: state of the scheduler or the job is no JSON, or
+            a process could not copy what it has.
     """
     plans = optimizer.bind()
     communicator = job_communicator(optimizer.process_group, plans)
     me = communicator.me
-    on_all(communicator, lambda: _check_json(scheduler, job))
-    contents = Contents()
-    for plan in plans:
-        if has_first_process(plan.communicator, communicator):  # else a copy of what others write
-            states = ((shard, optimizer.state_of(shard)) for shard in plan.shards)
-            add_states(contents, plan, states, me)
-            if weights:
-                add_trained_weights(contents, plan, me)
-    if model is not None and weights:
-        frozen = untrained_parameters(optimizer, model, plans)
-        add_untrained_weights(contents, frozen, persistent_buffers(model), communicator)
-    generators = random_states()
-    on_host = contents.on_host().tensors
-    for name, state in generators.items():
-        on_host[tensor_key("random", name)] = state
-    config: Any = getattr(model, "config", None)
-    index = Index(
-        step=step,
-        world_size=communicator.size,
-        calls=optimizer.calls,
-        skipped_steps=optimizer.skipped_steps,
-        groups=[_describe(group) for group in optimizer.param_groups],
-        states=contents.states,
-        weights=contents.weights,
-        random_states=list(generators),
-        scheduler=None if scheduler is None else scheduler.state_dict(),
-        job=dict(job or {}),
-        model_config_values=config.to_dict() if hasattr(config, "to_dict") else None,
-        files={},
-    )
-    return Draft(index, on_host)
+    made: list[Draft] = []
+
+    def make() -> None:
+        _check_json(scheduler, job)
+        contents = Contents()
+        for plan in plans:
+            if has_first_process(plan.communicator, communicator):  # else others write the same
+                states = ((shard, optimizer.state_of(shard)) for shard in plan.shards)
+                add_states(contents, plan, states, me)
+                if weights:
+                    add_trained_weights(contents, plan, me)
+        if model is not None and weights:
+            frozen = untrained_parameters(optimizer, model, plans)
+            add_untrained_weights(contents, frozen, persistent_buffers(model), communicator)
+        generators = random_states()
+        on_host = contents.on_host().tensors
+        for name, state in generators.items():
+            on_host[tensor_key("random", name)] = state
+        index = Index(
+            step=step,
+            world_size=communicator.size,
+            calls=optimizer.calls,
+            skipped_steps=optimizer.skipped_steps,
+            groups=[_describe(group) for group in optimizer.param_groups],
+            states=contents.states,
+            weights=contents.weights,
+            random_states=list(generators),
+            scheduler=None if scheduler is None else scheduler.state_dict(),
+            job=dict(job or {}),
+            model_config_values=None if model is None else _model_config_values(model),
+            files={},
+        )
+        made.append(Draft(index, on_host))
+
+    on_all(communicator, make)
+    return made[0]
 
 
 def write(draft: Draft, directory: Path, communicator: Communicator) -> None:
@@ -130,12 +143,15 @@ def write(draft: Draft, directory: Path, communicator: Communicator) -> None:
                 }
             )
             write_bytes(partial / INDEX_NAME, index_bytes(index, f"arg_dist {version('arg-dist')}"))
-            sync_folder(partial)
-            partial.rename(directory)
-            sync_folder(directory.parent)
+            try:
+                sync_folder(partial)
+                partial.rename(directory)
+                sync_folder(directory.parent)
+            except OSError as error:
+                raise cannot_write(directory, error) from None
 
         on_all(communicator, lambda: finish() if me == 0 else None)
-    except CheckpointError:
+    except Exception:
         if me == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -158,6 +174,23 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield own_name(f"{prefix}.{name}" if prefix else name), buffer
+
+
+def _model_config_values(model: nn.Module) -> dict[str, Any] | None:
+    """The model's own configuration, which names its class: that of its code, not an engine's."""
+    own = unwrapped(model)
+    config: Any = getattr(own, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    # an engine's class is made up at run time; and what the configuration names may be another
+    # class, of the model that these weights were once taken from
+    classes = (each for each in type(own).__mro__ if issubclass(each, nn.Module))
+    name = next(
+        each.__name__
+        for each in classes
+        if getattr(sys.modules.get(each.__module__), each.__name__, None) is each
+    )
+    return {**config.to_dict(), "architectures": [name]}
 
 
 def _describe(group: Mapping[str, Any]) -> Group:
@@ -186,7 +219,7 @@ def _make(partial: Path, directory: Path) -> None:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error.strerror})") from None
+        raise cannot_write(directory, error) from None
 
 
 def _within(partial: Path) -> Path:

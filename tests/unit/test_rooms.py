@@ -1,8 +1,8 @@
 """The rooms of the package, and who may know whom: imports run one way.
 
-`finetuning` -> `lm` -> `report`, `integrations` -> `engines` -> `checkpoint` -> `core` (the
-optimizer) -> `sharding` -> `subspace` -> torch, and `config` knows none of them. A room is a folder
-of `arg_dist`; `core` is the files beside them.
+`command`, `finetuning` -> `lm` -> `report`, `integrations` -> `engines` -> `checkpoint` -> `core`
+(the optimizer) -> `sharding` -> `subspace` -> torch, and `config` knows none of them. A room is a
+folder of `arg_dist`; `core` is the files beside them; `__main__` stands before `command`.
 CONTRIBUTING.md gives the reasons.
 """
 
@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "telemetry": set(),
     "integrations": {"config", "core", "engines", "telemetry"},
     "lm": {"package", "checkpoint", "config", "engines", "integrations", "report", "telemetry"},
+    "command": {"checkpoint", "lm"},
+    "__main__": {"command"},
     "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
     "report": {"telemetry"},
     "package": {"checkpoint", "config", "core", "engines", "integrations"},

@@ -1,0 +1,1 @@
+"""The command ``arg-dist``: what one does with a checkpoint outside of training."""

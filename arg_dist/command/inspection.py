@@ -1,0 +1,93 @@
+"""What is in checkpoints, and whether they are as they were written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import TextIO
+
+from arg_dist.checkpoint.alone import checkpoints_at, verified_alone
+from arg_dist.checkpoint.index import CheckpointError, Index, read_index
+
+TITLES = (
+    "checkpoint", "step", "processes", "MiB", "state", "model", "parameters", "matrices",
+    "mean rank",
+)  # fmt: skip
+
+
+def inspect(path: Path, output: TextIO) -> bool:
+    """Verifies checkpoints and writes a table of them, the newest last.
+
+    Args:
+        path: the folder of one, or a folder of them.
+        output: where to; the reasons why any are broken follow the table, a line each.
+
+    Returns:
+        Whether all of them are intact.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its index cannot be read.
+    """
+    faults: list[str] = []
+    rows: list[tuple[str, ...]] = [TITLES]
+    found = checkpoints_at(path)
+    for checkpoint in found:
+        index, fault = _look_at(checkpoint)
+        if index is None and found == [path]:
+            raise CheckpointError(fault)
+        faults += [] if fault is None else [fault]
+        rows.append(_row(checkpoint, index, "intact" if fault is None else "broken"))
+    output.writelines(f"{line}\n" for line in _aligned(rows))
+    output.writelines(f"broken: {fault}\n" for fault in faults)
+    return not faults
+
+
+def _look_at(checkpoint: Path) -> tuple[Index | None, str | None]:
+    """Its index, if it can be read; and what is wrong with it."""
+    index = None
+    try:
+        index = read_index(checkpoint)
+        verified_alone(checkpoint)
+    except CheckpointError as error:
+        return index, str(error)
+    return index, None
+
+
+def _row(checkpoint: Path, index: Index | None, condition: str) -> tuple[str, ...]:
+    name = checkpoint.resolve().name
+    if index is None:
+        return (name, "-", "-", "-", condition, "-", "-", "-", "-")
+    size = sum(file.stat().st_size for file in checkpoint.iterdir() if file.is_file())
+    [architecture] = (index.model_config_values or {}).get("architectures") or ["-"]
+    parameters = sum(
+        math.prod(weight.shape) for weight in index.weights.values() if weight.kind != "buffer"
+    )
+    matrices = [entry for entry in index.states.values() if entry.kind == "matrix"]
+    ranks = [entry.numbers["rank"] for entry in matrices]
+    return (
+        name,
+        str(index.step),
+        str(index.world_size),
+        f"{size / 2**20:.1f}",
+        condition,
+        architecture,
+        str(parameters) if index.weights else "-",  # the optimizer alone was saved
+        str(len(matrices)),
+        f"{mean(ranks):.1f}" if ranks else "-",
+    )
+
+
+def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: texts to the left, numbers to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = {TITLES.index(title) for title in ("checkpoint", "state", "model")}
+    return [
+        "  ".join(
+            cell.ljust(width) if i in texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
