@@ -1,0 +1,283 @@
+"""``arg-dist export`` and ``inspect``: what comes out of a checkpoint, and what is told of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import arg_dist
+from arg_dist.checkpoint import index as index_of
+from arg_dist.command.line import main
+
+TOKENS = torch.randint(0, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def gpt2(**settings) -> nn.Module:
+    """Tied weights, and linear layers the other way round."""
+    config = transformers.GPT2Config(
+        vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=32, eos_token_id=0,
+        bos_token_id=0, use_cache=False, **settings,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert() -> nn.Module:
+    """A frozen embedding; the configuration tells that the weights were once another model's."""
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=32, num_labels=3,
+        architectures=["BertForMaskedLM"],
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    return model
+
+
+def mixtral() -> nn.Module:
+    """Experts in stacks, which its files hold one by one."""
+    config = transformers.MixtralConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, num_local_experts=4, use_cache=False,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+def resnet() -> nn.Module:
+    """Buffers that training moves, some of them whole numbers."""
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    if isinstance(model, transformers.ResNetForImageClassification):
+        return model(pixel_values=PIXELS, labels=torch.tensor([0, 1])).loss
+    labels = torch.tensor([0, 2]) if model.config.model_type == "bert" else TOKENS
+    return model(input_ids=TOKENS, labels=labels).loss
+
+
+def trained(net: nn.Module, folder: Path, step: int = 3, **kept: object) -> Path:
+    """A checkpoint of the model after some steps, ``step-...`` in the folder."""
+    groups = arg_dist.param_groups(net)
+    optimizer = arg_dist.AdaRankGrad(groups, lr=1e-2, max_rank=8, process_group=None)
+    for _ in range(3):
+        loss_of(net.train()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = folder / f"step-{step:08d}"
+    arg_dist.checkpoint.save(path, optimizer, **{"model": net, "step": step, **kept})
+    return path
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object, code: int) -> str:
+    """The one line that a failed command prints on stderr."""
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) == code
+    [line] = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize("build", [gpt2, bert, mixtral, resnet])
+def test_from_pretrained_gives_the_model_that_was_trained(tmp_path, build):
+    torch.manual_seed(0)
+    model = build()
+    checkpoint = trained(model, tmp_path)
+    assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
+    name = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
+    assert name == [type(model).__name__]
+    loaded = getattr(transformers, name[0]).from_pretrained(tmp_path / "out")
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    with torch.no_grad():
+        assert torch.equal(loss_of(loaded.eval()), loss_of(model.eval()))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", checkpoint.name}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_rounded_to_the_type_that_is_asked_for(tmp_path, dtype):
+    model = resnet()
+    checkpoint = trained(model, tmp_path)
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), "--dtype", dtype]) == 0
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    for key, value in loaded.state_dict().items():
+        trained_value = model.state_dict()[key]
+        if trained_value.is_floating_point():
+            trained_value = trained_value.to(getattr(torch, dtype))
+        assert torch.equal(value, trained_value)
+
+
+def test_what_float16_cannot_hold_is_told(tmp_path, capsys):
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.wte.weight[3, 3] = -7e4
+    checkpoint = trained(model, tmp_path)
+    line = told(capsys, "export", checkpoint, tmp_path / "out", "--dtype", "float16", code=1)
+    assert "transformer.wte.weight has values beyond the largest of float16, 65504" in line
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.name}
+
+
+def test_a_tokenizer_is_put_beside_the_model(tmp_path, capsys):
+    from tokenizers import Tokenizer, models
+
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"no": 0, "yes": 1}, unk_token="no"))
+    )
+    words.save_pretrained(tmp_path / "words")
+    checkpoint = trained(gpt2(), tmp_path)
+    out = tmp_path / "out"
+    line = told(capsys, "export", checkpoint, out, "--tokenizer", tmp_path, code=2)
+    assert f"--tokenizer {tmp_path}: holds no Hugging Face tokenizer" in line
+    assert main(["export", str(checkpoint), str(out), "--tokenizer", str(tmp_path / "words")]) == 0
+    assert transformers.AutoTokenizer.from_pretrained(out)("yes")["input_ids"] == [1]
+    assert transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_of_a_folder_the_newest_intact_one_is_exported(tmp_path, capsys):
+    model = gpt2()
+    trained(model, tmp_path / "run", step=3)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    broken = trained(model, tmp_path / "run", step=6)
+    file = next(broken.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    line = told(capsys, "export", tmp_path / "run", tmp_path / "out", code=0)
+    assert f"passed over: {file}: damaged" in line
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+    assert f"{file}: damaged" in told(capsys, "export", broken, tmp_path / "other", code=1)
+    next((tmp_path / "run" / "step-00000003").glob("*.safetensors")).unlink()
+    line = told(capsys, "export", tmp_path / "run", tmp_path / "other", code=1)
+    assert "none of its checkpoints is intact" in line and "missing" in line
+    assert not (tmp_path / "other").exists()
+
+
+def of_another_configuration(checkpoint: Path, **changes: object) -> None:
+    """Rewrites a checkpoint's index as if the model had been configured otherwise."""
+    index = index_of.read_index(checkpoint)
+    values = {**index.model_config_values, **changes}
+    changed = index.model_copy(update={"model_config_values": values})
+    (checkpoint / index_of.INDEX_NAME).write_bytes(index_of.index_bytes(changed, "a test"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "changes", "words"),
+    [
+        ({"model": None}, {}, "holds no model configuration: it was saved without model="),
+        ({"weights": False}, {}, "holds the optimizer's state only"),
+        ({}, {"architectures": ["Mine"]}, "it trained a Mine: transformers"),
+        ({}, {"n_head": 5}, "GPT2LMHeadModel cannot be built from its configuration"),
+        ({}, {"n_positions": 16}, "transformer.wpe.weight has the shape (32, 32), and by"),
+        ({}, {"n_layer": 3}, "has no 'transformer.h.2."),
+        ({}, {"n_layer": 1}, "holds 'transformer.h.1.attn.c_attn.bias', which GPT2LMHeadModel"),
+    ],
+)
+def test_a_checkpoint_that_is_no_whole_model_is_told_by_name(
+    tmp_path, capsys, kept, changes, words
+):
+    checkpoint = trained(gpt2(), tmp_path, **kept)
+    if changes:
+        of_another_configuration(checkpoint, **changes)
+    line = told(capsys, "export", checkpoint, tmp_path / "out", code=1)
+    assert f"{checkpoint}: " in line and words in line
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+def test_weights_that_an_engine_has_untied_must_be_equal(tmp_path, capsys):
+    model = gpt2(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.transformer.wte.weight)
+    for parameter in (model.lm_head.weight, model.transformer.wte.weight):
+        parameter.requires_grad_(False)
+    equal = trained(model, tmp_path, step=1)
+    of_another_configuration(equal, tie_word_embeddings=True)
+    assert main(["export", str(equal), str(tmp_path / "out")]) == 0
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    different = trained(model, tmp_path, step=2)
+    of_another_configuration(different, tie_word_embeddings=True)
+    line = told(capsys, "export", different, tmp_path / "other", code=1)
+    assert "transformer.wte.weight and lm_head.weight are one weight" in line
+
+
+def test_the_class_can_be_named(tmp_path, capsys):
+    checkpoint = trained(gpt2(), tmp_path)
+    of_another_configuration(checkpoint, architectures=["Mine"])
+    arguments = ["export", checkpoint, tmp_path / "out", "--architecture"]
+    assert "--architecture Tensor: transformers" in told(capsys, *arguments, "Tensor", code=2)
+    assert main([*map(str, arguments), "GPT2LMHeadModel"]) == 0
+
+
+def test_what_is_in_the_way_is_not_touched(tmp_path, capsys):
+    checkpoint = trained(gpt2(), tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+    line = told(capsys, "export", checkpoint, out, code=2)
+    assert f"{out}: exists and is not empty" in line
+    line = told(capsys, "export", checkpoint, out / "precious", code=2)
+    assert "exists and is not empty" in line
+    line = told(capsys, "export", checkpoint, out / "precious" / "below", code=1)
+    assert "cannot be written" in line
+    (out / "precious").unlink()
+    assert main(["export", str(checkpoint), str(out)]) == 0
+
+
+def test_out_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    checkpoint = trained(gpt2(), tmp_path)
+
+    def disk_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", disk_full)
+        line = told(capsys, "export", checkpoint, tmp_path / "new" / "out", code=1)
+    assert "out: cannot be written ([Errno 28] No space left on device)" in line
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_checkpoints_are_inspected(tmp_path, capsys):
+    model = bert()
+    first = trained(model, tmp_path, step=3)
+    trained(model, tmp_path, step=12, weights=False)
+    assert main(["inspect", str(tmp_path)]) == 0
+    titles, *rows = capsys.readouterr().out.splitlines()
+    assert titles.split()[:4] == ["checkpoint", "step", "processes", "MiB"]
+    assert len({len(line) for line in (titles, *rows)}) == 1
+    count = str(sum(parameter.numel() for parameter in model.parameters()))
+    whole, state_only = (row.split() for row in rows)
+    assert whole[:3] == ["step-00000003", "3", "1"]
+    assert whole[4:8] == ["intact", "BertForSequenceClassification", count, "12"]
+    assert 1 <= float(whole[8]) <= 8
+    assert state_only[1:7] == ["12", "1", state_only[3], "intact", whole[5], "-"]
+    assert float(state_only[3]) < float(whole[3])
+
+    file = next(first.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    (tmp_path / "step-00000020").mkdir()
+    assert main(["inspect", str(tmp_path)]) == 1
+    _, broken, _, empty, *reasons = capsys.readouterr().out.splitlines()
+    assert broken.split()[4] == "broken" and empty.split()[1:] == [*"---", "broken", *"----"]
+    assert reasons[0].startswith(f"broken: {file}: has ")
+    assert reasons[1].startswith(f"broken: {tmp_path / 'step-00000020'}: it has no index.json")
+
+    assert main(["inspect", str(first)]) == 1
+    assert "no such folder" in told(capsys, "inspect", tmp_path / "nothing", code=1)
+
+
+def test_a_wrong_command_line_is_told_in_one_line(capsys):
+    for arguments in ([], ["export"], ["export", "a", "b", "--dtype", "int8"], ["import"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
