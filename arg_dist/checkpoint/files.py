@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,11 +32,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     """
     try:
         save_file(dict(tensors), path)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # it is made for its owner alone
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         return describe(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(_cannot_write(path, error)) from None
+        raise cannot_write(path, error) from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -53,7 +55,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise CheckpointError(_cannot_write(path, error)) from None
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -100,15 +104,20 @@ def on_all(communicator: Communicator, work: Callable[[], T]) -> list[T]:
     """Does `work` on every process; what each of them returned, or an error on all of them.
 
     Raises:
-        CheckpointError: the first process's that failed.
+        CheckpointError: the first process's that failed. An error that is no fault of files or
+            settings stays what it is on the process that raised it.
     """
     result: T | None = None
-    fault = None
+    fault, unexpected = None, None
     try:
         result = work()
     except (CheckpointError, ConfigError, OSError) as error:
         fault = str(error)
+    except Exception as error:  # whatever it is, the others must not wait for this process
+        fault, unexpected = f"{type(error).__name__}: {error}", error
     outcomes = communicator.gather_objects((fault, result))
+    if unexpected is not None:
+        raise unexpected
     for process, (other, _) in enumerate(outcomes):
         if other is not None:
             where = f"process {process}: " if communicator.size > 1 else ""
@@ -116,5 +125,10 @@ def on_all(communicator: Communicator, work: Callable[[], T]) -> list[T]:
     return [each for _, each in outcomes]
 
 
-def _cannot_write(path: Path, error: Exception) -> str:
-    return f"{path}: cannot be written ({error}); checkpoints written before are as they were"
+def cannot_write(path: Path, error: Exception) -> CheckpointError:
+    """What is said of a file or folder that the system did not let be written."""
+    cause = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return CheckpointError(
+        f"{path}: cannot be written ({cause}); make room or give a folder that every process may "
+        "write to; checkpoints written before are as they were"
+    )

@@ -156,10 +156,17 @@ def read_index(checkpoint: Path) -> Index:
         raise CheckpointError(
             f"{checkpoint}: {why}; give the folder of a checkpoint, such as .../step-00000100"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); give every process the right to read it, "
+            "or use another checkpoint"
+        ) from None
+    except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from None
     if not isinstance(envelope, dict) or envelope.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not the index of a checkpoint of arg_dist")
+        raise CheckpointError(
+            f"{path}: damaged, or not the index of a checkpoint of arg_dist; use another one"
+        )
     version = envelope.get("schema_version")
     if version != SCHEMA_VERSION:
         raise CheckpointError(
