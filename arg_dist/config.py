@@ -74,6 +74,13 @@ class AdaRankGradConfig(BaseModel):
     nonfinite: Literal["error", "skip"] = Field(
         "error", description="a NaN or infinite gradient: raise, naming it, or skip the step"
     )
+    time_limit: float = Field(
+        1800.0,
+        gt=0,
+        le=1e7,
+        description="seconds that a process waits for the others in one of the optimizer's "
+        "collectives before it ends with an error",
+    )
     seed: int = Field(0, ge=0, description="seed of the sketches")
     targets: tuple[str, ...] | None = Field(
         None, description="module-name patterns of the low-rank matrices; default: linear layers"

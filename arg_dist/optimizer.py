@@ -18,10 +18,11 @@ from arg_dist.saved_forms import WHOLE, whole_state
 from arg_dist.self_report import SelfReport
 from arg_dist.shard_step import apply_update, computation, oriented_gradient
 from arg_dist.sharding.communicator import Communicator, training_group
-from arg_dist.sharding.drivers import run_collective, run_local
+from arg_dist.sharding.drivers import run, run_local
 from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup, step_calls
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.sharding.shard import MatrixShard, Shard
+from arg_dist.sharding.waiting import named
 from arg_dist.state import copy_state
 from arg_dist.subspace.exchange import Steps
 
@@ -112,8 +113,8 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         own = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
         where = f"parameter group {position}"
-        for key in own.keys() & {"targets", "exclude"}:
-            raise ConfigError(f"{where}.{key}: patterns are given to the optimizer as a whole")
+        for key in own.keys() & {"targets", "exclude", "time_limit"}:
+            raise ConfigError(f"{where}.{key}: this is a setting of the optimizer as a whole")
         config = parse_config({**{k: self.defaults[k] for k in SETTINGS}, **own}, where)
         group.update(config)
         first = group["params"][0] if group["params"] else None
@@ -155,6 +156,8 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
         """One step on every tensor that the groups hold now.
 
         Raises:
+            NoAnswerError: another process did not come to a collective within `time_limit`
+                seconds, or is gone.
             FloatingPointError: a gradient is NaN or infinite and ``nonfinite="error"``; raised on
                 every process of the group, with weights and state as they were (those of this
                 call: an engine may call once for each parameter group).
@@ -205,8 +208,7 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
             processes=plan.communicator.size,
             me=plan.communicator.me,
         )
-        agreed: Agreement = _run([norms], plan.communicator, 1)[0]
-        return agreed
+        return run([norms], plan.communicator, 1, "the sum of norms", [named(plan.names)])[0]
 
     def _update(
         self,
@@ -228,7 +230,8 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
                 shared.append((shard, steps))
             else:
                 apply_update(shard, run_local(steps), settings[shard.group])
-        results = _run([steps for _, steps in shared], plan.communicator, agreed.rounds)
+        together, names = [steps for _, steps in shared], [shard.name for shard, _ in shared]
+        results = run(together, plan.communicator, agreed.rounds, "the step", names)
         for (shard, _), update in zip(shared, results, strict=True):
             apply_update(shard, update, settings[shard.group])
 
@@ -251,7 +254,7 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
             group_spec(self._seen(group), settings_of(group), self._full_rank_names)
             for group in groups
         ]
-        return make_plans(specs, self._communicators)
+        return make_plans(specs, self._communicators, self.defaults["time_limit"])
 
     def _seen(self, group: dict[str, Any]) -> ParameterGroup:
         """A group as the engines' adapters see it."""
@@ -294,7 +297,8 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
         for plan in self.every_plan():
             for shard in plan.shards if plan.replicated else ():
                 part = whole_state(shard, self.state_of(shard), to=to)
-                state = _run([part], plan.communicator, rounds=1)[0]
+                purpose = "consolidate_state_dict"
+                state = run([part], plan.communicator, 1, purpose, [shard.name])[0]
                 self._custody.keep_whole(plan, shard, state, to)
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,9 +342,3 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
         self.state.clear()
         self.state.update(states)
         self.calls, self.skipped_steps = calls, skipped_steps
-
-
-def _run(computations: list[Steps[Any]], communicator: Communicator, rounds: int) -> list[Any]:
-    if communicator.size == 1:
-        return [run_local(steps) for steps in computations]
-    return run_collective(computations, communicator, rounds)

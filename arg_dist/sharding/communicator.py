@@ -2,21 +2,25 @@
 
 Whatever a round asks for, for however many matrices, travels in one message per pair of processes;
 what a process has for itself is not sent. Sizes follow from the layout, which all owners know, so
-no sizes are exchanged and nothing waits for the host.
+no sizes are exchanged and nothing waits for the host. All of them have a time limit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions  # nowhere public
 
+from arg_dist.sharding.waiting import Waiting, Words
 from arg_dist.subspace.exchange import Exchange, add_up, intersect
 
 ALIGNMENT = 8
@@ -45,42 +49,79 @@ def training_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup |
 class Communicator:
     """The processes of one group, as the drivers see them.
 
+    Args:
+        group: the process group; None for a process on its own.
+        time_limit: seconds to wait for the others in one collective; None: as long as the group
+            does by itself.
+
     Attributes:
         group: the process group; None for a process on its own.
         size: number of processes.
         me: this process's index in the group.
         sent_bytes: bytes sent by this process since the start.
         collectives: collectives taken part in since the start.
+
+    Raises:
+        NoAnswerError: from every method: others did not come in time, or are gone.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, time_limit: float | None = None) -> None:
         self.group = group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.me = 0 if group is None else dist.get_rank(group)
         self.sent_bytes = 0
         self.collectives = 0
+        self._device = torch.device("cpu") if group is None else _device_of(group)
+        self._waiting = None if group is None else Waiting(group, self._device, time_limit)
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Everyone's `value`, in the order of processes; plain Python data, at binding only."""
+    def gather_objects(self, value: Any, purpose: str = "a gathering") -> list[Any]:
+        """Everyone's `value`, in the order of processes; plain Python data, at binding only.
+
+        Args:
+            value: this process's.
+            purpose: what for, in the words of an error.
+        """
         if self.group is None:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        group, mine = self.group, self._pickled(value)
+        sizes = self._sizes(mine, purpose)
+        longest = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
+        longest[: mine.numel()] = mine
+        received = [torch.empty_like(longest) for _ in sizes]
 
-    def gather_objects_on_first(self, value: Any) -> list[Any]:
-        """Everyone's `value` on the first process, nothing on the others; for checkpoints."""
+        def start(limit: timedelta) -> dist.Work:
+            options = AllgatherOptions()
+            options.timeout, options.asyncOp = limit, True
+            return group.allgather([received], [longest], options)
+
+        self._carry_out(start, lambda: f"{purpose} (an all-gather)")
+        return [_unpickled(data[:size]) for data, size in zip(received, sizes, strict=True)]
+
+    def gather_objects_on_first(self, value: Any, purpose: str = "a gathering") -> list[Any]:
+        """Everyone's `value` on the first process, nothing on the others; for checkpoints.
+
+        Args:
+            value: this process's.
+            purpose: what for, in the words of an error.
+        """
         if self.group is None:
             return [value]
-        values: list[Any] = [None] * self.size if self.me == 0 else []
-        dist.gather_object(value, values if self.me == 0 else None, group=self.group, group_dst=0)
-        return values
+        mine = self._pickled(value)
+        sizes = self._sizes(mine, purpose)
+        expected = sizes if self.me == 0 else [0] * self.size
+        data = torch.empty(sum(expected), dtype=torch.uint8, device=self._device)
+        to_first = [mine.numel()] + [0] * (self.size - 1)
+        self._all_to_all(data, mine, expected, to_first, lambda: f"{purpose} (a gathering)")
+        return [_unpickled(part) for part in torch.split(data, expected)] if self.me == 0 else []
 
-    def exchange(self, exchanges: Sequence[Exchange]) -> list[Tensor]:
+    def exchange(
+        self, exchanges: Sequence[Exchange], words: Words = lambda: "an exchange"
+    ) -> list[Tensor]:
         """Carries out the requests of one round, all in one all-to-all.
 
         Args:
             exchanges: this process's requests; two processes list those they share in one order.
+            words: what it is for, should somebody wait too long.
 
         Returns:
             ``want[me]`` rows for each request, on the request's device.
@@ -101,7 +142,7 @@ class Communicator:
                 low, high = intersect(exchange.have[other], wanted)
                 if low < high and other != self.me:
                     incoming[other].append(_Slot(other, k, low, high, exchange.part))
-        for slot, rows in self._all_to_all(outgoing, incoming):
+        for slot, rows in self._swap(outgoing, incoming, words):
             received[slot.request].append((slot.source, slot.low, rows))
         return [
             add_up(
@@ -112,10 +153,10 @@ class Communicator:
             for exchange, parts in zip(exchanges, received, strict=True)
         ]
 
-    def _all_to_all(
-        self, outgoing: list[list[Tensor]], incoming: list[list[_Slot]]
+    def _swap(
+        self, outgoing: list[list[Tensor]], incoming: list[list[_Slot]], words: Words
     ) -> list[tuple[_Slot, Tensor]]:
-        device = self._device()
+        device = self._device
         send_sizes = [sum(_padded(part.nbytes) for part in parts) for parts in outgoing]
         receive_sizes = [sum(_padded(slot.nbytes) for slot in slots) for slots in incoming]
         send = torch.zeros(sum(send_sizes), dtype=torch.uint8, device=device)
@@ -124,7 +165,7 @@ class Communicator:
         for part in (part for parts in outgoing for part in parts):
             send[position : position + part.nbytes] = _as_bytes(part)
             position += _padded(part.nbytes)
-        dist.all_to_all_single(receive, send, receive_sizes, send_sizes, group=self.group)
+        self._all_to_all(receive, send, receive_sizes, send_sizes, words)
         self.sent_bytes += send.numel()
         self.collectives += 1
         results = []
@@ -135,11 +176,44 @@ class Communicator:
             position += _padded(slot.nbytes)
         return results
 
-    def _device(self) -> torch.device:
-        """Where the group's messages must lie; what is offloaded to the host passes there."""
-        if dist.get_backend(self.group) in ("gloo", "mpi", "ucc"):
-            return torch.device("cpu")
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    def _all_to_all(
+        self,
+        receive: Tensor,
+        send: Tensor,
+        receive_sizes: list[int],
+        send_sizes: list[int],
+        words: Words,
+    ) -> None:
+        group = self.group
+        assert group is not None
+
+        def start(limit: timedelta) -> dist.Work:
+            options = dist.AllToAllOptions()
+            options.timeout, options.asyncOp = limit, True
+            return group.alltoall_base(receive, send, receive_sizes, send_sizes, options)
+
+        self._carry_out(start, lambda: f"{words()} (an all-to-all)")
+
+    def _carry_out(self, start: Callable[[timedelta], dist.Work], words: Words) -> None:
+        assert self._waiting is not None
+        self._waiting.carry_out(start, words)
+
+    def _sizes(self, mine: Tensor, purpose: str) -> list[int]:
+        """How long everyone's message is."""
+        send = torch.full((self.size,), mine.numel(), device=self._device)
+        receive = torch.empty_like(send)
+        self._all_to_all(receive, send, [1] * self.size, [1] * self.size, lambda: purpose)
+        return [int(size) for size in receive.tolist()]
+
+    def _pickled(self, value: Any) -> Tensor:
+        return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self._device)
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where the group's messages must lie; what is offloaded to the host passes there."""
+    if dist.get_backend(group) in ("gloo", "mpi", "ucc"):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -167,3 +241,7 @@ def _padded(nbytes: int) -> int:
 
 def _as_bytes(part: Tensor) -> Tensor:
     return part.contiguous().view(-1).view(torch.uint8)
+
+
+def _unpickled(data: Tensor) -> Any:
+    return pickle.loads(data.cpu().numpy().tobytes())

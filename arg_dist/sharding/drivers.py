@@ -7,15 +7,30 @@ agree to the bit, whatever carries the messages.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.waiting import named
 from arg_dist.subspace.exchange import Exchange, Request, Steps, add_up, intersect
 
 T = TypeVar("T")
 Answer = Tensor | tuple[Tensor, ...]
+
+
+def run(
+    computations: Sequence[Steps[T]],
+    communicator: Communicator,
+    rounds: int,
+    purpose: str,
+    names: Sequence[str],
+) -> list[T]:
+    """:func:`run_collective`, or :func:`run_local` for each where a process is on its own."""
+    if communicator.size == 1:
+        return [run_local(steps) for steps in computations]
+    return run_collective(computations, communicator, rounds, purpose, names)
 
 
 def run_local(steps: Steps[T]) -> T:
@@ -58,7 +73,11 @@ def run_lockstep(shards: Sequence[Steps[T]]) -> list[T]:
 
 
 def run_collective(
-    computations: Sequence[Steps[T]], communicator: Communicator, rounds: int
+    computations: Sequence[Steps[T]],
+    communicator: Communicator,
+    rounds: int,
+    purpose: str = "a computation",
+    names: Sequence[str] = (),
 ) -> list[T]:
     """Runs all computations together over real processes: one collective per round for all of them.
 
@@ -68,8 +87,11 @@ def run_collective(
         communicator: the group.
         rounds: number of rounds that every process of the group takes part in; at least as many as
             any of its computations asks for.
+        purpose: what they are, in the words of an error.
+        names: of the matrices that they are for, one each.
 
     Raises:
+        NoAnswerError: other processes did not come to a round in time, or are gone.
         RuntimeError: if a computation asks for more than `rounds` rounds.
     """
     results: list[Any] = [None] * len(computations)
@@ -84,10 +106,15 @@ def run_collective(
 
     for i in range(len(computations)):
         advance(i, None)
-    for _ in range(rounds):
+
+    def words(done: int, asking: list[int]) -> str:
+        where = purpose if rounds == 1 else f"round {done + 1} of {rounds} of {purpose}"
+        return f"{where} for {named([names[i] for i in asking])}" if names else where
+
+    for done in range(rounds):
         asked = list(pending.items())
         exchanges = [exchange for _, request in asked for exchange in _exchanges(request)]
-        answers = iter(communicator.exchange(exchanges))
+        answers = iter(communicator.exchange(exchanges, partial(words, done, list(pending))))
         for i, request in asked:
             mine = tuple(next(answers) for _ in _exchanges(request))
             advance(i, mine if isinstance(request, tuple) else mine[0])

@@ -70,12 +70,15 @@ class Plan:
     saved_by_first: Callable[[], bool]
 
 
-def make_plans(specs: Sequence[GroupSpec], communicators: dict[Any, Communicator]) -> list[Plan]:
+def make_plans(
+    specs: Sequence[GroupSpec], communicators: dict[Any, Communicator], time_limit: float
+) -> list[Plan]:
     """One plan for each process group among the parameter groups.
 
     Args:
         specs: the parameter groups of this call of ``step()``.
         communicators: those made so far, by process group; added to.
+        time_limit: seconds that a process waits for the others in one collective.
 
     Raises:
         RuntimeError: on every process, if they disagree or the layout is not understood.
@@ -85,7 +88,7 @@ def make_plans(specs: Sequence[GroupSpec], communicators: dict[Any, Communicator
         by_group.setdefault(spec.holding.group, []).append((position, spec))
     plans = []
     for group, members in by_group.items():
-        communicator = communicators.get(group) or Communicator(group)
+        communicator = communicators.get(group) or Communicator(group, time_limit)
         communicators[group] = communicator
         plans.append(_make_plan(members, communicator))
     return plans
@@ -93,7 +96,7 @@ def make_plans(specs: Sequence[GroupSpec], communicators: dict[Any, Communicator
 
 def _make_plan(members: list[tuple[int, GroupSpec]], communicator: Communicator) -> Plan:
     described = [_describe(spec) for _, spec in members]
-    everyone = communicator.gather_objects(described)
+    everyone = communicator.gather_objects(described, "comparing layouts at the first step")
     _check_agreement(everyone)
     shards: list[Shard] = []
     names: list[str] = []

@@ -31,6 +31,8 @@ from arg_dist.config import parse_config
         ({"side": "top"}, r"AdaRankGrad\.side: .*got 'top'"),
         ({"decay": 1.0}, r"AdaRankGrad\.decay: .*less than 1"),
         ({"seed": -1}, r"AdaRankGrad\.seed: "),
+        ({"time_limit": 0}, r"AdaRankGrad\.time_limit: .*greater than 0, got 0"),
+        ({"time_limit": float("inf")}, r"AdaRankGrad\.time_limit: .*less than or equal"),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_needed(settings, message):
@@ -88,7 +90,8 @@ def test_a_group_overrides_the_optimizers_settings():
         ({"max_rank": 0}, r"parameter group 1\.max_rank: got 0"),
         ({"enrgy": 0.5}, r"parameter group 1\.enrgy: unknown key; did you mean 'energy'\?"),
         ({"max_rank": 2, "min_rank": 3}, r"parameter group 1: max_rank \(2\) is smaller"),
-        ({"targets": ["mlp"]}, r"parameter group 1\.targets: patterns are given to the optimizer"),
+        ({"targets": ["mlp"]}, r"parameter group 1\.targets: .*the optimizer as a whole"),
+        ({"time_limit": 9}, r"parameter group 1\.time_limit: .*the optimizer as a whole"),
     ],
 )
 def test_a_groups_settings_are_checked_like_the_optimizers(group, message):

@@ -94,7 +94,7 @@ def ask(times: int):
 class Echo:
     """A communicator that answers with what was sent."""
 
-    def exchange(self, exchanges):
+    def exchange(self, exchanges, words):
         return [exchange.part for exchange in exchanges]
 
 
