@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from arg_dist.checkpoint.claim import claim
 from arg_dist.checkpoint.files import on_all, sync_folder, write_bytes
 from arg_dist.checkpoint.index import CheckpointError
 from arg_dist.checkpoint.reading import Restored, restore, verified_index
@@ -21,8 +24,10 @@ from arg_dist.optimizer import AdaRankGrad
 from arg_dist.sharding.job import for_host_data, job_communicator
 
 LATEST_NAME = "latest"
-_NAME = re.compile(r"step-(\d+)(\.replaced)?")
-_LEFTOVER = re.compile(r"\.(step-\d+|latest)(\.replaced)?\.(partial|removed)")
+_NAME = re.compile(r"step-(\d+)(\.replaced|\.abandoned)?")
+_LEFTOVER = re.compile(r"\.(step-\d+|latest)(\.replaced|\.abandoned)?\.(partial|removed)")
+
+log = logging.getLogger("arg_dist")
 
 
 class SaveTimes(NamedTuple):
@@ -44,7 +49,9 @@ class SaveTimes(NamedTuple):
 class Checkpoints:
     """A folder of checkpoints, ``step-00000100`` and so on, and ``latest``, the newest one's name.
 
-    Every process of the job makes one and calls its methods at the same steps.
+    Every process of the job makes one and calls its methods at the same steps. While there is one,
+    no other job can have the folder. A job that went on from an older checkpoint than the newest
+    puts ``.abandoned`` to the names of those after its first one; as it passes them, they go.
 
     Args:
         folder: where they are, on a file system that all processes share.
@@ -61,6 +68,8 @@ class Checkpoints:
 
     Raises:
         ValueError: `keep` is below 1.
+        CheckpointError: on every process: the folder cannot be written to, is another job's, or is
+            not the same on all processes.
     """
 
     def __init__(
@@ -84,6 +93,7 @@ class Checkpoints:
         self._processes = for_host_data(job, time_limit)
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[SaveTimes] | None = None
+        self._claim = claim(self.folder, self._processes)
         on_all(self._processes, self._clear_leftovers)
 
     def save(self, step: int, job: Mapping[str, Any] | None = None) -> None:
@@ -113,7 +123,7 @@ class Checkpoints:
             seconds = time.perf_counter() - began
             self.times[-1] = self.times[-1]._replace(stall_seconds=seconds)
         else:
-            self._pending = self._thread.submit(self._write, prepared, stall)
+            self._pending = self._thread.submit(self._write_beside, prepared, stall)
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -170,6 +180,14 @@ class Checkpoints:
             weights=True,
         )
 
+    def _write_beside(self, prepared: Draft, stall: float) -> SaveTimes:
+        try:
+            return self._write(prepared, stall)
+        except Exception as error:  # raised at the next call, which may be long after, or never
+            if self._processes.me == 0:
+                log.error("the checkpoint of step %d was not saved: %s", prepared.index.step, error)
+            raise
+
     def _write(self, prepared: Draft, stall: float) -> SaveTimes:
         began = time.perf_counter()
         step = prepared.index.step
@@ -188,21 +206,37 @@ class Checkpoints:
         return checkpoints_in(self.folder)
 
     def _set_aside(self, checkpoint: Path) -> None:
-        """A checkpoint of the same step, of a run that was resumed from an earlier one."""
+        """A checkpoint of the same step; if this save fails, it still is the one of this step."""
         if self._processes.me == 0 and checkpoint.exists():
-            replaced = checkpoint.with_name(f"{checkpoint.name}.replaced")
-            _remove(replaced)
-            checkpoint.rename(replaced)
+            there = _order(self.folder)
+            older = [path for path in there if there[path] < (True, there[checkpoint].step)]
+            self._write_latest(older[-1] if older else None)
+            self._write_latest(_put_away(checkpoint, ".replaced"))
 
     def _point_to(self, checkpoint: Path) -> None:
         """Writes ``latest``, and removes what is not to be kept."""
         if self._processes.me != 0:
             return
-        write_bytes(self.folder / LATEST_NAME, f"{checkpoint.name}\n".encode())
-        _remove(checkpoint.with_name(f"{checkpoint.name}.replaced"))
-        older = [each for each in checkpoints_in(self.folder) if each.name <= checkpoint.name]
-        for each in older[: -self._keep]:
-            _remove(each)
+        self._write_latest(checkpoint)
+        there = _order(self.folder)
+        now = there[checkpoint].step
+        for path, order in there.items():
+            if order.current and order.step > now:
+                _put_away(path, ".abandoned")
+        behind = {path: order for path, order in there.items() if order.step <= now}
+        kept = [
+            p for p, order in behind.items() if order.current and (order.whole or order.step < now)
+        ]
+        for path in behind:
+            if path not in kept[-self._keep :]:
+                _remove(path)
+
+    def _write_latest(self, checkpoint: Path | None) -> None:
+        path = self.folder / LATEST_NAME
+        if checkpoint is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_bytes(path, f"{checkpoint.name}\n".encode())
 
     def _clear_leftovers(self) -> None:
         """Of runs that were killed while they saved."""
@@ -219,17 +253,48 @@ def newest_in(folder: str | Path) -> Path | None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """By step; of two of one step, the one that was replaced comes first."""
+    """By step; of two of one step, the one that was replaced comes first, and abandoned ones do."""
+    return list(_order(folder))
+
+
+class _Order(NamedTuple):
+    """What a checkpoint's name tells, as they are sorted."""
+
+    current: bool
+    step: int
+    whole: bool
+
+
+def _order(folder: Path) -> dict[Path, _Order]:
     names = {path: _NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
-    found = {path: (int(name[1]), name[2] is None) for path, name in names.items() if name}
-    return sorted(found, key=lambda path: found[path])
+    found = {
+        path: _Order(name[2] != ".abandoned", int(name[1]), name[2] is None)
+        for path, name in names.items()
+        if name
+    }
+    return dict(sorted(found.items(), key=itemgetter(1)))
+
+
+def _put_away(checkpoint: Path, suffix: str) -> Path:
+    """Gives a checkpoint another name, in the place of what has it, and returns that."""
+    aside = checkpoint.with_name(checkpoint.name.partition(".")[0] + suffix)
+    _remove(aside)
+    checkpoint.rename(aside)
+    sync_folder(checkpoint.parent)
+    return aside
 
 
 def _remove(checkpoint: Path) -> None:
     """Removes a checkpoint so that at no moment a part of it stands under its name."""
     if checkpoint.exists():
         removed = checkpoint.with_name(f".{checkpoint.name}.removed")
-        shutil.rmtree(removed, ignore_errors=True)
-        checkpoint.rename(removed)
-        sync_folder(checkpoint.parent)
-        shutil.rmtree(removed)
+        try:
+            shutil.rmtree(removed, ignore_errors=True)
+            checkpoint.rename(removed)
+            sync_folder(checkpoint.parent)
+            shutil.rmtree(removed)
+        except OSError as error:
+            raise CheckpointError(
+                f"{removed}: an old checkpoint cannot be removed ({error.strerror}); remove it; "
+                "the newer ones are complete"
+            ) from None
