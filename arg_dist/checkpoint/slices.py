@@ -22,6 +22,9 @@ from arg_dist.checkpoint.index import (
 )
 from arg_dist.subspace.exchange import Interval, intersect
 
+BLOCK_ELEMENTS = 1 << 18
+"""What is turned from one order to the other at a time; more would need more memory."""
+
 
 class SliceReader:
     """The files of one checkpoint, opened as they are needed; a context manager."""
@@ -78,8 +81,6 @@ class SliceReader:
     ) -> Tensor:  # fmt: skip
         """Elements `wanted` of a tensor that is stored as a row of its elements.
 
-        Where it was stored in the other order, all of it is in memory for a moment.
-
         Args:
             entry: what the tensor is.
             sliced: where its slices are.
@@ -89,9 +90,20 @@ class SliceReader:
         """
         if entry.transposed == transposed:
             return self.rows(sliced, key, wanted)
-        whole = self.rows(sliced, key, (0, sliced.shape[0]))
-        stored = entry.shape[::-1] if entry.transposed else entry.shape
-        return whole.view(stored).T.reshape(-1)[wanted[0] : wanted[1]].clone()
+        start, stop = wanted
+        if start >= stop:
+            return self.rows(sliced, key, (0, 0))
+        # count x length as it was stored, length x count as it is wanted
+        count, length = entry.shape[::-1] if entry.transposed else entry.shape
+        first, last = start // count, -(-stop // count)
+        rows = torch.empty((last - first, count), dtype=getattr(torch, sliced.dtype))
+        step = max(1, BLOCK_ELEMENTS // length)
+        for low in range(0, count, step):
+            high = min(low + step, count)
+            block = self.rows(sliced, key, (low * length, high * length)).view(-1, length)
+            rows[:, low:high] = block[:, first:last].T
+        values = rows.view(-1)[start - first * count : stop - first * count]
+        return values if values.numel() == rows.numel() else values.clone()
 
     def random_states(self, process: int) -> dict[str, Tensor]:
         """The states of random number generators that a process wrote."""
