@@ -53,6 +53,7 @@ from arg_dist.lm.presets import build_model, count_parameters, model_config
 from arg_dist.lm.processes import (
     from_first_process,
     is_first_process,
+    limit_waiting,
     mean_and_stop,
 )
 from arg_dist.lm.progress import TrainingProgress
@@ -69,6 +70,9 @@ from arg_dist.lm.schedule import warmup_cosine_scheduler
 from arg_dist.lm.tokens import Sequences, load_tokenizer
 from arg_dist.lm.training import Engine, leave_processes
 from arg_dist.report import RunFacts, RunRecord, run_facts, sample_optimizer
+
+PATIENT_START = timedelta(minutes=30)
+"""The least time limit while the first process reads the data for all of them."""
 
 
 def parse_options() -> argparse.Namespace:
@@ -110,8 +114,8 @@ def parse_options() -> argparse.Namespace:
     add("--resume", metavar="auto|PATH", help="go on from the newest intact checkpoint in OUT, or "
         "from the beginning if there is none; or from a certain one, of any run")  # fmt: skip
     add("--time-limit", type=at_least(1), metavar="SECONDS", help="how long a process waits for "
-        "another one that has stopped answering, or reads the data (default: the engine's, 10 to "
-        "30 minutes)")  # fmt: skip
+        "another one that has stopped answering (default: the engine's, 10 to 30 minutes; while "
+        "the first one reads the data, no less than 30 minutes)")  # fmt: skip
     add("--out", type=Path, help="the run's directory (default: runs/MODEL-OPTIMIZER)")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args()
@@ -132,14 +136,14 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
     """Joins the processes, reads the data, builds model and engine."""
     path = options.deepspeed_config
     setup = AccelerateSetup() if path is None else DeepSpeedSetup(path)
-    limit = options.time_limit
+    limit = None if options.time_limit is None else timedelta(seconds=options.time_limit)
     with stop.at_once():
-        setup.connect(None if limit is None else timedelta(seconds=limit))
+        setup.connect(None if limit is None else max(limit, PATIENT_START))
     config = setup.read_config()
     optimizer = choose_optimizer(config, options.optimizer)
     overrides = parse_overrides(options.overrides)
     if limit is not None and "time_limit" in AdaRankGradConfig.model_fields:
-        overrides.setdefault("time_limit", limit)
+        overrides.setdefault("time_limit", options.time_limit)
     settings = set_optimizer(config, optimizer, overrides, options.lr)
     if options.accumulation is not None:
         config["gradient_accumulation_steps"] = options.accumulation
@@ -154,7 +158,7 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
         resume=options.resume,
         save_every=options.save_every,
         keep=options.keep,
-        time_limit=limit,
+        time_limit=options.time_limit,
     )
 
     def read_sequences() -> tuple[Sequences, dict[str, str], Found | None]:
@@ -190,6 +194,8 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
             print(*changes, sep="\n", flush=True)
     model = build_model(options.model, shape, seed=options.seed, deepspeed_config=config)
     engine = setup.build(model, config, batch, warmup_cosine_scheduler(**course))
+    if limit is not None:
+        limit_waiting(limit)
     facts = run_facts(
         engine=engine.name,
         world_size=dist.get_world_size(),

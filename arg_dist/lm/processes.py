@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -34,6 +35,17 @@ def from_first_process(produce: Callable[[], T]) -> T:
     if isinstance(box[0], InputError):
         raise box[0]
     return box[0]  # type: ignore[return-value]
+
+
+def limit_waiting(limit: timedelta) -> None:
+    """Lets this process wait for another no longer than `limit`, in whichever group both are.
+
+    Engines form groups of their own with torch's limit of 10 to 30 minutes, whatever the job's is;
+    so this is called once the engine stands.
+    """
+    c10d = dist.distributed_c10d
+    for group in c10d._world.pg_map:  # torch lists its groups nowhere else
+        c10d._set_pg_timeout(limit, group)
 
 
 def mean_and_stop(

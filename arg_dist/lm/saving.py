@@ -75,7 +75,6 @@ class RunCheckpoints:
         if self._series is None or wanted is None:
             return Earlier()
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
             try:
                 restored = self._series.load(wanted)
             except CheckpointError as error:
