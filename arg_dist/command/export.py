@@ -192,8 +192,10 @@ def _write(
         model.save_pretrained(partial, state_dict=weights)
         if words is not None:
             words.save_pretrained(partial)
+        usual = partial.stat().st_mode & 0o666
         for path in partial.rglob("*"):
             if path.is_file():
+                path.chmod(usual)  # safetensors lets nobody else read what it writes
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         sync_folder(partial)

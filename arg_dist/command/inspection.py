@@ -37,6 +37,8 @@ def inspect(path: Path, output: TextIO) -> bool:
         index, fault = _look_at(checkpoint)
         if index is None and found == [path]:
             raise CheckpointError(fault)
+        if not checkpoint.exists():
+            continue  # the run that writes here has removed it just now: it keeps the last few
         faults += [] if fault is None else [fault]
         rows.append(_row(checkpoint, index, "intact" if fault is None else "broken"))
     output.writelines(f"{line}\n" for line in _aligned(rows))

@@ -93,6 +93,8 @@ def test_from_pretrained_gives_the_model_that_was_trained(tmp_path, build):
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
     name = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
     assert name == [type(model).__name__]
+    usual = (checkpoint / index_of.INDEX_NAME).stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {usual}
     loaded = getattr(transformers, name[0]).from_pretrained(tmp_path / "out")
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()
@@ -273,6 +275,14 @@ def test_checkpoints_are_inspected(tmp_path, capsys):
 
     assert main(["inspect", str(first)]) == 1
     assert "no such folder" in told(capsys, "inspect", tmp_path / "nothing", code=1)
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_not_called_broken(tmp_path, capsys, monkeypatch):
+    checkpoint = trained(gpt2(), tmp_path)
+    gone = tmp_path / "step-00000001"
+    monkeypatch.setattr("arg_dist.command.inspection.checkpoints_at", lambda _: [gone, checkpoint])
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_a_wrong_command_line_is_told_in_one_line(capsys):
