@@ -29,6 +29,7 @@ from arg_dist.lm.deepspeed_engine import (
     loss_scale_state,
 )
 from arg_dist.lm.job_config import Batch, without_auto
+from arg_dist.lm.rendezvous import init_method
 from arg_dist.lm.schedule import WarmupCosine
 from arg_dist.lm.training import Engine, Schedule, Setup, unusable_port
 
@@ -57,7 +58,7 @@ class AccelerateSetup(Setup):
             # Told so, accelerate gives up on FSDP and DeepSpeed; not told, on sharing plain work.
             cpu = not (_has_gpu() or asks_for("DEEPSPEED") or asks_for("FSDP"))
             on_cpus = {} if _has_gpu() else {"backend": "gloo"}
-            group = InitProcessGroupKwargs(timeout=time_limit, **on_cpus)
+            group = InitProcessGroupKwargs(timeout=time_limit, init_method=init_method(), **on_cpus)
             self._accelerator = Accelerator(cpu=cpu, kwargs_handlers=[group])
             check_accelerator(self._accelerator)
         except dist.DistNetworkError:

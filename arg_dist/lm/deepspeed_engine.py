@@ -17,6 +17,7 @@ from arg_dist.lm import InputError
 from arg_dist.lm.job_config import Batch, read_deepspeed_config
 from arg_dist.lm.presets import zero_stage
 from arg_dist.lm.processes import from_first_process
+from arg_dist.lm.rendezvous import init_method
 from arg_dist.lm.training import Engine, Schedule, Setup, unusable_port
 
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -44,7 +45,10 @@ class DeepSpeedSetup(Setup):
         limit = {} if time_limit is None else {"timeout": time_limit}
         try:
             deepspeed.init_distributed(
-                accelerator.communication_backend_name(), verbose=False, **limit
+                accelerator.communication_backend_name(),
+                verbose=False,
+                init_method=init_method(),
+                **limit,
             )
         except dist.DistNetworkError:
             raise unusable_port("--master_port") from None
