@@ -8,6 +8,7 @@ from arg_dist.groups import classify, param_groups
 from arg_dist.integrations.accelerate import prepare
 from arg_dist.integrations.trainer import for_trainer
 from arg_dist.optimizer import AdaRankGrad
+from arg_dist.sharding.waiting import NoAnswerError
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "AdaRankGrad",
     "AdaRankGradConfig",
     "ConfigError",
+    "NoAnswerError",
     "checkpoint",
     "classify",
     "for_trainer",

@@ -25,40 +25,31 @@ from pathlib import Path
 import torch.distributed as dist
 
 from arg_dist.checkpoint import CheckpointError
-from arg_dist.config import AdaRankGradConfig
 from arg_dist.lm import InputError
 from arg_dist.lm.accelerate_engine import AccelerateSetup
-from arg_dist.lm.command_line import (
-    BAD_INPUT,
-    FAILED,
-    OneLineParser,
-    at_least,
-    complain,
-    not_negative,
-    share,
-)
+from arg_dist.lm.command_line import BAD_INPUT, FAILED, complain
 from arg_dist.lm.corpus import read_corpus
 from arg_dist.lm.deepspeed_engine import DeepSpeedSetup
 from arg_dist.lm.environment import prepare_environment, quiet_libraries
 from arg_dist.lm.identity import model_values, text_digest, token_digest
 from arg_dist.lm.interrupts import StopRequest, exit_code
 from arg_dist.lm.job_config import (
-    OPTIMIZERS,
     choose_optimizer,
     parse_overrides,
     set_batch,
     set_optimizer,
 )
+from arg_dist.lm.options import parse_options
 from arg_dist.lm.presets import build_model, count_parameters, model_config
 from arg_dist.lm.processes import (
     from_first_process,
     is_first_process,
     limit_waiting,
     mean_and_stop,
+    no_answer,
 )
 from arg_dist.lm.progress import TrainingProgress
 from arg_dist.lm.resuming import (
-    KEEP,
     Found,
     check_job,
     describe_job,
@@ -73,52 +64,6 @@ from arg_dist.report import RunFacts, RunRecord, run_facts, sample_optimizer
 
 PATIENT_START = timedelta(minutes=30)
 """The least time limit while the first process reads the data for all of them."""
-
-
-def parse_options() -> argparse.Namespace:
-    """The command line; see --help."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--deepspeed_config", metavar="JSON", help="train under DeepSpeed, as this file says "
-        "(default: as the launcher says)")  # fmt: skip
-    add("--model", default="nano", help="nano|60m|130m|350m|1b|7b, a config.json or a checkpoint")
-    add("--data", nargs="+", default=[], metavar="PATH", help="text files, directories, globs, "
-        ".jsonl, a saved data set (default: the Python source installed here)")  # fmt: skip
-    add("--text-key", default="text", help="the text's key in .jsonl and data sets")
-    add("--data-bytes", type=at_least(1), help="read at most this much text (default without "
-        "--data: 32 MiB)")  # fmt: skip
-    add("--tokenizer", metavar="DIR", help="a Hugging Face tokenizer (default: bytes)")
-    add("--optimizer", choices=OPTIMIZERS, help="default: the JSON's, or adarankgrad")
-    add("--lr", type=float, help="peak learning rate (default: the JSON's, or 1e-3)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="an optimizer setting, e.g. --set energy=0.8; may be repeated")  # fmt: skip
-    add("--batch-size", type=at_least(1), help="sequences per step over all processes "
-        "(default: the JSON's train_batch_size; without one 16)")  # fmt: skip
-    add("--accumulation", type=at_least(1), help="portions in which a process takes its sequences "
-        "of a step (default: the JSON's, or 1)")  # fmt: skip
-    add("--clip", type=not_negative, help="largest norm of the gradient, 0 for no limit (default: "
-        "the JSON's gradient_clipping, or 1)")  # fmt: skip
-    add("--seq-len", type=at_least(2), default=128, help="tokens per sequence")
-    add("--steps", type=at_least(1), default=300, help="optimizer steps")
-    add("--warmup", type=at_least(0), default=20, help="steps until the peak learning rate")
-    add("--min-lr-ratio", type=share, default=0.1, help="the cosine's end, as a share of the peak")
-    add("--seed", type=at_least(0), default=0)
-    add("--eval-every", type=at_least(1), default=50, metavar="STEPS")
-    add("--eval-batches", type=at_least(1), default=4, help="global batches per evaluation")
-    add("--log-ranks-every", type=at_least(1), default=10, metavar="STEPS")
-    add("--save-every", type=at_least(1), metavar="STEPS", help="leave checkpoints in "
-        "OUT/checkpoints, also at the end and when stopped (with --resume: only then)")  # fmt: skip
-    add("--keep", type=at_least(1), metavar="K", help=f"checkpoints that stay (default: {KEEP})")
-    add("--resume", metavar="auto|PATH", help="go on from the newest intact checkpoint in OUT, or "
-        "from the beginning if there is none; or from a certain one, of any run")  # fmt: skip
-    add("--time-limit", type=at_least(1), metavar="SECONDS", help="how long a process waits for "
-        "another one that has stopped answering (default: the engine's, 10 to 30 minutes; while "
-        "the first one reads the data, no less than 30 minutes)")  # fmt: skip
-    add("--out", type=Path, help="the run's directory (default: runs/MODEL-OPTIMIZER)")
-    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser.parse_args()
 
 
 @dataclass(frozen=True)
@@ -142,7 +87,7 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
     config = setup.read_config()
     optimizer = choose_optimizer(config, options.optimizer)
     overrides = parse_overrides(options.overrides)
-    if limit is not None and "time_limit" in AdaRankGradConfig.model_fields:
+    if limit is not None and optimizer == "adarankgrad":
         overrides.setdefault("time_limit", options.time_limit)
     settings = set_optimizer(config, optimizer, overrides, options.lr)
     if options.accumulation is not None:
@@ -270,16 +215,24 @@ def train(job: Job, options: argparse.Namespace, stop: StopRequest) -> int:
 
 def main() -> int:
     """The job, with what is wrong told in one line."""
-    options = parse_options()
+    options = parse_options(__doc__)
     stop = StopRequest()
     try:
         prepare_environment()
         quiet_libraries()
         return train(build(options, stop), options, stop)
-    except (InputError, CheckpointError, FloatingPointError) as error:
-        # a FloatingPointError is the loss's, or the optimizer's
+    except InputError as error:
         complain(str(error))
-        return BAD_INPUT if isinstance(error, InputError) else FAILED
+        return BAD_INPUT
+    except (CheckpointError, FloatingPointError) as error:  # the loss's, or the optimizer's
+        complain(str(error))
+        return FAILED
+    except RuntimeError as error:
+        told = no_answer(error)
+        if told is None:
+            raise
+        complain(told)
+        return FAILED
     finally:
         leave_processes()
 

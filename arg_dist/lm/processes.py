@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from arg_dist import NoAnswerError
 from arg_dist.lm import InputError
 
 T = TypeVar("T")
@@ -46,6 +48,26 @@ def limit_waiting(limit: timedelta) -> None:
     c10d = dist.distributed_c10d
     for group in c10d._world.pg_map:  # torch lists its groups nowhere else
         c10d._set_pg_timeout(limit, group)
+
+
+def no_answer(error: RuntimeError) -> str | None:
+    """What to tell of an `error` that the silence of other processes causes; None of others.
+
+    The optimizer's names its matrices; gloo's, out of an engine's collectives, say little.
+    """
+    if isinstance(error, NoAnswerError):
+        return str(error)
+    found = _SILENCE.search(str(error))
+    if found is None:
+        return None
+    return (
+        f"another process has stopped answering, or is gone ({found[0]}, in a collective outside "
+        "the optimizer); see what it says itself, and go on with --resume; --time-limit tells how "
+        "long to wait"
+    )
+
+
+_SILENCE = re.compile(r"Timed out waiting \d+ms|Connection (?:closed|reset) by peer|Broken pipe")
 
 
 def mean_and_stop(

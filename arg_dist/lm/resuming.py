@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arg_dist.checkpoint.index import CheckpointError, Index, read_index
+from arg_dist.checkpoint.series import checkpoints_in
 from arg_dist.lm import InputError
 from arg_dist.lm.identity import changes, check_identity
 
@@ -90,16 +91,16 @@ def find_checkpoint(plan: CheckpointPlan) -> Found | None:
     """The checkpoint that `plan` asks for; with ``auto`` the newest with a readable index.
 
     Raises:
-        InputError: there is none at a path; the run would write its checkpoints among those of
-            another one; or no job of this kind wrote it.
+        InputError: there is none at a path; checkpoints of several runs would lie in one folder;
+            or no job of this kind wrote it.
     """
-    there = checkpoints_in(plan.folder)
+    there = checkpoints_in(plan.folder) if plan.folder.is_dir() else []
+    run = f"--out {plan.folder.parent}: a run has left checkpoints there, the last one"
     if plan.resume is None:
         if there:
             raise InputError(
-                f"--out {plan.folder.parent}: a run has left checkpoints there, the last one "
-                f"{there[-1].name}; go on with --resume auto, or give another --out, or remove "
-                f"{plan.folder}"
+                f"{run} {there[-1].name}; go on with --resume auto, or give another --out, or "
+                f"remove {plan.folder}"
             )
         return None
     if plan.resume == AUTO:
@@ -110,27 +111,15 @@ def find_checkpoint(plan: CheckpointPlan) -> Found | None:
                 continue
         return None
     path = Path(plan.resume)
+    if there and path.resolve().parent != plan.folder.resolve():
+        raise InputError(
+            f"{run} {there[-1].name}, which those of a run that goes on from {path} would mix "
+            f"with; give another --out, or remove {plan.folder}"
+        )
     try:
-        found = _found(path, read_index(path))
+        return _found(path, read_index(path))
     except CheckpointError as error:
         raise InputError(f"--resume: {error}") from None
-    own = [other for other in there if other.resolve() == path.resolve()]
-    newer = [other for other in there if not own or other.name > f"{path.resolve().name}~"]
-    if newer:
-        names = ", ".join(other.name for other in newer[-3:])
-        raise InputError(
-            f"--resume {path}: {plan.folder} holds {'newer' if own else 'other'} checkpoints "
-            f"({names}), which those of this run would mix with; give another --out, or remove them"
-        )
-    return found
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder, intact or not, by step."""
-    # one that was about to be replaced when the run was killed counts less than its successor
-    return sorted(
-        (p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: (p.stem, -len(p.suffix))
-    )
 
 
 def _found(path: Path, index: Index) -> Found:

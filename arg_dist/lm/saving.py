@@ -124,7 +124,7 @@ class RunCheckpoints:
         try:
             self._series.save(step, job)
         except CheckpointError as error:
-            self._news += [f"a checkpoint was not saved: {error}", f"trying again at step {step}"]
+            self._news += [f"the checkpoint before was not saved ({error}); again at step {step}"]
             self._series.save(step, job)
             self._series.wait()
         self._latest = step

@@ -7,9 +7,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -30,47 +30,64 @@ def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
         time.sleep(0.05)
 
 
+class Started:
+    """A launch that is going on: its launcher's process, and what all of them have printed."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: TextIO) -> None:
+        self.process = process
+        self._log = log
+
+    def printed(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that the launcher has started, by their index in the job."""
+        try:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        found = {}
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "RANK" in (variables := child.environ()):
+                    found[int(variables["RANK"])] = child
+        return [found[index] for index in sorted(found)]
+
+    def terminate(self, *, seconds: float) -> int:
+        """SIGTERM to the launcher and its processes; its exit code once all have gone."""
+        there = self.workers()
+        os.killpg(self.process.pid, signal.SIGTERM)
+        code = self.process.wait(timeout=seconds)
+        _, alive = psutil.wait_procs(there, timeout=seconds)
+        assert not alive, f"still there {seconds} s after SIGTERM: {alive}"
+        return code
+
+
 @contextlib.contextmanager
 def started(
-    script: str, *arguments: object, processes: int, launcher: Launcher = "deepspeed"
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A launch that is going on; when the block ends, so do all of its processes."""
-    words = command(script, *arguments, processes=processes, launcher=launcher)
+    script: str,
+    *arguments: object,
+    processes: int,
+    launcher: Launcher = "deepspeed",
+    options: Sequence[object] = (),
+) -> Iterator[Started]:
+    """Starts a launch; when the block ends, so do all of its processes.
+
+    `options` are the launcher's own.
+    """
+    words = command(script, *arguments, processes=processes, launcher=launcher, options=options)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             words, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True
         )
+        launch = Started(process, log)
         try:
-            yield process
+            yield launch
         except AssertionError as error:
-            log.seek(0)
-            raise AssertionError(f"{error}\n{log.read()[-6000:]}") from None
+            raise AssertionError(f"{error}\n{launch.printed()[-6000:]}") from None
         finally:
-            for each in (*workers(process), process):
+            for each in (*launch.workers(), process):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
             process.wait()
-
-
-def workers(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The processes that a launcher has started, by their index in the job."""
-    try:
-        children = psutil.Process(launcher.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-    found = {}
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "RANK" in (variables := child.environ()):
-                found[int(variables["RANK"])] = child
-    return [found[index] for index in sorted(found)]
-
-
-def terminate(launcher: subprocess.Popen[bytes], *, seconds: float) -> int:
-    """SIGTERM to a launcher and its processes; returns its exit code once all have gone."""
-    there = workers(launcher)
-    os.killpg(launcher.pid, signal.SIGTERM)
-    code = launcher.wait(timeout=seconds)
-    _, alive = psutil.wait_procs(there, timeout=seconds)
-    assert not alive, f"still there {seconds} s after SIGTERM: {alive}"
-    return code

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "__main__": {"command"},
     "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
     "report": {"telemetry"},
-    "package": {"checkpoint", "config", "core", "engines", "integrations"},
+    "package": {"checkpoint", "config", "core", "engines", "integrations", "sharding"},
 }
 THIRD_PARTY = {
     "config": {"pydantic"},
