@@ -81,7 +81,7 @@ class Custody:
                 }
                 saved["state"].update(packs)
                 for index, own in packs.items() if plan.saved_by_first() else ():
-                    for entry in plan.communicator.gather_objects_on_first(own):
+                    for entry in plan.communicator.gather_objects_on_first(own, "state_dict"):
                         saved["state"][index] = saved["state"][index] | entry
 
     # -- in --------------------------------------------------------------------------------------
@@ -102,8 +102,8 @@ class Custody:
             units = saved["state"].get(index)
             if units and is_packed(units):
                 self._place, calls, units = unpack(units, here)
-            if units is not None:
-                states[target] = units
+            if units is not None:  # beside units, an engine may have put what its tools ask for
+                states[target] = {k: v for k, v in units.items() if isinstance(v, dict)}
         self._place = None if self._place is None else (self._place[0], self._place[1])
         whole = states if self._place == WHOLE else {}
         self._uncut = {(target, name) for target, units in whole.items() for name in units}

@@ -6,7 +6,6 @@ optimizer that somebody put into the place of AdaRankGrad is found out.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from arg_dist.config import ConfigError
+from arg_dist.engines.deepspeed_checkpoints import follow_checkpoints
 from arg_dist.engines.deepspeed_config import refuse_unsupported
 from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.groups import classify, named_parameters
@@ -84,8 +84,7 @@ def _guard(check: Callable[..., Any], engine: Any, basic_optimizer: Any) -> Any:
         _refuse_model(engine)
         name_parameters(basic_optimizer, engine.module)
         _ENGINES[basic_optimizer] = weakref.ref(engine)
-        if not engine.zero_optimization():
-            engine.save_checkpoint = _consolidating(engine.save_checkpoint, basic_optimizer)
+        follow_checkpoints(engine, basic_optimizer)
     else:
         _refuse_replacement(engine, basic_optimizer)
     return check(engine, basic_optimizer)
@@ -159,17 +158,3 @@ def _refuse_replacement(engine: Any, trains: Any) -> None:
         f"optimizer: an AdaRankGrad was built for {name} and others, but {kind} would train them: "
         f"{cause}"
     )
-
-
-def _consolidating(save: Callable[..., Any], optimizer: AdaRankGrad) -> Callable[..., Any]:
-    """`save`, after the state was put together on the process that will write it.
-
-    At stage 0 DeepSpeed saves the first process's state for all of them.
-    """
-
-    @functools.wraps(save)
-    def consolidate_and_save(*args: Any, **kwargs: Any) -> Any:
-        optimizer.consolidate_state_dict()
-        return save(*args, **kwargs)
-
-    return consolidate_and_save

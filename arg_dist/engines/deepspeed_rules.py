@@ -90,6 +90,19 @@ RULES = (
         "AdaRankGrad's state would silently not be saved",
         "set it to false",
     ),
+    # stage_1_and_2.py:824 links weights to the places that they would have without round robin, and
+    # universal checkpoints are read into those.
+    Rule(
+        "checkpoint.load_universal",
+        lambda given, facts: (
+            on(given)
+            and facts.stage in (1, 2)
+            and facts.on("zero_optimization.round_robin_gradients")
+        ),
+        "with round_robin_gradients DeepSpeed puts the weights of universal checkpoints into wrong "
+        "places",
+        "set zero_optimization.round_robin_gradients to false",
+    ),
     # swap_tensor/optimizer_utils.py:493 swaps tensors of optimizer.state one by one, as Adam's.
     Rule(
         "zero_optimization.offload_optimizer.device",

@@ -111,10 +111,29 @@ VARIANTS = [
 ]  # fmt: skip
 """Run with 2 processes; `json` and `client` are the other ways in."""
 
-CASES = {case.name: case for case in EVERYWHERE + VARIANTS}
+SMALL_SUB_GROUPS = {"stage3_param_persistence_threshold": 50, "sub_group_size": 4000}
+GROUPS = [
+    Case("odd-zero1-groups", "odd", 1, way="client"),
+    Case("odd-zero3-groups", "odd", 3, SMALL_SUB_GROUPS, way="client"),
+    Case("odd-zero1-bf16-groups", "odd", 1, top={**BF16, **FP32_ACCUMULATION}, way="client"),
+    Case("odd-zero3-bf16-groups", "odd", 3, SMALL_SUB_GROUPS, top=BF16, way="client"),
+]  # fmt: skip
+"""Several parameter groups; some of stage 3's parameters persist."""
+
+CASES = {case.name: case for case in EVERYWHERE + VARIANTS + GROUPS}
 
 RESUMED = [
-    *("llama-zero0", "llama-zero1", "llama-zero2", "llama-zero3"),
-    *("zero0-bf16", "zero2-bf16", "zero3-bf16"),
+    *("llama-zero0", "llama-zero1", "llama-zero2", "llama-zero3", "odd-zero3-groups"),
+    *("zero2-offload", "zero3-bf16-offload"),
+    *("zero0-bf16", "odd-zero1-bf16-groups", "zero2-bf16", "odd-zero3-bf16-groups"),
 ]
 """Saved in mid-run and resumed, with 2 processes."""
+
+MOVED = [
+    "llama-zero0",
+    "odd-zero1-groups",
+    "llama-zero2",
+    "odd-zero3-groups",
+    "zero1-bf16-fp32-accumulation",
+]
+"""Saved with 4 processes by DeepSpeed, and resumed with 2: at stages 1 to 3 after conversion."""

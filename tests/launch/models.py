@@ -21,7 +21,7 @@ class Scale(nn.Module):
 
 
 class OddModel(nn.Module):
-    """Primes, 1 x n, a scalar, a frozen and an unused parameter; used like a language model."""
+    """Primes, 1 x n, a scalar, a frozen and an unused parameter, a buffer; a language model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,6 +30,7 @@ class OddModel(nn.Module):
         self.wide = nn.Linear(29, 101, bias=False)
         self.frozen = nn.Linear(101, 101)
         self.frozen.requires_grad_(False)
+        self.register_buffer("shift", torch.linspace(-0.1, 0.1, 101))
         self.gate = nn.Linear(101, 1)
         self.scalar = Scale()
         self.unused = nn.Linear(17, 19)
@@ -37,7 +38,7 @@ class OddModel(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> CausalLMOutput:
         hidden = torch.tanh(self.wide(torch.tanh(self.narrow(self.embedding(input_ids)))))
-        hidden = hidden + 0.1 * self.frozen(hidden)
+        hidden = hidden + 0.1 * self.frozen(hidden) + self.shift.to(hidden.dtype)
         hidden = self.scalar(hidden) * torch.sigmoid(self.gate(hidden))
         logits = self.head(hidden)[:, :-1]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())

@@ -9,6 +9,7 @@ import argparse
 import faulthandler
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ import arg_dist  # noqa: E402
 from tests.launch import models, training  # noqa: E402
 from tests.launch.cases import CASES, SETTINGS, Case  # noqa: E402
 from tests.launch.engine_ways import describe  # noqa: E402
+
+Disturbance = Callable[[torch.nn.Module], None]
 
 
 @dataclass
@@ -66,14 +69,22 @@ def bases(optimizer: arg_dist.AdaRankGrad) -> dict[str, torch.Tensor]:
     return found
 
 
-def start(case: Case, config: dict[str, Any]) -> Any:
-    """An engine by one of the three ways in."""
+def start(case: Case, config: dict[str, Any], disturb: Disturbance | None = None) -> Any:
+    """An engine by one of the three ways in, with other weights than usual if `disturb` is given.
+
+    Args:
+        case: model and way in.
+        config: DeepSpeed's.
+        disturb: changes the model before the engine sees it.
+    """
     if case.zero_init:
         with deepspeed.zero.Init(config_dict_or_path=config):
             model = models.build(case.model)
         copy_weights(models.build(case.model), model)
     else:
         model = models.build(case.model)
+    if disturb is not None:
+        disturb(model)
     if case.way == "initialize":
         return arg_dist.initialize(model=model, config=config)[0]
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -119,6 +119,10 @@ REFUSED = {
     "torch_autocast.dtype": {"torch_autocast": {"enabled": True, "dtype": "float16"}, **zero(1)},
     "data_types.grad_accum_dtype": {**BF16, "data_types": {"grad_accum_dtype": "fp32"}},
     "zero_optimization.elastic_checkpoint": zero(1, elastic_checkpoint=True),
+    "checkpoint.load_universal": {
+        "checkpoint": {"load_universal": True},
+        **zero(2, round_robin_gradients=True),
+    },
     "zero_optimization.offload_optimizer.device": {
         "optimizer": NAMED,
         **zero(3, offload_optimizer={"device": "nvme", "nvme_path": "swap"}),
