@@ -115,7 +115,7 @@ def on_all(communicator: Communicator, work: Callable[[], T]) -> list[T]:
         fault = str(error)
     except Exception as error:  # whatever it is, the others must not wait for this process
         fault, unexpected = f"{type(error).__name__}: {error}", error
-    outcomes = communicator.gather_objects((fault, result))
+    outcomes = communicator.gather_objects((fault, result), "saving or loading a checkpoint")
     if unexpected is not None:
         raise unexpected
     for process, (other, _) in enumerate(outcomes):

@@ -132,7 +132,8 @@ def write(draft: Draft, directory: Path, communicator: Communicator) -> None:
     try:
         on_all(communicator, lambda: _make(partial, directory) if me == 0 else None)
         files = on_all(communicator, lambda: write_tensors(_within(partial) / name, draft.tensors))
-        parts = communicator.gather_objects_on_first((draft.index.states, draft.index.weights))
+        own = (draft.index.states, draft.index.weights)
+        parts = communicator.gather_objects_on_first(own, "saving a checkpoint")
 
         def finish() -> None:
             index = draft.index.model_copy(

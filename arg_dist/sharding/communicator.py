@@ -56,6 +56,7 @@ class Communicator:
 
     Attributes:
         group: the process group; None for a process on its own.
+        time_limit: as given.
         size: number of processes.
         me: this process's index in the group.
         sent_bytes: bytes sent by this process since the start.
@@ -67,6 +68,7 @@ class Communicator:
 
     def __init__(self, group: dist.ProcessGroup | None, time_limit: float | None = None) -> None:
         self.group = group
+        self.time_limit = time_limit
         self.size = 1 if group is None else dist.get_world_size(group)
         self.me = 0 if group is None else dist.get_rank(group)
         self.sent_bytes = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from arg_dist.sharding.plan import Plan
 
 
 def job_communicator(
-    process_group: dist.ProcessGroup | str | None, plans: Iterable[Plan]
+    process_group: dist.ProcessGroup | str | None, plans: Sequence[Plan]
 ) -> Communicator:
     """The processes that have parts of one model.
 
@@ -22,7 +22,9 @@ def job_communicator(
     """
     cut = any(plan.communicator.group is not None and not plan.replicated for plan in plans)
     alone = process_group is None and not cut
-    return Communicator(None if alone else training_group(process_group or "world"))
+    group = None if alone else training_group(process_group or "world")
+    limits = [limit for plan in plans if (limit := plan.communicator.time_limit) is not None]
+    return Communicator(group, max(limits, default=None))
 
 
 def has_first_process(communicator: Communicator, job: Communicator) -> bool:
@@ -41,6 +43,8 @@ def for_host_data(job: Communicator, seconds: float) -> Communicator:
     """
     if job.group is None:
         return job
+    if dist.get_world_size() > job.size:
+        _even_out(job)
     group = dist.new_group(
         _ranks(job),
         backend="gloo",
@@ -48,6 +52,13 @@ def for_host_data(job: Communicator, seconds: float) -> Communicator:
         use_local_synchronization=dist.get_world_size() > job.size,
     )
     return Communicator(group)
+
+
+def _even_out(job: Communicator) -> None:
+    """Lets every process be in as many groups: torch names a new one by that, and would hang."""
+    mine = len(dist.distributed_c10d._world.pg_names)
+    for _ in range(max(job.gather_objects(mine, "making a group for checkpoints")) - mine):
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
 def _ranks(communicator: Communicator) -> list[int]:
