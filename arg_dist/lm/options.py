@@ -49,8 +49,8 @@ def parse_options(description: str) -> argparse.Namespace:
     add("--resume", metavar="auto|PATH", help="go on from the newest intact checkpoint in OUT, or "
         "from the beginning if there is none; or from a certain one, of any run")  # fmt: skip
     add("--time-limit", type=at_least(1), metavar="SECONDS", help="how long a process waits for "
-        "another one that has stopped answering (default: the engine's, 10 to 30 minutes; while "
-        "the first one reads the data, no less than 30 minutes)")  # fmt: skip
+        "another one that has stopped answering, in training and while a checkpoint is written "
+        "(default: the engine's, 10 to 30 minutes; before training at least 30)")  # fmt: skip
     add("--out", type=Path, help="the run's directory (default: runs/MODEL-OPTIMIZER)")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args()
