@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from arg_dist.algorithm import State
 from arg_dist.checkpoint.contents import held_untrained, local_values
-from arg_dist.checkpoint.files import on_all, verify
+from arg_dist.checkpoint.files import describe, on_all, verify
 from arg_dist.checkpoint.fitting import check_model, check_plans, put_back_settings, saved_settings
-from arg_dist.checkpoint.index import CheckpointError, Index, read_index, tensor_key
+from arg_dist.checkpoint.index import (
+    INDEX_NAME,
+    CheckpointError,
+    Index,
+    read_index,
+    tensor_key,
+)
 from arg_dist.checkpoint.random_states import restore_random_states
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.checkpoint.writing import persistent_buffers, untrained_parameters
@@ -58,14 +64,21 @@ def verified_index(checkpoint: Path, communicator: Communicator) -> Index:
     """
     read: list[Index] = []
 
-    def read_and_verify() -> None:
+    def read_and_verify() -> str:
         index = read_index(checkpoint)
         names = list(index.files)
         for name in names[communicator.me :: communicator.size]:
             verify(checkpoint / name, index.files[name])
         read.append(index)
+        return describe(checkpoint / INDEX_NAME).sha256
 
-    on_all(communicator, read_and_verify)
+    digests = on_all(communicator, read_and_verify)
+    for process, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise CheckpointError(
+                f"{checkpoint}: process {process} finds another checkpoint there than process 0; "
+                "checkpoints must lie on a file system that all processes share"
+            )
     return read[0]
 
 
