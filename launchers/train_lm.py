@@ -112,8 +112,10 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
         tokenizer = load_tokenizer(options.tokenizer)
         corpus = read_corpus(options.data, text_key=options.text_key, max_bytes=options.data_bytes)
         sequences = Sequences.of(corpus, tokenizer, length=options.seq_len, seed=options.seed)
-        digests = {"text": text_digest(corpus), "tokens": token_digest(sequences)}
-        return sequences, digests if plan.saves else {}, found
+        digests = {}
+        if plan.saves:  # it takes some seconds a gigabyte
+            digests = {"text": text_digest(corpus), "tokens": token_digest(sequences)}
+        return sequences, digests, found
 
     sequences, digests, found = from_first_process(read_sequences)
     shape = model_config(options.model, vocab_size=sequences.vocab_size, length=options.seq_len)
