@@ -25,7 +25,7 @@ PROCESSES = 3
 CULPRIT = 1
 LIMIT = 1.0
 NAMES = [f"layer{i}.weight" for i in range(5)]
-AWAY = LIMIT + ROLL_CALL_SECONDS + 1.5
+AWAY = LIMIT + ROLL_CALL_SECONDS + 2
 """Seconds for which a process stays away: until the others have given up, on a busy machine too."""
 PATIENCE = 40
 """Seconds that a test may take, the start of new processes included."""
@@ -44,17 +44,18 @@ def fresh_group() -> dist.ProcessGroup:
     return dist.new_group(range(PROCESSES))
 
 
-def build(group, **settings) -> AdaRankGrad:
+def build(group, limit: float) -> AdaRankGrad:
     named = [(name, torch.nn.Parameter(gaussian(24, 16, seed=i))) for i, name in enumerate(NAMES)]
-    return AdaRankGrad(named, process_group=group, max_rank=4, time_limit=LIMIT, **settings)
+    return AdaRankGrad(named, process_group=group, max_rank=4, time_limit=limit)
 
 
 def step(optimizer: AdaRankGrad) -> None:
     feed(optimizer, *(gaussian(24, 16, seed=10 + i) for i in range(len(NAMES))))
 
 
-def step_twice_and_consolidate(group) -> None:
-    optimizer = build(group)
+def step_and_consolidate(group, limit: float = LIMIT) -> None:
+    optimizer = build(group, limit)
+    dist.barrier(group)  # the first one that is built takes its time
     step(optimizer)
     optimizer.consolidate_state_dict()
 
@@ -71,19 +72,18 @@ def before_call(number: int, act: Callable[[], None]) -> None:
     Waiting.carry_out = patched
 
 
-def stay_away(group, number: int) -> tuple[str, float]:
-    """One process comes too late to a collective; what the others say, and after how long."""
+def stay_away(group, number: int) -> str:
+    """One process comes too late to a collective; what the others say."""
     group, carry_out = fresh_group(), Waiting.carry_out
     if dist.get_rank() == CULPRIT:
         before_call(number, lambda: time.sleep(AWAY))
-    started = time.monotonic()
     try:
-        step_twice_and_consolidate(group)
+        step_and_consolidate(group)
     except NoAnswerError as error:
-        return str(error), time.monotonic() - started
+        return str(error)
     finally:
         Waiting.carry_out = carry_out
-    return "", 0.0
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def stay_away(group, number: int) -> tuple[str, float]:
 def test_who_waits_too_long_says_where_for_which_matrices_and_for_whom(own_pool, number, where):
     results = own_pool.run(stay_away, PROCESSES, number, seconds=PATIENCE)
     for process in (0, 2):
-        message, waited = results[process]
+        message = results[process]
         assert re.search(where, message), message
-        assert f"process {process} of 3 waited" in message
+        told = re.match(rf"process {process} of 3 waited (.*) s \(time_limit=1\) in ", message)
+        assert told and LIMIT - 0.1 <= float(told[1]) < AWAY, message
         assert f"; no word from process {CULPRIT}. " in message
-        assert "time_limit=1" in message and "resume from the last checkpoint" in message
-        assert LIMIT <= waited < AWAY + 2
+        assert "resume from the last checkpoint" in message
     # it comes to connections that the others have closed
-    assert f"process {CULPRIT} of 3 failed after" in results[CULPRIT][0]
+    assert f"process {CULPRIT} of 3 failed after" in results[CULPRIT]
 
 
 def come_late(group) -> tuple[list[int], str | None]:
@@ -173,24 +173,24 @@ def test_a_thread_tells_where_an_exception_could_not(own_pool):
     assert results[CULPRIT][0] == []
 
 
-def be_struck(group, number: int, with_signal: int) -> None:
+def be_struck(group, number: int, with_signal: int, limit: float) -> None:
     if dist.get_rank() == CULPRIT:
         before_call(number, lambda: os.kill(os.getpid(), with_signal))
-    step_twice_and_consolidate(group)
+    step_and_consolidate(group, limit)
 
 
 @pytest.mark.parametrize(
-    ("with_signal", "number", "how", "where"),
+    ("with_signal", "limit", "number", "how", "where"),
     [
-        (signal.SIGSTOP, 6, r"waited \d\.\d s \(time_limit=1\)", r"round 3 of \d+ of the step"),
-        (signal.SIGKILL, 3, r"failed after 0\.\d s", "the sum of norms"),
+        (signal.SIGSTOP, LIMIT, 6, r"waited \S+ s \(time_limit=1\)", r"round 3 of \d+ of the step"),
+        (signal.SIGKILL, PATIENCE, 3, r"failed after \S+ s", "the sum of norms"),
     ],
 )
 def test_a_process_that_is_stopped_or_killed_is_told_by_the_others(
-    own_pool, with_signal, number, how, where
+    own_pool, with_signal, limit, number, how, where
 ):
     with pytest.raises(RuntimeError) as raised:
-        own_pool.run(be_struck, PROCESSES, number, with_signal, seconds=PATIENCE)
+        own_pool.run(be_struck, PROCESSES, number, with_signal, limit, seconds=PATIENCE)
     for process in (0, 2):
         assert re.search(
             rf"NoAnswerError: process {process} of 3 {how} in {where} for "
