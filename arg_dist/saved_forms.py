@@ -136,7 +136,8 @@ def unpack(entry: Mapping[str, Any], place: Place | None) -> tuple[Place, int, d
     if key not in packed:
         raise ConfigError(
             f"load_state_dict: no state of {key} was saved, but of {', '.join(packed)}; start as "
-            "many processes as there were then"
+            "many processes as there were then, or save with arg_dist.checkpoint, from which any "
+            "number of processes can go on"
         )
     unpacked = torch.load(io.BytesIO(packed[key]), map_location="cpu", weights_only=True)
     return unpacked["process"], unpacked["calls"], unpacked["units"]

@@ -84,10 +84,11 @@ def _saving_state(save: Callable[..., Any], engine: Any, optimizer: AdaRankGrad)
         given = call.arguments
         # node-local checkpoints are for the same processes on the same nodes, which need no folder
         if given["save_dir"] and not engine.use_node_local_storage():
-            given["tag"] = str(given["tag"] or f"global_step{engine.global_steps}")
+            tag = given["tag"]
+            given["tag"] = f"global_step{engine.global_steps}" if tag is None else str(tag)
             folder = Path(given["save_dir"]) / given["tag"] / STATE_FOLDER
             note = _write_state(folder, optimizer, engine.global_steps)
-            given["client_state"] = {**given["client_state"], NOTE: note}
+            given["client_state"] = {**(given["client_state"] or {}), NOTE: note}
         return save(*call.args, **call.kwargs)
 
     return save_with_state

@@ -163,3 +163,4 @@ def test_one_file_of_another_number_of_processes_is_refused_by_name(pool, tmp_pa
     pool.run(write, 4, tmp_path / "all.pt", seconds=60)
     for i, message in enumerate(pool.run(read, 2, tmp_path / "all.pt", seconds=60)):
         assert f"no state of process {i} of 2 was saved, but of process 0 of 4" in message
+        assert "save with arg_dist.checkpoint" in message
