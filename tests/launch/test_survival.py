@@ -69,7 +69,8 @@ def wait_for_end(launch: Started, *, seconds: float) -> None:
     assert launch.process.returncode == 0
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_killed_worker_is_started_again_and_the_losses_are_those_of_an_undisturbed_run(
     job: tuple[object, ...], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -87,7 +88,8 @@ def test_a_killed_worker_is_started_again_and_the_losses_are_those_of_an_undistu
             assert line.get(key) == other.get(key), (line["step"], key)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_training_goes_on_with_fewer_processes(
     job: tuple[object, ...], undisturbed: Path, tmp_path: Path
 ) -> None:
