@@ -108,7 +108,7 @@ def start(orders: Orders, store: Path) -> tuple[list[int], int]:
 
 def warm_up() -> None:
     """What a first step imports, and compiles, is there before the processes are forked."""
-    _optimizer(None)
+    optimizer_with_state(None)
 
 
 def _job(me: int, orders: Orders, store: Path) -> Iterator[tuple[str, Any]]:
@@ -119,7 +119,7 @@ def _job(me: int, orders: Orders, store: Path) -> Iterator[tuple[str, Any]]:
         rank=me,
         world_size=orders.processes,
     )
-    optimizer = _optimizer("world")
+    optimizer = optimizer_with_state("world")
     checkpoints = Checkpoints(
         orders.folder, optimizer, keep=KEEP, background=orders.background, time_limit=20
     )
@@ -149,7 +149,7 @@ def _job(me: int, orders: Orders, store: Path) -> Iterator[tuple[str, Any]]:
     yield "ended", bomb.calls if bomb is not None else 0
 
 
-def _optimizer(group: Any) -> arg_dist.AdaRankGrad:
+def optimizer_with_state(group: Any) -> arg_dist.AdaRankGrad:
     """An optimizer with state."""
     named = [(f"w{i}", nn.Parameter(torch.zeros(SIDE, SIDE))) for i in range(MATRICES)]
     optimizer = arg_dist.AdaRankGrad(
