@@ -105,7 +105,7 @@ def on_all(communicator: Communicator, work: Callable[[], T]) -> list[T]:
 
     Raises:
         CheckpointError: the first process's that failed. An error that is no fault of files or
-            settings stays what it is on the process that raised it.
+            settings is its cause on the process that raised it.
     """
     result: T | None = None
     fault, unexpected = None, None
@@ -116,12 +116,10 @@ def on_all(communicator: Communicator, work: Callable[[], T]) -> list[T]:
     except Exception as error:  # whatever it is, the others must not wait for this process
         fault, unexpected = f"{type(error).__name__}: {error}", error
     outcomes = communicator.gather_objects((fault, result), "saving or loading a checkpoint")
-    if unexpected is not None:
-        raise unexpected
     for process, (other, _) in enumerate(outcomes):
         if other is not None:
             where = f"process {process}: " if communicator.size > 1 else ""
-            raise CheckpointError(where + other)
+            raise CheckpointError(where + other) from unexpected
     return [each for _, each in outcomes]
 
 

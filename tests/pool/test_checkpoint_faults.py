@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from checkpoint_jobs import build, load_auto, load_one, same, snapshot, step, told
 
-from arg_dist.checkpoint import Checkpoints, claim, save
+from arg_dist.checkpoint import CheckpointError, Checkpoints, claim, files, save
 
 
 @contextmanager
@@ -87,6 +87,35 @@ def test_a_full_disk_is_told_to_all_and_leaves_what_was_there(
             assert "make room" in words and "are as they were" in words
         assert len(logged) == (len(said) if background and process == 0 else 0)
         assert left == [".claim", "latest", "step-00000001"]
+
+
+def save_with_an_unforeseen_error(group: Any, folder: Path) -> tuple[str, bool]:
+    """What is said, and whether its cause is known."""
+    optimizer = build(group)
+    checkpoints = Checkpoints(folder, optimizer)
+    step(optimizer, 1)
+    usual = files.save_file
+
+    def fail(*_: Any) -> None:
+        raise ValueError("nobody has thought of this")
+
+    files.save_file = fail if dist.get_rank(group) == 1 else usual
+    try:
+        checkpoints.save(1)
+        with pytest.raises(CheckpointError) as raised:
+            checkpoints.wait()
+    finally:
+        files.save_file = usual
+    return str(raised.value), isinstance(raised.value.__cause__, ValueError)
+
+
+def test_an_unforeseen_error_on_one_process_keeps_nobody_waiting(pool, tmp_path):
+    folder = tmp_path / "checkpoints"
+    results = pool.run(save_with_an_unforeseen_error, 3, folder, seconds=15)
+    for process, (words, is_cause) in enumerate(results):
+        assert words == "process 1: ValueError: nobody has thought of this"
+        assert is_cause == (process == 1)
+    assert sorted(os.listdir(folder)) == [".claim"]
 
 
 def save_here(group: Any, folder: Path, each_its_own: bool) -> tuple[str, str]:
