@@ -36,23 +36,23 @@ class Started:
     def __init__(self, process: subprocess.Popen[bytes], log: TextIO) -> None:
         self.process = process
         self._log = log
+        self._seen: dict[int, psutil.Process] = {}
 
     def printed(self) -> str:
         self._log.seek(0)
         return self._log.read()
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that the launcher has started, by their index in the job."""
-        try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-        found = {}
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "RANK" in (variables := child.environ()):
-                    found[int(variables["RANK"])] = child
-        return [found[index] for index in sorted(found)]
+        """The processes that the launcher has started, by their index in the job.
+
+        Those that were there at an earlier call are among them, should the launcher have left them.
+        """
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "RANK" in (variables := child.environ()):
+                        self._seen[int(variables["RANK"])] = child
+        return [self._seen[index] for index in sorted(self._seen)]
 
     def terminate(self, *, seconds: float) -> int:
         """SIGTERM to the launcher and its processes; its exit code once all have gone."""

@@ -71,33 +71,36 @@ def refused(*arguments: object) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(590)
 def test_a_run_that_is_stopped_twice_is_bitwise_the_one_that_is_not(
     job: tuple[object, ...], tmp_path: Path
 ) -> None:
     words = (*zero(2), *job, "--steps", 100)
     whole, out = tmp_path / "whole", tmp_path / "stopped"
-    finished = launch(SCRIPT, *words, "--out", whole, processes=2, seconds=90)
+    finished = launch(SCRIPT, *words, "--out", whole, processes=2, seconds=150)
     assert finished.returncode == 0, finished.stderr[-3000:]
 
     saving = (*words, "--save-every", 16, "--resume", "auto", "--time-limit", 6)
     with started(SCRIPT, *saving, "--out", out, processes=2) as launcher:
-        wait_for(lambda: len(metrics(out)) >= 5, seconds=60)
+        wait_for(lambda: len(metrics(out)) >= 5, seconds=90)
         assert launcher.terminate(seconds=30) != 0
     stopped_at = read_report(out)["steps"]
     assert read_report(out)["status"] == "interrupted"
     assert checkpoints_in(out / "checkpoints")[-1].name == f"step-{stopped_at:08d}"
 
     with started(SCRIPT, *saving, "--out", out, processes=2) as launcher:
-        wait_for(lambda: len(metrics(out)) >= stopped_at + 20, seconds=60)
+        wait_for(lambda: len(metrics(out)) >= stopped_at + 20, seconds=90)
         launcher.workers()[1].send_signal(signal.SIGSTOP)
         # the first process has an error within the limit, and still writes its report
         wait_for(lambda: "train_lm: " in launcher.printed(), seconds=30)
-        assert "answer" in launcher.printed() and "Traceback" not in launcher.printed()
+        # whether it waited in a collective of the engine or of the optimizer
+        printed = launcher.printed()
+        assert "has stopped answering" in printed or "no word from process 1" in printed
+        assert "Traceback" not in printed
     assert read_report(out)["status"] == "failed"
     killed_at = read_report(out)["steps"]
 
-    finished = launch(SCRIPT, *saving, "--out", out, processes=2, seconds=90)
+    finished = launch(SCRIPT, *saving, "--out", out, processes=2, seconds=150)
     assert finished.returncode == 0, finished.stderr[-3000:]
     report, lines = read_report(out), metrics(out)
     resumed_at = [part["first_step"] - 1 for part in report["parts"]]
@@ -114,7 +117,7 @@ def test_a_run_that_is_stopped_twice_is_bitwise_the_one_that_is_not(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(590)
 def test_a_run_goes_from_engine_to_engine(job: tuple[object, ...], tmp_path: Path) -> None:
     """Every launcher and engine; with a constant learning rate, --steps may end each part."""
     words = (*job, "--warmup", 0, "--min-lr-ratio", 1)
@@ -135,7 +138,7 @@ def test_a_run_goes_from_engine_to_engine(job: tuple[object, ...], tmp_path: Pat
             script,
             *(*first, *words, *saving, "--steps", 4 * number),
             processes=processes,
-            seconds=90,
+            seconds=150,
             launcher=launcher,
             options=options,
         )
@@ -161,7 +164,7 @@ def test_a_run_goes_from_engine_to_engine(job: tuple[object, ...], tmp_path: Pat
     ]  # fmt: skip
 
     finished = launch(
-        SCRIPT, *words, "--steps", 20, "--out", whole, processes=1, seconds=90, launcher="torchrun"
+        SCRIPT, *words, "--steps", 20, "--out", whole, processes=1, seconds=150, launcher="torchrun"
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     for line, other in zip(metrics(out), metrics(whole), strict=True):
