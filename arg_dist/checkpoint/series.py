@@ -207,11 +207,16 @@ class Checkpoints:
 
     def _set_aside(self, checkpoint: Path) -> None:
         """A checkpoint of the same step; if this save fails, it still is the one of this step."""
-        if self._processes.me == 0 and checkpoint.exists():
-            there = _order(self.folder)
-            older = [path for path in there if there[path] < (True, there[checkpoint].step)]
-            self._write_latest(older[-1] if older else None)
-            self._write_latest(_put_away(checkpoint, ".replaced"))
+        if self._processes.me != 0 or not checkpoint.exists():
+            return
+        latest = self.folder / LATEST_NAME
+        named = latest.exists() and latest.read_text().strip() == checkpoint.name
+        if named:  # it never names what is not there
+            others = [path for path in checkpoints_in(self.folder) if path != checkpoint]
+            self._write_latest(others[-1] if others else None)
+        replaced = _put_away(checkpoint, ".replaced")
+        if named:
+            self._write_latest(replaced)
 
     def _point_to(self, checkpoint: Path) -> None:
         """Writes ``latest``, and removes what is not to be kept."""

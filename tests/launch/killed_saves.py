@@ -1,6 +1,7 @@
 """Jobs that are killed while they save, each going on where the one before it was ended.
 
-    python tests/launch/killed_saves.py --out FILE --folder DIRECTORY --seed 0
+    python tests/launch/killed_saves.py random --out FILE --folder DIRECTORY
+    python tests/launch/killed_saves.py exact --out FILE --folder DIRECTORY
 
 All are forked from this process, which has imported everything. Writes which phases of a save were
 hit how often, and everything that was not as it must be.
@@ -22,13 +23,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-faulthandler.dump_traceback_later(500, exit=True)
+faulthandler.dump_traceback_later(390, exit=True)
 
 import torch  # noqa: E402
-from saving_jobs import KEEP, Orders, start, warm_up  # noqa: E402
+from saving_jobs import KEEP, STEP, Orders, start, warm_up  # noqa: E402
 
 from arg_dist.checkpoint.index import INDEX_NAME, CheckpointError  # noqa: E402
 from arg_dist.checkpoint.reading import verified_index  # noqa: E402
+from arg_dist.checkpoint.series import checkpoints_in  # noqa: E402
 from arg_dist.sharding.communicator import Communicator  # noqa: E402
 
 ROUND_SECONDS = 60
@@ -64,6 +66,18 @@ class Round:
         for pid in self._pids if which is None else [self._pids[which]]:
             os.kill(pid, signal.SIGKILL)
 
+    def wait_for(self, which: int) -> bool:
+        """Whether this process kills itself, rather than telling of the save that it was to."""
+        while not any(r["process"] == which and r["event"] == "again" for r in self.reports):
+            pid, status = os.waitpid(self._pids[which], os.WNOHANG)
+            if pid:
+                self._pids.pop(which)
+                assert os.WIFSIGNALED(status), self.reports[-4:]
+                return True
+            if select.select([self._pipe], [], [], 0.005)[0]:
+                self._read(0.0)
+        return False
+
     def end(self) -> None:
         self.kill()
         while self._read(5.0):
@@ -90,20 +104,18 @@ class Rounds:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.phases: dict[str, Counter[str]] = {"random": Counter(), "exact": Counter()}
+        self.phases: Counter[str] = Counter()
         self.faults: list[str] = []
         self.newest = 0
         self.survivors: list[str] = []
 
-    def examine(self, round_: Round, kind: str) -> None:
+    def examine(self, round_: Round) -> None:
         """Looks at the folder after a kill, and at what the job has told before it."""
         fault = self._fault(round_)
         phase = phase_of(self.folder)
-        self.phases[kind][phase] += 1
+        self.phases[phase] += 1
         if fault:
-            self.faults.append(
-                f"{kind}, {round_.orders}, {phase}: {fault}; {names_in(self.folder)}"
-            )
+            self.faults.append(f"{round_.orders}, {phase}: {fault}; {names_in(self.folder)}")
 
     def _fault(self, round_: Round) -> str:
         for loaded in round_.values("loaded"):
@@ -112,18 +124,20 @@ class Rounds:
         unexpected = [word for word in round_.values("failed") if not word.startswith("NoAnswer")]
         if unexpected:
             return unexpected[0]
-        complete = [path for path in self.folder.iterdir() if path.name.startswith("step-")]
+        complete = checkpoints_in(self.folder)
         for path in complete:
             try:
                 verified_index(path, Communicator(None))
             except CheckpointError as error:
                 return str(error)
-        self.newest = max((int(path.name[5:13]) for path in complete), default=0)
-        reported = max(round_.values("complete"), default=0)
-        if self.newest < reported:
-            return f"step {reported} had been complete"
+        self.newest = step_of(complete[-1]) if complete else 0
+        saved, again = max(round_.values("complete"), default=0), round_.values("again")
+        if again and self.newest != again[0]:
+            return f"step {again[0]} had been complete, again"
+        if not again and self.newest < saved - STEP * round_.orders.again:
+            return f"step {saved} had been complete"
         latest = self.folder / "latest"
-        if complete and self.newest > 1 and not latest.exists():
+        if len(complete) > 1 and not latest.exists():
             return "no latest"
         if latest.exists() and latest.read_text().strip() not in [path.name for path in complete]:
             return f"latest is {latest.read_text()}"
@@ -141,11 +155,17 @@ def phase_of(folder: Path) -> str:
             return "index" if f".{INDEX_NAME}.partial" in files else "tensors"
     if any(name.endswith(".removed") for name in names):
         return "removing"
-    complete = sorted(name for name in names if name.startswith("step-"))
+    complete = [path.name for path in checkpoints_in(folder)] if folder.exists() else []
     latest = folder / "latest"
     if complete and (not latest.exists() or latest.read_text().strip() != complete[-1]):
         return "not the latest yet"
+    if any(name.endswith(".replaced") for name in complete):
+        return "replaced"
     return "to be removed" if len(complete) > KEEP else "between saves"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:13])
 
 
 def names_in(folder: Path) -> list[str]:
@@ -170,24 +190,26 @@ def kill_at_random(rounds: Rounds, number: int, chance: random.Random) -> None:
         else:
             time.sleep(0.01)
     round_.end()
-    rounds.examine(round_, "random")
+    rounds.examine(round_)
 
 
-def kill_everywhere(rounds: Rounds, process: int, background: bool) -> int:
+def kill_everywhere(rounds: Rounds, process: int, background: bool, again: int) -> int:
     """Kills one process before each of its calls to the system in a save; how many these are."""
     for call in itertools.count(1):
-        round_ = Round(Orders(rounds.folder, 2, background, saves=2, suicide=(process, call)))
-        round_.follow("complete" if background else "ended", 4)
-        survived = len(round_.values("ended")) == 2
+        orders = Orders(rounds.folder, 2, background, 2, again, suicide=(process, call))
+        round_ = Round(orders)
+        round_.follow("complete", 6)
+        gone = round_.wait_for(process)
         round_.end()
-        rounds.examine(round_, "exact")
-        if survived or call == 200:
+        rounds.examine(round_)
+        if not gone or rounds.faults:
             return call - 1
-    raise AssertionError
+    raise AssertionError("there is always a last call")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=("random", "exact"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -197,17 +219,20 @@ def main() -> None:
     chance = random.Random(options.seed)
     rounds = Rounds(options.folder)
     began = time.monotonic()
-    for number in range(RANDOM_KILLS):
-        kill_at_random(rounds, number, chance)
-    middle = time.monotonic()
-    calls = [kill_everywhere(rounds, 0, True), kill_everywhere(rounds, 1, False)]
+    calls = []
+    if options.kind == "random":
+        for number in range(RANDOM_KILLS):
+            kill_at_random(rounds, number, chance)
+    else:
+        for process, background, again in ((0, True, 1), (0, False, 0), (1, True, 0)):
+            calls.append(kill_everywhere(rounds, process, background, again))
     results = {
         "phases": rounds.phases,
         "faults": rounds.faults,
         "calls": calls,
         "survivors": rounds.survivors,
         "newest": rounds.newest,
-        "seconds": [middle - began, time.monotonic() - middle],
+        "seconds": time.monotonic() - began,
     }
     options.out.write_text(json.dumps(results, indent=1))
 

@@ -22,6 +22,7 @@ import arg_dist
 from arg_dist.checkpoint import Checkpoints
 
 MATRICES, SIDE = 4, 512
+STEP = 10
 KEEP = 2
 PROCESS_SECONDS = 60
 """A process that lives longer is ended by its alarm."""
@@ -39,14 +40,15 @@ class Orders:
         processes: how many.
         background: write in a thread.
         saves: how many; then the job ends.
-        suicide: process, and before which of its calls to the system in its second save it kills
-            itself.
+        again: after these a step is saved again: 0 for the last one, 1 for the one before it.
+        suicide: process, and before which of its calls to the system it kills itself in that save.
     """
 
     folder: Path
     processes: int
     background: bool
     saves: int = ALL_SAVES
+    again: int = 0
     suicide: tuple[int, int] | None = None
 
 
@@ -127,26 +129,31 @@ def _job(me: int, orders: Orders, store: Path) -> Iterator[tuple[str, Any]]:
     restored = checkpoints.load()
     step = 0 if restored is None else restored.step
     if restored is not None:
-        assert restored.job == {"step": step}, restored
+        assert restored.job["step"] == step, restored
         for name, tensor in _saved_tensors(optimizer):
-            assert (tensor == _value(step, name)).all(), f"{name} is not that of step {step}"
+            assert (tensor == _value(restored.job["number"], name)).all(), f"{name} in {restored}"
     passed_over = [] if restored is None else restored.passed_over
     yield "loaded", {"step": step, "leftovers": left, "passed_over": passed_over}
-    for save in range(orders.saves):
-        step += 1
+
+    def save(step: int, number: int) -> None:
         for name, tensor in _saved_tensors(optimizer):
-            tensor.fill_(_value(step, name))
-        if bomb is not None and orders.suicide is not None and save == 1:
-            if me == orders.suicide[0]:
-                bomb.arm(orders.suicide[1])
-            checkpoints.save(step, {"step": step})
-            checkpoints.wait()
-            bomb.disarm()
-        else:
-            checkpoints.save(step, {"step": step})
+            tensor.fill_(_value(number, name))
+        checkpoints.save(step, {"step": step, "number": number})
+
+    for count in range(1, orders.saves + 1):
+        save(step + STEP * count, step + STEP * count)
         yield "complete", checkpoints.times[-1].step if checkpoints.times else 0
     checkpoints.wait()
-    yield "ended", bomb.calls if bomb is not None else 0
+    yield "complete", checkpoints.times[-1].step
+    if bomb is not None and orders.suicide is not None:
+        # that step's checkpoint is replaced, and a newer one is abandoned
+        last = step + STEP * (orders.saves - orders.again)
+        if me == orders.suicide[0]:
+            bomb.arm(orders.suicide[1])
+        save(last, last + 1)
+        checkpoints.wait()
+        bomb.disarm()
+        yield "again", last
 
 
 def optimizer_with_state(group: Any) -> arg_dist.AdaRankGrad:
@@ -171,8 +178,8 @@ def _saved_tensors(optimizer: arg_dist.AdaRankGrad) -> Iterator[tuple[str, Tenso
                     yield f"{name}.{key}", value
 
 
-def _value(step: int, name: str) -> int:
-    return 100 * step + sum(map(ord, name)) % 97
+def _value(number: int, name: str) -> int:
+    return 100 * number + sum(map(ord, name)) % 97  # exact in fp32
 
 
 def _report(descriptor: int, me: int, event: str, value: Any) -> None:
