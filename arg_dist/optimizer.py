@@ -320,7 +320,11 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
         in a RuntimeError.
         """
         check_names(self.param_groups, state_dict["param_groups"])
+        before = [dict(group) for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
+        for group, old in zip(self.param_groups, before, strict=True):
+            for key in SETTINGS:  # one that is newer than the state keeps its value
+                group.setdefault(key, old[key])
         indexes = members(state_dict["param_groups"])
         targets = dict(zip(indexes, members(self.param_groups), strict=False))
         loaded = self._custody.load(state_dict, targets, list(self.every_plan()))

@@ -137,3 +137,14 @@ def test_state_for_other_names_is_refused():
     saved["param_groups"][0]["param_names"] = ["module.w0"]
     with pytest.raises(ConfigError, match=r"load_state_dict: .*'module\.w0'.*'w0'"):
         optimizer_of(gaussian(8, 6)).load_state_dict(saved)
+
+
+def test_a_setting_that_is_newer_than_the_state_keeps_its_value():
+    first, second = make(), make(time_limit=77.0)
+    train(first, GRADIENTS[:3])
+    saved = first.state_dict()
+    for group in saved["param_groups"]:
+        del group["time_limit"]
+    second.load_state_dict(saved)
+    train(second, GRADIENTS[3:5])
+    assert second.param_groups[0]["time_limit"] == 77.0
