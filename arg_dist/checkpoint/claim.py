@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -16,8 +17,12 @@ from arg_dist.checkpoint.index import CheckpointError
 from arg_dist.sharding.communicator import Communicator
 
 CLAIM_NAME = ".claim"
-WAIT_SECONDS = 10.0
-"""How long a job waits for the one before it, which may be ending."""
+WAIT_SECONDS = 120.0
+"""How long a job waits for the one before it, which may be ending. Where the machine of that one is
+gone, network file systems find out after a while (NFS 4 after 90 seconds)."""
+QUIET_SECONDS = 2.0
+
+log = logging.getLogger("arg_dist")
 
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 _held: weakref.WeakValueDictionary[tuple[int, int], Claim] = weakref.WeakValueDictionary()
@@ -42,8 +47,13 @@ class Claim:
         os.fsync(descriptor)
 
 
-def claim(folder: Path, processes: Communicator) -> Claim | None:
+def claim(folder: Path, processes: Communicator, time_limit: float) -> Claim | None:
     """Makes the folder if need be, and keeps other jobs from saving in it; for all processes.
+
+    Args:
+        folder: the folder.
+        processes: of the job.
+        time_limit: seconds that they wait for each other.
 
     Returns:
         On the first process, the claim: it lasts as long as somebody keeps it.
@@ -56,7 +66,7 @@ def claim(folder: Path, processes: Communicator) -> Claim | None:
 
     def take() -> str:
         if processes.me == 0:
-            own.append(_take(folder))
+            own.append(_take(folder, min(WAIT_SECONDS, time_limit / 2)))
         return own[0].token if own else ""
 
     token = on_all(processes, take)[0]
@@ -73,7 +83,7 @@ def claim(folder: Path, processes: Communicator) -> Claim | None:
     return own[0] if own else None
 
 
-def _take(folder: Path) -> Claim:
+def _take(folder: Path, seconds: float) -> Claim:
     path = folder / CLAIM_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +96,7 @@ def _take(folder: Path) -> Claim:
     except OSError as error:
         raise cannot_write(folder, error) from None
     try:
-        _lock(descriptor, folder)
+        _lock(descriptor, folder, seconds)
     except BaseException:
         os.close(descriptor)
         raise
@@ -99,9 +109,9 @@ def _take(folder: Path) -> Claim:
     return claimed
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int, folder: Path, seconds: float) -> None:
     # a lock of the process, not of the open file: processes forked from this one must not have it
-    deadline = time.monotonic() + WAIT_SECONDS
+    began, told = time.monotonic(), False
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,12 +119,17 @@ def _lock(descriptor: int, folder: Path) -> None:
         except OSError as error:
             if error.errno not in _TAKEN:
                 return  # a file system without locks
-        if time.monotonic() > deadline:
-            holder = os.pread(descriptor, 500, 0).decode(errors="replace").rpartition(" ")[0]
+        waited = time.monotonic() - began
+        holder = os.pread(descriptor, 500, 0).decode(errors="replace").rpartition(" ")[0]
+        if waited > seconds:
             raise CheckpointError(
                 f"{folder}: another job saves its checkpoints here ({holder}); end it, or give "
-                "this job a folder of its own"
+                "this job a folder of its own; if that machine is gone, remove "
+                f"{folder / CLAIM_NAME}"
             )
+        if waited > QUIET_SECONDS and not told:
+            told = True
+            log.warning("%s: waiting up to %.0f s for %s to leave it", folder, seconds, holder)
         time.sleep(0.1)
 
 

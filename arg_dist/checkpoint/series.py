@@ -93,7 +93,7 @@ class Checkpoints:
         self._processes = for_host_data(job, time_limit)
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[SaveTimes] | None = None
-        self._claim = claim(self.folder, self._processes)
+        self._claim = claim(self.folder, self._processes, time_limit)
         on_all(self._processes, self._clear_leftovers)
 
     def save(self, step: int, job: Mapping[str, Any] | None = None) -> None:

@@ -6,6 +6,8 @@ import logging
 import logging.handlers
 import os
 import resource
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -146,10 +148,18 @@ def test_a_folder_belongs_to_one_job_at_a_time(pool, tmp_path):
     again = Checkpoints(folder, build(None))
     for words in pool.run(claim_taken, 2, folder):
         assert str(folder) in words and "another job" in words and f"process {os.getpid()}" in words
-    del mine
-    assert pool.run(claim_taken, 2, folder)[0]
-    del again
-    assert pool.run(load_auto, 2, folder) == [None, None]
+    child = os.fork()  # as loaders of data are, which may live longer than the job
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        del mine
+        assert pool.run(claim_taken, 2, folder)[0]
+        del again
+        assert pool.run(load_auto, 2, folder) == [None, None]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def claim_taken(group: Any, folder: Path) -> str:
