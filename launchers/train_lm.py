@@ -188,15 +188,20 @@ def train(job: Job, options: argparse.Namespace, stop: StopRequest) -> int:
             seconds = time.perf_counter() - began
             line = {"step": step, "loss": loss, "lr": lr, "seconds": seconds}
             line["tokens"] = step * engine.batch.total * options.seq_len
-            finite = math.isfinite(loss)
-            last = step == options.steps or stop_signal is not None
+            finite, urgent = math.isfinite(loss), stop_signal is not None
+            last = step == options.steps or urgent
             sample = None
             if last or step == 1 or step % options.log_ranks_every == 0:
                 sample = sample_optimizer(engine.optimizer)
-            if step == options.steps or (step % options.eval_every == 0 and not last):
+            saved = finite and checkpoints.is_due(step, last=last)
+            evaluated = step == options.steps or step % options.eval_every == 0
+            if evaluated and not urgent:
                 line["held_out_loss"] = engine.held_out_loss(job.sequences, options.eval_batches)
-            if finite and checkpoints.is_due(step, last=last):
+            if saved:
                 line["save_seconds"] = checkpoints.save(step, record.progress(line, sample))
+            if evaluated and urgent and (saved or step == options.steps):
+                # of a run that somebody will go on with; now what matters is in safety
+                line["held_out_loss"] = engine.held_out_loss(job.sequences, options.eval_batches)
             record.step(line, sample)
             progress.show(line, record.mean_rank)
             if not finite:  # DeepSpeed would skip every further step, to the end

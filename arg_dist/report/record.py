@@ -84,12 +84,14 @@ class RunRecord:
 
         `line` and `sample` are those of the checkpoint's step, which :meth:`step` has not got yet.
         """
-        last_line = self._with_sample(line, sample) if sample else line
+        # a copy: what was saved at this step is added to the line while the checkpoint is written
+        last_line = self._with_sample(line, sample) if sample else dict(line)
         return {"last_line": last_line, "seconds": self.seconds, "parts": self.parts}
 
     @staticmethod
     def _with_sample(line: dict[str, Any], sample: OptimizerSample) -> dict[str, Any]:
-        return line | {"ranks": sample.ranks, "energy": sample.energy} if sample.ranks else line
+        known = {"ranks": sample.ranks, "energy": sample.energy} if sample.ranks else {}
+        return {**line, **known}
 
     @property
     def seconds(self) -> float:

@@ -105,6 +105,10 @@ def test_a_run_goes_on_from_what_its_checkpoint_knows(tmp_path, capsys):
     with RunRecord(first, facts(), planned_steps=6, active=True) as record:
         for number in (1, 2, 3):
             record.step(step(number))
+        line = step(3)
+        known = record.progress(line)
+        line["save_seconds"] = 1.0  # while a thread writes what is known
+        assert known["last_line"] == step(3)
         # killed before it could write the line of the checkpoint's step
         known = json.loads(json.dumps(record.progress(step(4), SAMPLE)))
     earlier = Earlier(4, first, **known)
