@@ -84,6 +84,12 @@ DAMAGES = {
 }
 
 
+def test_whoever_may_read_the_folder_may_read_what_is_in_it(saved):
+    checkpoint = saved / "step-00000003"
+    modes = {path.stat().st_mode & 0o777 for path in checkpoint.iterdir()}
+    assert modes == {checkpoint.stat().st_mode & 0o666}
+
+
 def load_damaged(group: Any, folder: Path) -> tuple[str, Any, Snapshot]:
     """What is said of the newest one; what `auto` loads instead; and everything after that."""
     optimizer = build(group)
