@@ -54,13 +54,16 @@ class Started:
                         self._seen[int(variables["RANK"])] = child
         return [self._seen[index] for index in sorted(self._seen)]
 
-    def terminate(self, *, seconds: float) -> int:
-        """SIGTERM to the launcher and its processes; its exit code once all have gone."""
+    def stop(self, number: signal.Signals, *, seconds: float) -> int:
+        """A signal to the launcher and its processes; its exit code once all have gone.
+
+        The launcher may go at once: its processes have a report to write.
+        """
         there = self.workers()
-        os.killpg(self.process.pid, signal.SIGTERM)
+        os.killpg(self.process.pid, number)
         code = self.process.wait(timeout=seconds)
         _, alive = psutil.wait_procs(there, timeout=seconds)
-        assert not alive, f"still there {seconds} s after SIGTERM: {alive}"
+        assert not alive, f"still there {seconds} s after {number.name}: {alive}"
         return code
 
 

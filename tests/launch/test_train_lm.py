@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.launching import ROOT, command, compare, environment, launch
+from tests.launch.launching import ROOT, compare, environment, launch
+from tests.launch.stopping import metrics, started, wait_for
 
 SCRIPT = "launchers/train_lm.py"
 CONFIG = ("--deepspeed_config", "ds_configs/zero2.json")
@@ -37,13 +36,6 @@ def read_report(run: Path) -> dict[str, Any]:
     return report
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"nothing came for {seconds} s"
-        time.sleep(0.2)
-
-
 @pytest.mark.timeout(200)
 def test_reports_show_adarankgrad_next_to_adamw(text: Path, tmp_path: Path) -> None:
     for optimizer in ("adarankgrad", "adamw"):
@@ -64,26 +56,9 @@ def test_reports_show_adarankgrad_next_to_adamw(text: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_valid_report(number: signal.Signals, text: Path, tmp_path: Path) -> None:
     options = ("--data", text, "--steps", 10_000, *SMALL, "--out", tmp_path)
-    process = subprocess.Popen(
-        command(SCRIPT, *CONFIG, *options, processes=2),
-        cwd=ROOT,
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        metrics = tmp_path / "metrics.jsonl"
-        wait_for(
-            lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5, seconds=60
-        )
-        os.killpg(process.pid, number)
-        assert process.wait(timeout=30) != 0
-        # the launcher itself may be gone at once; its workers then still write their report
-        wait_for(lambda: (tmp_path / "report.png").exists(), seconds=30)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    with started(SCRIPT, *CONFIG, *options, processes=2) as launcher:
+        wait_for(lambda: len(metrics(tmp_path)) >= 5, seconds=60)
+        assert launcher.stop(number, seconds=30) != 0
     report = read_report(tmp_path)
     assert report["status"] == "interrupted"
     assert 5 <= report["steps"] < 10_000

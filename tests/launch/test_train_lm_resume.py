@@ -75,7 +75,7 @@ def refused(*arguments: object) -> str:
 def test_a_run_that_is_stopped_twice_is_bitwise_the_one_that_is_not(
     job: tuple[object, ...], tmp_path: Path
 ) -> None:
-    words = (*zero(2), *job, "--steps", 100)
+    words = (*zero(2), *job, "--steps", 100, "--eval-every", 1)
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     finished = launch(SCRIPT, *words, "--out", whole, processes=2, seconds=150)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -83,7 +83,7 @@ def test_a_run_that_is_stopped_twice_is_bitwise_the_one_that_is_not(
     saving = (*words, "--save-every", 16, "--resume", "auto", "--time-limit", 6)
     with started(SCRIPT, *saving, "--out", out, processes=2) as launcher:
         wait_for(lambda: len(metrics(out)) >= 5, seconds=90)
-        assert launcher.terminate(seconds=30) != 0
+        assert launcher.stop(signal.SIGTERM, seconds=30) != 0
     stopped_at = read_report(out)["steps"]
     assert read_report(out)["status"] == "interrupted"
     assert checkpoints_in(out / "checkpoints")[-1].name == f"step-{stopped_at:08d}"
