@@ -90,7 +90,7 @@ def started(
         except AssertionError as error:
             raise AssertionError(f"{error}\n{launch.printed()[-6000:]}") from None
         finally:
-            for each in (*launch.workers(), process):
+            for each in (process, *launch.workers()):  # the launcher first: it may start others
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
             process.wait()
