@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Every check, then every test, the fast tiers first, two at a time. Arguments go to pytest:
+# Every check, then every test, the fast tiers first. Arguments go to pytest:
 #   bash launchers/test.sh             all of it
 #   bash launchers/test.sh -x -k zero3
-#   bash launchers/test.sh -n 0        one at a time
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launchers/setup_env.sh
@@ -16,4 +15,4 @@ python -m ruff check .
 python -m ruff format --check .
 python -m mypy
 shellcheck launchers/*.sh
-exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder tests/unit tests/lockstep tests/pool tests/launch "$@"
+exec python -m pytest tests/unit tests/lockstep tests/pool tests/launch "$@"

@@ -25,14 +25,9 @@ def tier_of(item: pytest.Item) -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(TIERS)
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:
         tier = tier_of(item)
         item.add_marker(tier)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIERS[tier]))
-        # what shares a launch, or a file's fixtures, goes to one of the test processes
-        shared = "runs" if "runs" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(shared))
-    # of a tier, what takes longest first: no test process shall be left with it in the end
-    items.sort(key=lambda item: (order.index(tier_of(item)), item.path not in slow))
+    items.sort(key=lambda item: order.index(tier_of(item)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -154,4 +155,5 @@ def unusable_port(launcher_option: str) -> InputError:
 def leave_processes() -> None:
     """Ends what :meth:`Setup.connect` began; without it gloo's threads may abort the exit."""
     if dist.is_initialized():
+        gc.collect()  # whatever still holds a group would keep its threads from being joined
         dist.destroy_process_group()

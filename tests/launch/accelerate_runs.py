@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from arg_dist import AdaRankGrad, ConfigError, param_groups
 from arg_dist.integrations.accelerate import check_accelerator, check_optimizer
+from arg_dist.lm.training import leave_processes
 from tests.launch.accelerate_engines import cpus_as_gpus
 from tests.launch.models import build
 
@@ -102,7 +103,7 @@ def main() -> None:
             os.environ.pop(f"ACCELERATE_USE_{variable}", None)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(said))
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

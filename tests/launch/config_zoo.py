@@ -23,6 +23,7 @@ deepspeed.utils.logger.setLevel(logging.ERROR)
 import models  # noqa: E402
 
 import arg_dist  # noqa: E402
+from arg_dist.lm.training import leave_processes  # noqa: E402
 
 STEPS = 8
 
@@ -61,7 +62,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(results, indent=1))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves its comp
 
 from accelerate.state import AcceleratorState  # noqa: E402
 
+from arg_dist.lm.training import leave_processes  # noqa: E402
 from tests.launch import engine_ways  # noqa: E402
 from tests.launch.engines import ENGINES, Engine  # noqa: E402
 
@@ -51,7 +52,7 @@ def main() -> None:
     results = {engine.name: {"processes": run(engine)} for engine in chosen}
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(results, indent=1))
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
+from arg_dist.lm.training import leave_processes
 from tests.launch.cases import CASES, MOVED, Case
 from tests.launch.zero_jobs import SAVED_AFTER, Job
 from tests.launch.zero_runs import deepspeed, gather
@@ -89,7 +90,7 @@ def main() -> None:
         convert_all(options.out / "written", options.out / "moved")
         (options.out / "results.json").write_text(json.dumps(results))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from arg_dist.lm.training import leave_processes
 from tests.launch.cases import CASES, MOVED, RESUMED, Case
 from tests.launch.zero_jobs import SAVED_AFTER, Job, other_trained_weights, other_weights
 from tests.launch.zero_runs import deepspeed, gather
@@ -102,7 +103,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         (options.out / "results.json").write_text(json.dumps(results))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tests.launch.conftest import Runs
 from tests.launch.engines import ENGINES, Engine
 from tests.tolerances import LOSSES
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests.launch.cases import CASES, MOVED, RESUMED
 from tests.launch.launching import ROOT, launch
 from tests.tolerances import LOSSES, LOW_PRECISION_LOSSES
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(400)
 
 Results = dict[str, Any]
 

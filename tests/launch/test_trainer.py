@@ -25,8 +25,6 @@ from tests.launch.trainer_cases import (
 )
 from tests.tolerances import LOSSES
 
-pytestmark = pytest.mark.slow
-
 LAUNCHES: dict[str, tuple[Launcher, int, list[Way]]] = {
     "alone": ("torchrun", 1, ALONE),
     "torchrun": ("torchrun", 2, TORCHRUN),

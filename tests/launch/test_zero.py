@@ -8,7 +8,7 @@ from tests.launch.cases import CASES, EVERYWHERE, SHARDED, VARIANTS
 from tests.launch.conftest import Runs
 from tests.tolerances import LOSSES, LOW_PRECISION_LOSSES, PROJECTORS
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])

@@ -25,6 +25,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.utils.logger.setLevel(logging.ERROR)
 
 import arg_dist  # noqa: E402
+from arg_dist.lm.training import leave_processes  # noqa: E402
 from tests.launch import models, training  # noqa: E402
 from tests.launch.cases import CASES, SETTINGS, Case  # noqa: E402
 from tests.launch.engine_ways import describe  # noqa: E402
@@ -164,8 +165,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [CASES[name] for name in options.cases]
-    expected = {name: reference(name) for name in sorted({case.model for case in chosen})}
     deepspeed.init_distributed()
+    names = sorted({case.model for case in chosen})
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    computed = gather({name: reference(name) for name in mine})
+    expected = {name: run for part in computed for name, run in part.items()}
     results: dict[str, Any] = {}
     for case in chosen:
         with case.environment():
@@ -181,7 +185,7 @@ def main() -> None:
                 "rank_changed": any(first[key] != last[key] for key in first),
             }
         options.out.write_text(json.dumps(results, indent=1))
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":
