@@ -16,7 +16,7 @@ from torch import nn
 
 from arg_dist.checkpoint.index import CheckpointError
 from arg_dist.checkpoint.reading import Restored, restore, verified_index
-from arg_dist.checkpoint.series import Checkpoints, SaveTimes, newest_in
+from arg_dist.checkpoint.series import Checkpoints, SaveTimes
 from arg_dist.checkpoint.writing import draft, write
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.sharding.job import job_communicator
@@ -27,7 +27,6 @@ __all__ = [
     "Restored",
     "SaveTimes",
     "load",
-    "newest_in",
     "save",
 ]
 

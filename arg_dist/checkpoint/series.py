@@ -251,12 +251,6 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
-def newest_in(folder: str | Path) -> Path | None:
-    """The newest checkpoint in a folder, intact or not; None if there is none."""
-    found = checkpoints_in(Path(folder)) if Path(folder).is_dir() else []
-    return found[-1] if found else None
-
-
 def checkpoints_in(folder: Path) -> list[Path]:
     """By step; of two of one step, the one that was replaced comes first, and abandoned ones do."""
     return list(_order(folder))
