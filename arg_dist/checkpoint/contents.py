@@ -71,7 +71,7 @@ def add_states(
         first = kept_rows(shard)["exp_avg"][shard.me][0]
         contents.states[shard.name] = StateEntry(
             kind="tensor" if matrix is None else "matrix",
-            shape=_full_shape(shard.fragment) if matrix is None else matrix.shape,
+            shape=shard.fragment.parameter_shape if matrix is None else matrix.shape,
             transposed=matrix is None and shard.fragment.transposed,
             side=None if matrix is None else matrix.side_name,
             numbers={k: v for k, v in state.items() if not isinstance(v, Tensor)},
@@ -139,12 +139,8 @@ def _weight(
     key = tensor_key("weight", fragment.name)
     numel = (math.prod(fragment.shape),)
     return Weight(
-        shape=_full_shape(fragment),
+        shape=fragment.parameter_shape,
         transposed=fragment.transposed,
         elements=contents.slice_of(key, process, held, numel, values),
         kind="trained",
     )
-
-
-def _full_shape(fragment: Fragment) -> tuple[int, ...]:
-    return fragment.shape[::-1] if fragment.transposed else fragment.shape

@@ -50,7 +50,7 @@ def check_plans(checkpoint: Path, index: Index, plans: Iterable[Plan], *, weight
     """
     for plan in plans:
         for fragment in plan.held if weights else ():
-            shape = fragment.shape[::-1] if fragment.transposed else fragment.shape
+            shape = fragment.parameter_shape
             stored = index.weights.get(fragment.name)
             if stored is None or stored.shape != shape:
                 has = "no such parameter" if stored is None else f"one of shape {stored.shape}"

@@ -38,6 +38,11 @@ class Fragment:
     view: Callable[[Tensor], Tensor]
     transposed: bool = False
 
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The parameter's shape as the model has it."""
+        return self.shape[::-1] if self.transposed else self.shape
+
 
 @dataclass(frozen=True)
 class Holding:

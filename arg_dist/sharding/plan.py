@@ -133,8 +133,7 @@ def _shards_of(
 ) -> list[Shard]:
     """This process's shards of one parameter; the names of all of them are added to `names`."""
     replicated = spec.holding.replicated
-    shape = fragment.shape[::-1] if fragment.transposed else fragment.shape
-    views = spec.views(fragment.name, shape)
+    views = spec.views(fragment.name, fragment.parameter_shape)
     if fragment.transposed:
         views = [MatrixView(view.name, view.columns, view.rows, view.offset) for view in views]
     shards: list[Shard] = []

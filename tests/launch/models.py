@@ -1,5 +1,7 @@
 """Small models whose sizes make every cut fall inside a row, and their batches."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
@@ -7,6 +9,17 @@ from transformers.modeling_outputs import CausalLMOutput
 VOCABULARY = 211
 BATCH = 24
 LENGTH = 16
+TINY_LLAMA: dict[str, Any] = {
+    "hidden_size": 72,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "use_cache": False,
+}
+"""A configuration of transformers, without the vocabulary; cuts fall inside its rows."""
 
 
 class Scale(nn.Module):
@@ -68,18 +81,7 @@ def build(name: str) -> nn.Module:
         return GPT2LMHeadModel(config)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=72,
-        intermediate_size=172,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        use_cache=False,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
+    config = LlamaConfig(vocab_size=VOCABULARY, **TINY_LLAMA, attn_implementation="eager")
     return LlamaForCausalLM(config)
 
 

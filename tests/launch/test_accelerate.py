@@ -10,6 +10,7 @@ import pytest
 
 from arg_dist.lm.presets import build_model
 from tests.launch.launching import ROOT, Launcher, environment, launch
+from tests.launch.tiny_jobs import llama_config, write_text
 from tests.tolerances import LOSSES
 
 SCRIPT = "launchers/train_lm.py"
@@ -25,29 +26,13 @@ JOB = (
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of a few source files: real text, read in a moment."""
-    folder = tmp_path_factory.mktemp("text")
-    for source in sorted((ROOT / "arg_dist/subspace").glob("*.py")):
-        (folder / source.name).write_text(source.read_text())
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny model's configuration, and below it one with its first weights."""
-    from transformers import LlamaConfig
-
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=72,
-        intermediate_size=172,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+    folder, config = tmp_path_factory.mktemp("model"), llama_config()
     config.save_pretrained(folder)
     fresh = build_model(str(folder), config, seed=0, deepspeed_config={})
     fresh.save_pretrained(folder / "checkpoint")

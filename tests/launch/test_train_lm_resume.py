@@ -12,6 +12,7 @@ import pytest
 from arg_dist.checkpoint.series import checkpoints_in
 from tests.launch.launching import ROOT, Launcher, environment, launch
 from tests.launch.stopping import metrics, started, wait_for
+from tests.launch.tiny_jobs import llama_config, write_text
 from tests.tolerances import LOSSES
 
 SCRIPT = "launchers/train_lm.py"
@@ -25,22 +26,8 @@ SMALL = (
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     """Options of a small job: some source files, and a tiny model's configuration."""
-    from transformers import LlamaConfig
-
-    text, model = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("model")
-    for source in sorted((ROOT / "arg_dist/subspace").glob("*.py")):
-        (text / source.name).write_text(source.read_text())
-    LlamaConfig(
-        vocab_size=258,
-        hidden_size=72,
-        intermediate_size=172,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        use_cache=False,
-    ).save_pretrained(model)
+    text, model = write_text(tmp_path_factory.mktemp("text")), tmp_path_factory.mktemp("model")
+    llama_config().save_pretrained(model)
     return "--data", text, "--model", model, *SMALL
 
 
