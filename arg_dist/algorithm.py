@@ -11,6 +11,7 @@ since_refresh, gap    int                          steps since the refresh; step
 energy                float                        share of ||G||^2 kept at the refresh
 kept_sq               fp64 scalar                  ||P||^2 of the last step, this process's rows
 kept_sq_at_refresh    float                        ||P||^2 of the refresh's step, all rows
+residual_norm         fp64 scalar                  norm of the scaled residual, where it is followed
 ===================== ============================ =============================================
 """
 
@@ -23,9 +24,17 @@ from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.subspace.adam import adam_direction
-from arg_dist.subspace.exchange import Steps, gather, select_rows, sum_scatter, total
+from arg_dist.subspace.exchange import (
+    Steps,
+    gather,
+    select_rows,
+    sum_scatter,
+    sum_scatter_both,
+    total,
+)
 from arg_dist.subspace.range_finder import leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_until_next
+from arg_dist.subspace.residual import scaled_residual
 from arg_dist.subspace.sketch import gaussian_rows
 from arg_dist.subspace.spread import Side, Spread
 from arg_dist.subspace.transport import transport_moments
@@ -34,15 +43,17 @@ State = dict[str, Any]
 
 
 class LowRankUpdate(NamedTuple):
-    """What a step adds to a matrix: ``W <- W - lr * scale * N Q^T``.
+    """What a step adds to a matrix: ``W <- W - lr scale (N Q^T + phi G)``, phi row by row.
 
     Attributes:
-        direction: ``moment.update x rank``, N.
+        direction: ``moment.update x rank``, N; with the residual, N - phi P.
         basis: ``basis.touch x rank``, Q.
+        factors: ``moment.update``, phi; None where the residual is dropped.
     """
 
     direction: Tensor
     basis: Tensor
+    factors: Tensor | None = None
 
 
 class NewBasis(NamedTuple):
@@ -95,7 +106,12 @@ def low_rank_step(
     else:
         return None
     # P = G Q
-    projected = yield from sum_scatter(gradient @ basis, moment.touch, moment.keep, me)
+    product, row_sq = gradient @ basis, None
+    if settings.residual == "none":
+        projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
+    else:
+        parts = product, gradient.square().sum(1)
+        projected, row_sq = yield from sum_scatter_both(parts, moment.touch, moment.keep, me)
     if new is not None:
         _adopt(new, projected, state, spread, settings, phase, norm_sq)
     else:
@@ -103,8 +119,22 @@ def low_rank_step(
     direction = _advance(state, projected, settings)
     state["kept_sq"] = projected.double().square().sum()
     state["since_refresh"] += 1
-    direction = yield from gather(direction, moment.keep, moment.update, me)
-    return LowRankUpdate(direction, basis)
+    if row_sq is None:
+        direction = yield from gather(direction, moment.keep, moment.update, me)
+        return LowRankUpdate(direction, basis)
+    factors, state["residual_norm"] = yield from scaled_residual(
+        direction,
+        projected,
+        row_sq,
+        state.get("residual_norm"),
+        spread,
+        growth=settings.residual_growth,
+    )
+    # N Q^T + phi (G - P Q^T) = (N - phi P) Q^T + phi G, and everyone has his part of G
+    factors = factors[:, None]
+    columns = torch.cat([direction.addcmul_(factors, projected, value=-1), factors], 1)
+    columns = yield from gather(columns, moment.keep, moment.update, me)
+    return LowRankUpdate(columns[:, :-1], basis, columns[:, -1])
 
 
 def adam_step(
@@ -130,16 +160,16 @@ def adam_step(
     return (yield from gather(direction, side.keep, side.update, me))
 
 
-def rounds(power_passes: int) -> tuple[int, int]:
+def rounds(power_passes: int, *, residual: bool = False) -> tuple[int, int]:
     """Most requests in a row that a step makes, without a refresh and with one.
 
     Every process of a group goes through that many rounds, those too that have no part in a matrix
     that asks; a driver fails loudly should a step ask once more.
     """
-    steady = 3  # basis, P, N
+    steady = 3 + residual  # basis, P, the residual's norm, N
     passes = 4 * power_passes  # basis, image (2), sketch
     refresh = 1 + passes + 7  # sketch, passes; basis, B, B^T B, energies, Q, R (2)
-    return steady, refresh + 2
+    return steady, refresh + 2 + residual
 
 
 def is_due(state: State) -> bool:

@@ -43,6 +43,14 @@ class AdaRankGradConfig(BaseModel):
         0.9, gt=0, le=1, description="share of ||G||_F^2 to keep: 1 - eta_th of the paper"
     )
     scale: float = Field(1.0, gt=0, description="factor of the low-rank update (GaLore's alpha)")
+    residual: Literal["none", "scaled"] = Field(
+        "none",
+        description="the part of the gradient outside the basis: dropped, or followed too, each "
+        "row scaled as Adam scales its part inside (Fira)",
+    )
+    residual_growth: float = Field(
+        1.01, ge=1, description="largest growth of the scaled residual's norm in one step"
+    )
     side: Literal["auto", "left", "right"] = Field(
         "auto", description="the dimension the basis spans; auto: the shorter one"
     )

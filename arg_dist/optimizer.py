@@ -194,7 +194,8 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
             if "kept_sq" in state:
                 kept.append((shard.unit, state["kept_sq"]))
             if isinstance(shard, MatrixShard) and shard.is_shared:
-                steady, refreshing = rounds(settings[shard.group].power_passes)
+                chosen = settings[shard.group]
+                steady, refreshing = rounds(chosen.power_passes, residual=chosen.residual != "none")
                 needed = max(needed, refreshing if is_due(state) else steady)
             elif shard.is_shared:
                 needed = max(needed, 1)

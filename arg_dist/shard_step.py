@@ -54,7 +54,12 @@ def apply_update(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None
     lr, weight_decay = settings.lr, settings.weight_decay
     if isinstance(update, LowRankUpdate):
         assert isinstance(shard, MatrixShard)
-        shard.apply(*update, lr=lr, scale=settings.scale, weight_decay=weight_decay)
+        direction, basis, factors = update
+        gradient = None if factors is None else shard.gradient()
+        residual = None if factors is None or gradient is None else (factors, gradient)
+        shard.apply(
+            direction, basis, residual, lr=lr, scale=settings.scale, weight_decay=weight_decay
+        )
     elif update is not None:
         assert isinstance(shard, TensorShard)
         shard.apply(update, lr=lr, weight_decay=weight_decay)

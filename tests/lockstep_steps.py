@@ -51,8 +51,14 @@ def step_in_lockstep(
     )
     for shard, update in zip(shards, updates, strict=True):
         if update is not None:
+            direction, basis, factors = update
             shard.apply(
-                *update, lr=settings.lr, scale=settings.scale, weight_decay=settings.weight_decay
+                direction,
+                basis,
+                None if factors is None else (factors, part_of(gradient, shard)),
+                lr=settings.lr,
+                scale=settings.scale,
+                weight_decay=settings.weight_decay,
             )
     return updates
 

@@ -137,13 +137,21 @@ class MatrixShard(Shard):
         return block if self.spans_columns else block.T
 
     def apply(
-        self, direction: Tensor, basis: Tensor, *, lr: float, scale: float, weight_decay: float
+        self,
+        direction: Tensor,
+        basis: Tensor,
+        residual: tuple[Tensor, Tensor] | None = None,
+        *,
+        lr: float,
+        scale: float,
+        weight_decay: float,
     ) -> None:
-        """``W <- (1 - lr wd) W - lr scale N Q^T`` on the elements held.
+        """``W <- (1 - lr wd) W - lr scale (N Q^T + phi G)`` on the elements held.
 
         Args:
             direction: ``moment.update x rank``, N.
             basis: ``basis.touch x rank``, Q.
+            residual: ``moment.update``, phi, and the gradient of the elements held; None for zeros.
             lr: learning rate.
             scale: factor of the update.
             weight_decay: decoupled weight decay.
@@ -153,11 +161,20 @@ class MatrixShard(Shard):
         keep, step = 1 - lr * weight_decay, -lr * scale
         start, stop = self.range
         columns = self.matrix.columns
+        if residual is not None:
+            factors, gradient = residual
+            factors = factors[:, None] if self.spans_columns else factors[None]
         if self._has_whole_rows() and values.dtype == torch.float32:
-            values.view(-1, columns).addmm_(left, right.T, beta=keep, alpha=step)
+            values = values.view(-1, columns)
+            values.addmm_(left, right.T, beta=keep, alpha=step)
+            if residual is not None:
+                values.addcmul_(factors, gradient.reshape(-1, columns).float(), value=step)
             return
         first = start // columns * columns
-        update = (left @ right.T).reshape(-1)[start - first : stop - first]
+        product = left @ right.T
+        if residual is not None:
+            product.addcmul_(factors, self._whole_rows(gradient).float())
+        update = product.reshape(-1)[start - first : stop - first]
         _add_scaled(values, update.view(values.shape), keep, step)
 
     def _has_whole_rows(self) -> bool:

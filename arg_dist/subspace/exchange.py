@@ -136,6 +136,15 @@ def sum_scatter(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
     return (yield Exchange(part, have, want))  # type: ignore[return-value]
 
 
+def sum_scatter_both(
+    parts: tuple[Tensor, Tensor], have: Rows, want: Rows, me: int
+) -> Steps[tuple[Tensor, Tensor]]:
+    """Two :func:`sum_scatter` over the same rows, in one request."""
+    if _everyone_has_what_he_wants(have, want) and _nobody_else_contributes(have, want):
+        return tuple(select_rows(part, have[me], want[me]) for part in parts)  # type: ignore[return-value]
+    return (yield tuple(Exchange(part, have, want) for part in parts))  # type: ignore[return-value]
+
+
 def total(part: Tensor, whole: Rows, shares: Rows, me: int) -> Steps[Tensor]:
     """The whole sum for everyone in ``whole``, each process summing only its share of the rows.
 

@@ -32,10 +32,13 @@ class ReferenceAdaRankGrad:
     scale: float = 1.0
     gap: int = 200
     transport: str = "squared"
+    residual: str = "none"
+    residual_growth: float = 1.01
     side: str = "right"
 
     def __post_init__(self) -> None:
         self.steps = 0
+        self.residual_norm: Tensor | None = None
         self.basis: Tensor | None = None
         self.M = self.V = torch.empty(0)
 
@@ -61,9 +64,22 @@ class ReferenceAdaRankGrad:
         root = torch.sqrt(self.V / (1 - beta2**self.steps))
         N = mean / (root + self.eps)
         # W <- (1 - lr wd) W - lr scale N Q^T
-        update = N @ self.basis.T if self.side == "right" else self.basis @ N.T
+        update = N @ self.basis.T
+        if self.residual == "scaled":
+            update += self._scaled_residual(G, P, N)
+        update = update if self.side == "right" else update.T
         W = (1 - self.lr * self.weight_decay) * self.weight.double()
         self.weight.copy_(W - self.lr * self.scale * update)
+
+    def _scaled_residual(self, G: Tensor, P: Tensor, N: Tensor) -> Tensor:
+        # S_i = ||N_i|| / ||P_i|| (G - P Q^T)_i ;  ||S|| <= growth ||S_before||   (Fira)
+        assert self.basis is not None
+        phi = N.square().sum(1).sqrt() / P.square().sum(1).sqrt()
+        S = phi[:, None] * (G - P @ self.basis.T)
+        if self.residual_norm is not None and S.norm() > self.residual_growth * self.residual_norm:
+            S *= self.residual_growth * self.residual_norm / S.norm()
+        self.residual_norm = S.norm()
+        return S
 
     def _refresh(self, G: Tensor) -> None:
         # G = U S Q^T ;  r = min { r : ||G - P_r G||^2 <= (1 - energy) ||G||^2 }, within its bounds

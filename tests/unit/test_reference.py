@@ -27,15 +27,16 @@ def sign_fixed_svd(monkeypatch):
 
 
 @pytest.mark.usefixtures("sign_fixed_svd")
+@pytest.mark.parametrize("residual", ["none", "scaled"])
 @pytest.mark.parametrize("transport", ["squared", "ldadam", "paper"])
 @pytest.mark.parametrize(
     ("shape", "side"),
     [((13, 7), "right"), ((7, 13), "left"), ((8, 8), "left"), ((7, 11), "right")],
 )
-def test_fifty_steps_with_changing_ranks_are_the_references(shape, side, transport):
+def test_fifty_steps_with_changing_ranks_are_the_references(shape, side, transport, residual):
     shared = {
         "lr": 1e-3, "weight_decay": 0.1, "max_rank": 6, "min_rank": 2, "energy": 0.95,
-        "scale": 0.5, "transport": transport, "side": side,
+        "scale": 0.5, "transport": transport, "side": side, "residual": residual,
     }  # fmt: skip
     weight = gaussian(*shape, seed=1)
     reference = ReferenceAdaRankGrad(weight.clone(), gap=10, **shared)
