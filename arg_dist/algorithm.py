@@ -41,6 +41,9 @@ from arg_dist.subspace.transport import transport_moments
 
 State = dict[str, Any]
 
+ALIKE = ("residual_norm",)
+"""Scalar tensors of the state that every process which has a part of the matrix has alike."""
+
 
 class LowRankUpdate(NamedTuple):
     """What a step adds to a matrix: ``W <- W - lr scale (N Q^T + phi G)``, phi row by row.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from arg_dist.algorithm import State
+from arg_dist.algorithm import ALIKE, State
 from arg_dist.checkpoint.index import SlicedTensor, StateEntry, Weight, tensor_key
 from arg_dist.saved_forms import kept_part, kept_rows
 from arg_dist.sharding.communicator import Communicator
@@ -74,7 +75,7 @@ def add_states(
             shape=shard.fragment.parameter_shape if matrix is None else matrix.shape,
             transposed=matrix is None and shard.fragment.transposed,
             side=None if matrix is None else matrix.side_name,
-            numbers={k: v for k, v in state.items() if not isinstance(v, Tensor)},
+            numbers={k: _number(v) for k, v in state.items() if _is_number(k, v)},
             tensors=tensors,
             kept_sq=[(process, first, float(state["kept_sq"]))] if "kept_sq" in state else [],
         )
@@ -144,3 +145,12 @@ def _weight(
         elements=contents.slice_of(key, process, held, numel, values),
         kind="trained",
     )
+
+
+def _is_number(key: str, value: Any) -> bool:
+    return key in ALIKE or not isinstance(value, Tensor)
+
+
+def _number(value: Any) -> int | float:
+    number: int | float = value.item() if isinstance(value, Tensor) else value
+    return number

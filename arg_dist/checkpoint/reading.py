@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arg_dist.algorithm import State
+from arg_dist.algorithm import ALIKE, State
 from arg_dist.checkpoint.contents import held_untrained, local_values
 from arg_dist.checkpoint.files import describe, on_all, verify
 from arg_dist.checkpoint.fitting import check_model, check_plans, put_back_settings, saved_settings
@@ -159,6 +159,8 @@ def _state(reader: SliceReader, shard: Shard) -> State:
         low, high = shard.spread.moment.keep[shard.me]
         own = [value for _, first, value in entry.kept_sq if low <= first < high]
         state["kept_sq"] = torch.tensor(sum(own), dtype=torch.float64, device=device)
+        for key in state.keys() & set(ALIKE):
+            state[key] = torch.tensor(state[key], dtype=torch.float64, device=device)
     return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cuts import cut_matrix, element_ranges, without_bystanders
 from hypothesis import given
@@ -38,29 +39,39 @@ def requests_of_a_step(shards, states, gradient, settings) -> int:
     ),
     st.integers(0, 3),
     st.sampled_from(["squared", "none"]),
+    st.sampled_from(["scaled", "none"]),
 )
-def test_a_step_on_a_matrix_stays_within_its_rounds(shape, data, layout, power_passes, transport):
+def test_a_step_on_a_matrix_stays_within_its_rounds(
+    shape, data, layout, power_passes, transport, residual
+):
     ranges = without_bystanders(data.draw(element_ranges(shape[0] * shape[1])))
     shards = cut_matrix(gaussian(*shape), ranges, **layout)
     states = [{} for _ in shards]
     settings = AdaRankGradConfig(
-        max_rank=3, min_rank=1, min_gap=2, max_gap=2, power_passes=power_passes, transport=transport
+        max_rank=3,
+        min_rank=1,
+        min_gap=2,
+        max_gap=2,
+        power_passes=power_passes,
+        transport=transport,
+        residual=residual,
     )
-    steady, refreshing = rounds(power_passes)
+    steady, refreshing = rounds(power_passes, residual=residual == "scaled")
     for step in range(4):
         asked = requests_of_a_step(shards, states, gaussian(*shape, seed=step), settings)
         assert asked <= (refreshing if step in (0, 2) else steady)
         assert len(shards) > 1 or asked == 0
 
 
-def test_a_cut_matrix_needs_all_rounds_of_the_agreement():
+@pytest.mark.parametrize("residual", ["scaled", "none"])
+def test_a_cut_matrix_needs_all_rounds_of_the_agreement(residual):
     shards = cut_matrix(gaussian(7, 5), ((0, 13), (13, 22), (22, 35)), spans_columns=True)
     states = [{} for _ in shards]
-    settings = AdaRankGradConfig(max_rank=3, min_rank=1, min_gap=2, max_gap=2)
+    settings = AdaRankGradConfig(max_rank=3, min_rank=1, min_gap=2, max_gap=2, residual=residual)
     asked = [
         requests_of_a_step(shards, states, gaussian(7, 5, seed=step), settings) for step in range(3)
     ]
-    assert (max(asked[1::2]), max(asked[::2])) == rounds(1)
+    assert (max(asked[1::2]), max(asked[::2])) == rounds(1, residual=residual == "scaled")
 
 
 @given(element_ranges(11), st.booleans())

@@ -49,7 +49,9 @@ def train(group, settings):
     return losses, weights, ranks, optimizer.state_bytes(), optimizer.comm_bytes()
 
 
-@pytest.mark.parametrize("settings", [{}, {"side": "right"}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"side": "right"}, {"weight_decay": 0.1}, {"residual": "scaled"}]
+)
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_training_together_is_training_alone(pool, processes, settings):
     losses, weights, ranks, state_bytes, _ = train(None, settings)
