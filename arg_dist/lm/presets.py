@@ -27,6 +27,7 @@ class LlamaSize:
 
 
 LLAMA_SIZES = {
+    "pico": LlamaSize(128, 344, 4, 4),
     "nano": LlamaSize(192, 512, 6, 6),
     "60m": LlamaSize(512, 1376, 8, 8),
     "130m": LlamaSize(768, 2048, 12, 12),

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "lm": {"package", "checkpoint", "config", "engines", "integrations", "report", "telemetry"},
     "command": {"checkpoint", "lm"},
     "__main__": {"command"},
+    "compare": {"package", "config", "core", "finetuning", "integrations", "lm", "report"},
     "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
     "report": {"telemetry"},
     "package": {"checkpoint", "config", "core", "engines", "integrations", "sharding"},

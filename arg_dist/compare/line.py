@@ -1,0 +1,163 @@
+"""The command line of comparisons.
+
+python -m arg_dist.compare pretrain --model pico --steps 400 --seeds 0 1 2 --jobs 2 --out DIR
+python -m arg_dist.compare report DIR
+
+A finished run is not repeated: the same command goes on with a comparison that was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from arg_dist.compare.methods import FAMILIES, Method, choose, rates_of
+from arg_dist.compare.outcome import write_outcome
+from arg_dist.compare.pretraining_setup import TASK_OPTIONS, prepare_pretraining
+from arg_dist.compare.records import Records
+from arg_dist.compare.sweep import Sweep
+from arg_dist.lm import InputError
+from arg_dist.lm.command_line import (
+    BAD_INPUT,
+    OneLineParser,
+    at_least,
+    complain,
+)
+from arg_dist.lm.environment import prepare_environment
+from arg_dist.lm.interrupts import exit_code
+
+PRETRAINING_METHODS = tuple(name for name in FAMILIES if name != "lora")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    Args:
+        arguments: those of the process if None.
+    """
+    options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(exit_code(number)))
+    try:
+        prepare_environment(world_of_one=False)
+        if options.command == "report":
+            write_outcome(options.directory)
+        else:
+            _compare(options)
+        return 0
+    except InputError as error:
+        complain(str(error))
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return exit_code(signal.SIGINT)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    methods = choose(
+        options.methods,
+        peer_rank=options.peer_rank,
+        overrides=options.overrides,
+        variants=options.variant,
+        known=PRETRAINING_METHODS,
+    )
+    rates = rates_of(methods, dict(options.lrs))
+    records = Records(options.out)
+    with records.locked():
+        task = prepare_pretraining(options, records)
+        records.begin(
+            task.identity,
+            methods,
+            sweep_seed=options.seeds[0],
+            command="python -m arg_dist.compare " + shlex.join(sys.argv[1:]),
+            redo=options.redo,
+        )
+        _run(options, records, task, methods, rates)
+    write_outcome(options.out)
+
+
+def _run(
+    options: argparse.Namespace,
+    records: Records,
+    task: Any,
+    methods: list[Method],
+    rates: dict[str, tuple[float, ...]],
+) -> None:
+    Sweep(
+        records,
+        job=task.job,
+        data=task.data,
+        methods=methods,
+        rates=rates,
+        seeds=options.seeds,
+        measure=task.measure,
+        jobs=options.jobs,
+        all_seeds=options.all_seeds,
+        kind=options.command,
+        tell=lambda line: print(line, flush=True),
+    ).run()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; see --help."""
+    whole = OneLineParser(
+        prog="python -m arg_dist.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = whole.add_subparsers(dest="command", required=True, metavar="pretrain|report")
+    pretrain = commands.add_parser("pretrain", help="compare methods of pre-training")
+    for flags, settings in TASK_OPTIONS:
+        pretrain.add_argument(*flags, **settings)
+    _add_sweep_options(pretrain, PRETRAINING_METHODS)
+    report = commands.add_parser("report", help="table and pictures anew, from the runs")
+    report.add_argument("directory", type=Path, metavar="DIR")
+    return whole
+
+
+def _add_sweep_options(sub: argparse.ArgumentParser, known: tuple[str, ...]) -> None:
+    add = sub.add_argument
+    add("--out", type=Path, required=True, help="the comparison's directory")
+    add("--methods", nargs="+", default=list(known), metavar="NAME", help="of "
+        f"{', '.join(known)} (default: all)")  # fmt: skip
+    add("--lrs", nargs="+", type=_rates, default=[], action="extend", metavar="METHOD=A,B,...",
+        help="learning rates of a method, in place of its own four")  # fmt: skip
+    add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="the first one is the "
+        "sweep's (default: 0 1 2)")  # fmt: skip
+    add("--all-seeds", action="store_true", help="all learning rates on all seeds")
+    add("--peer-rank", type=_rank, default=0.125, metavar="RANK", help="of GaLore, APOLLO and "
+        "Fira: a number, or a fraction of a matrix's shorter side (default: 0.125)")  # fmt: skip
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="a setting of our own methods; may be repeated")  # fmt: skip
+    add("--variant", action="append", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"),
+        help="a further method: recommended, with other settings; may be repeated")  # fmt: skip
+    add("--jobs", type=at_least(1), default=1, help="runs at a time, one thread each (default: 1)")
+    add("--redo", nargs="+", default=[], metavar="NAME", help="methods whose runs, made with "
+        "other settings or versions, are set aside and made anew")  # fmt: skip
+
+
+def _rates(text: str) -> tuple[str, tuple[float, ...]]:
+    name, equals, rates = text.partition("=")
+    try:
+        numbers = tuple(float(rate) for rate in rates.split(","))
+    except ValueError:
+        numbers = ()
+    if not (name and equals and numbers and all(0 < rate < float("inf") for rate in numbers)):
+        raise argparse.ArgumentTypeError(f"METHOD=1e-3,2e-3,... is needed, got {text!r}")
+    return name, numbers
+
+
+def _rank(text: str) -> int | float:
+    try:
+        rank = float(text)
+    except ValueError:
+        rank = -1.0
+    if 0 < rank < 1:
+        return rank
+    if rank < 1 or rank != int(rank):
+        raise argparse.ArgumentTypeError(
+            f"a whole number of at least 1, or a fraction below 1, is needed, got {text!r}"
+        )
+    return int(rank)

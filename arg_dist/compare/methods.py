@@ -1,0 +1,185 @@
+"""The methods that are compared: what each of them is, and where its learning rates lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import arg_dist
+from arg_dist.compare import peers
+from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
+from arg_dist.lm import InputError
+from arg_dist.lm.job_config import parse_overrides
+
+OURS = "adarankgrad"
+
+FAMILIES = {
+    "adamw": "adamw",
+    "galore": "galore",
+    "apollo": "apollo",
+    "fira": "fira",
+    "muon": "muon",
+    "lora": "lora",
+    "recommended": OURS,
+    "paper": OURS,
+}
+"""Each method's family, which says how its optimizer is built."""
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "galore": {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
+    "apollo": {
+        "update_proj_gap": 200, "scale": 1.0, "proj": "random", "scale_type": "channel",
+        "proj_type": "std",
+    },
+    "fira": {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std"},
+    "muon": {"adjust_lr_fn": "match_rms_adamw"},
+}  # fmt: skip
+"""Settings of the low-rank matrices, as each method's authors give them; the rank comes to it."""
+
+WITH_RANK = {"galore", "apollo", "fira", "lora"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {"residual": "scaled", "energy": 0.8, "max_rank": 0.25},
+    "paper": {"transport": "paper", "max_rank": 0.25},
+}
+
+RATES = {
+    "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
+    "muon": (5e-4, 1e-3, 2e-3, 4e-3),
+    "galore": (5e-3, 1e-2, 2e-2, 4e-2),
+    "apollo": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    "fira": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    OURS: (1.25e-3, 2.5e-3, 5e-3, 1e-2),
+}
+"""Four learning rates for pre-training, a factor of two apart, by family."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        name: its name in tables; a variant has a name of its own.
+        family: how its optimizer is built.
+        settings: of the low-rank matrices (or of the whole optimizer, for our own); the learning
+            rate comes to it. `rank` is a number, or a fraction of a matrix's shorter side.
+    """
+
+    name: str
+    family: str
+    settings: dict[str, Any]
+
+    def definition(self) -> dict[str, Any]:
+        """All that makes this method what it is, versions included, as JSON."""
+        code = {"code": _own_code()} if self.family == OURS else {}
+        return {
+            "family": self.family,
+            "settings": self.settings,
+            "versions": peers.version(self.family) | code,
+        }
+
+
+def choose(
+    names: Sequence[str],
+    *,
+    peer_rank: int | float,
+    overrides: Iterable[str] = (),
+    variants: Sequence[Sequence[str]] = (),
+    known: Iterable[str] = FAMILIES,
+) -> list[Method]:
+    """The methods by their names, then the variants of ``recommended``.
+
+    Args:
+        names: of methods.
+        peer_rank: the rank of GaLore, APOLLO, Fira and LoRA.
+        overrides: ``key=value`` for each of our own methods.
+        variants: a new name each, followed by ``key=value``.
+        known: methods that can be asked for.
+
+    Raises:
+        InputError: a name is not known or occurs twice, a package is not installed, or a setting
+            is refused.
+    """
+    own = parse_overrides(overrides)
+    methods = []
+    for name in names:
+        if name not in set(known):
+            raise InputError(f"--methods {name}: not known; there are {', '.join(known)}")
+        family = FAMILIES[name]
+        settings = _preset(name) | own if family == OURS else dict(PUBLISHED.get(family, {}))
+        if family in WITH_RANK:
+            settings["rank"] = peer_rank
+        methods.append(Method(name, family, settings))
+    for name, *assignments in variants:
+        if "=" in name:
+            raise InputError(f"--variant {name}: a name is needed before the settings")
+        settings = _preset("recommended") | own | parse_overrides(assignments)
+        methods.append(Method(name, OURS, settings))
+    _check(methods)
+    return methods
+
+
+def rates_of(
+    methods: Sequence[Method],
+    given: Mapping[str, Sequence[float]],
+    defaults: Mapping[str, Sequence[float]] = RATES,
+) -> dict[str, tuple[float, ...]]:
+    """The learning rates of each method, ascending, by its name.
+
+    Args:
+        methods: what is compared.
+        given: rates by a method's name, in place of the defaults.
+        defaults: rates by family.
+
+    Raises:
+        InputError: `given` names no method of `methods`; or the methods have not the same number
+            of rates, which would favour some.
+    """
+    names = [method.name for method in methods]
+    for name in given:
+        if name not in names:
+            raise InputError(f"--lrs {name}=...: not among the methods {', '.join(names)}")
+    rates = {
+        method.name: tuple(sorted(set(given.get(method.name, defaults[method.family]))))
+        for method in methods
+    }
+    if len({len(each) for each in rates.values()}) > 1:
+        numbers = ", ".join(f"{name} {len(each)}" for name, each in rates.items())
+        raise InputError(
+            f"--lrs: every method needs the same number of learning rates, got {numbers}"
+        )
+    return rates
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if "preset" in AdaRankGradConfig.model_fields:
+        return {"preset": name}
+    return dict(PRESETS[name])
+
+
+def _check(methods: Sequence[Method]) -> None:
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--methods, --variant: two methods have the name {name}")
+    peers.require({method.family for method in methods})
+    for method in methods:
+        if method.family == OURS:
+            try:
+                parse_config(method.settings, where=method.name)
+            except ConfigError as error:
+                raise InputError(str(error)) from None
+
+
+def _own_code() -> str:
+    """The first digits of the sha256 of the optimizer's source."""
+    package = Path(arg_dist.__file__).parent
+    files = [*package.glob("*.py")]
+    files += [file for room in ("subspace", "sharding") for file in (package / room).glob("*.py")]
+    whole = hashlib.sha256()
+    for file in sorted(files):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()[:12]

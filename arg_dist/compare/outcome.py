@@ -1,0 +1,30 @@
+"""The files that tell what a comparison has found: ``results.json``, ``table.md``, pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from arg_dist.compare.records import Records
+from arg_dist.compare.results import measure_of, results_json, rows_of
+from arg_dist.compare.tables import markdown, print_rows
+from arg_dist.lm import InputError
+from arg_dist.report.files import write_atomically, write_json
+
+
+def write_outcome(directory: Path, console: Console | None = None) -> None:
+    """Writes the files into `directory`, from its runs, and prints the table.
+
+    Raises:
+        InputError: there are no runs in it.
+    """
+    records = Records(directory)
+    comparison, runs = records.comparison(), records.runs()
+    if comparison is None or not runs:
+        raise InputError(f"{directory}: holds no runs of a comparison")
+    rows, measure = rows_of(comparison, runs), measure_of(runs)
+    write_json(directory / "results.json", results_json(comparison, runs))
+    text = markdown(rows, measure)
+    write_atomically(directory / "table.md", lambda temporary: temporary.write_text(text))
+    print_rows(rows, measure, console)
