@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +76,11 @@ class Method:
 
     def definition(self) -> dict[str, Any]:
         """All that makes this method what it is, versions included, as JSON."""
-        code = {"code": _own_code()} if self.family == OURS else {}
-        return {
-            "family": self.family,
-            "settings": self.settings,
-            "versions": peers.version(self.family) | code,
-        }
+        definition: dict[str, Any] = {"family": self.family, "settings": self.settings}
+        if self.family == OURS:
+            every = parse_config(self.settings).model_dump(mode="json", exclude={"lr"})
+            return definition | {"every_setting": every, "code": _own_code()}
+        return definition | {"versions": peers.version(self.family)}
 
 
 def choose(
@@ -114,8 +115,11 @@ def choose(
             settings["rank"] = peer_rank
         methods.append(Method(name, family, settings))
     for name, *assignments in variants:
-        if "=" in name:
-            raise InputError(f"--variant {name}: a name is needed before the settings")
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise InputError(
+                f"--variant {name}: a name of letters, digits and . + - _ is needed first, then "
+                "settings (KEY=VALUE)"
+            )
         settings = _preset("recommended") | own | parse_overrides(assignments)
         methods.append(Method(name, OURS, settings))
     _check(methods)
@@ -175,11 +179,23 @@ def _check(methods: Sequence[Method]) -> None:
 
 
 def _own_code() -> str:
-    """The first digits of the sha256 of the optimizer's source."""
+    """The first digits of the sha256 of the optimizer's code; comments do not count."""
     package = Path(arg_dist.__file__).parent
-    files = [*package.glob("*.py")]
-    files += [file for room in ("subspace", "sharding") for file in (package / room).glob("*.py")]
+    rooms = (package, package / "subspace", package / "sharding")
+    files = [file for room in rooms for file in room.glob("*.py")]
     whole = hashlib.sha256()
     for file in sorted(files):
-        whole.update(file.read_bytes())
+        whole.update(ast.dump(_without_docstrings(ast.parse(file.read_text()))).encode())
     return whole.hexdigest()[:12]
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [  # type: ignore[attr-defined]
+                line
+                for line in body
+                if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+            ]
+    return tree

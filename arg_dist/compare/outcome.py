@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from arg_dist.compare.pictures import draw_all
 from arg_dist.compare.records import Records
 from arg_dist.compare.results import measure_of, results_json, rows_of
 from arg_dist.compare.tables import markdown, print_rows
@@ -28,3 +29,8 @@ def write_outcome(directory: Path, console: Console | None = None) -> None:
     text = markdown(rows, measure)
     write_atomically(directory / "table.md", lambda temporary: temporary.write_text(text))
     print_rows(rows, measure, console)
+    drawn = draw_all(directory, rows, runs, measure)
+    names = ["table.md", "results.json", *(path.name for path in drawn)]
+    (console or Console()).print(
+        f"written into {directory}: {', '.join(names)}", highlight=False, soft_wrap=True
+    )

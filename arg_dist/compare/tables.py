@@ -53,7 +53,7 @@ def notes(rows: Sequence[Row], measure: Measure) -> list[str]:
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{name} {count}" for name, count in counts.items())
         lines.append(f"The sweeps differ in size: {told} learning rates.")
-    lines += [f"{row.method} at {lost}" for row in rows for lost in row.lost]
+    lines += [f"{row.method} at {_short(lost)}" for row in rows for lost in row.lost]
     return lines
 
 
@@ -69,17 +69,40 @@ def markdown(rows: Sequence[Row], measure: Measure) -> str:
 
 
 def print_rows(rows: Sequence[Row], measure: Measure, console: Console | None = None) -> None:
-    """Prints the table and its notes."""
+    """Prints the learning rates, the methods, and the notes; a terminal's 80 columns suffice."""
     console = console or Console()
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    cells = columns(rows, measure)
-    for title, _ in cells:
-        table.add_column(title, overflow="fold", justify="left" if title == "method" else "right")
-    for i in range(len(rows)):
-        table.add_row(*(column[i] for _, column in cells))
-    console.print(table)
+    rates = _table("learning rates", *[""] * max((len(row.swept) for row in rows), default=0))
+    for row in rows:
+        cells = [
+            f"[bold]{lr:g}: {number(value)}[/]" if lr == row.lr else f"{lr:g}: {number(value)}"
+            for lr, value in row.swept.items()
+        ]
+        rates.add_row(row.method, *cells)
+    titles = ("best lr", "median", "spread", "state", "stored", "rank", "flap", "s/step")
+    table = _table("method", *titles)
+    for row in rows:
+        table.add_row(
+            row.method,
+            _best(row),
+            number(row.median),
+            number(row.spread),
+            share(row.share("logical")),
+            share(row.share("storage")),
+            "-" if row.mean_rank is None else f"{row.mean_rank:.1f}",
+            share(row.flap),
+            _seconds(row, "step"),
+        )
+    console.print(rates, table)
     for line in notes(rows, measure):
         console.print(line, highlight=False, markup=False)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, style="bold")
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
 
 
 def number(value: float | None) -> str:
@@ -90,6 +113,10 @@ def number(value: float | None) -> str:
 def share(value: float | None) -> str:
     """``"12.3 %"``, or a dash."""
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _short(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _line(cells: Sequence[str]) -> str:

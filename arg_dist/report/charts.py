@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Steps = Sequence[dict[str, Any]]
 
-_STYLE = {
+STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -29,6 +29,7 @@ _STYLE = {
     "legend.frameon": False,
     "font.size": 10,
 }
+"""Matplotlib's settings for every picture."""
 _OWN, _OTHER, _FAINT = "#1f5fa8", "#c9c9c9", "#9db8d6"
 _HIGHLIGHT, _GOOD = "#d1495b", "#2a7f62"
 _MIB = 2**20
@@ -41,8 +42,8 @@ def draw_report(report: dict[str, Any], steps: Steps, path: Path) -> None:
     """
     from matplotlib import rc_context
 
-    with rc_context(_STYLE):
-        figure = _figure(13, 8.5)
+    with rc_context(STYLE):
+        figure = new_figure(13, 8.5)
         (losses, state), (ranks, energy) = figure.subplots(2, 2)
         _draw_losses(losses, steps)
         _draw_checkpoints(losses, report, steps)
@@ -72,13 +73,13 @@ def draw_comparison(runs: Mapping[str, tuple[dict[str, Any], Steps]], path: Path
     from matplotlib import colormaps, rc_context
 
     colors = colormaps["tab10"].colors
-    with rc_context(_STYLE):
-        figure = _figure(13, 5)
+    with rc_context(STYLE):
+        figure = new_figure(13, 5)
         judged, state = figure.subplots(1, 2, width_ratios=(3, 2))
         measure = judging([report for report, _ in runs.values()])
         title = measure.title[0].upper() + measure.title[1:]
         judged.set(title=title, xlabel="step")
-        for color, (name, (_, steps)) in zip(_cycle(colors), runs.items(), strict=False):
+        for color, (name, (_, steps)) in zip(cycle_of(colors), runs.items(), strict=False):
             numbers, values = _series(steps, measure.key)
             judged.plot(numbers, values, color=color, marker="o", markersize=4, label=name)
             if measure.key == LOSS:
@@ -89,7 +90,7 @@ def draw_comparison(runs: Mapping[str, tuple[dict[str, Any], Steps]], path: Path
             _crop_start(judged, [line for _, steps in runs.values() for line in steps])
         judged.legend()
         for row, (color, (report, _)) in enumerate(
-            zip(_cycle(colors), runs.values(), strict=False)
+            zip(cycle_of(colors), runs.values(), strict=False)
         ):
             bar = state.barh(row, max(report["state_bytes"], default=0) / _MIB, 0.6, color=color)
             state.bar_label(bar, fmt="%.1f", padding=3)
@@ -101,7 +102,8 @@ def draw_comparison(runs: Mapping[str, tuple[dict[str, Any], Steps]], path: Path
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, of inches; draw into it inside ``rc_context(STYLE)``."""
     # Not pyplot: a figure of its own needs no display and leaves no global state behind.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -170,7 +172,7 @@ def _draw_matrices(axes: Axes, steps: Steps, key: str, title: str, *, whole: boo
         return
     names = sorted({name for step in logged for name in step[key]})
     kinds = sorted({kind_of(name) for name in names})
-    colors = dict(zip(kinds, _cycle(colormaps["tab10"].colors), strict=False))
+    colors = dict(zip(kinds, cycle_of(colormaps["tab10"].colors), strict=False))
     labelled = set()
     for name in names:
         kind = kind_of(name)
@@ -235,7 +237,8 @@ def _crop_start(axes: Axes, steps: Steps) -> None:
         axes.set_ylim(min(late) - margin, max(late) + margin)
 
 
-def _cycle(colors: Sequence[Any]) -> Any:
+def cycle_of(colors: Sequence[Any]) -> Any:
+    """The colors over and over."""
     from itertools import cycle
 
     return cycle(colors)
