@@ -175,7 +175,7 @@ def _title(measure: Measure) -> str:
 
 
 def _tokens(value: float, _: int) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g}{unit}"
+    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:g}{unit}"
     return f"{value:g}"
