@@ -11,7 +11,7 @@ since_refresh, gap    int                          steps since the refresh; step
 energy                float                        share of ||G||^2 kept at the refresh
 kept_sq               fp64 scalar                  ||P||^2 of the last step, this process's rows
 kept_sq_at_refresh    float                        ||P||^2 of the refresh's step, all rows
-residual_norm         fp64 scalar                  norm of the scaled residual, where it is followed
+residual_norm         fp64 scalar                  norm of the residual, where it is `scaled`
 ===================== ============================ =============================================
 """
 
@@ -34,7 +34,7 @@ from arg_dist.subspace.exchange import (
 )
 from arg_dist.subspace.range_finder import leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_until_next
-from arg_dist.subspace.residual import scaled_residual
+from arg_dist.subspace.residual import Rule, limit_growth, matched_factors, scaled_factors
 from arg_dist.subspace.sketch import gaussian_rows
 from arg_dist.subspace.spread import Side, Spread
 from arg_dist.subspace.transport import transport_moments
@@ -125,14 +125,17 @@ def low_rank_step(
     if row_sq is None:
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
-    factors, state["residual_norm"] = yield from scaled_residual(
-        direction,
-        projected,
-        row_sq,
-        state.get("residual_norm"),
-        spread,
-        growth=settings.residual_growth,
-    )
+    if settings.residual == "matched":
+        factors = matched_factors(direction, projected, row_sq, dimension=spread.basis.size)
+    else:
+        factors, state["residual_norm"] = yield from limit_growth(
+            scaled_factors(direction, projected),
+            projected,
+            row_sq,
+            state.get("residual_norm"),
+            spread,
+            growth=settings.residual_growth,
+        )
     # N Q^T + phi (G - P Q^T) = (N - phi P) Q^T + phi G, and everyone has his part of G
     factors = factors[:, None]
     columns = torch.cat([direction.addcmul_(factors, projected, value=-1), factors], 1)
@@ -163,16 +166,17 @@ def adam_step(
     return (yield from gather(direction, side.keep, side.update, me))
 
 
-def rounds(power_passes: int, *, residual: bool = False) -> tuple[int, int]:
+def rounds(power_passes: int, residual: Rule) -> tuple[int, int]:
     """Most requests in a row that a step makes, without a refresh and with one.
 
     Every process of a group goes through that many rounds, those too that have no part in a matrix
     that asks; a driver fails loudly should a step ask once more.
     """
-    steady = 3 + residual  # basis, P, the residual's norm, N
+    limited = residual == "scaled"
+    steady = 3 + limited  # basis, P, the residual's norm, N
     passes = 4 * power_passes  # basis, image (2), sketch
     refresh = 1 + passes + 7  # sketch, passes; basis, B, B^T B, energies, Q, R (2)
-    return steady, refresh + 2 + residual
+    return steady, refresh + 2 + limited
 
 
 def is_due(state: State) -> bool:
@@ -231,7 +235,13 @@ def _refresh(
         gradient, omega, spread, power_passes=settings.power_passes
     )
     rank = choose_rank(
-        found.energies, norm_sq, energy=settings.energy, smallest=smallest, largest=largest
+        found.energies,
+        norm_sq,
+        energy=settings.energy,
+        smallest=smallest,
+        largest=largest,
+        before=state.get("rank"),
+        hysteresis=settings.hysteresis,
     )
     vectors = yield from gather(
         found.vectors[:, :rank], spread.at_home(basis.size), basis.touch, me
@@ -276,7 +286,7 @@ def _adopt(
         )
     state["gap"] = gap_until_next(
         state["refreshes"],
-        shortest=settings.min_gap,
+        first=settings.gap_to_second,
         longest=settings.max_gap,
         phase=phase,
     )

@@ -20,6 +20,23 @@ class ConfigError(ValueError):
     """A setting is unknown, ill-typed, out of range, or contradicts another one."""
 
 
+PAPER: dict[str, Any] = {
+    "energy": 0.96,
+    "hysteresis": 0.0,
+    "scale": 0.25,
+    "residual": "none",
+    "min_gap": 1,
+    "first_gap": 200,
+    "power_passes": 2,
+    "transport": "paper",
+}
+"""``preset="paper"``: arXiv 2410.17881 to the letter where it is known, else its official code.
+
+`energy`: the code bounds the un-squared share of what is discarded by 0.2; `scale`: GaLore's on C4;
+`power_passes`: those of ``svd_lowrank``; `min_gap`: its inner loop may end at any step.
+"""
+
+
 class AdaRankGradConfig(BaseModel):
     """Settings of :class:`arg_dist.AdaRankGrad`; each may be overridden per parameter group.
 
@@ -29,6 +46,10 @@ class AdaRankGradConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    preset: Literal["recommended", "paper"] = Field(
+        "recommended",
+        description="defaults of all other settings: what the comparison supports, or the paper's",
+    )
     lr: float = Field(1e-3, ge=0, description="learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="decay of the first and the second moment"
@@ -37,19 +58,26 @@ class AdaRankGradConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
 
     low_rank: bool = Field(True, description="False: plain full-rank Adam for this group")
-    max_rank: Rank = Field(128, description="largest rank, or a fraction of the shorter dimension")
+    max_rank: Rank = Field(0.25, description="largest rank, or a fraction of the shorter dimension")
     min_rank: Rank = Field(4, description="smallest rank, or a fraction of the shorter dimension")
     energy: float = Field(
-        0.9, gt=0, le=1, description="share of ||G||_F^2 to keep: 1 - eta_th of the paper"
+        0.8, gt=0, le=1, description="share of ||G||_F^2 to keep: 1 - eta_th of the paper"
+    )
+    hysteresis: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="how far the share that a rank keeps may be from `energy` before it changes",
     )
     scale: float = Field(1.0, gt=0, description="factor of the low-rank update (GaLore's alpha)")
-    residual: Literal["none", "scaled"] = Field(
-        "none",
-        description="the part of the gradient outside the basis: dropped, or followed too, each "
-        "row scaled as Adam scales its part inside (Fira)",
+    residual: Literal["matched", "scaled", "none"] = Field(
+        "matched",
+        description="the part of the gradient outside the basis: followed, row by row, each "
+        "direction as far as one inside (matched) or in proportion to its gradient (scaled, as in "
+        "Fira), or dropped",
     )
     residual_growth: float = Field(
-        1.01, ge=1, description="largest growth of the scaled residual's norm in one step"
+        1.01, ge=1, description="largest growth of a `scaled` residual's norm in one step"
     )
     side: Literal["auto", "left", "right"] = Field(
         "auto", description="the dimension the basis spans; auto: the shorter one"
@@ -62,6 +90,11 @@ class AdaRankGradConfig(BaseModel):
 
     max_gap: int = Field(200, ge=1, description="most steps between two refreshes of a basis")
     min_gap: int = Field(20, ge=1, description="fewest steps between two refreshes of a basis")
+    first_gap: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="steps until the second basis; the gap doubles from there up to `max_gap`; "
+        "default: `min_gap`",
+    )
     decay: float = Field(
         0.5,
         ge=0,
@@ -97,6 +130,12 @@ class AdaRankGradConfig(BaseModel):
         None, description="module-name patterns kept full-rank; default: embeddings and head"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, Mapping) else None
+        return {**PAPER, **values} if preset == "paper" else values
+
     @field_validator("betas", mode="before")
     @classmethod
     def _two_betas(cls, value: Any) -> Any:
@@ -116,7 +155,17 @@ class AdaRankGradConfig(BaseModel):
                 f"min_gap ({self.min_gap}) is larger than max_gap ({self.max_gap}): "
                 "lower min_gap or raise max_gap"
             )
+        if self.first_gap is not None and not self.min_gap <= self.first_gap <= self.max_gap:
+            raise ValueError(
+                f"first_gap ({self.first_gap}) is not between min_gap ({self.min_gap}) and max_gap "
+                f"({self.max_gap}): change one of them"
+            )
         return self
+
+    @property
+    def gap_to_second(self) -> int:
+        """Steps from the first basis of a matrix to its second, before they are staggered."""
+        return self.min_gap if self.first_gap is None else self.first_gap
 
     def rank_bounds(self, short: int) -> tuple[int, int]:
         """Smallest and largest rank for a matrix whose shorter dimension is `short`."""

@@ -113,7 +113,7 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         own = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
         where = f"parameter group {position}"
-        for key in own.keys() & {"targets", "exclude", "time_limit"}:
+        for key in own.keys() & {"preset", "targets", "exclude", "time_limit"}:
             raise ConfigError(f"{where}.{key}: this is a setting of the optimizer as a whole")
         config = parse_config({**{k: self.defaults[k] for k in SETTINGS}, **own}, where)
         group.update(config)
@@ -195,7 +195,7 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
                 kept.append((shard.unit, state["kept_sq"]))
             if isinstance(shard, MatrixShard) and shard.is_shared:
                 chosen = settings[shard.group]
-                steady, refreshing = rounds(chosen.power_passes, residual=chosen.residual != "none")
+                steady, refreshing = rounds(chosen.power_passes, chosen.residual)
                 needed = max(needed, refreshing if is_due(state) else steady)
             elif shard.is_shared:
                 needed = max(needed, 1)

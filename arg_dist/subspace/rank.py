@@ -7,7 +7,14 @@ from torch import Tensor
 
 
 def choose_rank(
-    energies: Tensor, norm_sq: float, *, energy: float, smallest: int, largest: int
+    energies: Tensor,
+    norm_sq: float,
+    *,
+    energy: float,
+    smallest: int,
+    largest: int,
+    before: int | None = None,
+    hysteresis: float = 0.0,
 ) -> int:
     """The smallest rank whose directions keep the share `energy` of ``||G||_F^2``.
 
@@ -22,14 +29,25 @@ def choose_rank(
         energy: share to keep, in (0, 1].
         smallest: smallest rank to return.
         largest: largest rank to return.
+        before: the rank so far; None if there was none.
+        hysteresis: a rank stays where it keeps a share within `energy` -+ `hysteresis`, and goes no
+            further than there: one batch's gradient is a noisy word on the spectrum.
 
     Returns:
         A rank between 1 and ``min(largest, width)``.
     """
     largest = min(largest, energies.numel())
-    # r = min { r : sum_{i<=r} s_i^2 >= energy ||G||_F^2 }
-    kept = energies.cumsum(0)
-    rank = int((kept < energy * norm_sq).sum()) + 1
+    # kept_r = sum_{i<=r} s_i^2 / ||G||^2
+    kept = energies.cumsum(0) / norm_sq
+
+    def needed(share: float) -> int:
+        # min { r : kept_r >= share }
+        return int((kept < share).sum()) + 1
+
+    if before is None:
+        rank = needed(energy)
+    else:
+        rank = max(needed(energy - hysteresis), min(before, needed(energy + hysteresis)))
     rank = max(min(smallest, largest), min(rank, largest))
     return max(1, min(rank, numerical_rank(energies)))
 
@@ -62,17 +80,17 @@ def exit_early(
     return since_refresh >= shortest and kept_sq < decay * decay * kept_sq_at_refresh
 
 
-def gap_until_next(refreshes: int, *, shortest: int, longest: int, phase: float) -> int:
-    """Steps from a refresh to the next: doubles from about `shortest` up to `longest`.
+def gap_until_next(refreshes: int, *, first: int, longest: int, phase: float) -> int:
+    """Steps from a refresh to the next: doubles from about `first` up to `longest`.
 
     The first gradients say little: they have almost no rank, and the subspace turns fastest while
     the learning rate warms up.
 
     Args:
         refreshes: bases of this matrix found before.
-        shortest: fewest steps between two refreshes.
+        first: steps from the first refresh to the second, before it is stretched.
         longest: most steps between two refreshes.
         phase: in [0, 1); stretches the gaps, so that the refreshes of different matrices, which all
             begin on the first step, do not fall on the same steps later.
     """
-    return min(longest, int(shortest * (1 + phase) * 2.0 ** min(refreshes, 32)))
+    return min(longest, int(first * (1 + phase) * 2.0 ** min(refreshes, 32)))

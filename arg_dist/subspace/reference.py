@@ -1,7 +1,7 @@
 """AdaRankGrad on one whole matrix with a dense SVD: slow, short, and the oracle of the tests.
 
-arXiv 2410.17881, algorithms 2 and 3, line by line, except for the `squared` transport, and without
-its inner exit rule. Written without any of the pieces it is used to check.
+arXiv 2410.17881, algorithms 2 and 3, line by line, except for the `squared` transport and the
+residuals, and without its inner exit rule. Written without any of the pieces it is used to check.
 """
 
 from __future__ import annotations
@@ -65,21 +65,28 @@ class ReferenceAdaRankGrad:
         N = mean / (root + self.eps)
         # W <- (1 - lr wd) W - lr scale N Q^T
         update = N @ self.basis.T
+        S = G - P @ self.basis.T
         if self.residual == "scaled":
-            update += self._scaled_residual(G, P, N)
+            update += self._scaled_residual(S, P, N)
+        elif self.residual == "matched":
+            update += self._matched_residual(S, G, N)
         update = update if self.side == "right" else update.T
         W = (1 - self.lr * self.weight_decay) * self.weight.double()
         self.weight.copy_(W - self.lr * self.scale * update)
 
-    def _scaled_residual(self, G: Tensor, P: Tensor, N: Tensor) -> Tensor:
-        # S_i = ||N_i|| / ||P_i|| (G - P Q^T)_i ;  ||S|| <= growth ||S_before||   (Fira)
-        assert self.basis is not None
-        phi = N.square().sum(1).sqrt() / P.square().sum(1).sqrt()
-        S = phi[:, None] * (G - P @ self.basis.T)
+    def _scaled_residual(self, S: Tensor, P: Tensor, N: Tensor) -> Tensor:
+        # S_i <- ||N_i|| / ||P_i|| S_i ;  ||S|| <= growth ||S_before||   (Fira)
+        S = N.square().sum(1, keepdim=True).sqrt() / P.square().sum(1, keepdim=True).sqrt() * S
         if self.residual_norm is not None and S.norm() > self.residual_growth * self.residual_norm:
             S *= self.residual_growth * self.residual_norm / S.norm()
         self.residual_norm = S.norm()
         return S
+
+    def _matched_residual(self, S: Tensor, G: Tensor, N: Tensor) -> Tensor:
+        # S_i <- sqrt(mean_j N_ij^2 (n - r)) S_i / ||S_i|| ;  faint residuals fade out
+        outside = G.shape[1] - self.rank
+        size = S.square().sum(1, keepdim=True) + 1e-4 * G.square().sum(1, keepdim=True)
+        return (N.square().mean(1, keepdim=True) * outside / size).sqrt() * S
 
     def _refresh(self, G: Tensor) -> None:
         # G = U S Q^T ;  r = min { r : ||G - P_r G||^2 <= (1 - energy) ||G||^2 }, within its bounds

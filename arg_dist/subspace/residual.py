@@ -1,12 +1,25 @@
-"""The part of the gradient outside the basis, followed without any state of its own.
+"""The part of the gradient outside the basis, followed without moments of its own.
 
 Adam's direction N says how far to go along the projected gradient P. Row by row, the residual
-``G - P Q^T`` goes as far in proportion: scaled by ``phi_i = ||N_i|| / ||P_i||`` (Fira, arXiv
-2410.01623, section 4.1). A limiter keeps its norm from growing by more than a factor at a step
-(section 4.2); the norm before is all the state there is.
+``S = G - P Q^T`` follows, ``phi_i S_i``, and how far is a choice:
+
+======== ============================================== ========================================
+scaled   ``phi_i = ||N_i|| / ||P_i||``: in proportion   Fira, arXiv 2410.01623, sections 4.1, 4.2
+         to what the row does inside the basis; a
+         limiter keeps the norm from jumping
+matched  ``phi_i ||S_i|| = ||N_i|| sqrt((n - r) / r)``: the default
+         each of the n - r directions outside moves as
+         far as one of the r inside does on average
+======== ============================================== ========================================
+
+Under full-rank Adam all entries of an update are of one size, along strong directions and weak
+ones. `matched` keeps that: the update's size does not depend on the rank, and so the learning rate
+need not either. Under `scaled` weak directions stay as weak as they are in the gradient.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +27,45 @@ from torch import Tensor
 from arg_dist.subspace.exchange import Steps, sum_scatter
 from arg_dist.subspace.spread import Spread
 
+Rule = Literal["none", "scaled", "matched"]
 
-def scaled_residual(
-    direction: Tensor,
+FAINT = 1e-4
+"""Share of a row's ||G_i||^2 below which a residual fades out, as it is rounding in the end."""
+
+
+def scaled_factors(direction: Tensor, projected: Tensor) -> Tensor:
+    """``rows``: phi of the rule `scaled`; both arguments are ``rows x rank``, N and P."""
+    projected_sq = projected.square().sum(1)
+    # phi_i = ||N_i|| / ||P_i||
+    factors = (direction.square().sum(1) / projected_sq).sqrt_()
+    return torch.where(projected_sq > 0, factors, 0.0)
+
+
+def matched_factors(
+    direction: Tensor, projected: Tensor, row_sq: Tensor, *, dimension: int
+) -> Tensor:
+    """``rows``: phi of the rule `matched`.
+
+    Args:
+        direction: ``rows x rank``, N.
+        projected: ``rows x rank``, P.
+        row_sq: ``rows``, ``||G_i||^2``.
+        dimension: n, the number of directions there are: the basis has `rank` of them.
+    """
+    rank = direction.shape[1]
+    # phi_i = ||N_i|| sqrt((n - r) / r) / ||S_i||
+    reach = direction.square().sum(1) * ((dimension - rank) / rank)
+    factors = (reach / (outside_sq(projected, row_sq) + FAINT * row_sq)).sqrt_()
+    return torch.where(row_sq > 0, factors, 0.0)
+
+
+def outside_sq(projected: Tensor, row_sq: Tensor) -> Tensor:
+    """``rows``: ``||S_i||^2 = ||G_i||^2 - ||P_i||^2``, as Q is orthonormal."""
+    return (row_sq - projected.square().sum(1)).clamp_min_(0)
+
+
+def limit_growth(
+    factors: Tensor,
     projected: Tensor,
     row_sq: Tensor,
     norm_before: Tensor | None,
@@ -24,31 +73,25 @@ def scaled_residual(
     *,
     growth: float,
 ) -> Steps[tuple[Tensor, Tensor]]:
-    """The factor of each row of the residual, and the norm of what comes out.
+    """The factors, smaller where the scaled residual's norm has grown by more than `growth`.
 
     Args:
-        direction: ``moment.keep x rank``, N.
+        factors: ``moment.keep``, phi.
         projected: ``moment.keep x rank``, P.
-        row_sq: ``moment.keep``, ``||G_i||^2``, fp32.
+        row_sq: ``moment.keep``, ``||G_i||^2``.
         norm_before: the norm that the step before returned, fp64; None at the first step.
         spread: how the matrix lies over the processes.
-        growth: largest growth of the norm.
+        growth: largest growth of the norm in one step.
 
     Returns:
-        ``moment.keep``, the factors; and the norm, an fp64 scalar.
+        ``moment.keep``, the factors; and the norm of what they make, an fp64 scalar.
     """
-    projected_sq = projected.square().sum(1)
-    # phi_i = ||N_i|| / ||P_i||
-    factors = (direction.square().sum(1) / projected_sq).sqrt_()
-    factors = torch.where(projected_sq > 0, factors, 0.0)
-    # ||phi (G - P Q^T)||^2 = sum_i phi_i^2 (||G_i||^2 - ||P_i||^2), as Q is orthonormal
-    outside_sq = (row_sq - projected_sq).clamp_min_(0)
-    part = (factors.square() * outside_sq).sum(dtype=torch.float64).view(1)
+    # ||phi S||^2 = sum_i phi_i^2 ||S_i||^2
+    part = (factors.square() * outside_sq(projected, row_sq)).sum(dtype=torch.float64).view(1)
     everyone = spread.whole(1)
     norm = (yield from sum_scatter(part, everyone, everyone, spread.me)).sqrt().view(())
-    if norm_before is not None:
-        # S <- S min(1, growth ||S_before|| / ||S||)
-        limited = torch.minimum(norm, growth * norm_before)
-        factors = factors * torch.where(norm > 0, limited / norm, 1.0).float()
-        norm = limited
-    return factors, norm
+    if norm_before is None:
+        return factors, norm
+    # S <- S min(1, growth ||S_before|| / ||S||)
+    limited = torch.minimum(norm, growth * norm_before)
+    return factors * torch.where(norm > 0, limited / norm, 1.0).float(), limited

@@ -13,7 +13,6 @@ SETTINGS: dict[str, Any] = {
     "energy": 0.7,
     "max_gap": 6,
     "min_gap": 3,
-    "residual": "scaled",
 }
 
 

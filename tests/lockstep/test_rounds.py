@@ -39,7 +39,7 @@ def requests_of_a_step(shards, states, gradient, settings) -> int:
     ),
     st.integers(0, 3),
     st.sampled_from(["squared", "none"]),
-    st.sampled_from(["scaled", "none"]),
+    st.sampled_from(["matched", "scaled", "none"]),
 )
 def test_a_step_on_a_matrix_stays_within_its_rounds(
     shape, data, layout, power_passes, transport, residual
@@ -56,14 +56,14 @@ def test_a_step_on_a_matrix_stays_within_its_rounds(
         transport=transport,
         residual=residual,
     )
-    steady, refreshing = rounds(power_passes, residual=residual == "scaled")
+    steady, refreshing = rounds(power_passes, residual)
     for step in range(4):
         asked = requests_of_a_step(shards, states, gaussian(*shape, seed=step), settings)
         assert asked <= (refreshing if step in (0, 2) else steady)
         assert len(shards) > 1 or asked == 0
 
 
-@pytest.mark.parametrize("residual", ["scaled", "none"])
+@pytest.mark.parametrize("residual", ["matched", "scaled", "none"])
 def test_a_cut_matrix_needs_all_rounds_of_the_agreement(residual):
     shards = cut_matrix(gaussian(7, 5), ((0, 13), (13, 22), (22, 35)), spans_columns=True)
     states = [{} for _ in shards]
@@ -71,7 +71,7 @@ def test_a_cut_matrix_needs_all_rounds_of_the_agreement(residual):
     asked = [
         requests_of_a_step(shards, states, gaussian(7, 5, seed=step), settings) for step in range(3)
     ]
-    assert (max(asked[1::2]), max(asked[::2])) == rounds(1, residual=residual == "scaled")
+    assert (max(asked[1::2]), max(asked[::2])) == rounds(1, residual)
 
 
 @given(element_ranges(11), st.booleans())

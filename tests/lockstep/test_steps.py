@@ -32,7 +32,7 @@ SHAPE = (ROWS, COLUMNS)
 WHOLE = ((0, ROWS * COLUMNS),)
 
 cut_ranges = element_ranges(ROWS * COLUMNS).map(without_bystanders)
-residuals = st.sampled_from(["none", "scaled"])
+residuals = st.sampled_from(["none", "scaled", "matched"])
 layouts = st.fixed_dictionaries({"spans_columns": st.booleans(), "shard_basis": st.booleans()})
 
 
@@ -81,7 +81,14 @@ def test_a_steady_step_of_whole_numbers_is_that_of_the_whole(ranges, layout, rep
 
 
 def settings(**changes) -> AdaRankGradConfig:
-    defaults = {"max_rank": 5, "min_rank": 1, "energy": 0.95, "lr": 1e-2, "weight_decay": 0.1}
+    defaults = {
+        "max_rank": 5,
+        "min_rank": 1,
+        "energy": 0.95,
+        "lr": 1e-2,
+        "weight_decay": 0.1,
+        "hysteresis": 0.0,
+    }
     return AdaRankGradConfig(**{**defaults, **changes})
 
 
@@ -119,7 +126,7 @@ def test_training_in_shards_is_training_in_one_piece(ranges, layout, residual):
 
 @pytest.mark.parametrize("spans_columns", [True, False])
 @pytest.mark.parametrize("processes", [2, 3, 4, 8])
-@pytest.mark.parametrize("residual", ["none", "scaled"])
+@pytest.mark.parametrize("residual", ["none", "scaled", "matched"])
 def test_replicated_training_is_shared_out_without_a_difference(processes, spans_columns, residual):
     config = FREQUENT.model_copy(update={"residual": residual})
     cuts = WHOLE * processes
@@ -171,7 +178,7 @@ def bystander(requests: int):
     """A process that holds nothing of the matrix, and only goes along with the others."""
     nothing = Exchange(torch.zeros(0, 0), ((0, 0),) * 9, ((0, 0),) * 9)
     for _ in range(requests):
-        yield nothing
+        yield nothing, nothing
 
 
 @pytest.mark.parametrize("spans_columns", [True, False])

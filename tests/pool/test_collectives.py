@@ -48,7 +48,7 @@ def train(group, cuts, layout):
                 for i, shard in held
             ],
             communicator,
-            max(rounds(SETTINGS.power_passes)),
+            max(rounds(SETTINGS.power_passes, SETTINGS.residual)),
         )
         for (_, shard), update in zip(held, updates, strict=True):
             apply(shard, update)

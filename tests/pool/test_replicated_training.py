@@ -50,7 +50,8 @@ def train(group, settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"side": "right"}, {"weight_decay": 0.1}, {"residual": "scaled"}]
+    "settings",
+    [{}, {"side": "right"}, {"weight_decay": 0.1}, {"residual": "scaled"}, {"residual": "none"}],
 )
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_training_together_is_training_alone(pool, processes, settings):
@@ -85,7 +86,7 @@ def collectives_by_step(group, count: int) -> list[int]:
 
 
 def test_the_number_of_collectives_does_not_depend_on_the_number_of_matrices(pool):
-    steady, refreshing = (1 + count for count in rounds(power_passes=1))
+    steady, refreshing = (1 + count for count in rounds(power_passes=1, residual="matched"))
     expected = [refreshing] + 4 * [steady] + [refreshing] + 2 * [steady]
     for count in (4, 40):
         assert pool.run(collectives_by_step, 2, count) == [expected] * 2

@@ -58,7 +58,7 @@ def test_a_convolution_is_trained_as_the_flattened_matrix():
 
 def test_the_update_lies_in_the_basis():
     weight = gaussian(8, 6)
-    optimizer = optimizer_of(weight, max_rank=3, min_rank=3)
+    optimizer = optimizer_of(weight, max_rank=3, min_rank=3, residual="none")
     change = train(optimizer, [[gaussian(8, 6, seed=1)]])[0] - weight
     basis = optimizer.state[parameters_of(optimizer)[0]]["w0"]["basis"]
     ORTHONORMAL.check(basis.T @ basis, torch.eye(3))
@@ -218,7 +218,14 @@ def moved_by_noise(transport: str) -> float:
     """How far a relative noise of 1e-6 in the gradients moves an MLP's weights, by the way gone."""
     start = [gaussian(64, 32, seed=11) / 32**0.5, gaussian(32, 64, seed=12) / 64**0.5]
     inputs, outputs = gaussian(64, 32, seed=13), gaussian(64, 32, seed=14)
-    settings = {"lr": 1e-2, "min_gap": 4, "max_gap": 8, "max_rank": 16, "transport": transport}
+    settings = {
+        "lr": 1e-2,
+        "min_gap": 4,
+        "max_gap": 8,
+        "max_rank": 16,
+        "transport": transport,
+        "residual": "none",
+    }
     ends = []
     for noise in (0.0, 1e-6):
         optimizer = optimizer_of(*start, **settings)
@@ -255,7 +262,8 @@ def test_weights_that_cannot_be_changed_in_place_are_refused_by_name():
 
 
 def test_energy_decides_the_rank_step_by_step():
-    optimizer = optimizer_of(gaussian(12, 9), max_rank=8, energy=0.95, min_gap=2, max_gap=2)
+    settings = {"max_rank": 8, "energy": 0.95, "hysteresis": 0.0, "min_gap": 2, "max_gap": 2}
+    optimizer = optimizer_of(gaussian(12, 9), **settings)
     ranks = []
     for gradient in changing_spectrum(12, 9, (0.3, 0.9), each=2):
         feed(optimizer, gradient)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,6 +50,33 @@ def test_rank_stays_within_its_bounds_and_the_sketch(smallest, largest, expected
     )
 
 
+@given(SHAPES, st.floats(0.1, 0.9), st.floats(0, 0.1), st.integers(1, 40))
+def test_a_rank_goes_no_further_than_the_nearest_one_near_the_energy(shape, energy, slack, before):
+    energies = torch.linalg.svdvals(gaussian(*shape).double()).square()
+    norm_sq, bounds = float(energies.sum()), {"smallest": 1, "largest": min(shape)}
+    before = min(before, min(shape))
+    fewest, most = (
+        choose_rank(energies, norm_sq, energy=energy + way * slack, **bounds) for way in (-1, 1)
+    )
+    rank = choose_rank(energies, norm_sq, energy=energy, hysteresis=slack, before=before, **bounds)
+    assert fewest <= rank <= most
+    assert rank == min(range(fewest, most + 1), key=lambda candidate: abs(candidate - before))
+
+
+def test_hysteresis_keeps_a_rank_that_noise_would_move():
+    near, settings = geometric(10, 0.7), {"max_rank": 9, "min_gap": 1, "max_gap": 1}
+    changes = {}
+    for hysteresis in (0.0, 0.05):
+        state, ranks = {}, []
+        for seed in range(20):
+            noisy = with_spectrum(16, 10, near) + 0.1 * gaussian(16, 10, seed=seed)
+            one_step(noisy, state, hysteresis=hysteresis, **settings)
+            ranks.append(state["rank"])
+        changes[hysteresis] = sum(a != b for a, b in pairwise(ranks))
+    assert changes[0.0] >= 4
+    assert changes[0.05] == 0
+
+
 def test_energy_that_the_sketch_missed_counts_as_discarded():
     assert choose_rank(energies_of(2, 1), 100.0, energy=0.9, smallest=1, largest=2) == 2
 
@@ -66,6 +95,8 @@ def test_rank_falls_and_rises_with_the_gradient():
             with_spectrum(16, 10, geometric(10, ratio)),
             state,
             max_rank=9,
+            energy=0.9,
+            hysteresis=0.0,
             min_gap=1,
             max_gap=1,
         )
@@ -107,7 +138,7 @@ def test_gaps_double_from_the_shortest_to_the_longest():
 
 @given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 500), st.floats(0, 0.999))
 def test_gaps_stay_within_their_bounds_and_grow(refreshes, shortest, more, phase):
-    bounds = {"shortest": shortest, "longest": shortest + more, "phase": phase}
+    bounds = {"first": shortest, "longest": shortest + more, "phase": phase}
     gap, following = (gap_until_next(refreshes + i, **bounds) for i in (0, 1))
     assert shortest <= gap <= following <= shortest + more
     assert following >= min(shortest + more, 2 * gap)

@@ -27,7 +27,7 @@ def sign_fixed_svd(monkeypatch):
 
 
 @pytest.mark.usefixtures("sign_fixed_svd")
-@pytest.mark.parametrize("residual", ["none", "scaled"])
+@pytest.mark.parametrize("residual", ["none", "scaled", "matched"])
 @pytest.mark.parametrize("transport", ["squared", "ldadam", "paper"])
 @pytest.mark.parametrize(
     ("shape", "side"),
@@ -40,7 +40,7 @@ def test_fifty_steps_with_changing_ranks_are_the_references(shape, side, transpo
     }  # fmt: skip
     weight = gaussian(*shape, seed=1)
     reference = ReferenceAdaRankGrad(weight.clone(), gap=10, **shared)
-    optimizer = optimizer_of(weight, min_gap=10, max_gap=10, decay=0.0, **shared)
+    optimizer = optimizer_of(weight, min_gap=10, max_gap=10, decay=0.0, hysteresis=0.0, **shared)
     ranks = []
     for gradient in changing_spectrum(*shape, RATIOS, each=10):
         reference.step(gradient)

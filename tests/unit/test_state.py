@@ -11,7 +11,14 @@ from one_process import feed, optimizer_of, parameters_of, train
 
 from arg_dist import ConfigError
 
-SETTINGS = {"max_rank": 5, "energy": 0.95, "min_gap": 3, "max_gap": 4, "lr": 1e-2}
+SETTINGS = {
+    "max_rank": 5,
+    "energy": 0.95,
+    "hysteresis": 0.0,
+    "min_gap": 3,
+    "max_gap": 4,
+    "lr": 1e-2,
+}
 SHAPES = [(12, 9), (9, 12), (4, 7, 8), (6,)]
 GRADIENTS = [
     [tall, wide, gaussian(4, 7, 8, seed=step), gaussian(6, seed=step)]
