@@ -135,6 +135,8 @@ def _answer(request: Request, parts: Sequence[tuple[Exchange, ...]], me: int) ->
     for k, exchange in enumerate(_exchanges(request)):
         contributions = []
         for i, others in enumerate(parts):
+            if k >= len(others):  # it has no part in this matrix, and only goes along
+                continue
             other = others[k]
             low, high = intersect(other.have[i], exchange.want[me])
             if low < high:

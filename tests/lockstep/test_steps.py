@@ -178,7 +178,7 @@ def bystander(requests: int):
     """A process that holds nothing of the matrix, and only goes along with the others."""
     nothing = Exchange(torch.zeros(0, 0), ((0, 0),) * 9, ((0, 0),) * 9)
     for _ in range(requests):
-        yield nothing, nothing
+        yield nothing
 
 
 @pytest.mark.parametrize("spans_columns", [True, False])
