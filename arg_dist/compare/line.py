@@ -132,7 +132,8 @@ def _add_sweep_options(sub: argparse.ArgumentParser, known: tuple[str, ...]) -> 
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="a setting of our own methods; may be repeated")  # fmt: skip
     add("--variant", action="append", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"),
-        help="a further method: recommended, with other settings; may be repeated")  # fmt: skip
+        help="a further method: recommended with other settings, or another one (NAME fira "
+        "rank=0.05); may be repeated")  # fmt: skip
     add("--jobs", type=at_least(1), default=1, help="runs at a time, one thread each (default: 1)")
     add("--redo", nargs="+", default=[], metavar="NAME", help="methods whose runs, made with "
         "other settings or versions, are set aside and made anew")  # fmt: skip

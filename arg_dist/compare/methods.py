@@ -91,13 +91,14 @@ def choose(
     variants: Sequence[Sequence[str]] = (),
     known: Iterable[str] = FAMILIES,
 ) -> list[Method]:
-    """The methods by their names, then the variants of ``recommended``.
+    """The methods by their names, then their variants.
 
     Args:
         names: of methods.
         peer_rank: the rank of GaLore, APOLLO, Fira and LoRA.
         overrides: ``key=value`` for each of our own methods.
-        variants: a new name each, followed by ``key=value``.
+        variants: a new name each, then that of a method (without it, ``recommended``), then
+            ``key=value``.
         known: methods that can be asked for.
 
     Raises:
@@ -109,19 +110,18 @@ def choose(
     for name in names:
         if name not in set(known):
             raise InputError(f"--methods {name}: not known; there are {', '.join(known)}")
-        family = FAMILIES[name]
-        settings = _preset(name) | own if family == OURS else dict(PUBLISHED.get(family, {}))
-        if family in WITH_RANK:
-            settings["rank"] = peer_rank
-        methods.append(Method(name, family, settings))
-    for name, *assignments in variants:
+        methods.append(Method(name, FAMILIES[name], _settings(name, peer_rank, own)))
+    for name, *rest in variants:
         if not re.fullmatch(r"[\w.+-]+", name):
             raise InputError(
                 f"--variant {name}: a name of letters, digits and . + - _ is needed first, then "
-                "settings (KEY=VALUE)"
+                "perhaps a method's, then settings (KEY=VALUE)"
             )
-        settings = _preset("recommended") | own | parse_overrides(assignments)
-        methods.append(Method(name, OURS, settings))
+        of = rest.pop(0) if rest and "=" not in rest[0] else "recommended"
+        if of not in set(known):
+            raise InputError(f"--variant {name} {of}: not known; there are {', '.join(known)}")
+        settings = _settings(of, peer_rank, own) | parse_overrides(rest)
+        methods.append(Method(name, FAMILIES[of], settings))
     _check(methods)
     return methods
 
@@ -156,6 +156,15 @@ def rates_of(
             f"--lrs: every method needs the same number of learning rates, got {numbers}"
         )
     return rates
+
+
+def _settings(name: str, peer_rank: int | float, own: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a method before those of a variant."""
+    family = FAMILIES[name]
+    if family == OURS:
+        return _preset(name) | own
+    settings = dict(PUBLISHED.get(family, {}))
+    return settings | {"rank": peer_rank} if family in WITH_RANK else settings
 
 
 def _preset(name: str) -> dict[str, Any]:
