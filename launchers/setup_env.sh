@@ -9,7 +9,7 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.installed
-wanted=$(cat "$root/constraints.txt" "$root/pyproject.toml" | sha256sum)
+wanted=$(cat "$root/constraints.txt" "$root/pyproject.toml" "$root/launchers/setup_compare.sh" | sha256sum)
 
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
@@ -34,4 +34,5 @@ echo "installing into .venv (once, some minutes)" >&2
 # training needs none of them.
 pip install torch numpy setuptools
 DS_BUILD_OPS=0 pip install --editable "${root}[train,dev]"
+bash "$root/launchers/setup_compare.sh"
 printf '%s\n' "$wanted" >"$stamp"

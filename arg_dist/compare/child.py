@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,16 @@ def main(trial_path: str, result_path: str) -> int:
 
 def run(trial: dict[str, Any]) -> dict[str, Any]:
     """The results of `trial`."""
-    method = Method(**trial["method"])
-    job = PretrainingJob(**trial["job"])
-    return pretrain(
-        job,
-        method,
-        lr=trial["lr"],
-        seed=trial["seed"],
-        tokens=Path(trial["data"]),
-        show=lambda line: print(line, flush=True),
-    )
+    method, lr, seed = Method(**trial["method"]), trial["lr"], trial["seed"]
+    show = partial(print, flush=True)
+    if trial["kind"] == "pretrain":
+        job = PretrainingJob(**trial["job"])
+        tokens = Path(trial["data"])
+        return pretrain(job, method, lr=lr, seed=seed, tokens=tokens, show=show)
+    from arg_dist.compare.finetuning import finetune  # transformers' Trainer is slow to import
+    from arg_dist.compare.finetuning_setup import FinetuningJob
+
+    return finetune(FinetuningJob(**trial["job"]), method, lr=lr, seed=seed, show=show)
 
 
 def _end_with(parent: int) -> None:

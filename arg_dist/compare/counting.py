@@ -74,14 +74,14 @@ class StateCount:
     """The state of a run's optimizers: now, and the most at any step that was looked at.
 
     Attributes:
-        matrices: the low-rank matrices, the same for all methods.
+        counted: the parameters whose state stands for the low-rank matrices.
         now: bytes of the matrices' state.
         peak: the most of it.
         now_all: bytes of all state.
         peak_all: the most of it.
     """
 
-    matrices: list[Tensor]
+    counted: list[Tensor]
     now: Bytes = NOTHING
     peak: Bytes = NOTHING
     now_all: Bytes = NOTHING
@@ -91,14 +91,12 @@ class StateCount:
         """Counts what `optimizers` keep now."""
         states = [optimizer.state for optimizer in optimizers]
         self.now_all = count(states)
-        self.now = count([state[p] for p in self.matrices for state in states if p in state])
+        self.now = count([state[p] for p in self.counted for state in states if p in state])
         self.peak = self.peak.most(self.now)
         self.peak_all = self.peak_all.most(self.now_all)
 
-    def as_json(self, trainable: Iterable[Tensor]) -> dict[str, Any]:
-        """What a record keeps; `trainable` are all parameters that AdamW would keep moments of."""
-        matrix_elements = sum(p.numel() for p in self.matrices)
-        elements = sum(p.numel() for p in trainable)
+    def as_json(self, *, matrix_elements: int, elements: int) -> dict[str, Any]:
+        """What a record keeps, beside what AdamW keeps of the matrices and of all parameters."""
         return {
             "matrices": {
                 "peak": self.peak._asdict(),

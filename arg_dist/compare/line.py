@@ -1,6 +1,7 @@
 """The command line of comparisons.
 
 python -m arg_dist.compare pretrain --model pico --steps 400 --seeds 0 1 2 --jobs 2 --out DIR
+python -m arg_dist.compare finetune --model DIR --train FILE --eval FILE --jobs 2 --out DIR
 python -m arg_dist.compare report DIR
 
 A finished run is not repeated: the same command goes on with a comparison that was cut off.
@@ -12,14 +13,26 @@ import argparse
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arg_dist.compare.methods import FAMILIES, Method, choose, rates_of
+from arg_dist.compare import finetuning_setup, pretraining_setup
+from arg_dist.compare.methods import (
+    FAMILIES,
+    PUBLISHED,
+    PUBLISHED_FINETUNING,
+    RATES,
+    RATES_FINETUNING,
+    choose,
+    rates_of,
+)
 from arg_dist.compare.outcome import write_outcome
-from arg_dist.compare.pretraining_setup import TASK_OPTIONS, prepare_pretraining
 from arg_dist.compare.records import Records
 from arg_dist.compare.sweep import Sweep
+from arg_dist.compare.task import Task
 from arg_dist.lm import InputError
 from arg_dist.lm.command_line import (
     BAD_INPUT,
@@ -30,7 +43,37 @@ from arg_dist.lm.command_line import (
 from arg_dist.lm.environment import prepare_environment
 from arg_dist.lm.interrupts import exit_code
 
-PRETRAINING_METHODS = tuple(name for name in FAMILIES if name != "lora")
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training that can be compared; `rates` go by method, `published` by family."""
+
+    methods: tuple[str, ...]
+    options: list[tuple[str, dict[str, Any]]]
+    prepare: Callable[[argparse.Namespace, Records], Task]
+    rates: Mapping[str, Sequence[float]]
+    published: Mapping[str, dict[str, Any]]
+    peer_rank: int | float
+
+
+KINDS = {
+    "pretrain": Kind(
+        tuple(name for name in FAMILIES if name != "lora"),
+        pretraining_setup.TASK_OPTIONS,
+        pretraining_setup.prepare_pretraining,
+        RATES,
+        PUBLISHED,
+        0.125,
+    ),
+    "finetune": Kind(
+        tuple(name for name in FAMILIES if name != "muon"),
+        finetuning_setup.TASK_OPTIONS,
+        finetuning_setup.prepare_finetuning,
+        RATES_FINETUNING,
+        PUBLISHED_FINETUNING,
+        8,
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "report":
             write_outcome(options.directory)
         else:
-            _compare(options)
+            _compare(options, KINDS[options.command])
         return 0
     except InputError as error:
         complain(str(error))
@@ -55,18 +98,19 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_code(signal.SIGINT)
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace, kind: Kind) -> None:
     methods = choose(
         options.methods,
         peer_rank=options.peer_rank,
         overrides=options.overrides,
         variants=options.variant,
-        known=PRETRAINING_METHODS,
+        known=kind.methods,
+        published=kind.published,
     )
-    rates = rates_of(methods, dict(options.lrs))
+    rates = rates_of(methods, dict(options.lrs), kind.rates)
     records = Records(options.out)
     with records.locked():
-        task = prepare_pretraining(options, records)
+        task = kind.prepare(options, records)
         records.begin(
             task.identity,
             methods,
@@ -74,30 +118,18 @@ def _compare(options: argparse.Namespace) -> None:
             command="python -m arg_dist.compare " + shlex.join(sys.argv[1:]),
             redo=options.redo,
         )
-        _run(options, records, task, methods, rates)
+        Sweep(
+            records,
+            task=task,
+            methods=methods,
+            rates=rates,
+            seeds=list(dict.fromkeys(options.seeds)),
+            jobs=options.jobs,
+            all_seeds=options.all_seeds,
+            kind=options.command,
+            tell=partial(print, flush=True),
+        ).run()
     write_outcome(options.out)
-
-
-def _run(
-    options: argparse.Namespace,
-    records: Records,
-    task: Any,
-    methods: list[Method],
-    rates: dict[str, tuple[float, ...]],
-) -> None:
-    Sweep(
-        records,
-        job=task.job,
-        data=task.data,
-        methods=methods,
-        rates=rates,
-        seeds=options.seeds,
-        measure=task.measure,
-        jobs=options.jobs,
-        all_seeds=options.all_seeds,
-        kind=options.command,
-        tell=lambda line: print(line, flush=True),
-    ).run()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,18 +139,19 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = whole.add_subparsers(dest="command", required=True, metavar="pretrain|report")
-    pretrain = commands.add_parser("pretrain", help="compare methods of pre-training")
-    for flags, settings in TASK_OPTIONS:
-        pretrain.add_argument(*flags, **settings)
-    _add_sweep_options(pretrain, PRETRAINING_METHODS)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, kind in KINDS.items():
+        sub = commands.add_parser(name, help=f"compare methods to {name}")
+        for flag, settings in kind.options:
+            sub.add_argument(flag, **settings)
+        _add_sweep_options(sub, kind)
     report = commands.add_parser("report", help="table and pictures anew, from the runs")
     report.add_argument("directory", type=Path, metavar="DIR")
     return whole
 
 
-def _add_sweep_options(sub: argparse.ArgumentParser, known: tuple[str, ...]) -> None:
-    add = sub.add_argument
+def _add_sweep_options(sub: argparse.ArgumentParser, kind: Kind) -> None:
+    add, known = sub.add_argument, kind.methods
     add("--out", type=Path, required=True, help="the comparison's directory")
     add("--methods", nargs="+", default=list(known), metavar="NAME", help="of "
         f"{', '.join(known)} (default: all)")  # fmt: skip
@@ -127,8 +160,9 @@ def _add_sweep_options(sub: argparse.ArgumentParser, known: tuple[str, ...]) -> 
     add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="the first one is the "
         "sweep's (default: 0 1 2)")  # fmt: skip
     add("--all-seeds", action="store_true", help="all learning rates on all seeds")
-    add("--peer-rank", type=_rank, default=0.125, metavar="RANK", help="of GaLore, APOLLO and "
-        "Fira: a number, or a fraction of a matrix's shorter side (default: 0.125)")  # fmt: skip
+    add("--peer-rank", type=_rank, default=kind.peer_rank, metavar="RANK", help="of the others' "
+        "low-rank matrices: a number, or a fraction of a matrix's shorter side (default: "
+        f"{kind.peer_rank})")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="a setting of our own methods; may be repeated")  # fmt: skip
     add("--variant", action="append", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"),

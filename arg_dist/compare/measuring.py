@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
 import arg_dist
 from arg_dist.compare.counting import StateCount
+from arg_dist.compare.optimizers import Training
 
 RankHistory = dict[str, list[tuple[int, int, float]]]
 """For each matrix its refreshes: the step, the rank, the share of the gradient's energy kept."""
@@ -32,25 +29,30 @@ class Clock:
     step: list[float] = field(default_factory=list)
     step_cpu: list[float] = field(default_factory=list)
     optimizer: list[float] = field(default_factory=list)
+    _began: float = 0.0
+    _cpu_began: float = 0.0
+    _optimizer_began: float = 0.0
 
-    @contextmanager
-    def a_step(self) -> Iterator[None]:
-        """Times what is done inside as a step."""
+    def begin_step(self) -> None:
+        """A step begins."""
         _wait_for_device()
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        _wait_for_device()
-        self.step.append(time.perf_counter() - wall)
-        self.step_cpu.append(time.process_time() - cpu)
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
-    @contextmanager
-    def the_optimizer(self) -> Iterator[None]:
-        """Times what is done inside as the optimizer's part of a step."""
+    def end_step(self) -> None:
+        """It ends."""
         _wait_for_device()
-        began = time.perf_counter()
-        yield
+        self.step.append(time.perf_counter() - self._began)
+        self.step_cpu.append(time.process_time() - self._cpu_began)
+
+    def begin_optimizer(self) -> None:
+        """The optimizer's part of a step begins."""
         _wait_for_device()
-        self.optimizer.append(time.perf_counter() - began)
+        self._optimizer_began = time.perf_counter()
+
+    def end_optimizer(self) -> None:
+        """It ends."""
+        _wait_for_device()
+        self.optimizer.append(time.perf_counter() - self._optimizer_began)
 
     def as_json(self) -> dict[str, float | None]:
         """Medians, and the mean of the optimizer's seconds: new bases come in few steps."""
@@ -65,29 +67,20 @@ class Clock:
 
 
 class Measurements:
-    """Watches the optimizers of one run.
+    """Watches the optimizers of one run."""
 
-    Args:
-        optimizers: of the run.
-        matrices: the low-rank matrices, the same for every method.
-        trainable: all parameters that full training would move.
-    """
-
-    def __init__(
-        self, optimizers: Sequence[Optimizer], matrices: list[Tensor], trainable: list[Tensor]
-    ) -> None:
+    def __init__(self, training: Training) -> None:
         self.clock = Clock()
-        self._optimizers = optimizers
-        self._trainable = trainable
-        self._count = StateCount(matrices)
+        self._training = training
+        self._count = StateCount(training.counted)
         self._ranks: RankHistory = {}
         self._refreshes: dict[str, int] = {}
         self._mean_ranks: list[float] = []
 
     def after_step(self, step: int) -> None:
         """Looks at the optimizers after `step`, counted from 1."""
-        self._count.look(self._optimizers)
-        for optimizer in self._optimizers:
+        self._count.look(self._training.optimizers)
+        for optimizer in self._training.optimizers:
             if isinstance(optimizer, arg_dist.AdaRankGrad):
                 self._look_at_ranks(step, optimizer.stats())
 
@@ -104,9 +97,11 @@ class Measurements:
 
     def as_json(self, steps: int) -> dict[str, Any]:
         """What a record keeps; `steps` is the length of the run."""
-        ranks = self._mean_ranks
+        ranks, training = self._mean_ranks, self._training
         return {
-            "state": self._count.as_json(self._trainable),
+            "state": self._count.as_json(
+                matrix_elements=training.matrix_elements, elements=training.elements
+            ),
             "seconds": self.clock.as_json(),
             "ranks": self._ranks,
             "mean_rank": fmean(ranks) if ranks else None,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import arg_dist
 from arg_dist.compare import peers
-from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
+from arg_dist.config import ConfigError, parse_config
 from arg_dist.lm import InputError
 from arg_dist.lm.job_config import parse_overrides
 
@@ -38,15 +38,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "fira": {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std"},
     "muon": {"adjust_lr_fn": "match_rms_adamw"},
+    "lora": {"alpha": 2, "dropout": 0.0},
 }  # fmt: skip
-"""Settings of the low-rank matrices, as each method's authors give them; the rank comes to it."""
+"""Settings of the low-rank matrices, as each method's authors give them for pre-training; the rank
+comes to it. LoRA's alpha is in ranks."""
+
+PUBLISHED_FINETUNING = {**PUBLISHED, "galore": {**PUBLISHED["galore"], "scale": 4.0}}
+"""The same for fine-tuning: GaLore's runs on GLUE have another scale."""
 
 WITH_RANK = {"galore", "apollo", "fira", "lora"}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {"residual": "scaled", "energy": 0.8, "max_rank": 0.25},
-    "paper": {"transport": "paper", "max_rank": 0.25},
-}
 
 RATES = {
     "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
@@ -54,9 +54,16 @@ RATES = {
     "galore": (5e-3, 1e-2, 2e-2, 4e-2),
     "apollo": (2.5e-3, 5e-3, 1e-2, 2e-2),
     "fira": (2.5e-3, 5e-3, 1e-2, 2e-2),
-    OURS: (1.25e-3, 2.5e-3, 5e-3, 1e-2),
+    "recommended": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
+    "paper": (5e-3, 1e-2, 2e-2, 4e-2),
 }
-"""Four learning rates for pre-training, a factor of two apart, by family."""
+"""Four learning rates for pre-training, a factor of two apart, by method."""
+
+RATES_FINETUNING = {
+    **dict.fromkeys(RATES, (2.5e-5, 5e-5, 1e-4, 2e-4)),
+    "lora": (2.5e-4, 5e-4, 1e-3, 2e-3),
+}
+"""The same for fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,13 @@ class Method:
         family: how its optimizer is built.
         settings: of the low-rank matrices (or of the whole optimizer, for our own); the learning
             rate comes to it. `rank` is a number, or a fraction of a matrix's shorter side.
+        of: the method that it is a variant of; its own name for one that is none.
     """
 
     name: str
     family: str
     settings: dict[str, Any]
+    of: str = ""
 
     def definition(self) -> dict[str, Any]:
         """All that makes this method what it is, versions included, as JSON."""
@@ -89,7 +98,8 @@ def choose(
     peer_rank: int | float,
     overrides: Iterable[str] = (),
     variants: Sequence[Sequence[str]] = (),
-    known: Iterable[str] = FAMILIES,
+    known: Collection[str] = tuple(FAMILIES),
+    published: Mapping[str, dict[str, Any]] = PUBLISHED,
 ) -> list[Method]:
     """The methods by their names, then their variants.
 
@@ -100,17 +110,28 @@ def choose(
         variants: a new name each, then that of a method (without it, ``recommended``), then
             ``key=value``.
         known: methods that can be asked for.
+        published: settings by family.
 
     Raises:
         InputError: a name is not known or occurs twice, a package is not installed, or a setting
             is refused.
     """
     own = parse_overrides(overrides)
-    methods = []
-    for name in names:
-        if name not in set(known):
-            raise InputError(f"--methods {name}: not known; there are {', '.join(known)}")
-        methods.append(Method(name, FAMILIES[name], _settings(name, peer_rank, own)))
+
+    def method(name: str, of: str, option: str, more: dict[str, Any]) -> Method:
+        if of not in known:
+            raise InputError(f"{option}: not known; there are {', '.join(known)}")
+        family = FAMILIES[of]
+        settings = {"preset": of} | own if family == OURS else dict(published.get(family, {}))
+        if family in WITH_RANK:
+            settings["rank"] = peer_rank
+        if unknown := more.keys() - settings.keys() if family != OURS else set():
+            raise InputError(
+                f"--variant {name} {unknown.pop()}=...: {of} knows {', '.join(settings) or 'none'}"
+            )
+        return Method(name, family, settings | more, of)
+
+    methods = [method(name, name, f"--methods {name}", {}) for name in names]
     for name, *rest in variants:
         if not re.fullmatch(r"[\w.+-]+", name):
             raise InputError(
@@ -118,10 +139,7 @@ def choose(
                 "perhaps a method's, then settings (KEY=VALUE)"
             )
         of = rest.pop(0) if rest and "=" not in rest[0] else "recommended"
-        if of not in set(known):
-            raise InputError(f"--variant {name} {of}: not known; there are {', '.join(known)}")
-        settings = _settings(of, peer_rank, own) | parse_overrides(rest)
-        methods.append(Method(name, FAMILIES[of], settings))
+        methods.append(method(name, of, f"--variant {name} {of}", parse_overrides(rest)))
     _check(methods)
     return methods
 
@@ -136,7 +154,7 @@ def rates_of(
     Args:
         methods: what is compared.
         given: rates by a method's name, in place of the defaults.
-        defaults: rates by family.
+        defaults: rates by method.
 
     Raises:
         InputError: `given` names no method of `methods`; or the methods have not the same number
@@ -147,7 +165,7 @@ def rates_of(
         if name not in names:
             raise InputError(f"--lrs {name}=...: not among the methods {', '.join(names)}")
     rates = {
-        method.name: tuple(sorted(set(given.get(method.name, defaults[method.family]))))
+        method.name: tuple(sorted(set(given.get(method.name, defaults[method.of]))))
         for method in methods
     }
     if len({len(each) for each in rates.values()}) > 1:
@@ -156,21 +174,6 @@ def rates_of(
             f"--lrs: every method needs the same number of learning rates, got {numbers}"
         )
     return rates
-
-
-def _settings(name: str, peer_rank: int | float, own: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a method before those of a variant."""
-    family = FAMILIES[name]
-    if family == OURS:
-        return _preset(name) | own
-    settings = dict(PUBLISHED.get(family, {}))
-    return settings | {"rank": peer_rank} if family in WITH_RANK else settings
-
-
-def _preset(name: str) -> dict[str, Any]:
-    if "preset" in AdaRankGradConfig.model_fields:
-        return {"preset": name}
-    return dict(PRESETS[name])
 
 
 def _check(methods: Sequence[Method]) -> None:

@@ -31,8 +31,8 @@ def require(families: set[str]) -> None:
     missing = [name for name in wanted if find_spec(_MODULES.get(name, name)) is None]
     if missing:
         raise InputError(
-            f"--methods: {', '.join(missing)} not installed; bash launchers/setup_compare.sh "
-            "installs what is compared, or leave the methods out"
+            f"--methods: {', '.join(missing)} not installed; run python -m pip install --no-deps "
+            f"{' '.join(missing)} (or bash launchers/setup_compare.sh), or leave the methods out"
         )
 
 

@@ -15,7 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from arg_dist.compare.measuring import Measurements
 from arg_dist.compare.methods import Method
-from arg_dist.compare.optimizers import build, low_rank_matrices
+from arg_dist.compare.optimizers import prepare
 from arg_dist.lm.presets import build_model, count_parameters, model_config
 from arg_dist.lm.schedule import WarmupCosine
 from arg_dist.lm.tokens import Sequences
@@ -74,31 +74,34 @@ def pretrain(
     config = model_config(job.model, vocab_size=job.vocab_size, length=job.seq_len)
     model = build_model(job.model, config, seed=seed, deepspeed_config={}).to(job.device)
     torch.manual_seed(seed)
-    optimizers = build(method, model, lr=lr, weight_decay=job.weight_decay)
+    training = prepare(method, model, lr=lr, weight_decay=job.weight_decay)
+    optimizers = training.optimizers
     schedulers = [
         WarmupCosine(o, steps=job.steps, warmup=job.warmup, min_lr_ratio=job.min_lr_ratio)
         for o in optimizers
     ]
     trained = [p for p in model.parameters() if p.requires_grad]
-    measured = Measurements(optimizers, low_rank_matrices(model), trained)
+    measured = Measurements(training)
     curve: list[tuple[int, int, float]] = []
-    status, done, why = "finished", 0, None
+    clock, status, done, why = measured.clock, "finished", 0, None
     try:
         for step in range(1, job.steps + 1):
-            with measured.clock.a_step():
-                loss = _forward_and_backward(model, sequences, job, step)
-                nn.utils.clip_grad_norm_(trained, job.clip)
-                _check_finite(loss, step, "loss")
-                with measured.clock.the_optimizer():
-                    _step(optimizers, step)
-                for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-                    scheduler.step()
-                    optimizer.zero_grad()
+            clock.begin_step()
+            loss = _forward_and_backward(model, sequences, job, step)
+            nn.utils.clip_grad_norm_(trained, job.clip)
+            check_finite(loss, step, "loss")
+            clock.begin_optimizer()
+            _step(optimizers, step)
+            clock.end_optimizer()
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                scheduler.step()
+                optimizer.zero_grad()
+            clock.end_step()
             measured.after_step(step)
             done = step
             if step % job.eval_every == 0 or step == job.steps:
                 held_out = held_out_loss(model, sequences, job)
-                _check_finite(held_out, step, "held-out loss")
+                check_finite(held_out, step, "held-out loss")
                 curve.append((step, job.tokens(step), held_out))
                 show(f"step {step}: loss {loss:.4f}, held-out loss {held_out:.4f}")
     except Diverged as error:
@@ -158,6 +161,7 @@ def held_out_loss(model: nn.Module, sequences: Sequences, job: PretrainingJob) -
     return total / job.eval_sequences
 
 
-def _check_finite(value: float, step: int, what: str) -> None:
+def check_finite(value: float, step: int, what: str) -> None:
+    """Raises Diverged if `value` is NaN or infinite."""
     if not math.isfinite(value):
         raise Diverged(step, f"the {what} is {value}")

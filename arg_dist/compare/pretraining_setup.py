@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from arg_dist.compare.pretraining import PretrainingJob, read_sequences
 from arg_dist.compare.records import Comparison, Records
+from arg_dist.compare.task import Task
 from arg_dist.lm import InputError
 from arg_dist.lm.command_line import at_least, not_negative, share
 from arg_dist.lm.corpus import read_corpus
@@ -19,45 +20,28 @@ from arg_dist.lm.identity import model_values, token_digest
 from arg_dist.lm.presets import model_config
 from arg_dist.lm.tokens import Sequences, load_tokenizer
 from arg_dist.report.files import write_atomically
-from arg_dist.report.measures import LOSS, MEASURES, Measure
+from arg_dist.report.measures import LOSS, MEASURES
 from arg_dist.report.summary import versions
 
-TASK_OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-    (("--model",), {"default": "pico", "help": "a size by name, or a model's path"}),
-    (("--data",), {"nargs": "+", "default": [], "metavar": "PATH", "help": "text files, "
+TASK_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("--model", {"default": "pico", "help": "a size by name, or a model's path"}),
+    ("--data", {"nargs": "+", "default": [], "metavar": "PATH", "help": "text files, "
         "directories, globs, .jsonl, data sets (default: the installed Python source)"}),
-    (("--text-key",), {"default": "text", "help": "of .jsonl files and data sets"}),
-    (("--data-bytes",), {"type": at_least(1), "help": "how much of it is read"}),
-    (("--tokenizer",), {"metavar": "DIR", "help": "a Hugging Face tokenizer (default: bytes)"}),
-    (("--steps",), {"type": at_least(1), "default": 400}),
-    (("--batch-size",), {"type": at_least(1), "default": 8, "help": "sequences a step"}),
-    (("--micro-batch",), {"type": at_least(1), "help": "sequences at once (default: all)"}),
-    (("--seq-len",), {"type": at_least(2), "default": 128}),
-    (("--warmup",), {"type": at_least(0), "default": 40, "help": "steps"}),
-    (("--min-lr-ratio",), {"type": share, "default": 0.1, "help": "of the peak, at the end"}),
-    (("--clip",), {"type": not_negative, "default": 1.0, "help": "the gradient's largest norm"}),
-    (("--weight-decay",), {"type": not_negative, "default": 0.0}),
-    (("--eval-every",), {"type": at_least(1), "help": "steps (default: an eighth of them)"}),
-    (("--eval-sequences",), {"type": at_least(1), "default": 128}),
-    (("--device",), {"help": "a torch device (default: a GPU if there is one, or cpu)"}),
+    ("--text-key", {"default": "text", "help": "of .jsonl files and data sets"}),
+    ("--data-bytes", {"type": at_least(1), "help": "how much of it is read"}),
+    ("--tokenizer", {"metavar": "DIR", "help": "a Hugging Face tokenizer (default: bytes)"}),
+    ("--steps", {"type": at_least(1), "default": 400}),
+    ("--batch-size", {"type": at_least(1), "default": 8, "help": "sequences a step"}),
+    ("--micro-batch", {"type": at_least(1), "help": "sequences at once (default: all)"}),
+    ("--seq-len", {"type": at_least(2), "default": 128}),
+    ("--warmup", {"type": at_least(0), "default": 40, "help": "steps"}),
+    ("--min-lr-ratio", {"type": share, "default": 0.1, "help": "of the peak, at the end"}),
+    ("--clip", {"type": not_negative, "default": 1.0, "help": "the gradient's largest norm"}),
+    ("--weight-decay", {"type": not_negative, "default": 0.0}),
+    ("--eval-every", {"type": at_least(1), "help": "steps (default: an eighth of them)"}),
+    ("--eval-sequences", {"type": at_least(1), "default": 128}),
+    ("--device", {"help": "a torch device (default: a GPU if there is one, or cpu)"}),
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every run is told.
-
-    Attributes:
-        job: its settings, as JSON.
-        data: where it finds what it reads.
-        identity: all that decides about its result, besides method, learning rate and seed.
-        measure: what judges it.
-    """
-
-    job: dict[str, Any]
-    data: str
-    identity: dict[str, Any]
-    measure: Measure
 
 
 def prepare_pretraining(options: argparse.Namespace, records: Records) -> Task:

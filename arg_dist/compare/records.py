@@ -34,7 +34,7 @@ class Trial(NamedTuple):
     @property
     def label(self) -> str:
         """A name for files."""
-        return f"{self.method}-{self.lr:g}-seed{self.seed}"
+        return f"{self.method}-{self.lr!r}-seed{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from arg_dist.compare.choice import best_rate, interleaved
 from arg_dist.compare.methods import Method
 from arg_dist.compare.records import Records, Trial
-from arg_dist.report.measures import Measure
+from arg_dist.compare.task import Task
 
 Tell = Callable[[str], None]
 
@@ -28,29 +28,27 @@ class Sweep:
 
     Attributes:
         records: where its runs are kept.
-        job: of all runs, as JSON.
-        data: what the runs read, as they are told.
+        task: what every run is told.
         methods: what is compared.
         rates: learning rates by a method's name.
         seeds: the first one is the sweep's.
-        measure: what judges the runs.
         jobs: runs at a time.
         all_seeds: run all rates on all seeds.
         kind: ``"pretrain"`` or ``"finetune"``.
         tell: shows a line.
+        child: the command of a run, to which its two files are added.
     """
 
     records: Records
-    job: dict[str, Any]
-    data: str
+    task: Task
     methods: Sequence[Method]
     rates: Mapping[str, Sequence[float]]
     seeds: Sequence[int]
-    measure: Measure
     jobs: int
     all_seeds: bool
     kind: str
     tell: Tell
+    child: Sequence[str] = (sys.executable, "-m", "arg_dist.compare.child")
     _children: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _stopping: bool = False
     _guard: threading.Lock = field(default_factory=threading.Lock)
@@ -71,7 +69,7 @@ class Sweep:
         chosen = []
         for method in self.methods:
             runs = [run for run in self.records.runs() if run["method"] == method.name]
-            best = best_rate(runs, sweep, self.measure)
+            best = best_rate(runs, sweep, self.task.measure)
             if best is None:
                 self.tell(f"{method.name}: no run came to its end; no further seeds")
             else:
@@ -106,17 +104,17 @@ class Sweep:
             json.dumps(
                 {
                     "kind": self.kind,
-                    "job": self.job,
+                    "job": self.task.job,
                     "method": asdict(method),
                     "lr": trial.lr,
                     "seed": trial.seed,
-                    "data": self.data,
+                    "data": self.task.data,
                     "parent": os.getpid(),
                 }
             )
         )
         result.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "arg_dist.compare.child", str(task), str(result)]
+        command = [*self.child, str(task), str(result)]
         with open(log, "wb") as output:
             code = self._wait_for(command, output.fileno())
         try:

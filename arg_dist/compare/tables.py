@@ -32,7 +32,8 @@ def columns(rows: Sequence[Row], measure: Measure) -> list[tuple[str, list[str]]
         ("mean rank", [_ranks(row) for row in rows]),
         ("flap", [share(row.flap) for row in rows]),
         ("s/step", [_seconds(row, "step") for row in rows]),
-        ("optimizer", [_seconds(row, "optimizer_mean") for row in rows]),
+        ("of a core", [_seconds(row, "step_cpu") for row in rows]),
+        ("in the optimizer", [_seconds(row, "optimizer_mean") for row in rows]),
     ]
 
 
@@ -46,8 +47,8 @@ def notes(rows: Sequence[Row], measure: Measure) -> list[str]:
         f'"{EDGE}": the best learning rate is the lowest or the highest that was tried.',
         "State: bytes of all tensors in optimizer.state, at the peak of the run; of the matrices "
         "that low-rank methods are for, as a share of AdamW's two fp32 moments of them, by "
-        "elements and by the storages that they keep alive. Seconds: of a step, and of the "
-        "optimizer in it (mean).",
+        "elements and by the storages that they keep alive. Seconds of a step: on the clock, of "
+        "processor time, and on the clock in the optimizer (the mean; else medians).",
     ]
     counts = {row.method: len(row.swept) for row in rows}
     if len(set(counts.values())) > 1:

@@ -51,8 +51,7 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
         ConfigError: a setting of the optimizer is unknown or out of range, or accelerate trains
             otherwise than it was told.
     """
-    from transformers import Trainer, set_seed
-    from transformers.trainer_callback import PrinterCallback
+    from transformers import set_seed
 
     from arg_dist.integrations.callback import AdaRankGradCallback
 
@@ -60,8 +59,25 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
     if optimizer.name == "adarankgrad":
         chosen["optimizer_cls_and_kwargs"] = for_trainer(args, **optimizer.given)
     set_seed(args.seed)
+    trainer = trainer_of(task, args, task.build_model(), **chosen)
+    check_accelerator(trainer.accelerator)
+    if optimizer.name == "adarankgrad":
+        trainer.add_callback(OptimizerCheck())
+        if args.report_to:
+            trainer.add_callback(AdaRankGradCallback())
+    return trainer
+
+
+def trainer_of(task: Task, args: TrainingArguments, model: Any, **chosen: Any) -> Trainer:
+    """A Trainer of `model` with the examples and measures of `task`, which prints nothing.
+
+    `chosen` are further arguments of the Trainer, such as the optimizer.
+    """
+    from transformers import Trainer
+    from transformers.trainer_callback import PrinterCallback
+
     trainer = Trainer(
-        model=task.build_model(),
+        model=model,
         args=args,
         data_collator=task.collator,
         train_dataset=task.training,
@@ -71,11 +87,6 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
         compute_loss_func=task.compute_loss,
         **chosen,
     )
-    check_accelerator(trainer.accelerator)
-    if optimizer.name == "adarankgrad":
-        trainer.add_callback(OptimizerCheck())
-        if args.report_to:
-            trainer.add_callback(AdaRankGradCallback())
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -1,0 +1,25 @@
+"""What every run of a comparison is told, whatever kind of training it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from arg_dist.report.measures import Measure
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prepared comparison.
+
+    Attributes:
+        job: the settings of every run, as JSON.
+        data: where a run finds what it reads, if not in `job`.
+        identity: all that decides about a result, besides method, learning rate and seed.
+        measure: what judges a run.
+    """
+
+    job: dict[str, Any]
+    data: str
+    identity: dict[str, Any]
+    measure: Measure

@@ -1,0 +1,221 @@
+"""A comparison's runs: their order, the best rate, what is kept, and what is not run again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arg_dist.compare.choice import Choice, best_rate, interleaved
+from arg_dist.compare.methods import Method, choose
+from arg_dist.compare.records import RUNS, Records, Trial
+from arg_dist.compare.sweep import Sweep
+from arg_dist.compare.task import Task
+from arg_dist.lm import InputError
+from arg_dist.report.measures import LOSS, MEASURES
+
+LOWER, HIGHER = MEASURES[LOSS], MEASURES["matthews"]
+A, B = Method("a", "adamw", {}), Method("b", "adamw", {})
+
+STUB = """
+import json, os, signal, sys
+trial = json.loads(open(sys.argv[1]).read())
+name = trial["method"]["name"]
+with open("order.txt", "a") as order:
+    order.write(f"{name} {trial['lr']} {trial['seed']}\\n")
+if trial["lr"] == 0.5:
+    os.kill(os.getpid(), signal.SIGKILL)
+if trial["lr"] == 0.25:
+    sys.exit("no room left")
+status = "diverged" if trial["lr"] == 2.0 else "finished"
+final = abs(trial["lr"] - {"a": 3, "b": 4}[name]) + trial["seed"] / 100
+out = {"status": status, "error": "step 2: the loss is nan", "measure": "held_out_loss"}
+out |= {"final": final if status == "finished" else None, "total_seconds": 0.0}
+json.dump(out, open(sys.argv[2], "w"))
+"""
+
+
+def run(lr: float, seed: int, final: float | None) -> dict[str, object]:
+    return {"lr": lr, "seed": seed, "final": final, "status": "finished" if final else "diverged"}
+
+
+def test_the_best_rate_is_that_of_the_sweeps_seed():
+    runs = [run(1, 0, 3.0), run(2, 0, 2.0), run(4, 0, 2.5), run(8, 0, None), run(2, 1, 9.0)]
+    assert best_rate(runs, 0, LOWER) == Choice(2, False, (0,))
+    assert best_rate(runs, 0, HIGHER) == Choice(1, True, (0,))
+    assert best_rate([*runs, run(16, 0, 1.0)], 0, LOWER) == Choice(16, True, (0,))
+    assert best_rate([run(1, 0, 3.0)], 0, LOWER) == Choice(1, False, (0,))
+
+
+def test_with_all_seeds_the_median_decides():
+    runs = [run(1, 0, 2.0), run(1, 1, 5.0), run(1, 2, 5.0), run(2, 0, 3.0), run(2, 1, 3.0)]
+    assert best_rate(runs, 0, LOWER) == Choice(2, True, (0, 1))
+    assert best_rate(runs[:-1], 0, LOWER) == Choice(1, True, (0,))
+
+
+def test_nothing_is_best_where_nothing_came_to_its_end():
+    assert best_rate([run(1, 0, None), run(2, 0, None)], 0, LOWER) is None
+    assert best_rate([run(1, 1, 3.0)], 0, LOWER) is None
+
+
+def test_methods_take_turns():
+    assert interleaved(["ab", "cde", ""]) == list("acbde")
+    assert interleaved([]) == []
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A directory to run in, with a stub in the place of the process that trains."""
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def sweep(directory: Path, rates, *, seeds=(0, 1), said=None, **more) -> Sweep:
+    names = list(rates)
+    return Sweep(
+        Records(directory / "out"),
+        task=Task({}, "", {}, LOWER),
+        methods=[method for method in (A, B) if method.name in names],
+        rates=rates,
+        seeds=list(seeds),
+        jobs=1,
+        all_seeds=more.pop("all_seeds", False),
+        kind="pretrain",
+        tell=(said if said is not None else []).append,
+        child=(sys.executable, "-S", "stub.py"),
+    )
+
+
+def order(directory: Path) -> list[str]:
+    return (directory / "order.txt").read_text().splitlines()
+
+
+def begin(directory: Path, job=None, methods=(A, B), seed=0, redo=()):
+    records = Records(directory / "out")
+    with records.locked():
+        records.begin(job or {"steps": 3}, methods, sweep_seed=seed, command="x", redo=redo)
+    return records
+
+
+def test_rates_take_turns_and_the_best_one_has_the_other_seeds(here):
+    records = begin(here)
+    sweep(here, {"a": (1.0, 3.0), "b": (4.0, 8.0)}, seeds=(0, 1, 2)).run()
+    assert order(here) == [
+        "a 1.0 0", "b 4.0 0", "a 3.0 0", "b 8.0 0", "a 3.0 1", "b 4.0 1", "a 3.0 2", "b 4.0 2",
+    ]  # fmt: skip
+    assert records.done()[Trial("b", 4.0, 2)]["final"] == 0.02
+    # the same again runs nothing; a further rate runs alone
+    sweep(here, {"a": (1.0, 3.0), "b": (4.0, 8.0)}, seeds=(0, 1, 2)).run()
+    assert len(order(here)) == 8
+    sweep(here, {"a": (2.5, 3.0)}, seeds=(0, 1, 2)).run()
+    assert order(here)[8:] == ["a 2.5 0"]
+
+
+def test_all_seeds_run_all_rates(here):
+    begin(here)
+    sweep(here, {"a": (1.0, 3.0)}, all_seeds=True).run()
+    assert order(here) == ["a 1.0 0", "a 3.0 0", "a 1.0 1", "a 3.0 1"]
+
+
+def test_runs_that_die_or_diverge_are_told_and_stop_nothing(here):
+    records, said = begin(here), []
+    sweep(here, {"a": (0.25, 0.5, 2.0, 3.0)}, seeds=(0,), said=said).run()
+    found = {run["lr"]: (run["status"], run["error"]) for run in records.runs()}
+    assert found[0.25] == ("failed", "no room left")
+    assert found[0.5] == ("failed", "ended by SIGKILL")
+    assert found[2.0] == ("diverged", "step 2: the loss is nan")
+    assert found[3.0][0] == "finished"
+    assert any("a-0.5-seed0: failed: ended by SIGKILL" in line for line in said)
+    # what was killed is tried again, what diverged would diverge again
+    sweep(here, {"a": (0.25, 0.5, 2.0, 3.0)}, seeds=(0,)).run()
+    assert order(here)[4:] == ["a 0.25 0", "a 0.5 0"]
+    assert len(records.runs()) == 4
+
+
+def test_a_method_without_any_result_has_no_further_seeds(here):
+    begin(here)
+    said: list[str] = []
+    sweep(here, {"a": (0.5, 2.0)}, said=said).run()
+    assert said[-1] == "a: no run came to its end; no further seeds"
+    assert len(order(here)) == 2
+
+
+def test_another_job_or_seed_is_refused(tmp_path):
+    begin(tmp_path, {"steps": 3, "text": {"sha256": "ab"}})
+    with pytest.raises(InputError, match="holds runs with other steps \\(3, now 4\\)"):
+        begin(tmp_path, {"steps": 4, "text": {"sha256": "ab"}})
+    with pytest.raises(InputError, match="other text \\(sha256=ab, now cd\\)"):
+        begin(tmp_path, {"steps": 3, "text": {"sha256": "cd"}})
+    with pytest.raises(InputError, match="compared on seed 0"):
+        begin(tmp_path, {"steps": 3, "text": {"sha256": "ab"}}, seed=1)
+
+
+def test_a_name_stands_for_one_definition_unless_its_runs_are_set_aside(tmp_path):
+    (low,) = choose(["recommended"], peer_rank=4, overrides=["energy=0.6"])
+    (high,) = choose(["recommended"], peer_rank=4, overrides=["energy=0.7"])
+    records = begin(tmp_path, methods=[low])
+    begin(tmp_path, methods=[high])  # no run yet: nothing can be mixed up
+    for name in ("recommended", "a"):
+        records.add(Trial(name, 0.1, 0), {"status": "finished", "final": 1.0})
+    with pytest.raises(InputError, match=r"energy=0\.7, now 0\.6.*--redo recommended"):
+        begin(tmp_path, methods=[low])
+    begin(tmp_path, methods=[low], redo=["recommended"])
+    assert [run["method"] for run in records.runs()] == ["a"]
+    (aside,) = (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()
+    assert json.loads(aside)["method"] == "recommended"
+
+
+def test_one_comparison_at_a_time_works_in_a_directory(tmp_path):
+    records = Records(tmp_path / "out")
+    with (
+        records.locked(),
+        pytest.raises(InputError, match="another comparison is at work"),
+        Records(tmp_path / "out").locked(),
+    ):
+        pass
+
+
+def test_files_that_are_none_of_ours_are_told(tmp_path):
+    records = begin(tmp_path)
+    (tmp_path / "out" / RUNS).write_text('{"method": "a"}\n')
+    with pytest.raises(InputError, match=r"runs\.jsonl: not a comparison's runs"):
+        records.runs()
+    (tmp_path / "out" / "comparison.json").write_text("[]")
+    with pytest.raises(InputError, match=r"comparison\.json: not a comparison's file"):
+        records.comparison()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["report", "nowhere"], "nowhere: holds no runs of a comparison"),
+        (["pretrain", "--out", "x", "--lrs", "adamw"], "METHOD=1e-3,2e-3,... is needed"),
+        (["pretrain", "--out", "x", "--peer-rank", "1.5"], "got '1.5'"),
+        (["pretrain", "--out", "x", "--methods", "lora"], "--methods lora: not known"),
+    ],
+)
+def test_the_command_line_tells_mistakes_in_one_line(words, told, tmp_path, monkeypatch, capsys):
+    from arg_dist.compare.line import main
+
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_module_is_a_command():
+    finished = subprocess.run(
+        [sys.executable, "-m", "arg_dist.compare", "report", "nowhere"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr == "compare: nowhere: holds no runs of a comparison\n"
