@@ -1,8 +1,8 @@
 """The rooms of the package, and who may know whom: imports run one way.
 
-`command`, `finetuning` -> `lm` -> `report`, `integrations` -> `engines` -> `checkpoint` -> `core`
-(the optimizer) -> `sharding` -> `subspace` -> torch, and `config` knows none of them. A room is a
-folder of `arg_dist`; `core` is the files beside them; `__main__` stands before `command`.
+`compare` -> `finetuning`, `command` -> `lm` -> `report`, `integrations` -> `engines` -> `checkpoint`
+-> `core` (the optimizer) -> `sharding` -> `subspace` -> torch, and `config` knows none of them. A
+room is a folder of `arg_dist`; `core` is the files beside them; `__main__` stands before `command`.
 CONTRIBUTING.md gives the reasons.
 """
 
@@ -49,6 +49,7 @@ THIRD_PARTY = {
     "package": set(),
 }
 """Rooms that are not listed may import any package."""
+PEERS = {"galore_torch", "apollo_torch", "fira", "peft"}
 WITHOUT_PROCESSES = {"checkpoint", "config", "core", "package", "subspace"}
 WITHOUT_ENGINES = {"checkpoint", "core", "sharding", "subspace"}
 ENGINE_NAMES = re.compile(r"(?i:(?<![a-z])(deepspeed|fsdp\d?|accelerate|trainer)(?![a-z]))|ZeRO")
@@ -107,6 +108,16 @@ def test_the_core_depends_on_torch_and_pydantic_only(path: Path) -> None:
     assert {name.partition(".")[0] for name in imports(path)} <= allowed
 
 
+@pytest.mark.parametrize("path", each())
+def test_other_optimizers_are_known_where_they_are_compared_alone(path: Path) -> None:
+    found = {name.partition(".")[0] for name in imports(path)} & PEERS
+    # they may be imported by their name as a text, too
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value} & PEERS
+    assert not found or room_of(module_of(path)) == "compare", f"names {found}"
+
+
 @pytest.mark.parametrize("path", each(room=WITHOUT_PROCESSES))
 def test_only_sharding_and_engines_talk_to_other_processes(path: Path) -> None:
     assert not [name for name in imports(path) if name.startswith("torch.distributed")]
@@ -131,7 +142,7 @@ def test_a_file_is_a_room_of_moderate_size(path: Path) -> None:
 def test_importing_the_package_imports_no_engine() -> None:
     script = (
         "import sys, arg_dist\n"
-        "heavy = {'deepspeed', 'accelerate', 'transformers', 'matplotlib', 'datasets'}\n"
+        "heavy = {'deepspeed', 'accelerate', 'transformers', 'matplotlib', 'datasets', 'peft'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=50)
