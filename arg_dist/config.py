@@ -21,9 +21,9 @@ class ConfigError(ValueError):
 
 
 PAPER: dict[str, Any] = {
+    "min_rank": 0.125,
     "energy": 0.96,
     "hysteresis": 0.0,
-    "scale": 0.25,
     "residual": "none",
     "min_gap": 1,
     "first_gap": 200,
@@ -32,8 +32,9 @@ PAPER: dict[str, Any] = {
 }
 """``preset="paper"``: arXiv 2410.17881 to the letter where it is known, else its official code.
 
-`energy`: the code bounds the un-squared share of what is discarded by 0.2; `scale`: GaLore's on C4;
-`power_passes`: those of ``svd_lowrank``; `min_gap`: its inner loop may end at any step.
+The code bounds the un-squared share of what is discarded by 0.2 (`energy`) and finds bases with
+``svd_lowrank`` (`power_passes`); the inner loop may end at any step (`min_gap`). The bounds of the
+rank are nowhere told; these are half of GaLore's and GaLore's.
 """
 
 
@@ -69,7 +70,7 @@ class AdaRankGradConfig(BaseModel):
         lt=1,
         description="how far the share that a rank keeps may be from `energy` before it changes",
     )
-    scale: float = Field(1.0, gt=0, description="factor of the low-rank update (GaLore's alpha)")
+    scale: float = Field(0.25, gt=0, description="factor of the low-rank update (GaLore's alpha)")
     residual: Literal["matched", "scaled", "none"] = Field(
         "matched",
         description="the part of the gradient outside the basis: followed, row by row, each "

@@ -50,12 +50,12 @@ WITH_RANK = {"galore", "apollo", "fira", "lora"}
 
 RATES = {
     "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
-    "muon": (5e-4, 1e-3, 2e-3, 4e-3),
+    "muon": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "galore": (5e-3, 1e-2, 2e-2, 4e-2),
-    "apollo": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    "apollo": (5e-3, 1e-2, 2e-2, 4e-2),
     "fira": (2.5e-3, 5e-3, 1e-2, 2e-2),
-    "recommended": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
-    "paper": (5e-3, 1e-2, 2e-2, 4e-2),
+    "recommended": (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    "paper": (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
 }
 """Four learning rates for pre-training, a factor of two apart, by method."""
 
