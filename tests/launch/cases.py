@@ -13,6 +13,8 @@ SETTINGS: dict[str, Any] = {
     "energy": 0.7,
     "max_gap": 6,
     "min_gap": 3,
+    "hysteresis": 0.0,
+    "scale": 1.0,
 }
 
 

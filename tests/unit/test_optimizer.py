@@ -68,7 +68,7 @@ def test_the_update_lies_in_the_basis():
 
 def test_scale_and_learning_rate_multiply_the_update_and_decay_the_weight():
     weight, gradient = gaussian(8, 6), [[gaussian(8, 6, seed=1)]]
-    unit = train(optimizer_of(weight, lr=1.0), gradient)[0] - weight
+    unit = train(optimizer_of(weight, lr=1.0, scale=1.0), gradient)[0] - weight
     other = train(optimizer_of(weight, lr=0.1, scale=0.5, weight_decay=0.2), gradient)[0]
     ROUNDING.check(other, (1 - 0.1 * 0.2) * weight + 0.1 * 0.5 * unit)
 
@@ -184,7 +184,8 @@ def quadratic(optimizer: AdaRankGrad, goal: torch.Tensor, steps: int) -> float:
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
 def test_a_quadratic_is_solved_though_each_step_is_of_low_rank(shape):
-    optimizer = optimizer_of(torch.zeros(shape), lr=0.03, min_gap=5, max_gap=10)
+    settings = {"lr": 0.03, "scale": 1.0, "residual": "none", "min_gap": 5, "max_gap": 10}
+    optimizer = optimizer_of(torch.zeros(shape), **settings)
     assert quadratic(optimizer, gaussian(*shape), steps=400) < 1e-2
 
 
@@ -225,6 +226,7 @@ def moved_by_noise(transport: str) -> float:
         "max_rank": 16,
         "transport": transport,
         "residual": "none",
+        "scale": 1.0,
     }
     ends = []
     for noise in (0.0, 1e-6):
