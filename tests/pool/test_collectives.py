@@ -7,6 +7,7 @@ import torch
 from cuts import (
     cut_matrix,
     equal_pieces,
+    part_of,
     ranges_of,
     whole_rows,
     without_bystanders,
@@ -26,8 +27,10 @@ SETTINGS = AdaRankGradConfig(max_rank=5, min_rank=1, min_gap=3, max_gap=3)
 KEPT = ("basis", "exp_avg", "exp_avg_sq")
 
 
-def apply(shard, update) -> None:
-    shard.apply(*update, lr=SETTINGS.lr, scale=SETTINGS.scale, weight_decay=0.0)
+def apply(shard, update, gradient) -> None:
+    residual = (update.factors, part_of(gradient, shard))
+    rates = {"lr": SETTINGS.lr, "scale": SETTINGS.scale, "weight_decay": 0.0}
+    shard.apply(update.direction, update.basis, residual, **rates)
 
 
 def train(group, cuts, layout):
@@ -50,8 +53,8 @@ def train(group, cuts, layout):
             communicator,
             max(rounds(SETTINGS.power_passes, SETTINGS.residual)),
         )
-        for (_, shard), update in zip(held, updates, strict=True):
-            apply(shard, update)
+        for (i, shard), update in zip(held, updates, strict=True):
+            apply(shard, update, gaussian(*SHAPES[i], seed=step))
     kept = [{key: state[key] for key in KEPT} if state else None for state in states]
     return [shard.values() for shard in shards], kept, communicator.sent_bytes
 
