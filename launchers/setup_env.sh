@@ -9,7 +9,7 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.installed
-wanted=$(cat "$root/constraints.txt" "$root/pyproject.toml" "$root/launchers/setup_compare.sh" | sha256sum)
+wanted=$(cat "$root"/{constraints.txt,pyproject.toml,launchers/setup_compare.sh} | sha256sum)
 
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0

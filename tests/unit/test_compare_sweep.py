@@ -219,3 +219,47 @@ def test_the_module_is_a_command():
     )
     assert finished.returncode == 2
     assert finished.stderr == "compare: nowhere: holds no runs of a comparison\n"
+
+
+def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
+    import numpy as np
+
+    from arg_dist.compare.pretraining import PretrainingJob, pretrain
+
+    for part, seed in (("training", 1), ("held_out", 2)):
+        numbers = np.random.default_rng(seed).integers(0, 258, 4000).astype(np.uint16)
+        np.save(tmp_path / f"{part}.npy", numbers)
+    job = PretrainingJob(
+        model="pico", vocab_size=258, steps=2, batch_size=4, micro_batch=2, seq_len=16, warmup=1,
+        min_lr_ratio=0.1, clip=1.0, weight_decay=0.0, eval_every=1, eval_sequences=3, device="cpu",
+    )  # fmt: skip
+
+    def losses(name: str, seed: int) -> list[str]:
+        (method,) = choose([name], peer_rank=4)
+        said: list[str] = []
+        # a rate at which no weight moves shows what all methods begin with
+        pretrain(job, method, lr=1e-30, seed=seed, tokens=tmp_path, show=said.append)
+        return said
+
+    adamw = losses("adamw", 0)
+    assert len(adamw) == 2 and len({line.split()[3] for line in adamw}) == 2
+    assert losses("recommended", 0) == losses("apollo", 0) == adamw
+    assert losses("adamw", 1) != adamw
+
+
+def test_a_run_that_diverges_says_at_which_step(tmp_path):
+    import numpy as np
+
+    from arg_dist.compare.pretraining import PretrainingJob, pretrain
+
+    for part in ("training", "held_out"):
+        np.save(tmp_path / f"{part}.npy", np.arange(4000, dtype=np.uint16) % 258)
+    job = PretrainingJob(
+        model="pico", vocab_size=258, steps=6, batch_size=2, micro_batch=2, seq_len=16, warmup=0,
+        min_lr_ratio=0.1, clip=1.0, weight_decay=0.0, eval_every=6, eval_sequences=3, device="cpu",
+    )  # fmt: skip
+    (method,) = choose(["adamw"], peer_rank=4)
+    results = pretrain(job, method, lr=1e30, seed=0, tokens=tmp_path, show=print)
+    assert results["status"] == "diverged" and results["final"] is None
+    assert results["error"].startswith("step ") and results["error"].endswith("loss is nan")
+    assert results["steps"] < 6
