@@ -11,23 +11,23 @@ from torch import Tensor
 
 from arg_dist.agreement import Agreement, agree
 from arg_dist.algorithm import State, is_due, rounds
+from arg_dist.binding import Binding
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.custody import Custody
-from arg_dist.parameter_groups import SETTINGS, check_names, group_spec, members, settings_of
+from arg_dist.parameter_groups import SETTINGS, check_names, members, settings_of
 from arg_dist.saved_forms import WHOLE, whole_state
-from arg_dist.self_report import SelfReport
 from arg_dist.shard_step import apply_update, computation, oriented_gradient
-from arg_dist.sharding.communicator import Communicator, training_group
+from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.drivers import run, run_local
-from arg_dist.sharding.fragment import ADAPTERS, ParameterGroup, step_calls
-from arg_dist.sharding.plan import Plan, make_plans
+from arg_dist.sharding.fragment import ADAPTERS
+from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.sharding.waiting import named
 from arg_dist.state import copy_state
 from arg_dist.subspace.exchange import Steps
 
 
-class AdaRankGrad(SelfReport, torch.optim.Optimizer):
+class AdaRankGrad(Binding, torch.optim.Optimizer):
     """Adam in an adaptive low-rank subspace of each gradient (arXiv 2410.17881), sharded.
 
     Each matrix ``G`` has a basis ``Q`` on its shorter side. One call of :meth:`step` does, for all
@@ -128,27 +128,6 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
                 raise ConfigError(f"{where}: the parameter name {name!r} occurs twice")
             self._parameters[name] = weakref.ref(parameter)
 
-    def parameter_names(self) -> dict[int, str]:
-        """Name of each parameter the optimizer was built with, by ``id``."""
-        return {id(p): name for name, ref in self._parameters.items() if (p := ref()) is not None}
-
-    def adopt_names(self, names: Mapping[str, str], full_rank: Iterable[str]) -> None:
-        """Renames parameters and keeps some of them full-rank; before the first step only.
-
-        For engines that build the optimizer from bare parameters and know the model.
-
-        Args:
-            names: new name for each old one.
-            full_rank: new names of those left to full-rank Adam.
-        """
-        if self._plans:
-            raise RuntimeError("names can be given before the first step only")
-        self._parameters = {names.get(old, old): ref for old, ref in self._parameters.items()}
-        for group in self.param_groups:
-            group["param_names"] = [names.get(old, old) for old in group["param_names"]]
-        self._full_rank_names = frozenset(full_rank)
-        self._patterns_applied = True
-
     # -- the step --------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -235,51 +214,6 @@ class AdaRankGrad(SelfReport, torch.optim.Optimizer):
         results = run(together, plan.communicator, agreed.rounds, "the step", names)
         for (shard, _), update in zip(shared, results, strict=True):
             apply_update(shard, update, settings[shard.group])
-
-    # -- layout and state ------------------------------------------------------------------------
-
-    def _bound_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
-        """The plans for the tensors that the groups hold now; made when first seen."""
-        key = tuple((id(p), p.requires_grad) for group in groups for p in group["params"])
-        if key not in self._plans:
-            self._plans[key] = self._make_plans(groups)
-        return self._plans[key]
-
-    def _make_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
-        if not self._patterns_applied:
-            raise ConfigError(
-                "targets, exclude: the optimizer was built from bare parameters and cannot tell "
-                "modules; build its groups with arg_dist.param_groups(model, targets=..., ...)"
-            )
-        specs = [
-            group_spec(self._seen(group), settings_of(group), self._full_rank_names)
-            for group in groups
-        ]
-        return make_plans(specs, self._communicators, self.defaults["time_limit"])
-
-    def _seen(self, group: dict[str, Any]) -> ParameterGroup:
-        """A group as the engines' adapters see it."""
-        parameters = [self._parameters[name]() for name in group["param_names"]]
-        process_group = training_group(self.process_group)
-        return ParameterGroup(
-            list(group["params"]), group["param_names"], parameters, process_group
-        )
-
-    def bind(self, *, anew: bool = False) -> list[Plan]:
-        """The plans for all tensors, as the engine is going to hand them to :meth:`step`.
-
-        Every process must call it. The engine must have taken the parameters over.
-
-        Args:
-            anew: settings have changed, and the plans made so far may not hold any more.
-        """
-        if anew:
-            self._plans.clear()
-        plans = []
-        for call in step_calls([self._seen(group) for group in self.param_groups]):
-            groups = [{**self.param_groups[i], "params": targets} for i, targets in call]
-            plans += self._bound_plans([group for group in groups if group["params"]])
-        return plans
 
     # -- saving ------------------------------------------------------------------------------------
 
