@@ -27,6 +27,7 @@ class Agreement:
         strangers: processes that hold optimizer state which another process saved, or that have
             taken another number of steps than the first.
         processes: size of the group.
+        refreshing: whether a process said that matrices of the optimizer look for a new basis.
     """
 
     norm_sq: list[float]
@@ -34,6 +35,7 @@ class Agreement:
     rounds: int
     strangers: list[int]
     processes: int
+    refreshing: bool = False
 
     def is_usable(self, names: Sequence[str], *, skip: bool) -> bool:
         """Whether the step can be taken.
@@ -79,6 +81,7 @@ def agree(
     units: int,
     processes: int,
     me: int,
+    refreshing: bool = False,
 ) -> Steps[Agreement]:
     """Adds up everyone's squared norms, and takes the largest number of rounds that anyone needs.
 
@@ -92,6 +95,7 @@ def agree(
         units: number of matrices and tensors of the plan.
         processes: size of the group.
         me: this process's index.
+        refreshing: whether all processes must know that matrices look for a new basis.
     """
     device = gradients[0][1].device if gradients else torch.device("cpu")
     part = torch.zeros(units, 2, dtype=torch.float64, device=device)
@@ -101,7 +105,7 @@ def agree(
         part[[unit for unit, _ in kept_sq], 1] = torch.stack([value for _, value in kept_sq])
     everyone = ((0, units),) * processes
     all_rows = ((0, processes),) * processes
-    mine = torch.tensor([[rounds, int(own_state), steps]])
+    mine = torch.tensor([[rounds, int(own_state) + 2 * int(refreshing), steps]])
     answers = yield (
         Exchange(part, everyone, everyone),
         Exchange(mine, even_rows(processes, processes), all_rows),
@@ -114,10 +118,11 @@ def agree(
         rounds=max(needed for needed, _, _ in processes_say),
         strangers=[
             process
-            for process, (_, own, taken) in enumerate(processes_say)
-            if not own or taken != steps_of_first
+            for process, (_, bits, taken) in enumerate(processes_say)
+            if not bits & 1 or taken != steps_of_first
         ],
         processes=processes,
+        refreshing=any(bits & 2 for _, bits, _ in processes_say),
     )
 
 

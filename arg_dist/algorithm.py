@@ -12,6 +12,8 @@ energy                float                        share of ||G||^2 kept at the 
 kept_sq               fp64 scalar                  ||P||^2 of the last step, this process's rows
 kept_sq_at_refresh    float                        ||P||^2 of the refresh's step, all rows
 residual_norm         fp64 scalar                  norm of the residual, where it is `scaled`
+spectrum              list of float                share of ||G||^2 of each direction up to the
+                                                   largest rank, at the refresh; with a budget
 ===================== ============================ =============================================
 """
 
@@ -66,11 +68,13 @@ class NewBasis(NamedTuple):
         vectors: ``basis.touch x rank``.
         energies: ``rank``, fp64.
         rotation: ``rank x old rank``, or None at the first refresh.
+        spectrum: share of ``||G||^2`` of each direction up to the largest rank; None if not asked.
     """
 
     vectors: Tensor
     energies: Tensor
     rotation: Tensor | None
+    spectrum: list[float] | None = None
 
 
 def low_rank_step(
@@ -83,6 +87,7 @@ def low_rank_step(
     norm_sq: float,
     kept_sq: float,
     phase: float,
+    allowed: int | None = None,
 ) -> Steps[LowRankUpdate | None]:
     """One step of AdaRankGrad on one matrix; `state` is updated in place.
 
@@ -95,6 +100,7 @@ def low_rank_step(
         norm_sq: ``||G||_F^2`` over all processes; finite.
         kept_sq: ``||P||_F^2`` of the step before, over all processes.
         phase: in [0, 1), equal on all processes: keeps the refreshes of different matrices apart.
+        allowed: the largest rank that a budget leaves it, should it refresh; None without one.
 
     Returns:
         The update, or None where the gradient has been zero ever since the start.
@@ -102,7 +108,7 @@ def low_rank_step(
     me, moment = spread.me, spread.moment
     new = None
     if norm_sq > 0 and is_due(state):
-        new = yield from _refresh(gradient, state, spread, settings, name, norm_sq)
+        new = yield from _refresh(gradient, state, spread, settings, name, norm_sq, allowed)
         basis = new.vectors
     elif state:
         basis = yield from gather(state["basis"], spread.store, spread.basis.touch, me)
@@ -219,6 +225,7 @@ def _refresh(
     settings: AdaRankGradConfig,
     name: str,
     norm_sq: float,
+    allowed: int | None,
 ) -> Steps[NewBasis]:
     """Sketch -> ordered directions -> rank -> basis, and its rotation against the old basis."""
     me, basis = spread.me, spread.basis
@@ -234,6 +241,10 @@ def _refresh(
     found = yield from leading_directions(
         gradient, omega, spread, power_passes=settings.power_passes
     )
+    spectrum = None
+    if allowed is not None:  # what lies beyond it is known, too, so that it may rise again
+        spectrum = (found.energies[:largest] / norm_sq).tolist()
+        largest = min(largest, allowed)
     rank = choose_rank(
         found.energies,
         norm_sq,
@@ -252,7 +263,7 @@ def _refresh(
         old = select_rows(state["basis"], spread.store[me], basis.keep[me])
         part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
         rotation = yield from total(part, spread.whole(rank), spread.shares(rank), me)
-    return NewBasis(vectors, found.energies[:rank], rotation)
+    return NewBasis(vectors, found.energies[:rank], rotation, spectrum)
 
 
 def _adopt(
@@ -294,6 +305,9 @@ def _adopt(
     state["since_refresh"] = 0
     state["rank"] = projected.shape[1]
     state["energy"] = min(1.0, float(new.energies.sum()) / norm_sq)
+    state.pop("spectrum", None)
+    if new.spectrum is not None:
+        state["spectrum"] = new.spectrum
     # a copy: a slice would keep the whole basis, or a whole bucket, alive
     state["basis"] = select_rows(
         new.vectors, spread.basis.touch[spread.me], spread.store[spread.me]

@@ -14,12 +14,18 @@ from arg_dist.self_report import SelfReport
 from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.fragment import ParameterGroup, step_calls
 from arg_dist.sharding.plan import Plan, make_plans
+from arg_dist.state_budget import Call
 
 
 class Binding(SelfReport):
-    """The part of :class:`arg_dist.AdaRankGrad` that binds parameters to a layout."""
+    """The part of :class:`arg_dist.AdaRankGrad` that binds parameters to a layout.
+
+    An engine may show :meth:`step` one parameter group at a time, the others being gone from
+    `param_groups` meanwhile; `_every_group` remembers all of them.
+    """
 
     param_groups: list[dict[str, Any]]
+    _every_group: list[dict[str, Any]]
     defaults: dict[str, Any]
     process_group: Any
     _parameters: dict[str, weakref.ref[Tensor]]
@@ -57,11 +63,22 @@ class Binding(SelfReport):
         """
         if anew:
             self._plans.clear()
-        plans = []
-        for call in step_calls([self._seen(group) for group in self.param_groups]):
-            groups = [{**self.param_groups[i], "params": targets} for i, targets in call]
-            plans += self._bound_plans([group for group in groups if group["params"]])
-        return plans
+        return [plan for call in self.calls_of_a_step() for plan in call.plans]
+
+    def calls_of_a_step(self) -> list[Call]:
+        """The calls of :meth:`step` that have any tensors, as the engine is going to make them.
+
+        Every process must call it. The engine must have taken the parameters over.
+        """
+        if len(self.param_groups) >= len(self._every_group):
+            self._every_group = self.param_groups
+        every, calls = self._every_group, []
+        for call in step_calls([self._seen(group) for group in every]):
+            groups = [{**every[i], "params": targets} for i, targets in call if targets]
+            if groups:
+                settings = [settings_of(group) for group in groups]
+                calls.append(Call(settings, self._bound_plans(groups)))
+        return calls
 
     def _bound_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
         """The plans for the tensors that the groups hold now; made when first seen."""

@@ -7,10 +7,43 @@ DeepSpeed JSON, so a typing error gets the same one-line answer at every front d
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+UNITS = {
+    prefix + suffix: base**power
+    for power, prefix in enumerate(("", "K", "M", "G", "T"))
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    if prefix or suffix == "B"
+}
+"""Bytes in each unit of a size: ``B``, ``KB``, ``KiB`` and so on, up to ``TiB``."""
+
+
+def _bytes_of(size: Any) -> Any:
+    """A size as a whole number of bytes: ``"2GiB"``, ``"1.5 GB"``, ``1.5e9``."""
+    amount, unit = size, "B"
+    if isinstance(size, str):
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?) *([A-Za-z]*)", size.strip())
+        amount, unit = (float(found[1]), found[2] or "B") if found else (0, "B")
+    if size is None:
+        return None
+    is_number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+    if not is_number or unit not in UNITS or not 1 <= amount * UNITS[unit] < math.inf:
+        raise ValueError('a size such as "2GiB" or "512MiB", or a number of bytes, is needed')
+    return int(amount * UNITS[unit])
+
 
 Rank = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1, strict=True)]
 """A rank: a whole number, or a fraction of the matrix's shorter dimension (0 < x < 1)."""
@@ -109,6 +142,11 @@ class AdaRankGradConfig(BaseModel):
         "squared", description="how the second moment follows the basis"
     )
 
+    state_budget: Annotated[int | None, BeforeValidator(_bytes_of)] = Field(
+        None,
+        description='bytes of optimizer state on all processes together (`"2GiB"`, or a number): '
+        "ranks are distributed by energy per byte, so that the sum fits",
+    )
     shard_basis: bool | None = Field(
         None,
         description="keep each basis once over the processes (default), or whole on every owner",

@@ -24,6 +24,7 @@ from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.sharding.waiting import named
 from arg_dist.state import copy_state
+from arg_dist.state_budget import Call, StateBudget
 from arg_dist.subspace.exchange import Steps
 
 
@@ -90,6 +91,8 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         self.is_classified = False
         self.process_group = process_group
         self._custody = Custody()
+        self._every_group: list[dict[str, Any]] = []
+        self._budget = StateBudget(config.state_budget)
         self.calls = 0
         self.skipped_steps = 0
         super().__init__(params, dict(config))
@@ -113,7 +116,8 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         own = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
         where = f"parameter group {position}"
-        for key in own.keys() & {"preset", "targets", "exclude", "time_limit"}:
+        of_all = {"preset", "targets", "exclude", "time_limit", "state_budget"}
+        for key in own.keys() & of_all:
             raise ConfigError(f"{where}.{key}: this is a setting of the optimizer as a whole")
         config = parse_config({**{k: self.defaults[k] for k in SETTINGS}, **own}, where)
         group.update(config)
@@ -122,6 +126,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
             count = len(group["params"])
             group["param_names"] = [f"group{position}.param{i}" for i in range(count)]
         super().add_param_group(group)
+        self._every_group = self.param_groups
         added = self.param_groups[-1]
         for name, parameter in zip(added["param_names"], added["params"], strict=True):
             if name in self._parameters:
@@ -137,6 +142,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         Raises:
             NoAnswerError: another process did not come to a collective within `time_limit`
                 seconds, or is gone.
+            ConfigError: `state_budget` is too small for the smallest ranks; on every process.
             FloatingPointError: a gradient is NaN or infinite and ``nonfinite="error"``; raised on
                 every process of the group, with weights and state as they were (those of this
                 call: an engine may call once for each parameter group).
@@ -148,14 +154,21 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         groups = [group for group in self.param_groups if group["params"]]
         settings = [settings_of(group) for group in groups]
         self._custody.whole = None
-        prepared = []
-        for plan in self._bound_plans(groups):
+        plans = self._bound_plans(groups)
+        calls = self._calls_that_share_a_budget(plans)
+        for plan in plans:
             self._custody.cut_loaded(plan, self.state)
+        any_due, prepared = self._budget.any_due(calls, self.state_of), []
+        for plan in plans:
             gradients = {shard.unit: oriented_gradient(shard) for shard in plan.shards}
-            prepared.append((plan, gradients, self._agree(plan, gradients, settings)))
+            agreement = self._agree(plan, gradients, settings, any_due)
+            prepared.append((plan, gradients, agreement))
         # nothing changes before every gradient of this call is known to be usable
         skip = all(each.nonfinite == "skip" for each in settings)
-        if all([agreed.is_usable(plan.names, skip=skip) for plan, _, agreed in prepared]):
+        usable = all([agreed.is_usable(plan.names, skip=skip) for plan, _, agreed in prepared])
+        if any(agreed.refreshing for _, _, agreed in prepared):
+            self._budget.share_out(calls, self.state_of, self.state)
+        if usable:
             for plan, gradients, agreed in prepared:
                 self._update(plan, gradients, agreed, settings)
         else:
@@ -163,8 +176,22 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         self.calls += 1
         return loss
 
+    def _calls_that_share_a_budget(self, plans: list[Plan]) -> list[Call]:
+        """All calls of the step that begins with these plans; none without a budget, or later."""
+        if self._budget.limit is None:
+            return []
+        calls = self.calls_of_a_step()
+        if not calls or calls[0].plans is not plans:
+            return []
+        self._budget.forget()
+        return calls
+
     def _agree(
-        self, plan: Plan, gradients: dict[int, Tensor], settings: list[AdaRankGradConfig]
+        self,
+        plan: Plan,
+        gradients: dict[int, Tensor],
+        settings: list[AdaRankGradConfig],
+        any_due: bool,
     ) -> Agreement:
         """``||G||^2``, finiteness and rounds of all matrices, equal on all processes."""
         kept, needed = [], 0
@@ -187,6 +214,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
             units=len(plan.names),
             processes=plan.communicator.size,
             me=plan.communicator.me,
+            refreshing=any_due,
         )
         return run([norms], plan.communicator, 1, "the sum of norms", [named(plan.names)])[0]
 
@@ -203,8 +231,10 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
             state = self.state_of(shard)
             if not state and agreed.norm_sq[shard.unit] == 0:
                 continue
+            chosen = settings[shard.group]
+            allowed = self._budget.allowed(shard, state, chosen)
             steps = computation(
-                shard, gradients.pop(shard.unit), state, agreed, settings[shard.group]
+                shard, gradients.pop(shard.unit), state, agreed, chosen, allowed=allowed
             )
             if shard.is_shared:
                 shared.append((shard, steps))
@@ -257,6 +287,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         check_names(self.param_groups, state_dict["param_groups"])
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
+        self._every_group = self.param_groups
         for group, old in zip(self.param_groups, before, strict=True):
             for key in SETTINGS:  # one that is newer than the state keeps its value
                 group.setdefault(key, old[key])

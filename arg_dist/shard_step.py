@@ -32,8 +32,13 @@ def computation(
     state: State,
     agreed: Agreement,
     settings: AdaRankGradConfig,
+    *,
+    allowed: int | None = None,
 ) -> Steps[Any]:
-    """The algorithm on this shard: low-rank for matrices, Adam for the rest."""
+    """The algorithm on this shard: low-rank for matrices, Adam for the rest.
+
+    `allowed` is the largest rank that a budget leaves to a matrix; None without one.
+    """
     if isinstance(shard, MatrixShard):
         return low_rank_step(
             gradient,
@@ -44,6 +49,7 @@ def computation(
             norm_sq=agreed.norm_sq[shard.unit],
             kept_sq=agreed.kept_sq[shard.unit],
             phase=shard.phase,
+            allowed=allowed,
         )
     assert isinstance(shard, TensorShard)
     return adam_step(gradient, state, shard.side, settings, me=shard.me)

@@ -76,6 +76,7 @@ def add_states(
             transposed=matrix is None and shard.fragment.transposed,
             side=None if matrix is None else matrix.side_name,
             numbers={k: _number(v) for k, v in state.items() if _is_number(k, v)},
+            lists={k: v for k, v in state.items() if isinstance(v, list)},
             tensors=tensors,
             kept_sq=[(process, first, float(state["kept_sq"]))] if "kept_sq" in state else [],
         )
@@ -148,7 +149,7 @@ def _weight(
 
 
 def _is_number(key: str, value: Any) -> bool:
-    return key in ALIKE or not isinstance(value, Tensor)
+    return key in ALIKE or not isinstance(value, (Tensor, list))
 
 
 def _number(value: Any) -> int | float:

@@ -13,8 +13,9 @@ from arg_dist.parameter_groups import SETTINGS
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 
-OF_THE_JOB = {"low_rank", "shard_basis", "targets", "exclude", "time_limit"}
-"""Settings that say how the groups are made up, or how they lie; they stay as they are now."""
+OF_THE_JOB = {"low_rank", "shard_basis", "targets", "exclude", "time_limit", "state_budget"}
+"""Settings that say how the groups are made up, how they lie, or what this job has room for; they
+stay as they are now."""
 
 
 def check_model(checkpoint: Path, index: Index, optimizer: AdaRankGrad, *, weights: bool) -> None:

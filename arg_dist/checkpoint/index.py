@@ -55,6 +55,7 @@ class StateEntry(_Part):
         transposed: the moments of a tensor are in column-major order.
         side: the side that the basis spans, `right` or `left`; None for a tensor.
         numbers: rank, step, gap and the like; see :mod:`arg_dist.algorithm`.
+        lists: lists of such numbers.
         tensors: basis, exp_avg, exp_avg_sq; of a matrix, exp_avg is ``long x rank``.
         kept_sq: ``||P||^2`` of the last step, as a sum over slices of exp_avg: process, first row,
             value.
@@ -65,6 +66,7 @@ class StateEntry(_Part):
     transposed: bool
     side: Literal["right", "left"] | None
     numbers: dict[str, int | float]
+    lists: dict[str, list[float]] = {}
     tensors: dict[str, SlicedTensor]
     kept_sq: list[tuple[int, int, float]] = []
 

@@ -145,7 +145,7 @@ def _state(reader: SliceReader, shard: Shard) -> State:
     """This process's part of the state of a matrix or tensor, on the device of its weights."""
     entry = reader.index.states[shard.name]
     device = shard.fragment.target.device
-    state: State = dict(entry.numbers)
+    state: State = {**entry.numbers, **entry.lists}
     for part, sliced in entry.tensors.items():
         key = tensor_key("state", shard.name, part)
         wanted = stored_rows(shard, part)

@@ -248,7 +248,7 @@ def _join(name: str, known: StateEntry | Weight, other: StateEntry | Weight) -> 
         elements = known.elements.model_copy(update={"slices": slices})
         return known.model_copy(update={"elements": elements})
     assert isinstance(known, StateEntry) and isinstance(other, StateEntry)
-    if known.numbers != other.numbers:
+    if (known.numbers, known.lists) != (other.numbers, other.lists):
         raise CheckpointError(
             f"{name}: the processes disagree about it ({known.numbers}, {other.numbers}); their "
             "training has come apart, and nothing was written"

@@ -24,7 +24,7 @@ TIME_LIMIT = 1800
 AUTO = "auto"
 PROGRAM = "train_lm"
 
-FREE_SETTINGS = ("lr", "shard_basis", "time_limit")
+FREE_SETTINGS = ("lr", "shard_basis", "time_limit", "state_budget")
 """Settings of the optimizer that a run may be resumed with other values of."""
 
 

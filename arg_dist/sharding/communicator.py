@@ -76,8 +76,14 @@ class Communicator:
         self._device = torch.device("cpu") if group is None else _device_of(group)
         self._waiting = None if group is None else Waiting(group, self._device, time_limit)
 
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """The processes of the group, by their indexes in the job; none where there is but one."""
+        alone = self.group is None or self.size == 1
+        return () if alone else tuple(dist.get_process_group_ranks(self.group))
+
     def gather_objects(self, value: Any, purpose: str = "a gathering") -> list[Any]:
-        """Everyone's `value`, in the order of processes; plain Python data, at binding only.
+        """Everyone's `value`, in the order of processes; a little plain Python data, not each step.
 
         Args:
             value: this process's.

@@ -31,6 +31,12 @@ from arg_dist.config import parse_config
         ({"side": "top"}, r"AdaRankGrad\.side: .*got 'top'"),
         ({"decay": 1.0}, r"AdaRankGrad\.decay: .*less than 1"),
         ({"seed": -1}, r"AdaRankGrad\.seed: "),
+        ({"state_budget": "2 gigs"}, r"AdaRankGrad\.state_budget: a size such as .*, got '2 gigs'"),
+        ({"state_budget": "100kB"}, r"or a number of bytes, is needed, got '100kB'"),
+        ({"state_budget": "-1GiB"}, r'"512MiB", or a number of bytes, is needed, got'),
+        ({"state_budget": 0}, r"or a number of bytes, is needed, got 0"),
+        ({"state_budget": True}, r"or a number of bytes, is needed, got True"),
+        ({"state_budget": float("nan")}, r"or a number of bytes, is needed, got nan"),
         ({"time_limit": 0}, r"AdaRankGrad\.time_limit: .*greater than 0, got 0"),
         ({"time_limit": float("inf")}, r"AdaRankGrad\.time_limit: .*less than or equal"),
     ],
@@ -40,6 +46,25 @@ def test_a_bad_setting_is_named_with_what_is_needed(settings, message):
         parse_config(settings)
     with pytest.raises(ConfigError, match=message):
         AdaRankGrad([nn.Parameter(gaussian(4, 3))], **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ("2GiB", 2 * 2**30),
+        ("512MiB", 512 * 2**20),
+        ("1.5 GB", 1_500_000_000),
+        ("100KB", 100_000),
+        ("4096", 4096),
+        ("1e9", 10**9),
+        (1.5e9, 1_500_000_000),
+        (4096, 4096),
+        (None, None),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(given, size):
+    assert parse_config({"state_budget": given}).state_budget == size
+    assert parse_config({"state_budget": size}).state_budget == size
 
 
 def test_every_fault_gets_a_line():
@@ -91,6 +116,7 @@ def test_a_group_overrides_the_optimizers_settings():
         ({"enrgy": 0.5}, r"parameter group 1\.enrgy: unknown key; did you mean 'energy'\?"),
         ({"max_rank": 2, "min_rank": 3}, r"parameter group 1: max_rank \(2\) is smaller"),
         ({"targets": ["mlp"]}, r"parameter group 1\.targets: .*the optimizer as a whole"),
+        ({"state_budget": 9}, r"parameter group 1\.state_budget: .*the optimizer as a whole"),
         ({"time_limit": 9}, r"parameter group 1\.time_limit: .*the optimizer as a whole"),
     ],
 )
