@@ -99,7 +99,8 @@ class StateBudget:
         assert self.limit is not None
         plans = [plan for call in calls for plan in call.plans if plan.names]
         mine = _fixed_bytes(calls, states), list(_claims(calls, state_of))
-        everyone = _communicator(plans).gather_objects(mine, "sharing out state_budget")
+        communicator = _communicator(plans)
+        everyone = communicator.gather_objects(mine, "sharing out state_budget", counted=True)
         fixed = sum(own for own, _ in everyone)
         claims = [claim for _, theirs in everyone for claim in theirs]
         self._check(fixed, claims)
@@ -119,9 +120,9 @@ class StateBudget:
         if present > self.limit and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"state_budget: {in_words(present)} are kept now, from before this budget or before "
-                f"parameters were added, and {in_words(self.limit)} were given; the ranks come "
-                "down to it as the bases are renewed",
+                f"state_budget: {in_words(present)} are kept now, from before this budget or "
+                f"before parameters were added, and {in_words(self.limit)} were given; the ranks "
+                "come down to it as the bases are renewed",
                 stacklevel=2,
             )
 

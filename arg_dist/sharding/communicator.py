@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import AllgatherOptions  # nowhere public
 from arg_dist.sharding.waiting import Waiting, Words
 from arg_dist.subspace.exchange import Exchange, add_up, intersect
 
+_SIZE_BYTES = 8
 ALIGNMENT = 8
 """Every tensor in a message starts at a multiple of this, so that it can be viewed as any dtype."""
 
@@ -82,12 +83,15 @@ class Communicator:
         alone = self.group is None or self.size == 1
         return () if alone else tuple(dist.get_process_group_ranks(self.group))
 
-    def gather_objects(self, value: Any, purpose: str = "a gathering") -> list[Any]:
+    def gather_objects(
+        self, value: Any, purpose: str = "a gathering", *, counted: bool = False
+    ) -> list[Any]:
         """Everyone's `value`, in the order of processes; a little plain Python data, not each step.
 
         Args:
             value: this process's.
             purpose: what for, in the words of an error.
+            counted: whether it belongs to the steps, which are counted, unlike what comes before.
         """
         if self.group is None:
             return [value]
@@ -103,6 +107,9 @@ class Communicator:
             return group.allgather([received], [longest], options)
 
         self._carry_out(start, lambda: f"{purpose} (an all-gather)")
+        if counted:
+            self.sent_bytes += (self.size - 1) * (longest.numel() + _SIZE_BYTES)
+            self.collectives += 2
         return [_unpickled(data[:size]) for data, size in zip(received, sizes, strict=True)]
 
     def gather_objects_on_first(self, value: Any, purpose: str = "a gathering") -> list[Any]:

@@ -30,6 +30,17 @@ class Case:
     accumulation: int = 1
     way: str = "initialize"
     zero_init: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The optimizer's."""
+        return {**SETTINGS, **self.more}
+
+    @property
+    def reference(self) -> str:
+        """The model and other settings, by which its reference is called."""
+        return "-".join([self.model, *(f"{key}={value}" for key, value in self.more.items())])
 
     @property
     def precision(self) -> str:
@@ -40,7 +51,7 @@ class Case:
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": 1.0,
-            "optimizer": {"type": "AdaRankGrad", "params": dict(SETTINGS)},
+            "optimizer": {"type": "AdaRankGrad", "params": self.settings},
             "zero_optimization": {"stage": self.stage, **self.zero},
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
@@ -122,7 +133,18 @@ GROUPS = [
 ]  # fmt: skip
 """Several parameter groups; some of stage 3's parameters persist."""
 
-CASES = {case.name: case for case in EVERYWHERE + VARIANTS + GROUPS}
+ODD_BUDGET = {"state_budget": "66KiB"}
+LLAMA_BUDGET = {"state_budget": "360KiB"}
+SUB_GROUPS = {**WHOLE, "sub_group_size": 15000}
+BUDGETED = [
+    Case("odd-zero1-groups-budget", "odd", 1, way="client", more=ODD_BUDGET),
+    Case("llama-zero2-budget", "llama", 2, more=LLAMA_BUDGET),
+    Case("llama-zero3-sub-groups-budget", "llama", 3, SUB_GROUPS, more=LLAMA_BUDGET),
+    Case("odd-zero3-groups-budget", "odd", 3, SMALL_SUB_GROUPS, way="client", more=ODD_BUDGET),
+]  # fmt: skip
+"""The optimizer is shown its matrices in parts, and has one budget for all; 1 to 4 processes."""
+
+CASES = {case.name: case for case in EVERYWHERE + VARIANTS + GROUPS + BUDGETED}
 
 RESUMED = [
     *("llama-zero0", "llama-zero1", "llama-zero2", "llama-zero3", "odd-zero3-groups"),

@@ -3,8 +3,9 @@
 import pytest
 
 from arg_dist.algorithm import rounds
+from arg_dist.config import parse_config
 from tests.launch import training
-from tests.launch.cases import CASES, EVERYWHERE, SHARDED, VARIANTS
+from tests.launch.cases import BUDGETED, CASES, EVERYWHERE, SHARDED, VARIANTS
 from tests.launch.conftest import Runs
 from tests.tolerances import LOSSES, LOW_PRECISION_LOSSES, PROJECTORS
 
@@ -21,6 +22,21 @@ def test_losses_ranks_and_bases_are_those_of_one_process(
     assert result["optimizer"] == "AdaRankGrad"
     training.check(result["processes"], reference, LOSSES)
     PROJECTORS.check(result["projector_difference"], 0.0)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", [case.name for case in BUDGETED])
+def test_a_budget_gives_the_ranks_of_one_process_and_holds_over_all(
+    runs: Runs, case: str, processes: int
+) -> None:
+    results = runs("deepspeed", processes)
+    reference = results[f"reference-{CASES[case].reference}"]
+    training.check(results[case]["processes"], reference, LOSSES)
+    budget = parse_config(CASES[case].more).state_budget
+    assert budget is not None
+    sizes = [run["sizes"] for run in results[case]["processes"]]
+    assert all(sum(together) <= budget for together in zip(*sizes, strict=True))
+    assert reference["ranks"] != results[f"reference-{CASES[case].model}"]["ranks"]
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2", "odd"])

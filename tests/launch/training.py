@@ -19,7 +19,8 @@ from tests.tolerances import Tolerance
 
 CLIP = 1.0
 Run = dict[str, Any]
-"""What one process saw: `losses` of the global batches, and `ranks` by name, at every step."""
+"""What one process saw at every step: `losses` of the global batches, `ranks` by name, and `sizes`,
+the bytes of its optimizer's state."""
 
 
 class Training(Protocol):
@@ -84,7 +85,7 @@ def train(training: Training, micro_batches: Sequence[int] = (1,), *, group: Any
     """
     me, processes = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     share = models.BATCH // processes
-    losses, ranks = [], []
+    losses, ranks, sizes = [], [], []
     for step in range(STEPS):
         mine = models.batch(step)[me * share : (me + 1) * share]
         pieces = mine.chunk(micro_batches[step % len(micro_batches)])
@@ -96,7 +97,8 @@ def train(training: Training, micro_batches: Sequence[int] = (1,), *, group: Any
             dist.all_reduce(total, group=group)
         losses.append(total.item() / processes)
         ranks.append(ranks_now(training.optimizer))
-    return {"losses": losses, "ranks": ranks}
+        sizes.append(training.optimizer.state_bytes())
+    return {"losses": losses, "ranks": ranks, "sizes": sizes}
 
 
 def ranks_now(optimizer: arg_dist.AdaRankGrad) -> dict[str, int]:
@@ -109,10 +111,10 @@ def optimizer_of(model: nn.Module, **more: Any) -> arg_dist.AdaRankGrad:
     return arg_dist.AdaRankGrad(arg_dist.param_groups(model), **{**SETTINGS, **more})
 
 
-def one_process(name: str, weights: torch.dtype = torch.float32) -> TorchTraining:
-    """Training of a whole model by a process on its own."""
+def one_process(name: str, weights: torch.dtype = torch.float32, **more: Any) -> TorchTraining:
+    """Training of a whole model by a process on its own; `more` settings of the optimizer."""
     model = models.build(name).to(weights)
-    return TorchTraining(model, optimizer_of(model, process_group=None))
+    return TorchTraining(model, optimizer_of(model, process_group=None, **more))
 
 
 def difference(run: Run, alone: Run) -> float:

@@ -27,7 +27,7 @@ deepspeed.utils.logger.setLevel(logging.ERROR)
 import arg_dist  # noqa: E402
 from arg_dist.lm.training import leave_processes  # noqa: E402
 from tests.launch import models, training  # noqa: E402
-from tests.launch.cases import CASES, SETTINGS, Case  # noqa: E402
+from tests.launch.cases import CASES, Case  # noqa: E402
 from tests.launch.engine_ways import describe  # noqa: E402
 
 Disturbance = Callable[[torch.nn.Module], None]
@@ -47,9 +47,9 @@ class DeepSpeedTraining:
         return loss
 
 
-def reference(name: str) -> dict[str, Any]:
+def reference(case: Case) -> dict[str, Any]:
     """The same training in one process, on whole matrices, in fp32."""
-    alone = training.one_process(name)
+    alone = training.one_process(case.model, **case.more)
     run = training.train(alone)
     optimizer = alone.optimizer
     return {
@@ -92,7 +92,7 @@ def start(case: Case, config: dict[str, Any], disturb: Disturbance | None = None
     if case.way == "json":
         return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
     del config["optimizer"]
-    optimizer = arg_dist.AdaRankGrad(arg_dist.param_groups(model), **SETTINGS)
+    optimizer = arg_dist.AdaRankGrad(arg_dist.param_groups(model), **case.settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
@@ -166,14 +166,14 @@ def main() -> None:
     torch.set_num_threads(1)
     chosen = [CASES[name] for name in options.cases]
     deepspeed.init_distributed()
-    names = sorted({case.model for case in chosen})
-    mine = names[dist.get_rank() :: dist.get_world_size()]
-    computed = gather({name: reference(name) for name in mine})
+    references = {case.reference: case for case in chosen}
+    mine = sorted(references)[dist.get_rank() :: dist.get_world_size()]
+    computed = gather({name: reference(references[name]) for name in mine})
     expected = {name: run for part in computed for name, run in part.items()}
     results: dict[str, Any] = {}
     for case in chosen:
         with case.environment():
-            results[case.name] = train(case, expected[case.model])
+            results[case.name] = train(case, expected[case.reference])
         dist.barrier()
     if dist.get_rank() == 0:
         for name, run in expected.items():
@@ -181,6 +181,7 @@ def main() -> None:
             results[f"reference-{name}"] = {
                 "losses": run["losses"],
                 "ranks": run["ranks"],
+                "sizes": run["sizes"],
                 "refreshes": min(run["refreshes"].values()),
                 "rank_changed": any(first[key] != last[key] for key in first),
             }

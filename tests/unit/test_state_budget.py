@@ -146,6 +146,7 @@ def test_a_parameter_that_never_had_a_gradient_gets_its_rank_later():
     assert ranks_of(optimizer)["w0"] >= 2
 
 
+@pytest.mark.filterwarnings("ignore:state_budget")
 def test_groups_added_on_the_way_share_the_budget():
     budget = 60_000
     optimizer = build(state_budget=budget)
