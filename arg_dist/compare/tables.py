@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -93,13 +92,16 @@ def print_rows(rows: Sequence[Row], measure: Measure, console: Console | None = 
             share(row.flap),
             _seconds(row, "step"),
         )
-    console.print(rates, table)
+    for part in (rates, table):
+        console.print(part)
+        console.print()
     for line in notes(rows, measure):
         console.print(line, highlight=False, markup=False)
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # nothing but a blank between columns, so that long names have room
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column(first, style="bold")
     for title in others:
         table.add_column(title, justify="right", no_wrap=True)
