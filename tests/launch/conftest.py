@@ -11,7 +11,10 @@ import pytest
 
 from tests.launch.cases import BUDGETED, EVERYWHERE, SHARDED, VARIANTS
 from tests.launch.engines import ENGINES
-from tests.launch.launching import ROOT, Launcher, launch
+from tests.launch.launching import ROOT, Launcher, Start, launch
+
+REAL = 2
+"""How many processes are started by the launchers themselves."""
 
 Runs = Callable[[Launcher, int], dict[str, Any]]
 
@@ -23,21 +26,29 @@ OPTIONS: dict[Launcher, list[object]] = {
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Results by case, or by engine, of a launcher and a number of processes; one launch each."""
+    """Results by case, or by engine, of a launcher and a number of processes; one launch each.
+
+    The launchers themselves start two processes. Other numbers are forked, with what accelerate's
+    has put into the environment of the two.
+    """
     done: dict[tuple[Launcher, int], dict[str, Any]] = {}
 
     def of(launcher: Launcher, processes: int) -> dict[str, Any]:
         if (launcher, processes) not in done:
             out: Path = tmp_path_factory.mktemp("runs") / "results.json"
             script, names = what_runs(launcher, processes)
+            start: Start = launcher if processes == REAL else "forked"
+            variables = {}
+            if start == "forked" and launcher == "accelerate":
+                variables = of(launcher, REAL)["environment"]
             finished = launch(
                 script,
                 *("--out", out, "--cases", *names),
                 processes=processes,
                 seconds=380,
-                launcher=launcher,
+                launcher=start,
                 options=OPTIONS.get(launcher, ()),
-                variables={"PYTHONPATH": str(ROOT)},
+                variables={"PYTHONPATH": str(ROOT), **variables},
             )
             assert finished.returncode == 0, finished.stderr[-6000:]
             done[launcher, processes] = json.loads(out.read_text())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import json
 import os
 from pathlib import Path
@@ -47,9 +48,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # or the collections that DeepSpeed asks for would go through every module
     dist.init_process_group("gloo")
     chosen = [engine for engine in ENGINES if engine.name in options.cases]
-    results = {engine.name: {"processes": run(engine)} for engine in chosen}
+    results: dict[str, Any] = {engine.name: {"processes": run(engine)} for engine in chosen}
+    results["environment"] = {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_")}
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(results, indent=1))
     leave_processes()

@@ -1,7 +1,6 @@
-"""Starts scripts by the real launchers, with a time limit and a free port."""
+"""Starts scripts by the real launchers, or forked, with a time limit and a free port."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -9,9 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from tests.launch.forking import run_forked
+
 ROOT = Path(__file__).resolve().parents[2]
+SETTLED = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # or the Muon that DeepSpeed imports loads a compiler: a second
+}
+"""Variables of all launches."""
 
 Launcher = Literal["deepspeed", "torchrun", "accelerate"]
+Start = Launcher | Literal["forked"]
+"""A launcher, or processes of :mod:`tests.launch.forking` with the environment of torchrun's."""
 
 
 def free_port() -> int:
@@ -42,7 +51,20 @@ def command(
 def environment() -> dict[str, str]:
     """One thread for each process, and this interpreter's programs first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "PATH": path, **SETTLED}
+
+
+def position(process_index: int, processes: int, port: int) -> dict[str, str]:
+    """What a launcher tells each of its processes."""
+    return {
+        "RANK": str(process_index),
+        "LOCAL_RANK": str(process_index),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "LOCAL_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def launch(
@@ -50,7 +72,7 @@ def launch(
     *arguments: object,
     processes: int,
     seconds: float,
-    launcher: Launcher = "deepspeed",
+    launcher: Start = "deepspeed",
     options: Sequence[object] = (),
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
@@ -58,24 +80,38 @@ def launch(
 
     `variables` are set in the environment beside those of :func:`environment`.
     """
-    process = subprocess.Popen(
-        command(script, *arguments, processes=processes, launcher=launcher, options=options),
+    everywhere = {**environment(), **(variables or {})}
+    if launcher != "forked":
+        words = command(script, *arguments, processes=processes, launcher=launcher, options=options)
+        return run_forked(words, [everywhere], folder=ROOT, seconds=seconds)
+    words, port = [script, *map(str, arguments)], free_port()
+    each = [{**everywhere, **position(index, processes, port)} for index in range(processes)]
+    return run_forked(words, each, folder=ROOT, seconds=seconds)
+
+
+def alone(
+    script: str,
+    *arguments: object,
+    seconds: float,
+    forked: bool = True,
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs `script` without a launcher; ends it, and the test, after `seconds`.
+
+    A process that is not `forked` is started by ``python``, and imports for itself.
+    """
+    words, everywhere = [script, *map(str, arguments)], {**environment(), **(variables or {})}
+    if forked:
+        return run_forked(words, [everywhere], folder=ROOT, seconds=seconds)
+    return subprocess.run(
+        [sys.executable, *words],
         cwd=ROOT,
-        env={**environment(), **(variables or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        env=everywhere,
+        capture_output=True,
         text=True,
-        start_new_session=True,
+        timeout=seconds,
+        check=False,
     )
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise AssertionError(
-            f"{script} was not done after {seconds} s:\n{out[-2000:]}\n{err[-4000:]}"
-        ) from None
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def compare(folder: Path, *runs: str) -> str:

@@ -1,15 +1,13 @@
 """`accelerate launch` and `torchrun` as a user starts them: shipped files, and what is wrong."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from arg_dist.lm.presets import build_model
-from tests.launch.launching import ROOT, Launcher, environment, launch
+from tests.launch.launching import ROOT, Start, alone, launch
 from tests.launch.tiny_jobs import llama_config, write_text
 from tests.tolerances import LOSSES
 
@@ -39,19 +37,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def alone(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """One process without a launcher."""
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        cwd=ROOT,
-        env={**environment(), **variables},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-
 def read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return json.loads((run / "report.json").read_text()), [json.loads(line) for line in lines]
@@ -62,7 +47,8 @@ def reference(text: Path, model: Path, tmp_path_factory: pytest.TempPathFactory)
     """The job on one process, under DeepSpeed without accelerate."""
     out = tmp_path_factory.mktemp("reference")
     config = ("--deepspeed_config", "ds_configs/zero2.json", "--lr", 1e-3)
-    finished = alone(*config, "--data", text, "--model", model, "--out", out, *JOB)
+    job = ("--data", text, "--model", model, "--out", out, *JOB)
+    finished = alone(SCRIPT, *config, *job, seconds=100)
     assert finished.returncode == 0, finished.stderr
     return out
 
@@ -127,12 +113,10 @@ def check_adamw(run: Path, engine: str) -> list[float]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_adamw_trains_to_compare(
-    launcher: Launcher, text: Path, model: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("launcher", ["forked", "accelerate"])
+def test_adamw_trains_to_compare(launcher: Start, text: Path, model: Path, tmp_path: Path) -> None:
     job = ("--data", text, "--model", model, "--out", tmp_path, *ADAMW)
-    if launcher == "torchrun":
+    if launcher == "forked":
         finished = launch(SCRIPT, *job, processes=2, seconds=100, launcher=launcher)
     else:
         options = ("--config_file", f"{YAMLS}/fsdp2.yaml", "--mixed_precision", "bf16")
@@ -140,7 +124,7 @@ def test_adamw_trains_to_compare(
             ON_CPUS_TOO, SCRIPT, *job, processes=2, seconds=100, launcher=launcher, options=options
         )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    losses = check_adamw(tmp_path, "DDP" if launcher == "torchrun" else "FSDP2")
+    losses = check_adamw(tmp_path, "DDP" if launcher == "forked" else "FSDP2")
     # not rounded to bf16, not even where two processes' losses are averaged
     assert any(loss * 2**8 % 1 for loss in losses)
 
@@ -150,7 +134,7 @@ def test_adamw_takes_the_place_of_the_jsons_optimizer(
 ) -> None:
     config = json.loads((ROOT / YAMLS / "zero2.json").read_text())
     job = ("--data", text, "--model", model, "--out", tmp_path, "--lr", 1e-3, *ADAMW)
-    finished = alone(*job, **plugin(tmp_path / "ds.json", **config))
+    finished = alone(SCRIPT, *job, seconds=100, variables=plugin(tmp_path / "ds.json", **config))
     assert finished.returncode == 0, finished.stderr
     check_adamw(tmp_path, "ZeRO-2 (accelerate)")
 
@@ -205,7 +189,7 @@ def test_settings_that_cannot_work_get_one_line(
     job = ("--data", text, "--model", model, "--out", tmp_path / "run", *JOB)
     if sections is not None:
         variables = {**variables, **plugin(tmp_path / "ds.json", **sections)}
-    finished = alone(*job, **variables)
+    finished = alone(SCRIPT, *job, seconds=60, variables=variables)
     assert finished.returncode == 2
     lines = finished.stderr.strip().splitlines()
     assert len(lines) == 1, finished.stderr
@@ -220,7 +204,7 @@ def test_the_optimizer_that_trains_is_looked_at(tmp_path: Path) -> None:
         *("--out", out),
         processes=2,
         seconds=120,
-        launcher="torchrun",
+        launcher="forked",
         variables={"PYTHONPATH": str(ROOT)},
     )
     assert finished.returncode == 0, finished.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Every shipped DeepSpeed configuration trains, through the real launcher.
+"""Every shipped DeepSpeed configuration trains.
 
 Those for the Trainer are in test_trainer.py.
 """
@@ -21,6 +21,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         *("--out", out, *(f"ds_configs/{name}" for name in CONFIGS)),
         processes=2,
         seconds=180,
+        launcher="forked",
+        variables={"PYTHONPATH": str(ROOT)},
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     results: dict[str, Any] = json.loads(out.read_text())

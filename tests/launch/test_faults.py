@@ -15,7 +15,13 @@ PROCESSES = 2
 def faults(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process was told."""
     out: Path = tmp_path_factory.mktemp("faults")
-    finished = launch("tests/launch/faults.py", "--out", out, processes=PROCESSES, seconds=120)
+    finished = launch(
+        "tests/launch/faults.py",
+        *("--out", out),
+        processes=PROCESSES,
+        seconds=120,
+        launcher="forked",
+    )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return [json.loads((out / f"process{i}.json").read_text()) for i in range(PROCESSES)]
 

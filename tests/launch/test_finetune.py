@@ -14,7 +14,7 @@ import pytest
 
 from arg_dist.finetuning.rows import Columns
 from arg_dist.finetuning.tasks import text_classification
-from tests.launch.launching import ROOT, compare, environment, launch
+from tests.launch.launching import ROOT, alone, compare, environment, launch
 from tests.launch.tiny_checkpoints import reviews, write_checkpoints, write_data
 from tests.tolerances import LOSSES
 
@@ -44,18 +44,6 @@ def classification(given: Path, out: Path, *more: object) -> list[str]:
     return [str(word) for word in (*words, "--out", out)]
 
 
-def alone(options: list[str], *, seconds: float = 90) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *options],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
-
-
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -73,7 +61,8 @@ def read_report(run: Path) -> dict[str, Any]:
 def classifier(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished run of one process."""
     out = tmp_path_factory.mktemp("classifier") / "run"
-    finished = alone(classification(given, out, *STEPS, "--save-every", 24, *LOGS))
+    words = classification(given, out, *STEPS, "--save-every", 24, *LOGS)
+    finished = alone(SCRIPT, *words, seconds=90, forked=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "Matthews correlation" in finished.stdout
     assert not finished.stderr.strip(), finished.stderr
@@ -125,7 +114,8 @@ def test_a_run_goes_on_from_its_checkpoint(given: Path, classifier: Path, tmp_pa
     out = tmp_path / "run"
     shutil.copytree(classifier, out)
     shutil.rmtree(out / "checkpoints" / "checkpoint-48")
-    again = alone(classification(given, out, *STEPS, "--save-every", 24, "--resume"))
+    words = classification(given, out, *STEPS, "--save-every", 24, "--resume")
+    again = alone(SCRIPT, *words, seconds=90)
     assert again.returncode == 0, again.stderr[-3000:]
     assert read_report(out)["steps"] == 48
     whole = [line["loss"] for line in read_metrics(classifier)]
@@ -257,7 +247,7 @@ def test_bad_input_gets_one_line(
     names = {"odd": odd, "earlier": classifier}
     replaced = [str(word).format(**names) for word in options]
     run = classification(given, tmp_path / "run", "--steps", 2)
-    finished = alone([*run, *replaced], seconds=60)
+    finished = alone(SCRIPT, *run, *replaced, seconds=60, forked="--deepspeed" not in options)
     assert finished.returncode == 2
     lines = finished.stderr.strip().splitlines()
     assert len(lines) == 1, finished.stderr

@@ -23,6 +23,7 @@ def run(script: str, out: Path, processes: int, *arguments: object) -> Results:
         *("--out", out, *arguments),
         processes=processes,
         seconds=190,
+        launcher="forked",
         variables={"PYTHONPATH": str(ROOT)},
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
@@ -101,7 +102,7 @@ def accelerated(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
         *("--out", out),
         processes=2,
         seconds=120,
-        launcher="torchrun",
+        launcher="forked",
         variables={"PYTHONPATH": "."},
     )
     assert finished.returncode == 0, finished.stderr[-4000:]

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.launching import ROOT, compare, environment, launch
+from tests.launch.launching import ROOT, Start, alone, compare, launch
 from tests.launch.stopping import metrics, started, wait_for
 
 SCRIPT = "launchers/train_lm.py"
@@ -38,10 +36,11 @@ def read_report(run: Path) -> dict[str, Any]:
 
 @pytest.mark.timeout(200)
 def test_reports_show_adarankgrad_next_to_adamw(text: Path, tmp_path: Path) -> None:
-    for optimizer in ("adarankgrad", "adamw"):
+    starts: dict[str, Start] = {"adarankgrad": "deepspeed", "adamw": "forked"}
+    for optimizer, start in starts.items():
         options = ("--data", text, "--steps", 8, "--optimizer", optimizer, *SMALL)
         out = ("--out", tmp_path / optimizer)
-        finished = launch(SCRIPT, *CONFIG, *options, *out, processes=2, seconds=90)
+        finished = launch(SCRIPT, *CONFIG, *options, *out, processes=2, seconds=90, launcher=start)
         assert finished.returncode == 0, finished.stderr[-3000:]
         assert "warning" not in finished.stderr.lower()
     ours, adamw = (read_report(tmp_path / name) for name in ("adarankgrad", "adamw"))
@@ -72,37 +71,30 @@ def write_config(path: Path, **params: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("params", "options", "words"),
+    ("params", "options", "words", "forked"),
     [
-        ({"max_rnak": 3}, (), ["optimizer.params.max_rnak", "'max_rank'"]),
-        ({"lr": "fast"}, (), ["optimizer.params.lr", "'fast'"]),
-        ({"max_rank": 4, "min_rank": 8}, (), ["max_rank (4)", "min_rank (8)"]),
-        ({"targets": ["mlpp"]}, (), ["targets", "'mlpp'", "mlp"]),
-        ({}, ("--data", "nowhere.txt"), ["nowhere.txt"]),
-        ({}, ("--data", os.devnull), ["--data", "no text"]),
-        ({}, ("--seq-len", 10**9), ["--seq-len", "1000000000"]),
-        ({}, ("--set", "enrgy=0.5"), ["enrgy", "'energy'"]),
-        ({}, ("--deepspeed_config", "nowhere.json"), ["nowhere.json"]),
+        ({"max_rnak": 3}, (), ["optimizer.params.max_rnak", "'max_rank'"], False),
+        ({"lr": "fast"}, (), ["optimizer.params.lr", "'fast'"], True),
+        ({"max_rank": 4, "min_rank": 8}, (), ["max_rank (4)", "min_rank (8)"], True),
+        ({"targets": ["mlpp"]}, (), ["targets", "'mlpp'", "mlp"], True),
+        ({}, ("--data", "nowhere.txt"), ["nowhere.txt"], True),
+        ({}, ("--data", os.devnull), ["--data", "no text"], True),
+        ({}, ("--seq-len", 10**9), ["--seq-len", "1000000000"], True),
+        ({}, ("--set", "enrgy=0.5"), ["enrgy", "'energy'"], True),
+        ({}, ("--deepspeed_config", "nowhere.json"), ["nowhere.json"], False),
     ],
 )
 def test_bad_input_gets_one_line(
     params: dict[str, Any],
     options: tuple[object, ...],
     words: list[str],
+    forked: bool,
     text: Path,
     tmp_path: Path,
 ) -> None:
     config = write_config(tmp_path / "config.json", **params)
     words_given = ("--deepspeed_config", config, "--data", text, "--steps", 2, *options)
-    finished = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, words_given), "--out", str(tmp_path / "run")],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    finished = alone(SCRIPT, *words_given, "--out", tmp_path / "run", seconds=60, forked=forked)
     assert finished.returncode == 2
     lines = finished.stderr.strip().splitlines()
     assert len(lines) == 1, finished.stderr

@@ -9,25 +9,25 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from tests.launch.launching import ROOT, Launcher, launch
+from tests.launch.launching import ROOT, Start, launch
 from tests.launch.trainer_cases import (
     ACCELERATE,
     ACCELERATE_DEEPSPEED,
     ACCELERATE_FSDP2,
     ALONE,
+    DDP,
     DEEPSPEED,
     SAVED_AFTER,
     STEPS,
-    TORCHRUN,
     WAYS,
     Way,
     shipped,
 )
 from tests.tolerances import LOSSES
 
-LAUNCHES: dict[str, tuple[Launcher, int, list[Way]]] = {
-    "alone": ("torchrun", 1, ALONE),
-    "torchrun": ("torchrun", 2, TORCHRUN),
+LAUNCHES: dict[str, tuple[Start, int, list[Way]]] = {
+    "alone": ("forked", 1, ALONE),
+    "ddp": ("forked", 2, DDP),
     "deepspeed": ("deepspeed", 2, DEEPSPEED),
     "accelerate": ("accelerate", 2, ACCELERATE),
     "accelerate-fsdp2": ("accelerate", 2, ACCELERATE_FSDP2),

@@ -74,7 +74,7 @@ ALONE = [
     Way("single-trl", "trl"),
     Way("forgotten", "none", refused=True),
 ]
-TORCHRUN = [
+DDP = [
     Way("ddp", resume=True, arguments=KEPT),
     Way("ddp-accumulation", arguments=IN_THREE),
     Way("ddp-trl", "trl"),
@@ -124,7 +124,7 @@ ACCELERATE_DEEPSPEED = [
 WAYS = {
     way.name: way
     for way in [
-        *(*ALONE, *TORCHRUN, *DEEPSPEED),
+        *(*ALONE, *DDP, *DEEPSPEED),
         *(*ACCELERATE, *ACCELERATE_FSDP2, *ACCELERATE_DEEPSPEED),
     ]
 }

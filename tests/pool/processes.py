@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,16 @@ class ProcessPool:
     """Up to `size` processes that run functions together.
 
     A failure or a hang of one process ends the processes; the next call starts new ones.
+
+    Args:
+        size: how many.
+        context: how they start; by default as fresh interpreters, into which no threads, locks or
+            hash seeds of this one are copied.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, context: BaseContext | None = None) -> None:
         self.size = size
+        self._context = context or multiprocessing.get_context("spawn")
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
     def run(
@@ -78,13 +85,11 @@ class ProcessPool:
         self._workers = []
 
     def _start(self) -> None:
-        # a fresh interpreter each: threads and locks of this one are not copied
-        context = multiprocessing.get_context("spawn")
         self._directory = tempfile.TemporaryDirectory(prefix="pool-")
         store = Path(self._directory.name) / "rendezvous"
         for index in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(
                 target=_work, args=(index, self.size, str(store), theirs), daemon=True
             )
             process.start()

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from processes import ProcessPool
 
+from tests.launch.forking import context
+
 
 def sum_of_indices(group) -> float:
     total = torch.tensor(float(dist.get_rank(group)))
@@ -30,7 +32,7 @@ def test_the_first_processes_form_a_group(pool, processes):
 
 
 def test_failures_and_hangs_are_told_and_leave_a_pool_that_works():
-    pool = ProcessPool(1)
+    pool = ProcessPool(1, context)  # which starts anew each time
     try:
         with pytest.raises(RuntimeError, match=r"process 0: (.|\n)*ZeroDivisionError"):
             pool.run(divide, 1, 0)

@@ -20,6 +20,7 @@ from arg_dist import AdaRankGrad
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.roll_call import ROLL_CALL_SECONDS, RollCall, note_key
 from arg_dist.sharding.waiting import NoAnswerError, Waiting
+from tests.launch.forking import context
 
 PROCESSES = 3
 CULPRIT = 1
@@ -33,8 +34,8 @@ PATIENCE = 40
 
 @pytest.fixture(scope="module")
 def own_pool() -> Iterator[ProcessPool]:
-    """Processes whose connections these tests may break."""
-    processes = ProcessPool(PROCESSES)
+    """Processes whose connections these tests may break, and which then start anew."""
+    processes = ProcessPool(PROCESSES, context)
     yield processes
     processes.close()
 
