@@ -2,15 +2,13 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from arg_dist.checkpoint.series import checkpoints_in
-from tests.launch.launching import ROOT, Launcher, environment, launch
+from tests.launch.launching import Start, alone, launch
 from tests.launch.stopping import metrics, started, wait_for
 from tests.launch.tiny_jobs import llama_config, write_text
 from tests.tolerances import LOSSES
@@ -42,15 +40,7 @@ def zero(stage: int) -> tuple[object, ...]:
 
 def refused(*arguments: object) -> str:
     """What a single process says that does not want to start."""
-    finished = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    finished = alone(SCRIPT, *arguments, seconds=60)
     assert finished.returncode == 2, finished.stderr
     lines = [line for line in finished.stderr.splitlines() if line.startswith("train_lm: ")]
     assert len(lines) == 1 and "Traceback" not in finished.stderr, finished.stderr
@@ -111,11 +101,11 @@ def test_a_run_goes_from_engine_to_engine(job: tuple[object, ...], tmp_path: Pat
     whole, out = tmp_path / "whole", tmp_path / "moved"
     fsdp2 = ("--config_file", "launchers/accelerate/fsdp2.yaml")
     on_cpus_too = "tests/launch/cpu_fsdp.py"
-    parts: list[tuple[Launcher, int, str, tuple[object, ...], tuple[object, ...]]] = [
-        ("deepspeed", 4, SCRIPT, (), zero(2)),
+    parts: list[tuple[Start, int, str, tuple[object, ...], tuple[object, ...]]] = [
+        ("forked", 4, SCRIPT, (), zero(2)),
         ("deepspeed", 2, SCRIPT, (), zero(3)),
         ("accelerate", 3, on_cpus_too, fsdp2, (SCRIPT,)),
-        ("torchrun", 1, SCRIPT, (), ()),
+        ("forked", 1, SCRIPT, (), ()),
         ("torchrun", 2, SCRIPT, (), ()),
     ]
     saving = ("--resume", "auto", "--save-every", 2, "--keep", 2, "--out", out)
@@ -151,7 +141,7 @@ def test_a_run_goes_from_engine_to_engine(job: tuple[object, ...], tmp_path: Pat
     ]  # fmt: skip
 
     finished = launch(
-        SCRIPT, *words, "--steps", 20, "--out", whole, processes=1, seconds=150, launcher="torchrun"
+        SCRIPT, *words, "--steps", 20, "--out", whole, processes=1, seconds=150, launcher="forked"
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     for line, other in zip(metrics(out), metrics(whole), strict=True):
