@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.launch.launching import ROOT, environment
-from tests.launch.tiny_checkpoints import write_checkpoints, write_data
+from tests.launch.tiny_checkpoints import reviews, write_checkpoints
 
 PRETRAINED = ("adamw", "galore", "apollo", "fira", "muon", "recommended", "paper")
 FINETUNED = ("galore", "lora", "recommended")
@@ -105,13 +105,14 @@ def left_behind(out: Path) -> list[str]:
 @pytest.mark.timeout(400)
 def test_fine_tuning_by_loras_and_low_rank_methods(tmp_path: Path) -> None:
     write_checkpoints(tmp_path)
-    write_data(tmp_path)
+    for name in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
+        rows = [f"x\t{verdict == 'good':d}\t\t{text}" for text, verdict in reviews(192, seed=3)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(rows))
     out = tmp_path / "out"
-    job = ("--model", tmp_path / "bert", "--train", tmp_path / "train.csv")
-    job += ("--eval", tmp_path / "dev.csv", "--max-length", 32, "--batch-size", 16)
-    job += ("--steps", 24, "--peer-rank", 4, "--set", "max_rank=6")
+    job = ("--max-length", 32, "--batch-size", 16, "--steps", 24, "--peer-rank", 4)
+    options = words("finetune", FINETUNED, out, *job, "--set", "max_rank=6")[4:]
     finished = subprocess.run(
-        words("finetune", FINETUNED, out, *job),
+        ["bash", "launchers/cola.sh", tmp_path / "bert", tmp_path, out, *options],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

@@ -15,7 +15,7 @@ import pytest
 from arg_dist.finetuning.rows import Columns
 from arg_dist.finetuning.tasks import text_classification
 from tests.launch.launching import ROOT, alone, compare, environment, launch
-from tests.launch.tiny_checkpoints import reviews, write_checkpoints, write_data
+from tests.launch.tiny_checkpoints import write_checkpoints, write_data
 from tests.tolerances import LOSSES
 
 SCRIPT = "launchers/finetune.py"
@@ -202,29 +202,6 @@ def test_a_signal_leaves_a_report_and_a_checkpoint(given: Path, tmp_path: Path) 
     assert report["status"] == "interrupted"
     assert (tmp_path / "checkpoints" / f"checkpoint-{report['steps']}").is_dir()
     assert not (tmp_path / "model").exists()
-
-
-def test_a_sweep_repeats_no_finished_run(given: Path, classifier: Path, tmp_path: Path) -> None:
-    for name in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
-        rows = [f"x\t{verdict == 'good':d}\t\t{text}" for text, verdict in reviews(64, seed=3)]
-        (tmp_path / f"{name}.tsv").write_text("\n".join(rows))
-    runs = tmp_path / "runs"
-    shutil.copytree(classifier, runs / "adarankgrad-1e-2-seed0")
-    few = ("--adarankgrad-lr", "1e-2", "--adamw-lr", "1e-2", "--seeds", "0")
-    finished = subprocess.run(
-        ["bash", "launchers/cola.sh", given / "bert", tmp_path, runs, *few],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "adarankgrad-1e-2-seed0: started" not in finished.stdout
-    assert "adamw-1e-2-seed0: started" in finished.stdout
-    assert "AdaRankGrad" in finished.stdout and "AdamW" in finished.stdout
-    assert read_report(runs / "adamw-1e-2-seed0")["job"]["examples"] == [64, 128]
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import types
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from arg_dist.finetuning.arguments import (
@@ -22,7 +20,6 @@ from arg_dist.finetuning.arguments import (
 )
 from arg_dist.finetuning.metrics import classification_metrics, metrics_of_logits
 from arg_dist.finetuning.rows import Columns, Row, label_names, label_numbers, read_rows
-from arg_dist.finetuning.sweep import Trial, best_lr, print_sweep
 from arg_dist.finetuning.tasks import cross_entropy_share
 from arg_dist.lm import InputError
 from tests.tolerances import ROUNDING
@@ -197,38 +194,3 @@ def test_an_earlier_runs_checkpoints_are_neither_lost_nor_taken_unasked(tmp_path
     assert last_checkpoint(directory, resume=True) == str(directory / "checkpoint-10")
     with pytest.raises(InputError, match="--resume"):
         last_checkpoint(directory, resume=False)
-
-
-def finished(final, *, optimizer="AdamW", share=None):
-    return {
-        "status": "finished", "optimizer": optimizer, "measure": "matthews",
-        "final_measure": final, "final_measures": {"matthews": final, "accuracy": 0.75},
-        "mean_rank": None if share is None else 8.0, "seconds_per_step": 0.5,
-        "low_rank_state_bytes": share or 0, "low_rank_adamw_bytes": 100 if share else 0,
-    }  # fmt: skip
-
-
-def test_a_sweep_finds_the_best_rate_and_shows_medians():
-    reports = {
-        Trial("adarankgrad", "1e-4", 0): finished(0.3, optimizer="AdaRankGrad", share=20),
-        Trial("adarankgrad", "1e-4", 1): finished(0.5, optimizer="AdaRankGrad", share=22),
-        Trial("adarankgrad", "1e-4", 2): finished(0.4, optimizer="AdaRankGrad", share=19),
-        Trial("adamw", "1e-4", 0): finished(0.2),
-        Trial("adamw", "2e-4", 0): finished(0.4),
-    }
-    assert best_lr(reports, "adamw") == "2e-4"
-    output = io.StringIO()
-    print_sweep(reports, Console(file=output, width=80))
-    ours = next(line for line in output.getvalue().splitlines() if "AdaRankGrad" in line)
-    assert ours.split() == "AdaRankGrad 1e-4 0.300 0.500 0.400 0.400 0.750 8.0 22 % 0.50".split()
-
-
-def test_only_a_finished_run_counts(tmp_path):
-    trial = Trial("adamw", "1e-4", 0)
-    assert trial.report(tmp_path) is None
-    directory = trial.directory(tmp_path)
-    directory.mkdir()
-    (directory / "report.json").write_text(json.dumps({"status": "interrupted"}))
-    assert trial.report(tmp_path) is None
-    (directory / "report.json").write_text(json.dumps(finished(0.4)))
-    assert trial.report(tmp_path) == finished(0.4)
