@@ -14,7 +14,6 @@ SETTINGS: dict[str, Any] = {
     "max_gap": 6,
     "min_gap": 3,
     "hysteresis": 0.0,
-    "scale": 1.0,
 }
 
 
