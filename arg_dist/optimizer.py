@@ -45,7 +45,8 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     project               ``P = G Q``                          bases where they are sharded; partial
                                                                rows of ``P``
     Adam                  ``M, V, N`` on ``P``                 nothing
-    update                ``W -= lr scale N Q^T``              rows of ``N`` that others update
+    update                ``W -= lr scale (N Q^T + phi S)``    rows of ``N`` and ``phi`` that others
+                                                               update
     ===================== ==================================== ====================================
 
     The number of collectives does not depend on the number of matrices, and one that a single
