@@ -131,12 +131,13 @@ def low_rank_step(
     if row_sq is None:
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
+    projected_sq = projected.square().sum(1)
     if settings.residual == "matched":
-        factors = matched_factors(direction, projected, row_sq, dimension=spread.basis.size)
+        factors = matched_factors(direction, projected_sq, row_sq, dimension=spread.basis.size)
     else:
         factors, state["residual_norm"] = yield from limit_growth(
-            scaled_factors(direction, projected),
-            projected,
+            scaled_factors(direction, projected_sq),
+            projected_sq,
             row_sq,
             state.get("residual_norm"),
             spread,

@@ -208,12 +208,13 @@ class AdaRankGradConfig(BaseModel):
 
     def rank_bounds(self, short: int) -> tuple[int, int]:
         """Smallest and largest rank for a matrix whose shorter dimension is `short`."""
+        largest = rank_of(self.max_rank, short)
+        return min(rank_of(self.min_rank, short), largest), largest
 
-        def resolve(rank: int | float) -> int:
-            return rank if isinstance(rank, int) else max(1, round(rank * short))
 
-        largest = min(resolve(self.max_rank), short)
-        return min(resolve(self.min_rank), largest), largest
+def rank_of(rank: int | float, short: int) -> int:
+    """A rank for a matrix whose shorter dimension is `short`, given as a number or a fraction."""
+    return min(rank, short) if isinstance(rank, int) else max(1, round(rank * short))
 
 
 def nearest(key: str, valid: Mapping[str, Any] | list[str]) -> str:

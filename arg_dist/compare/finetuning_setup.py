@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from arg_dist.compare.records import Records
-from arg_dist.compare.task import Task
+from arg_dist.compare.task import Task, deciding_versions
 from arg_dist.finetuning import tasks
 from arg_dist.finetuning.rows import Columns
 from arg_dist.lm import InputError
 from arg_dist.lm.command_line import at_least, not_negative, share
 from arg_dist.report.measures import MEASURES
-from arg_dist.report.summary import versions
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,13 @@ def prepare_finetuning(options: argparse.Namespace, records: Records) -> Task:
     )
     measure = MEASURES[job.examples().measure]
     settings = asdict(job)
-    found = versions()
     files = {key: settings.pop(key) for key in ("train", "eval")}
     identity = {
         "kind": "finetune",
         "settings": settings | {"model": Path(job.model).name},
         "model": {"sha256": _digest(_files_of(Path(job.model)))},
         "text": {key: _digest([Path(path) for path in paths]) for key, paths in files.items()},
-        "versions": {name: found[name] for name in ("python", "torch", "transformers")},
+        "versions": deciding_versions(),
     }
     return Task(asdict(job), "", identity, measure)
 

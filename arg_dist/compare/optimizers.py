@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 import arg_dist
 from arg_dist.compare.methods import OURS, Method
 from arg_dist.compare.peers import published
+from arg_dist.config import rank_of
 from arg_dist.groups import HEADS
 
 Groups = list[dict[str, Any]]
@@ -113,15 +114,9 @@ def _by_rank(matrices: list[Tensor], settings: dict[str, Any]) -> Groups:
     """A group for each rank: a fraction is another number for matrices of another size."""
     groups: dict[int, dict[str, Any]] = {}
     for matrix in matrices:
-        rank = rank_for(tuple(matrix.shape), settings["rank"])
+        rank = rank_of(settings["rank"], min(matrix.shape))
         groups.setdefault(rank, {**settings, "rank": rank, "params": []})["params"].append(matrix)
     return list(groups.values())
-
-
-def rank_for(shape: tuple[int, ...], rank: int | float) -> int:
-    """A rank, given as a number or as a fraction of the shorter side of `shape`, as a number."""
-    short = min(shape)
-    return min(rank, short) if isinstance(rank, int) else max(1, round(rank * short))
 
 
 def _with_adapters(
@@ -134,7 +129,7 @@ def _with_adapters(
     from peft import LoraConfig, get_peft_model
 
     ranks = {
-        name.removesuffix(".weight"): rank_for(tuple(matrix.shape), settings["rank"])
+        name.removesuffix(".weight"): rank_of(settings["rank"], min(matrix.shape))
         for name, matrix in matrices.items()
     }
     heads = {name.split(".")[-1] for name in _heads(model)}

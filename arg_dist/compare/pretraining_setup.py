@@ -12,7 +12,7 @@ import torch
 
 from arg_dist.compare.pretraining import PretrainingJob, read_sequences
 from arg_dist.compare.records import Comparison, Records
-from arg_dist.compare.task import Task
+from arg_dist.compare.task import Task, deciding_versions
 from arg_dist.lm import InputError
 from arg_dist.lm.command_line import at_least, not_negative, share
 from arg_dist.lm.corpus import read_corpus
@@ -21,7 +21,6 @@ from arg_dist.lm.presets import model_config
 from arg_dist.lm.tokens import Sequences, load_tokenizer
 from arg_dist.report.files import write_atomically
 from arg_dist.report.measures import LOSS, MEASURES
-from arg_dist.report.summary import versions
 
 TASK_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--model", {"default": "pico", "help": "a size by name, or a model's path"}),
@@ -76,13 +75,12 @@ def prepare_pretraining(options: argparse.Namespace, records: Records) -> Task:
         eval_sequences=options.eval_sequences,
         device=options.device or _default_device(),
     )
-    found = versions()
     identity = {
         "kind": "pretrain",
         "settings": asdict(job),
         "model": model_values(config),
         "text": source | {"vocab_size": sequences.vocab_size, "sha256": token_digest(sequences)},
-        "versions": {name: found[name] for name in ("python", "torch", "transformers")},
+        "versions": deciding_versions(),
     }
     return Task(asdict(job), str(folder.resolve()), identity, MEASURES[LOSS])
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arg_dist.report.measures import Measure
+from arg_dist.report.summary import versions
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,9 @@ class Task:
     data: str
     identity: dict[str, Any]
     measure: Measure
+
+
+def deciding_versions() -> dict[str, Any]:
+    """Versions of what all runs are made with, for the identity; methods tell their own."""
+    found = versions()
+    return {name: found[name] for name in ("python", "torch", "transformers")}

@@ -33,40 +33,39 @@ FAINT = 1e-4
 """Share of a row's ||G_i||^2 below which a residual fades out, as it is rounding in the end."""
 
 
-def scaled_factors(direction: Tensor, projected: Tensor) -> Tensor:
-    """``rows``: phi of the rule `scaled`; both arguments are ``rows x rank``, N and P."""
-    projected_sq = projected.square().sum(1)
+def scaled_factors(direction: Tensor, projected_sq: Tensor) -> Tensor:
+    """``rows``: phi of the rule `scaled`, from N, ``rows x rank``, and ``||P_i||^2``, ``rows``."""
     # phi_i = ||N_i|| / ||P_i||
     factors = (direction.square().sum(1) / projected_sq).sqrt_()
     return torch.where(projected_sq > 0, factors, 0.0)
 
 
 def matched_factors(
-    direction: Tensor, projected: Tensor, row_sq: Tensor, *, dimension: int
+    direction: Tensor, projected_sq: Tensor, row_sq: Tensor, *, dimension: int
 ) -> Tensor:
     """``rows``: phi of the rule `matched`.
 
     Args:
         direction: ``rows x rank``, N.
-        projected: ``rows x rank``, P.
+        projected_sq: ``rows``, ``||P_i||^2``.
         row_sq: ``rows``, ``||G_i||^2``.
         dimension: n, the number of directions there are: the basis has `rank` of them.
     """
     rank = direction.shape[1]
     # phi_i = ||N_i|| sqrt((n - r) / r) / ||S_i||
     reach = direction.square().sum(1) * ((dimension - rank) / rank)
-    factors = (reach / (outside_sq(projected, row_sq) + FAINT * row_sq)).sqrt_()
+    factors = (reach / (outside_sq(projected_sq, row_sq) + FAINT * row_sq)).sqrt_()
     return torch.where(row_sq > 0, factors, 0.0)
 
 
-def outside_sq(projected: Tensor, row_sq: Tensor) -> Tensor:
+def outside_sq(projected_sq: Tensor, row_sq: Tensor) -> Tensor:
     """``rows``: ``||S_i||^2 = ||G_i||^2 - ||P_i||^2``, as Q is orthonormal."""
-    return (row_sq - projected.square().sum(1)).clamp_min_(0)
+    return (row_sq - projected_sq).clamp_min_(0)
 
 
 def limit_growth(
     factors: Tensor,
-    projected: Tensor,
+    projected_sq: Tensor,
     row_sq: Tensor,
     norm_before: Tensor | None,
     spread: Spread,
@@ -77,7 +76,7 @@ def limit_growth(
 
     Args:
         factors: ``moment.keep``, phi.
-        projected: ``moment.keep x rank``, P.
+        projected_sq: ``moment.keep``, ``||P_i||^2``.
         row_sq: ``moment.keep``, ``||G_i||^2``.
         norm_before: the norm that the step before returned, fp64; None at the first step.
         spread: how the matrix lies over the processes.
@@ -87,7 +86,7 @@ def limit_growth(
         ``moment.keep``, the factors; and the norm of what they make, an fp64 scalar.
     """
     # ||phi S||^2 = sum_i phi_i^2 ||S_i||^2
-    part = (factors.square() * outside_sq(projected, row_sq)).sum(dtype=torch.float64).view(1)
+    part = (factors.square() * outside_sq(projected_sq, row_sq)).sum(dtype=torch.float64).view(1)
     everyone = spread.whole(1)
     norm = (yield from sum_scatter(part, everyone, everyone, spread.me)).sqrt().view(())
     if norm_before is None:

@@ -7,7 +7,8 @@ from torch import nn
 from arg_dist.compare.counting import Bytes, StateCount, count, tensors_in
 from arg_dist.compare.measuring import flap
 from arg_dist.compare.methods import PUBLISHED, Method
-from arg_dist.compare.optimizers import low_rank_matrices, prepare, rank_for
+from arg_dist.compare.optimizers import low_rank_matrices, prepare
+from arg_dist.config import rank_of
 
 
 class Holder:
@@ -85,7 +86,7 @@ def test_flap_is_of_the_second_half_and_a_median_over_matrices():
 
 
 def test_a_rank_is_a_number_or_a_share_of_the_shorter_side():
-    assert [rank_for((64, 32), rank) for rank in (4, 64, 0.125, 0.001)] == [4, 32, 4, 1]
+    assert [rank_of(rank, 32) for rank in (4, 64, 0.125, 0.001)] == [4, 32, 4, 1]
 
 
 @pytest.fixture
