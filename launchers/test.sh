@@ -15,4 +15,4 @@ python -m ruff check .
 python -m ruff format --check .
 python -m mypy
 shellcheck launchers/*.sh
-exec python -m pytest tests/unit tests/lockstep tests/pool tests/launch "$@"
+exec python -m pytest tests/unit tests/lockstep tests/pool tests/launch tests/hosts "$@"

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-TIERS = {"unit": 60, "lockstep": 60, "pool": 120, "launch": 600}
+TIERS = {"unit": 60, "lockstep": 60, "pool": 120, "launch": 600, "hosts": 120}
 """Seconds that one test of a tier may take, in the order in which the tiers run."""
 
 torch.set_num_threads(1)

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "__main__": {"command"},
     "compare": {"package", "config", "core", "finetuning", "integrations", "lm", "report"},
     "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
+    "network": {"lm", "report"},
     "report": {"telemetry"},
     "package": {"checkpoint", "config", "core", "engines", "integrations", "sharding"},
 }
