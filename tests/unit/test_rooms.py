@@ -1,6 +1,6 @@
 """The rooms of the package, and who may know whom: imports run one way.
 
-`compare` -> `finetuning`, `command` -> `lm` -> `report`, `integrations` -> `engines` ->
+`compare` -> `finetuning`, `command`, `cluster` -> `lm` -> `report`, `integrations` -> `engines` ->
 `checkpoint` -> `core` (the optimizer) -> `sharding` -> `subspace` -> torch, and `config` knows none
 of them. A room is a folder of `arg_dist`; `core` is the files beside them; `__main__` stands before
 `command`.
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "telemetry": set(),
     "integrations": {"config", "core", "engines", "telemetry"},
     "lm": {"package", "checkpoint", "config", "engines", "integrations", "report", "telemetry"},
+    "cluster": {"package", "lm"},
     "command": {"checkpoint", "lm"},
     "__main__": {"command"},
     "compare": {"package", "config", "core", "finetuning", "integrations", "lm", "report"},
