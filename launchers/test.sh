@@ -14,5 +14,6 @@ fi
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy
-shellcheck launchers/*.sh
+shopt -s globstar nullglob
+shellcheck launchers/**/*.sh launchers/**/*.sbatch docker/**/*.sh
 exec python -m pytest tests/unit tests/lockstep tests/pool tests/launch tests/hosts "$@"

@@ -77,7 +77,9 @@ def _run(place: Place, job: commands.Job, *, dry: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="arg_dist.cluster.") as folder:
         command = commands.build(job, place, address, Path(folder))
         environment = _environment(command, address, place, tell)
-        tell(f"{place}; this node's address: {address}")
+        tell(f"{place}; this node's own address: {address}")
+        for name, value in command.variables.items():
+            tell(f"{name}={value}")
         tell(shlex.join(command.words))
         if dry:
             return 0
@@ -138,12 +140,13 @@ def _supervise(child: Child, watch: Watch | None) -> int:
 
 def _stay(child: Child, watch: Watch, seconds: float, tell: Tell) -> None:
     """Keeps the store open while others still end, but for a signal."""
-    signals, deadline = child.signals, time.monotonic() + seconds
-    time.sleep(POLL_SECONDS)
-    told = False
-    while watch.others_run() and child.signals == signals and time.monotonic() < deadline:
-        if not told:
-            tell("has ended; stays until the other nodes have")
+    signals, began, told = child.signals, time.monotonic(), False
+    while watch.others_run() and child.signals == signals:
+        waited = time.monotonic() - began
+        if waited > seconds:
+            break
+        if waited > QUIET_SECONDS and not told:
+            tell("the launcher has ended; waiting for the other nodes to end")
             told = True
         time.sleep(POLL_SECONDS)
 

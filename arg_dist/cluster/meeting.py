@@ -18,7 +18,7 @@ from arg_dist.cluster import ClusterError
 from arg_dist.cluster.description import differences, name_nodes
 from arg_dist.cluster.network import TELL_SECONDS
 from arg_dist.cluster.place import Place
-from arg_dist.cluster.presence import BEAT_SECONDS, Presence
+from arg_dist.cluster.presence import BEAT_SECONDS, RUNNING, Presence
 from arg_dist.cluster.store import Notes
 
 VERDICT, OBJECTION = "verdict", "objection"
@@ -116,6 +116,8 @@ def _hear(
     seconds: float,
     tell: Callable[[str], None],
 ) -> None:
+    if (code := notes.read("0/ended")) not in (None, RUNNING):
+        raise ClusterError(f"the job has ended already: node 0 did with exit code {code}")
     began = told = time.monotonic()
     while (text := notes.read(VERDICT)) is None:
         now = time.monotonic()

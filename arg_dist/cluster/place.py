@@ -35,8 +35,9 @@ class Place:
         return endpoint(self.address, self.port)
 
     def __str__(self) -> str:
-        where = "" if self.nodes == 1 else f", node 0 at {self.endpoint}"
-        return f"node {self.node} of {self.nodes}{where}"
+        if self.nodes == 1:
+            return "the only node"
+        return f"number {self.node} of {self.nodes} nodes, node 0 is at {self.endpoint}"
 
 
 @dataclass(frozen=True)
