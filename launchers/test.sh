@@ -16,4 +16,5 @@ python -m ruff format --check .
 python -m mypy
 shopt -s globstar nullglob
 shellcheck launchers/**/*.sh launchers/**/*.sbatch docker/**/*.sh
+hadolint docker/Dockerfile docker/Dockerfile.cpu
 exec python -m pytest tests/unit tests/lockstep tests/pool tests/launch tests/hosts "$@"
