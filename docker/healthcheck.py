@@ -3,10 +3,11 @@
     python docker/healthcheck.py [PID]
 
 Looks at the descendants of the process PID (default: 1, the container's first). A container is
-healthy whose cluster starter lives and has as many training processes as it wants, or none yet:
-while it meets the other nodes. With HEALTH_SECONDS=S, metrics.jsonl of the newest run below
-HEALTH_RUNS (default: runs) must also have grown in the last S seconds, once the training processes
-are that old; the first process alone writes it, so the folder has to be one that all nodes share.
+healthy that has as many training processes as it wants, or none yet: while it meets the other nodes
+(that it ends when its launcher has is the entrypoint's work). With HEALTH_SECONDS=S, metrics.jsonl
+of the newest run below HEALTH_RUNS (default: runs) must also have grown in the last S seconds, once
+the training processes are that old; the first process alone writes it, so the folder has to be one
+that all nodes share.
 
 Exit code 0: healthy; 1: not, and why is printed; 2: a variable that cannot be used.
 """
@@ -19,8 +20,6 @@ import time
 from pathlib import Path
 
 import psutil
-
-STARTER = "arg_dist.cluster"
 
 
 def look(first: int, seconds: float | None, runs: Path) -> str | None:
@@ -36,12 +35,11 @@ def look(first: int, seconds: float | None, runs: Path) -> str | None:
         processes = [found, *found.children(recursive=True)]
     except psutil.NoSuchProcess:
         return f"process {first} is gone"
-    starter, workers, wanted, oldest = False, set(), 0, 0.0
+    workers, wanted, oldest = set(), 0, 0.0
     for process in processes:
         try:
             if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED):
                 continue
-            starter |= STARTER in process.cmdline()
             environment = process.environ()
             if "LOCAL_RANK" not in environment:
                 continue
@@ -51,8 +49,6 @@ def look(first: int, seconds: float | None, runs: Path) -> str | None:
             oldest = max(oldest, time.time() - process.create_time())
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    if not starter:
-        return f"no process of {STARTER} below process {first}"
     if len(workers) < wanted:
         return f"{len(workers)} of {wanted} training processes live"
     if seconds is None or oldest < seconds:
