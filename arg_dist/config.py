@@ -54,20 +54,22 @@ class ConfigError(ValueError):
 
 
 PAPER: dict[str, Any] = {
-    "min_rank": 0.125,
+    "min_rank": 0.15,
     "energy": 0.96,
     "hysteresis": 0.0,
     "residual": "none",
     "min_gap": 1,
     "first_gap": 200,
+    "decay": 0.0,
     "power_passes": 2,
     "transport": "paper",
 }
 """``preset="paper"``: arXiv 2410.17881 to the letter where it is known, else its official code.
 
 The code bounds the un-squared share of what is discarded by 0.2 (`energy`) and finds bases with
-``svd_lowrank`` (`power_passes`); the inner loop may end at any step (`min_gap`). The bounds of the
-rank are nowhere told; these are half of GaLore's and GaLore's.
+``svd_lowrank`` (`power_passes`). The inner loop ends after 200 steps, since its other end, a
+projected gradient with a norm below 1e-4, is not met in training (`decay`). The bounds of the rank
+are nowhere told; the upper one is GaLore's.
 """
 
 
