@@ -15,11 +15,11 @@ from tests.launch.launching import ROOT, environment, free_port
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(280)]
 
 SECONDS = 240
-JOB = """
+JOB = """  # deepspeed puts an option before the arguments
 import json, os, sys
 keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_SOCKET_IFNAME")
 place = {key: os.environ.get(key) for key in keys}
-open(sys.argv[1] + "/" + place["RANK"], "w").write(json.dumps(place))
+open(sys.argv[-2] + "/" + place["RANK"], "w").write(json.dumps(place))
 sys.exit(int(sys.argv[-1]))
 """
 SRUN = """#!/usr/bin/env bash
