@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -15,6 +16,19 @@ import psutil
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 KILL_SECONDS = 45.0
 """Launchers give their processes 30 s to end before they kill them."""
+LEFT_SECONDS = 5.0
+"""For processes that a launcher has left; who waits for them is gone."""
+END_SECONDS = 1.0
+"""For processes that are about to end by themselves, when their launcher has."""
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans(yes: bool = True) -> None:
+    """From now on processes whose parents were killed become children of this one (Linux).
+
+    So those of a launcher that was killed are found, wherever it had put them.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
 
 
 class Child:
@@ -34,6 +48,7 @@ class Child:
             through: whether signals go to its children: DeepSpeed's outer process would die of
                 them, and leave its children alone.
         """
+        self._others = set(psutil.Process().children(recursive=True))
         self._process = subprocess.Popen(words, env=environment, process_group=0)
         self._through = through
         self.signals = 0
@@ -50,21 +65,35 @@ class Child:
 
     def terminate(self) -> None:
         """Ends it and all it has started, by force if it does not end by itself."""
-        everyone = self._family()
         self._send(signal.SIGTERM)
         deadline = time.monotonic() + KILL_SECONDS
         while self.exit_code() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        for process in {*everyone, *self._family()}:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self.sweep()
         self._process.wait()
 
+    def sweep(self) -> int:
+        """Ends what is left of the launcher and of its processes; returns how many there were."""
+        _, left = psutil.wait_procs(self._family(), timeout=END_SECONDS)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        if not left:
+            return 0
+        _, alive = psutil.wait_procs(left, timeout=LEFT_SECONDS)
+        for process in {*alive, *self._family()}:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return len(left)
+
     def _family(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            launcher = psutil.Process(self._process.pid)
-            return [launcher, *launcher.children(recursive=True)]
-        return []
+        """The launcher and its descendants, as far as they run."""
+        running = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process not in self._others and process.status() != psutil.STATUS_ZOMBIE:
+                    running.append(process)
+        return running
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.signals += 1

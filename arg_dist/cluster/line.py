@@ -21,7 +21,7 @@ from types import FrameType
 import torch
 
 from arg_dist.cluster import ClusterError, commands
-from arg_dist.cluster.child import SIGNALS, Child
+from arg_dist.cluster.child import SIGNALS, Child, adopt_orphans
 from arg_dist.cluster.description import describe
 from arg_dist.cluster.meeting import meet
 from arg_dist.cluster.network import INTERFACE_VARIABLES, find_own_address, interface_of
@@ -83,6 +83,7 @@ def _run(place: Place, job: commands.Job, *, dry: bool) -> int:
         tell(shlex.join(command.words))
         if dry:
             return 0
+        adopt_orphans()
         if place.nodes == 1:
             return _supervise(Child(command.words, environment, through=_through(job)), None)
         notes = _open(place, job, tell)
@@ -135,6 +136,8 @@ def _supervise(child: Child, watch: Watch | None) -> int:
             child.terminate()
             return FAILED
         time.sleep(POLL_SECONDS)
+    if left := child.sweep():
+        complain(f"the launcher has left {left} processes behind; they are ended")
     return code
 
 

@@ -126,3 +126,24 @@ def test_deepspeed_without_ssh_and_a_job_that_fails(job: Path) -> None:
     assert told(job) == as_four_processes_on_two_nodes()
     assert "the launcher ended with exit code 5" in printed[0]
     assert "--no_ssh --node_rank 1" in printed[1]
+
+
+def test_a_signal_ends_a_node_that_still_waits(job: Path) -> None:
+    words = [sys.executable, "-m", "arg_dist.cluster", "--nodes", "2", "--node-rank", "1"]
+    node = subprocess.Popen(
+        [*words, "--master-addr", "127.0.0.1", job, job.parent / "told", "0"],
+        env=variables(PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert node.stdout is not None
+        printed = [node.stdout.readline() for _ in range(5)]
+        assert "torch.distributed.run --nnodes 2" in printed[-1]  # what it is about to run
+        node.terminate()
+        assert node.wait(SECONDS) == 143
+        assert node.stdout.read() == ""
+    finally:
+        node.kill()
+    assert told(job) == []

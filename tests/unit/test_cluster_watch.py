@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from arg_dist.cluster import child as child_module
 from arg_dist.cluster import watch
-from arg_dist.cluster.child import SIGNALS, Child
+from arg_dist.cluster.child import SIGNALS, Child, adopt_orphans
 from arg_dist.cluster.line import main
 from arg_dist.cluster.network import interface_of, own_address
 from arg_dist.cluster.place import Place
@@ -151,6 +152,7 @@ def test_a_launcher_that_does_not_end_is_killed_with_its_children(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(child_module, "KILL_SECONDS", 0.3)
+    monkeypatch.setattr(child_module, "LEFT_SECONDS", 0.3)
     pid = tmp_path / "pid"
     script = (
         "import pathlib, signal, subprocess, sys, time\n"
@@ -171,6 +173,30 @@ def test_a_launcher_that_does_not_end_is_killed_with_its_children(
     while psutil.pid_exists(inner) and psutil.Process(inner).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_processes_that_a_killed_launcher_leaves_are_ended(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    script = (
+        "import os, pathlib, subprocess, sys\n"
+        f"inner = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], start_new_session=True)\n"
+        f"pathlib.Path({str(pid)!r}).write_text(str(inner.pid))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    bystander = subprocess.Popen([sys.executable, "-c", SLEEP])
+    adopt_orphans()
+    try:
+        child = Child([sys.executable, "-c", script], os.environ, through=False)
+        assert exit_code(child) == 137
+        assert child.sweep() == 1
+        with pytest.raises(psutil.NoSuchProcess):
+            psutil.Process(int(pid.read_text()))
+        assert child.sweep() == 0
+        assert bystander.poll() is None
+    finally:
+        adopt_orphans(False)
+        bystander.kill()
+        bystander.wait()
 
 
 def test_the_interface_is_that_of_the_own_address() -> None:
