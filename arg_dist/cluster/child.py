@@ -65,16 +65,23 @@ class Child:
 
     def terminate(self) -> None:
         """Ends it and all it has started, by force if it does not end by itself."""
+        everyone = self._family()
         self._send(signal.SIGTERM)
         deadline = time.monotonic() + KILL_SECONDS
         while self.exit_code() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        self.sweep()
-        self._process.wait()
+        if self.exit_code() is None:
+            self._process.kill()
+            self._process.wait()
+        self.sweep(everyone)
 
-    def sweep(self) -> int:
-        """Ends what is left of the launcher and of its processes; returns how many there were."""
-        _, left = psutil.wait_procs(self._family(), timeout=END_SECONDS)
+    def sweep(self, known: Sequence[psutil.Process] = ()) -> int:
+        """Ends what is left of the launcher's processes; returns how many there were.
+
+        Args:
+            known: some of them; they may have lost the parent by whom others are found.
+        """
+        _, left = psutil.wait_procs({*known, *self._family()}, timeout=END_SECONDS)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
