@@ -24,7 +24,13 @@ from arg_dist.cluster import ClusterError, commands
 from arg_dist.cluster.child import SIGNALS, Child, adopt_orphans
 from arg_dist.cluster.description import describe
 from arg_dist.cluster.meeting import meet
-from arg_dist.cluster.network import INTERFACE_VARIABLES, find_own_address, interface_of
+from arg_dist.cluster.network import (
+    INTERFACE_VARIABLES,
+    find_own_address,
+    interface_of,
+    own_address,
+    reason,
+)
 from arg_dist.cluster.place import DEFAULT_PORT, LOCAL, Place, find_place, whole_number
 from arg_dist.cluster.presence import QUIET_SECONDS
 from arg_dist.cluster.store import Notes, connect, open_store
@@ -70,9 +76,10 @@ def _run(place: Place, job: commands.Job, *, dry: bool) -> int:
     def tell(line: str) -> None:
         print(f"cluster: node {place.node}: {line}", flush=True)
 
-    # in a job of one node nothing leaves the machine
-    address = LOCAL
-    if place.nodes > 1:
+    address = LOCAL  # in a job of one node nothing leaves the machine
+    if place.nodes > 1 and dry:
+        address = _address_now(place)
+    elif place.nodes > 1:
         address = find_own_address(place.address, place.port, job.start_timeout, tell)
     with tempfile.TemporaryDirectory(prefix="arg_dist.cluster.") as folder:
         command = commands.build(job, place, address, Path(folder))
@@ -118,6 +125,13 @@ def _run(place: Place, job: commands.Job, *, dry: bool) -> int:
         return code
 
 
+def _address_now(place: Place) -> str:
+    try:
+        return own_address(place.address, place.port)
+    except OSError as error:
+        return f"<unknown: {reason(error)}>"
+
+
 def _open(place: Place, job: commands.Job, tell: Tell) -> Notes:
     """The store: node 0 opens it, and finds it as the others will."""
     if place.node > 0:
@@ -131,8 +145,8 @@ def _supervise(child: Child, watch: Watch | None) -> int:
     """The launcher's exit code; 1 if it was ended because of another node."""
     child.forward_signals()
     while (code := child.exit_code()) is None:
-        if watch is not None and (reason := watch.reason_to_end()) is not None:
-            complain(f"{reason}; ending this node's processes")
+        if watch is not None and (why := watch.reason_to_end()) is not None:
+            complain(f"{why}; ending this node's processes")
             child.terminate()
             return FAILED
         time.sleep(POLL_SECONDS)

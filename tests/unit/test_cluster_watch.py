@@ -234,6 +234,13 @@ def test_a_dry_run_prints_the_command_alone(
 
 
 @pytest.mark.usefixtures("signals")
+def test_a_dry_run_waits_for_no_name(bare: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes", "2", "--node-rank", "1", "--master-addr", "absent.invalid", "--dry-run"]
+    assert main([*options, str(bare)]) == 0
+    assert "<unknown: name not known" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize(
     ("options", "named"),
     [
