@@ -114,7 +114,8 @@ def _run(place: Place, job: commands.Job, *, dry: bool) -> int:
         child = Child(command.words, environment, through=_through(job))
         code = _supervise(child, watch)
         if code:
-            time.sleep(QUIET_SECONDS)  # by then a node that was lost is quiet
+            if not child.signals:
+                time.sleep(QUIET_SECONDS)  # by then a node that was lost is quiet
             for line in watch.missing(QUIET_SECONDS):
                 tell(line)
             complain(f"node {place.node}: the launcher ended with exit code {code}")
