@@ -19,6 +19,7 @@ pytestmark = pytest.mark.unit
 
 FOLDER = Path(__file__).resolve().parents[2] / "launchers" / "accelerate"
 YAMLS = ("cpu", "ddp", "fsdp2", "zero2", "zero3")
+MULTINODE = "multinode_fsdp2"
 
 
 class Wrapper:
@@ -102,10 +103,12 @@ def test_a_lonely_process_of_several_is_told(no_launcher: pytest.MonkeyPatch) ->
 
 def test_these_files_and_no_others_are_shipped() -> None:
     shipped = sorted(path.name for path in FOLDER.iterdir())
-    assert shipped == sorted([*(f"{name}.yaml" for name in YAMLS), "zero2.json", "zero3.json"])
+    assert shipped == sorted(
+        [*(f"{name}.yaml" for name in (*YAMLS, MULTINODE)), "zero2.json", "zero3.json"]
+    )
 
 
-@pytest.mark.parametrize("name", YAMLS)
+@pytest.mark.parametrize("name", [*YAMLS, MULTINODE])
 def test_accelerate_knows_every_key(name: str) -> None:
     from accelerate.commands.config.config_args import ClusterConfig
     from accelerate.commands.launch import launch_command_parser
@@ -115,7 +118,7 @@ def test_accelerate_knows_every_key(name: str) -> None:
     options = vars(launch_command_parser().parse_args(["script.py"]))
     for key in (*loaded.fsdp_config, *loaded.deepspeed_config):
         assert key in options
-    assert loaded.num_processes == 2
+    assert loaded.num_processes == (16 if name == MULTINODE else 2)
     text = path.read_text()
     assert f"accelerate launch --config_file launchers/accelerate/{name}.yaml" in text
     assert set(yaml.safe_load(text)) >= {"distributed_type", "num_processes", "num_machines"}
