@@ -59,7 +59,8 @@ def _torchrun(job: Job, place: Place, own_address: str) -> Command:
     words += ["--nnodes", str(place.nodes), "--nproc-per-node", str(job.processes)]
     words += ["--max-restarts", str(job.max_restarts)]
     if place.nodes == 1:
-        return Command((*words, "--standalone", *job.script), {})
+        # without an address the processes look for their own host name, which nobody may know
+        return Command((*words, "--standalone", "--local-addr", own_address, *job.script), {})
     words += ["--rdzv-id", JOB, "--rdzv-backend", "c10d", "--rdzv-endpoint", place.endpoint]
     words += ["--rdzv-conf", rendezvous_settings(job), "--local-addr", own_address]
     return Command((*words, *job.script), _own_store())

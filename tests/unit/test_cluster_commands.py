@@ -56,6 +56,7 @@ def test_torchrun_alone_needs_no_address(tmp_path: Path) -> None:
     made = command("torchrun", ALONE, tmp_path)
     args = torchrun.parse_args(made.words[3:])
     assert args.standalone
+    assert args.local_addr == "10.0.0.2"  # not the host's name, which need not lead anywhere
     assert (args.nproc_per_node, args.training_script) == ("4", "train.py")
     assert not made.variables
 
