@@ -37,6 +37,7 @@ class Node:
         words: the command line.
         log: a new file for what it prints.
         variables: set beside those of every launch.
+        folder: where it works.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Node:
         log: Path,
         *,
         variables: Mapping[str, str] | None = None,
+        folder: Path = ROOT,
     ) -> None:
         self.host = host
         self.log = log
@@ -53,7 +55,7 @@ class Node:
         own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(variables or {})}
         with log.open("wb") as output:
             self.process = host.start(
-                words, output=output, environment={**environment(), **own}, folder=ROOT
+                words, output=output, environment={**environment(), **own}, folder=folder
             )
 
     def printed(self) -> str:
