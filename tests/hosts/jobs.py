@@ -28,6 +28,8 @@ LINK = 20e6
 class SmallJob:
     """A tiny Llama that trains for :data:`STEPS` steps; `words` are the options of all runs."""
 
+    text: Path
+    model: Path
     words: tuple[object, ...]
 
     @classmethod
@@ -39,7 +41,9 @@ class SmallJob:
         data = ("--data", text, "--model", model, "--steps", STEPS, "--time-limit", TIME_LIMIT)
         sizes = ("--seq-len", 32, "--batch-size", 12, "--warmup", 4, "--lr", 2e-3)
         rare = ("--eval-every", STEPS, "--eval-batches", 1)
-        return cls((*data, *sizes, *rare, *(f"--set={setting}" for setting in SETTINGS)))
+        return cls(
+            text, model, (*data, *sizes, *rare, *(f"--set={setting}" for setting in SETTINGS))
+        )
 
     def on_one_host(self, out: Path, *, processes: int) -> list[dict[str, Any]]:
         """Trains with ZeRO-2 and without cluster or launcher; the steps' lines."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from arg_dist.network.hosts import SETTINGS, Host, NetworkError, read_traffic, remove_leftovers
+from arg_dist.network.hosts import SETTINGS, Host, NetworkError, remove_leftovers
 from tests.hosts.hosts import Node, hosts
 
 SERVE = """
@@ -110,10 +110,3 @@ def test_a_refusal_says_what_was_asked_of_whom() -> None:
         pytest.raises(NetworkError, match=r"tc -n .*host0 .*eth0 .*rate 0bit"),
     ):
         host.limit(0)
-
-
-def test_traffic_is_that_of_the_interface() -> None:
-    table = Path("/proc/net/dev").read_text()
-    assert read_traffic(table, "lo").sent >= 0
-    with pytest.raises(NetworkError, match="no interface nowhere"):
-        read_traffic(table, "nowhere")

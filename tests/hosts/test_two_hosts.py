@@ -11,7 +11,7 @@ from tests.hosts.hosts import hosts
 from tests.hosts.jobs import SCRIPT, SmallJob, node, same_losses, zero
 from tests.launch.stopping import metrics
 
-SECONDS = 150
+SECONDS = 240
 LATE = 8
 """Seconds by which one host is late."""
 ON_CPUS = "tests/launch/cpu_fsdp.py"
@@ -19,7 +19,7 @@ ON_CPUS = "tests/launch/cpu_fsdp.py"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(590)
 def test_two_hosts_of_two_processes_with_the_losses_of_one_host(
     job: SmallJob, one_host: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -41,7 +41,7 @@ def test_two_hosts_of_two_processes_with_the_losses_of_one_host(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(590)
 @pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP2"])
 def test_other_launchers_and_engines_on_two_hosts(
     engine: str, job: SmallJob, one_host: list[dict[str, Any]], tmp_path: Path

@@ -1,0 +1,81 @@
+"""The benchmark of links, in short: every number is there, and is what the link allows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hosts.hosts import hosts
+from tests.hosts.jobs import SmallJob
+from tests.launch.launching import ROOT, environment
+
+MEGABITS = 20
+STEPS = 4
+
+
+def bench(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "launchers/network_bench.py"
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, words)],
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(590)
+def test_a_short_benchmark(job: SmallJob, tmp_path: Path) -> None:
+    with hosts(1):  # skips
+        pass
+    out = tmp_path / "out"
+    sizes = ("--batch-size", 12, "--seq-len", 32, "--steps", STEPS, "--warmup-steps", 2)
+    once = ("--bandwidths", f"{MEGABITS}M", "--optimizers", "adarankgrad", "--repeats", 1)
+    finished = bench(
+        *(*sizes, *once, "--model", job.model, "--out", out, "--data", job.text), folder=tmp_path
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    results = json.loads((out / "network.json").read_text())
+    assert "network_bench.py" in results["command"] and results["hardware"]["cpu_cores"]
+    (row,) = results["rows"]
+    assert row["bits_per_second"] == MEGABITS * 1e6 and row["optimizer"] == "adarankgrad"
+    # gradients are summed and weights handed out again; two hosts send half of each
+    weights = 4 * json.loads(next(out.glob("*/run/report.json")).read_text())["model_parameters"]
+    for direction in ("sent", "received"):
+        assert 0.9 * weights < row[direction] < 2.5 * weights
+    assert 0 < row["optimizer_bytes"] < row["sent"]
+    # what goes through the cable takes its time, for which the processes wait
+    least = max(row["sent"], row["received"]) * 8 / (MEGABITS * 1e6)
+    assert 0.8 * least < row["seconds"] < 60
+    assert 0.5 * least < row["seconds"] * row["waiting"] < row["seconds"]
+    assert f"| {MEGABITS} Mbit/s | AdaRankGrad |" in (out / "network.md").read_text()
+    assert (out / "network.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{MEGABITS} Mbit/s" in finished.stdout
+
+    again = bench(*once, "--out", out, folder=tmp_path)
+    assert again.returncode == 2 and "has results already" in again.stderr
+
+
+def test_without_root_it_says_so(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become somebody else")
+    script = "import os, runpy, sys; sys.argv = ['network_bench']; os.seteuid(65534)\n"
+    script += f"runpy.run_path({str(ROOT / 'launchers/network_bench.py')!r}, run_name='__main__')"
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 2, finished.stderr
+    assert "network namespaces need root" in finished.stderr
+    assert "Traceback" not in finished.stderr
