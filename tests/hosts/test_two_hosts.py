@@ -51,7 +51,7 @@ def test_other_launchers_and_engines_on_two_hosts(
     script, words = SCRIPT, (*zero(3), *job.words, "--out", out)
     options: tuple[str, ...] = ("--launcher", "deepspeed")
     if engine == "FSDP2":
-        config = ("--accelerate-config", "launchers/accelerate/fsdp2.yaml")
+        config = ("--accelerate-config", "launchers/accelerate/multinode_fsdp2.yaml")
         options = ("--launcher", "accelerate", *config)
         script, words = ON_CPUS, (SCRIPT, *job.words, "--out", out)
     with hosts(2) as members:
