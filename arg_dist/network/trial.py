@@ -83,21 +83,19 @@ def run_trial(
     everyone = [json.loads(path.read_text()) for path in sorted(notes.iterdir())]
     sent = json.loads((out / "report.json").read_text())["sent_bytes_per_step"]
     return {
-        **measured(everyone, warmup=trial.warmup, hosts=trial.hosts),
+        **measured(everyone, warmup=trial.warmup),
         "optimizer_bytes": fmean(sent) if sent else None,
     }
 
 
-def measured(
-    processes: Sequence[Sequence[dict[str, float]]], *, warmup: int, hosts: int
-) -> dict[str, float]:
+def measured(processes: Sequence[Sequence[dict[str, float]]], *, warmup: int) -> dict[str, float]:
     """What a step cost, out of the notes that each process took.
 
     Args:
-        processes: notes of :mod:`arg_dist.network.clocked`, for each process.
+        processes: notes of :mod:`arg_dist.network.clocked`, for each process; those of one host
+            read the same counters, and every host has as many.
         warmup: steps that do not count; at least 1, since a step is measured from the end of the
             one before.
-        hosts: among which the processes are shared out evenly.
 
     Returns:
         ``seconds``: the median time of a step; ``waiting``: the share of the time that processes
@@ -114,9 +112,6 @@ def measured(
         shares.append((last["waited"] - first["waited"]) / elapsed)
         sent.append((last["sent"] - first["sent"]) / steps)
         received.append((last["received"] - first["received"]) / steps)
-    # processes of one host read the same counters, so that the mean over processes is that over
-    # hosts
-    assert len(processes) % hosts == 0
     return {
         "seconds": median(durations),
         "waiting": fmean(shares),

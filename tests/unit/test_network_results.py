@@ -17,9 +17,9 @@ NOTES = [
 
 def test_a_step_is_measured_from_the_end_of_the_one_before() -> None:
     busy = [{**entry, "waited": 0.0} for entry in NOTES]
-    found = measured([NOTES, busy], warmup=1, hosts=2)
+    found = measured([NOTES, busy], warmup=1)
     assert found == {"seconds": 1.0, "waiting": (1.5 / 4 + 0) / 2, "sent": 100, "received": 300}
-    assert measured([NOTES, busy], warmup=2, hosts=2)["seconds"] == 1.5
+    assert measured([NOTES, busy], warmup=2)["seconds"] == 1.5
 
 
 def test_rows_are_medians_of_the_runs_in_their_order() -> None:
