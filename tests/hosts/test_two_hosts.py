@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 
 from tests.hosts.hosts import hosts
-from tests.hosts.jobs import SCRIPT, SmallJob, node, same_losses, zero
+from tests.hosts.jobs import STEPS, SmallJob, node, same_losses, zero
 from tests.launch.stopping import metrics
 
 SECONDS = 240
-LATE = 8
+LATE = 4
 """Seconds by which one host is late."""
-ON_CPUS = "tests/launch/cpu_fsdp.py"
-"""Lets accelerate shard with FSDP on CPUs, and runs the job."""
 
 
 @pytest.mark.slow
@@ -34,34 +32,8 @@ def test_two_hosts_of_two_processes_with_the_losses_of_one_host(
         assert early.ends(seconds=SECONDS) == 0, early.printed()
         carried = [host.traffic() for host in members]
     same_losses(metrics(out), one_host)
+    assert len(metrics(out)) == STEPS and "held_out_loss" in metrics(out)[-1]
     report = json.loads((out / "report.json").read_text())
     assert (report["engine"], report["world_size"]) == ("ZeRO-2", 4)
     # gradients and weights crossed the cable, in both directions
     assert all(min(each.sent, each.received) > 2**20 for each in carried)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(590)
-@pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP2"])
-def test_other_launchers_and_engines_on_two_hosts(
-    engine: str, job: SmallJob, one_host: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    """ZeRO-3 by DeepSpeed's own launcher, FSDP2 by accelerate; one process on each host."""
-    out = tmp_path / "out"
-    script, words = SCRIPT, (*zero(3), *job.words, "--out", out)
-    options: tuple[str, ...] = ("--launcher", "deepspeed")
-    if engine == "FSDP2":
-        config = ("--accelerate-config", "launchers/accelerate/multinode_fsdp2.yaml")
-        options = ("--launcher", "accelerate", *config)
-        script, words = ON_CPUS, (SCRIPT, *job.words, "--out", out)
-    with hosts(2) as members:
-        logs = [tmp_path / "log0", tmp_path / "log1"]
-        nodes = [
-            node(members, number, log, *words, options=options, script=script)
-            for number, log in enumerate(logs)
-        ]
-        for each in nodes:
-            assert each.ends(seconds=SECONDS) == 0, each.printed()
-    same_losses(metrics(out), one_host)
-    report = json.loads((out / "report.json").read_text())
-    assert (report["engine"], report["world_size"]) == (engine, 2)

@@ -175,6 +175,29 @@ def test_a_launcher_that_does_not_end_is_killed_with_its_children(
         time.sleep(0.02)
 
 
+def test_a_launcher_that_hangs_without_processes_is_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(child_module, "IDLE_SECONDS", 0.3)
+    monkeypatch.setattr(child_module, "LEFT_SECONDS", 0.3)
+    ready = tmp_path / "ready"
+    script = (
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    child = Child([sys.executable, "-c", script], os.environ, through=False)
+    deadline = time.monotonic() + 30
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    began = time.monotonic()
+    child.terminate()
+    assert child.exit_code() == 137
+    assert time.monotonic() - began < child_module.KILL_SECONDS / 2
+
+
 def test_processes_that_a_killed_launcher_leaves_are_ended(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     script = (
