@@ -38,6 +38,8 @@ def obstacle() -> str | None:
     missing = [name for name in ("buildah", "debootstrap", "git") if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} not found; Debian: apt-get install {' '.join(missing)}"
+    if not (ROOT / ".git").exists():
+        return "no git repository, from which to take a clean checkout"
     if sys.version_info[:2] != PYTHON:
         return f"the wheels are those of this Python; the image has {'.'.join(map(str, PYTHON))}"
     return None if os.geteuid() == 0 else "buildah with isolation chroot needs root"
