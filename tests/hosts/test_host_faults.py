@@ -22,7 +22,7 @@ from tests.launch.stopping import metrics
 
 STARTS = 240
 """Seconds until training has begun, on a busy machine."""
-LOST = 20
+LOST = 15
 """Seconds for which a node may be gone, where that is what ends the job."""
 TOLD = max(LOST, TIME_LIMIT) + AGENT_ENDS
 """Seconds until every node has ended after a fault."""
@@ -89,15 +89,17 @@ def test_a_host_that_loses_power_and_comes_back_goes_on_from_the_last_checkpoint
         survivor, _ = begin(members, tmp_path, *words, steps=10, options=restarts)
         members[1].cut()  # so that nobody is told that its connections are gone
         members[1].kill()
-        survivor.says("train_lm: ", seconds=TIME_LIMIT + 30)
-        members[1].restore()
         out = ("--out", tmp_path / "out")
         back = node(members, 1, tmp_path / "log1-again", *words, *out, options=restarts)
+        survivor.says("train_lm: ", seconds=TIME_LIMIT + 30)
+        for host in members:
+            host.limit(None)
+        members[1].restore()
         assert survivor.ends(seconds=STARTS) == 0, survivor.printed()
         assert back.ends(seconds=AGENT_ENDS) == 0, back.printed()
         printed = survivor.printed()
     went_on = report_of(tmp_path / "out")["parts"][1]["first_step"] - 1
-    assert went_on in (8, 12) and f"checkpoints/step-{went_on:08d}" in printed
+    assert went_on in (4, 8, 12) and f"checkpoints/step-{went_on:08d}" in printed
     same_losses(metrics(tmp_path / "out"), one_host)
     assert len(metrics(tmp_path / "out")) == STEPS
 
@@ -131,7 +133,7 @@ def test_a_cut_link_ends_both_sides(
 
 def test_a_wrong_address_is_named(job: SmallJob, tmp_path: Path) -> None:
     """A host that does not exist, and a port at which nobody listens."""
-    short = {"START_TIMEOUT": "6"}
+    short = {"START_TIMEOUT": "3"}
     with hosts(2) as members:
         nodes = [
             node(members, 1, tmp_path / "log1", variables={"MASTER_ADDR": "10.83.0.99", **short}),

@@ -11,7 +11,7 @@ from tests.hosts.hosts import hosts
 from tests.hosts.jobs import SmallJob
 from tests.launch.launching import ROOT, environment
 
-MEGABITS = 20
+MEGABITS = 40
 STEPS = 4
 
 

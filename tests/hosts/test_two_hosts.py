@@ -12,7 +12,7 @@ from tests.hosts.jobs import STEPS, SmallJob, node, same_losses, zero
 from tests.launch.stopping import metrics
 
 SECONDS = 240
-LATE = 4
+LATE = 3
 """Seconds by which one host is late."""
 
 
