@@ -31,6 +31,8 @@ HEADINGS = (
     "sent and received",
     "of these the optimizer",
 )
+WIDTH = 120
+"""Columns of the printed table; in 80, every cell would be broken up."""
 _COLORS = {"adamw": "#c9c9c9", "adarankgrad": "#1f5fa8"}
 _WAITING = "#d1495b"
 
@@ -98,7 +100,7 @@ def print_table(rows: Rows, console: Console | None = None) -> None:
     table = Table(*HEADINGS, box=box.ROUNDED)
     for row in rows:
         table.add_row(*cells(row))
-    (console or Console()).print(table)
+    (console or Console(width=WIDTH)).print(table)
 
 
 def markdown(rows: Rows) -> str:
