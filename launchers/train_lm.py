@@ -64,6 +64,8 @@ from arg_dist.report import RunFacts, RunRecord, run_facts, sample_optimizer
 
 PATIENT_START = timedelta(minutes=30)
 """The least time limit while the first process reads the data for all of them."""
+PATIENT_END = timedelta(minutes=5)
+"""The least time limit while the first process draws the report."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,8 @@ def train(job: Job, options: argparse.Namespace, stop: StopRequest) -> int:
             record.observe(sample_optimizer(engine.optimizer))
         saves = checkpoints.finish()
         progress.say(checkpoints.news())
+    if options.time_limit is not None:
+        limit_waiting(max(timedelta(seconds=options.time_limit), PATIENT_END))
     interrupted_by = stop_signal if step < options.steps else None
     record.finish("interrupted" if interrupted_by else "finished", saves)
     # The launcher ends all processes once one of them has ended with a signal's exit code.

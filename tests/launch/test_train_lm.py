@@ -52,6 +52,21 @@ def test_reports_show_adarankgrad_next_to_adamw(text: Path, tmp_path: Path) -> N
     assert "AdaRankGrad" in compared and "AdamW" in compared
 
 
+def test_others_wait_for_the_report_longer_than_for_a_step(text: Path, tmp_path: Path) -> None:
+    limit = 4
+    finished = launch(
+        "tests/launch/slow_report.py",
+        *(limit + 4, "--data", text, "--steps", 2, *SMALL, "--out", tmp_path),
+        *("--time-limit", limit),
+        processes=2,
+        seconds=90,
+        launcher="forked",
+        variables={"PYTHONPATH": str(ROOT)},
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert read_report(tmp_path)["status"] == "finished"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_valid_report(number: signal.Signals, text: Path, tmp_path: Path) -> None:
     options = ("--data", text, "--steps", 10_000, *SMALL, "--out", tmp_path)
