@@ -13,7 +13,8 @@ from tests.launch.launching import alone, launch
 SCRIPT = """
 import os, sys, time
 LIBRARIES = ("deepspeed", "accelerate", "transformers", "trl", "launchers.train_lm")
-print(*(name in sys.modules for name in LIBRARIES), os.environ.get("RANK"), sys.argv[1], flush=True)
+words = [*(name in sys.modules for name in LIBRARIES), os.environ.get("RANK"), sys.argv[1]]
+os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once: lines of two would mingle
 if os.environ.get("RANK") == sys.argv[1]:
     sys.exit("I have enough")
 time.sleep(float(sys.argv[2]))
