@@ -18,17 +18,17 @@ shopt -s globstar nullglob
 shellcheck launchers/**/*.sh launchers/**/*.sbatch docker/**/*.sh
 hadolint docker/Dockerfile docker/Dockerfile.cpu
 
-# Tests on hosts mostly wait, and cost no time beside the faster tiers. Their report comes after.
+# Tests on hosts mostly wait, and cost no time beside the fast tiers. Their report comes after.
 report=$(mktemp)
 python -m pytest tests/hosts "$@" >"$report" 2>&1 &
 hosts=$!
 trap 'kill "$hosts" 2>/dev/null || true; rm -f "$report"' EXIT
 none=5 # pytest's exit code where nothing is selected
 codes=()
-python -m pytest tests/unit tests/lockstep tests/pool "$@" && codes+=(0) || codes+=($?)
+python -m pytest tests/unit tests/lockstep "$@" && codes+=(0) || codes+=($?)
 wait "$hosts" && codes+=(0) || codes+=($?)
 cat "$report"
-python -m pytest tests/launch "$@" && codes+=(0) || codes+=($?)
+python -m pytest tests/pool tests/launch "$@" && codes+=(0) || codes+=($?)
 for code in "${codes[@]}"; do
   if ((code != 0 && code != none)); then exit "$code"; fi
 done
