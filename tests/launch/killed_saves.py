@@ -1,6 +1,6 @@
 """Jobs that are killed while they save, each going on where the one before it was ended.
 
-    python tests/launch/killed_saves.py random --out FILE --folder DIRECTORY
+    python tests/launch/killed_saves.py random --out FILE --folder DIRECTORY --phases 1 --hit index
     python tests/launch/killed_saves.py exact --out FILE --folder DIRECTORY
 
 All are forked from this process, which has imported everything. Writes which phases of a save were
@@ -35,6 +35,8 @@ from arg_dist.sharding.communicator import Communicator  # noqa: E402
 
 ROUND_SECONDS = 60
 RANDOM_KILLS = 54
+MORE_KILLS = 162
+"""So many at most, while these have hit too few phases: the disk decides how long each lasts."""
 SURVIVORS = 2
 """So many times the processes that were not killed are left to end by themselves."""
 
@@ -213,6 +215,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phases", type=int, default=0, help="so many of --hit are to be hit")
+    parser.add_argument("--hit", nargs="*", default=[])
     options = parser.parse_args()
     torch.set_num_threads(1)
     warm_up()
@@ -221,7 +225,10 @@ def main() -> None:
     began = time.monotonic()
     calls = []
     if options.kind == "random":
-        for number in range(RANDOM_KILLS):
+        for number in range(MORE_KILLS):
+            hit = rounds.phases.keys() & set(options.hit)
+            if number >= RANDOM_KILLS and len(hit) >= options.phases:
+                break
             kill_at_random(rounds, number, chance)
     else:
         for process, background, again in ((0, True, 1), (0, False, 0), (1, True, 0)):
