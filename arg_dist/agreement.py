@@ -12,8 +12,6 @@ from arg_dist.subspace.exchange import Exchange, Steps, even_rows
 
 LARGEST_NORM_SQ = 1e36
 """Squares of larger gradients, and products with them, overflow in fp32."""
-RUN = 2**15
-"""Elements of a gradient that are looked at together on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Agreement:
 
 
 def agree(
-    gradients: Sequence[tuple[int, Tensor]],
+    norms_sq: Sequence[tuple[int, Tensor]],
     kept_sq: Sequence[tuple[int, Tensor]],
     rounds: int,
     *,
@@ -86,8 +84,8 @@ def agree(
     """Adds up everyone's squared norms, and takes the largest number of rounds that anyone needs.
 
     Args:
-        gradients: position and this process's part of each gradient, every element held by one
-            process only.
+        norms_sq: position and ``||G||^2`` over this process's part of each gradient, fp64 scalars;
+            every element is held by one process only.
         kept_sq: position and ``||P||^2`` over this process's rows, fp64 scalars.
         rounds: rounds that this process's matrices need.
         own_state: whether this process's optimizer state is its own.
@@ -97,10 +95,10 @@ def agree(
         me: this process's index.
         refreshing: whether all processes must know that matrices look for a new basis.
     """
-    device = gradients[0][1].device if gradients else torch.device("cpu")
+    device = norms_sq[0][1].device if norms_sq else torch.device("cpu")
     part = torch.zeros(units, 2, dtype=torch.float64, device=device)
-    if gradients:
-        part[[unit for unit, _ in gradients], 0] = torch.stack([norm_sq(g) for _, g in gradients])
+    if norms_sq:
+        part[[unit for unit, _ in norms_sq], 0] = torch.stack([value for _, value in norms_sq])
     if kept_sq:
         part[[unit for unit, _ in kept_sq], 1] = torch.stack([value for _, value in kept_sq])
     everyone = ((0, units),) * processes
@@ -124,20 +122,3 @@ def agree(
         processes=processes,
         refreshing=any(bits & 2 for _, bits, _ in processes_say),
     )
-
-
-def norm_sq(part: Tensor) -> Tensor:
-    """``||G||^2``, an fp64 scalar, of a tensor of any shape.
-
-    In fp64, since fp32 squares of large gradients would overflow, and sums of many lose digits.
-    """
-    if part.device.type != "cpu":
-        norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
-        return norm.square()
-    # torch's own mixed norm is five times slower here than converting what fits into the cache
-    flat = (part if part.is_contiguous() or part.ndim != 2 else part.T).reshape(-1)
-    total = flat.new_zeros((), dtype=torch.float64)
-    for start in range(0, flat.numel(), RUN):
-        run = flat[start : start + RUN].double()
-        total += torch.dot(run, run)
-    return total

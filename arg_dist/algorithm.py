@@ -29,12 +29,14 @@ from arg_dist.subspace.adam import adam_direction
 from arg_dist.subspace.exchange import (
     Steps,
     gather,
+    gather_both,
     select_rows,
     sum_scatter,
     sum_scatter_both,
     total,
 )
-from arg_dist.subspace.range_finder import leading_directions
+from arg_dist.subspace.norms import row_squares
+from arg_dist.subspace.range_finder import Part, leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_until_next
 from arg_dist.subspace.residual import Rule, limit_growth, matched_factors, scaled_factors
 from arg_dist.subspace.sketch import gaussian_rows
@@ -78,7 +80,8 @@ class NewBasis(NamedTuple):
 
 
 def low_rank_step(
-    gradient: Tensor,
+    gradient: Part,
+    row_sq: Tensor,
     state: State,
     spread: Spread,
     settings: AdaRankGradConfig,
@@ -92,7 +95,8 @@ def low_rank_step(
     """One step of AdaRankGrad on one matrix; `state` is updated in place.
 
     Args:
-        gradient: ``moment.touch x basis.touch``, fp32, this process's part of G.
+        gradient: this process's part of G.
+        row_sq: ``moment.touch``, fp32, ``||G_i||^2`` over that part.
         state: the matrix's state; empty before its first step.
         spread: how the matrix lies over the processes.
         settings: the settings of its parameter group.
@@ -108,30 +112,32 @@ def low_rank_step(
     me, moment = spread.me, spread.moment
     new = None
     if norm_sq > 0 and is_due(state):
-        new = yield from _refresh(gradient, state, spread, settings, name, norm_sq, allowed)
+        new = yield from _refresh(
+            gradient, row_sq.device, state, spread, settings, name, norm_sq, allowed
+        )
         basis = new.vectors
     elif state:
         basis = yield from gather(state["basis"], spread.store, spread.basis.touch, me)
     else:
         return None
     # P = G Q
-    product, row_sq = gradient @ basis, None
+    product = gradient() @ basis
     if settings.residual == "none":
         projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
     else:
-        parts = product, gradient.square().sum(1)
+        parts = product, row_sq
         projected, row_sq = yield from sum_scatter_both(parts, moment.touch, moment.keep, me)
     if new is not None:
         _adopt(new, projected, state, spread, settings, phase, norm_sq)
     else:
         _watch(state, settings, kept_sq)
     direction = _advance(state, projected, settings)
-    state["kept_sq"] = projected.double().square().sum()
+    projected_sq = row_squares(projected)
+    state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
     state["since_refresh"] += 1
-    if row_sq is None:
+    if settings.residual == "none":
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
-    projected_sq = projected.square().sum(1)
     if settings.residual == "matched":
         factors = matched_factors(direction, projected_sq, row_sq, dimension=spread.basis.size)
     else:
@@ -144,10 +150,10 @@ def low_rank_step(
             growth=settings.residual_growth,
         )
     # N Q^T + phi (G - P Q^T) = (N - phi P) Q^T + phi G, and everyone has his part of G
-    factors = factors[:, None]
-    columns = torch.cat([direction.addcmul_(factors, projected, value=-1), factors], 1)
-    columns = yield from gather(columns, moment.keep, moment.update, me)
-    return LowRankUpdate(columns[:, :-1], basis, columns[:, -1])
+    direction.addcmul_(factors[:, None], projected, value=-1)
+    both = direction, factors
+    direction, factors = yield from gather_both(both, moment.keep, moment.update, me)
+    return LowRankUpdate(direction, basis, factors)
 
 
 def adam_step(
@@ -220,7 +226,8 @@ def _watch(state: State, settings: AdaRankGradConfig, kept_sq: float) -> None:
 
 
 def _refresh(
-    gradient: Tensor,
+    gradient: Part,
+    device: torch.device,
     state: State,
     spread: Spread,
     settings: AdaRankGradConfig,
@@ -238,7 +245,7 @@ def _refresh(
         seed=settings.seed,
         name=name,
         refresh=state.get("refreshes", 0),
-    ).to(gradient.device)
+    ).to(device)
     found = yield from leading_directions(
         gradient, omega, spread, power_passes=settings.power_passes
     )

@@ -16,7 +16,7 @@ from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.custody import Custody
 from arg_dist.parameter_groups import SETTINGS, check_names, members, settings_of
 from arg_dist.saved_forms import WHOLE, whole_state
-from arg_dist.shard_step import apply_update, computation, oriented_gradient
+from arg_dist.shard_step import GradientPart, apply_update, computation, gradient_part
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.drivers import run, run_local
 from arg_dist.sharding.fragment import ADAPTERS
@@ -163,7 +163,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
             self._custody.cut_loaded(plan, self.state)
         any_due, prepared = self._budget.any_due(calls, self.state_of), []
         for plan in plans:
-            gradients = {shard.unit: oriented_gradient(shard) for shard in plan.shards}
+            gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
             agreement = self._agree(plan, gradients, settings, any_due)
             prepared.append((plan, gradients, agreement))
         # nothing changes before every gradient of this call is known to be usable
@@ -192,7 +192,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     def _agree(
         self,
         plan: Plan,
-        gradients: dict[int, Tensor],
+        gradients: dict[int, GradientPart],
         settings: list[AdaRankGradConfig],
         any_due: bool,
     ) -> Agreement:
@@ -209,7 +209,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
             elif shard.is_shared:
                 needed = max(needed, 1)
         norms = agree(
-            list(gradients.items()),
+            [(unit, gradient.norm_sq) for unit, gradient in gradients.items()],
             kept,
             needed,
             own_state=self._custody.is_own(plan, self.state),
@@ -224,7 +224,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     def _update(
         self,
         plan: Plan,
-        gradients: dict[int, Tensor],
+        gradients: dict[int, GradientPart],
         agreed: Agreement,
         settings: list[AdaRankGradConfig],
     ) -> None:

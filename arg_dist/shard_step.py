@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,23 +14,56 @@ from arg_dist.algorithm import LowRankUpdate, State, adam_step, low_rank_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.exchange import Steps
+from arg_dist.subspace.norms import norm_sq, row_squares
+from arg_dist.subspace.range_finder import Part
 
 
-def oriented_gradient(shard: Shard) -> Tensor:
-    """This process's part of a gradient, fp32; a missing one counts as zero under every engine."""
+@dataclass(frozen=True)
+class GradientPart:
+    """This process's part of one gradient, and what all processes must know of it.
+
+    Attributes:
+        read: makes it, fp32, oriented as the mathematics looks at it; a copy only if need be.
+        norm_sq: ``||G||^2`` over it, an fp64 scalar.
+        row_sq: ``moment.touch``, ``||G_i||^2`` over it; None where it is no matrix.
+    """
+
+    read: Part
+    norm_sq: Tensor
+    row_sq: Tensor | None = None
+
+
+def gradient_part(shard: Shard) -> GradientPart:
+    """The gradient of a shard; a missing one counts as zero under every engine."""
+    if isinstance(shard, MatrixShard):
+        part = shard.oriented_gradient(_held_gradient(shard))
+        squares = row_squares(part)
+        total = norm_sq(part, squares)
+        return GradientPart(partial(_oriented_gradient, shard), total, squares)
+    assert isinstance(shard, TensorShard)
+    total = norm_sq(shard.kept_gradient(_held_gradient(shard)))
+    return GradientPart(partial(_kept_gradient, shard), total)
+
+
+def _oriented_gradient(shard: MatrixShard) -> Tensor:
+    return shard.oriented_gradient(_held_gradient(shard)).float()
+
+
+def _kept_gradient(shard: TensorShard) -> Tensor:
+    return shard.kept_gradient(_held_gradient(shard)).float()
+
+
+def _held_gradient(shard: Shard) -> Tensor:
     gradient = shard.gradient()
     if gradient is None:
         values = shard.values()
         gradient = values.new_zeros(1, dtype=torch.float32).expand(values.shape)
-    if isinstance(shard, MatrixShard):
-        return shard.oriented_gradient(gradient)
-    assert isinstance(shard, TensorShard)
-    return shard.kept_gradient(gradient)
+    return gradient
 
 
 def computation(
     shard: Shard,
-    gradient: Tensor,
+    gradient: GradientPart,
     state: State,
     agreed: Agreement,
     settings: AdaRankGradConfig,
@@ -40,8 +75,10 @@ def computation(
     `allowed` is the largest rank that a budget leaves to a matrix; None without one.
     """
     if isinstance(shard, MatrixShard):
+        assert gradient.row_sq is not None
         return low_rank_step(
-            gradient,
+            gradient.read,
+            gradient.row_sq,
             state,
             shard.spread,
             settings,
@@ -52,7 +89,7 @@ def computation(
             allowed=allowed,
         )
     assert isinstance(shard, TensorShard)
-    return adam_step(gradient, state, shard.side, settings, me=shard.me)
+    return adam_step(gradient.read(), state, shard.side, settings, me=shard.me)
 
 
 def apply_update(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None:

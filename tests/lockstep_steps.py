@@ -13,6 +13,7 @@ from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.shard import MatrixShard
 from arg_dist.subspace.exchange import Steps
+from arg_dist.subspace.norms import row_squares
 
 
 def step_of(
@@ -23,8 +24,10 @@ def step_of(
     kept_sq: float = 0.0,
 ) -> Steps[LowRankUpdate | None]:
     """A shard's part of one step on the whole `gradient`."""
+    part = shard.oriented_gradient(part_of(gradient, shard))
     return low_rank_step(
-        shard.oriented_gradient(part_of(gradient, shard)),
+        lambda: part,
+        row_squares(part),
         state,
         shard.spread,
         settings,

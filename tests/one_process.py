@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from arg_dist import AdaRankGrad, AdaRankGradConfig
 from arg_dist.algorithm import LowRankUpdate, State, low_rank_step
 from arg_dist.sharding.drivers import run_local
+from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.spread import single_process
 
 
@@ -19,7 +20,8 @@ def one_step(
     """One step on ``gradient``, ``moment x basis``, as the optimizer would call it."""
     return run_local(
         low_rank_step(
-            gradient,
+            lambda: gradient,
+            row_squares(gradient),
             state,
             single_process(*gradient.shape),
             AdaRankGradConfig(**{"min_rank": 1, **settings}),

@@ -83,9 +83,9 @@ class TensorShard(Shard):
         return self.side.keep != self.side.update
 
     def kept_gradient(self, gradient: Tensor) -> Tensor:
-        """``keep``, fp32: the gradient of the elements whose state this process keeps."""
+        """``keep``: the gradient of the elements whose state this process keeps."""
         low, high = (bound - self.range[0] for bound in self.side.keep[self.me])
-        return gradient.reshape(-1)[low:high].float()
+        return gradient.reshape(-1)[low:high]
 
     def apply(self, direction: Tensor, *, lr: float, weight_decay: float) -> None:
         """``W <- (1 - lr wd) W - lr N`` on the elements held."""
@@ -128,12 +128,14 @@ class MatrixShard(Shard):
         return "right" if self.spans_columns != self.fragment.transposed else "left"
 
     def oriented_gradient(self, gradient: Tensor) -> Tensor:
-        """``moment.touch x basis.touch``, fp32: the gradient as the mathematics looks at it."""
+        """``moment.touch x basis.touch``: the gradient as the mathematics looks at it.
+
+        A view where it can be one; a row that is cut makes it a copy in fp32.
+        """
         block = self._whole_rows(gradient)
         if self.replicated:
             low, high = self.spread.moment.touch[self.spread.me]
             block = block[low:high] if self.spans_columns else block[:, low:high]
-        block = block.float()
         return block if self.spans_columns else block.T
 
     def apply(

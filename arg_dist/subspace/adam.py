@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 
@@ -30,6 +33,7 @@ def adam_direction(
     # M = b1 M + (1 - b1) P ;  V = b2 V + (1 - b2) P*P
     exp_avg.lerp_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    # N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)
-    root = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    return (exp_avg / (1 - beta1**step)).div_(root)
+    # N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps), in as few passes as there are
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    root = exp_avg_sq.sqrt().mul_(correction1 / math.sqrt(correction2)).add_(eps * correction1)
+    return torch.div(exp_avg, root, out=root)

@@ -122,6 +122,15 @@ def gather(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
     return (yield Exchange(part, have, want))  # type: ignore[return-value]
 
 
+def gather_both(
+    parts: tuple[Tensor, Tensor], have: Rows, want: Rows, me: int
+) -> Steps[tuple[Tensor, Tensor]]:
+    """Two :func:`gather` over the same rows, in one request."""
+    if _everyone_has_what_he_wants(have, want):
+        return tuple(select_rows(part, have[me], want[me]) for part in parts)  # type: ignore[return-value]
+    return (yield tuple(Exchange(part, have, want) for part in parts))  # type: ignore[return-value]
+
+
 def sum_scatter(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
     """The rows ``want[me]`` of the sum of everyone's partial results.
 

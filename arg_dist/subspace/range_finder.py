@@ -7,6 +7,7 @@ orders the directions by energy. Only ordered directions can be truncated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,12 @@ from torch import Tensor
 
 from arg_dist.subspace.exchange import Steps, gather, sum_scatter
 from arg_dist.subspace.spread import Spread
+
+Part = Callable[[], Tensor]
+"""A process's part of a gradient, ``moment.touch x basis.touch``, fp32, made anew on every call.
+
+So a copy of it, where one is needed at all, lives no longer than one product.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,12 @@ def orthonormalize(sketch: Tensor) -> Tensor:
 
 
 def range_finder(
-    gradient: Tensor, omega: Tensor, spread: Spread, *, power_passes: int
+    gradient: Part, omega: Tensor, spread: Spread, *, power_passes: int
 ) -> Steps[Tensor]:
     """An orthonormal basis of the leading range of ``G^T``, not yet ordered.
 
     Args:
-        gradient: ``moment.touch x basis.touch``, fp32, this process's part of G.
+        gradient: this process's part of G.
         omega: ``moment.touch x width``, this process's rows of the sketch matrix.
         spread: how G lies over the processes.
         power_passes: times that the sketch is multiplied by ``G^T G``.
@@ -54,20 +61,20 @@ def range_finder(
     moment, basis, me = spread.moment, spread.basis, spread.me
     home = spread.at_home(basis.size)
     # Y = G^T Omega ;  Q = qr(Y)
-    sketch = yield from sum_scatter(gradient.T @ omega, basis.touch, home, me)
+    sketch = yield from sum_scatter(gradient().T @ omega, basis.touch, home, me)
     vectors = orthonormalize(sketch)
     for _ in range(power_passes):
         # Y <- G^T (G Q) ;  Q = qr(Y)
         vectors = yield from gather(vectors, home, basis.touch, me)
-        image = yield from sum_scatter(gradient @ vectors, moment.touch, moment.keep, me)
+        image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
         image = yield from gather(image, moment.keep, moment.touch, me)
-        sketch = yield from sum_scatter(gradient.T @ image, basis.touch, home, me)
+        sketch = yield from sum_scatter(gradient().T @ image, basis.touch, home, me)
         vectors = orthonormalize(sketch)
     return vectors
 
 
 def leading_directions(
-    gradient: Tensor, omega: Tensor, spread: Spread, *, power_passes: int
+    gradient: Part, omega: Tensor, spread: Spread, *, power_passes: int
 ) -> Steps[Directions]:
     """The leading right singular directions of G, ordered, with their energies.
 
@@ -79,7 +86,7 @@ def leading_directions(
     found = yield from range_finder(gradient, omega, spread, power_passes=power_passes)
     vectors = yield from gather(found, spread.at_home(basis.size), basis.touch, me)
     # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64 as squares halve the digits
-    image = yield from sum_scatter(gradient @ vectors, moment.touch, moment.keep, me)
+    image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
     image = image.double()
     gram = yield from sum_scatter(image.T @ image, spread.whole(width), spread.at_home(width), me)
     energies = gram.new_zeros(0, width)

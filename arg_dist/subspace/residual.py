@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from arg_dist.subspace.exchange import Steps, sum_scatter
+from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.spread import Spread
 
 Rule = Literal["none", "scaled", "matched"]
@@ -36,7 +37,7 @@ FAINT = 1e-4
 def scaled_factors(direction: Tensor, projected_sq: Tensor) -> Tensor:
     """``rows``: phi of the rule `scaled`, from N, ``rows x rank``, and ``||P_i||^2``, ``rows``."""
     # phi_i = ||N_i|| / ||P_i||
-    factors = (direction.square().sum(1) / projected_sq).sqrt_()
+    factors = (row_squares(direction) / projected_sq).sqrt_()
     return torch.where(projected_sq > 0, factors, 0.0)
 
 
@@ -53,7 +54,7 @@ def matched_factors(
     """
     rank = direction.shape[1]
     # phi_i = ||N_i|| sqrt((n - r) / r) / ||S_i||
-    reach = direction.square().sum(1) * ((dimension - rank) / rank)
+    reach = row_squares(direction) * ((dimension - rank) / rank)
     factors = (reach / (outside_sq(projected_sq, row_sq) + FAINT * row_sq)).sqrt_()
     return torch.where(row_sq > 0, factors, 0.0)
 

@@ -13,6 +13,7 @@ from tolerances import FP64
 
 from arg_dist.agreement import Agreement, agree
 from arg_dist.sharding.drivers import run_local, run_lockstep
+from arg_dist.subspace.norms import norm_sq
 
 
 def agreed(ranges, gradients, rounds, strangers=(), steps=()) -> list[Agreement]:
@@ -20,7 +21,11 @@ def agreed(ranges, gradients, rounds, strangers=(), steps=()) -> list[Agreement]
     return run_lockstep(
         [
             agree(
-                [(i, gradient[start:stop]) for i, gradient in enumerate(gradients) if start < stop],
+                [
+                    (i, norm_sq(gradient[start:stop]))
+                    for i, gradient in enumerate(gradients)
+                    if start < stop
+                ],
                 [(0, torch.tensor(me + 1.0).double())],
                 rounds[me],
                 own_state=me not in strangers,
@@ -66,6 +71,8 @@ def test_everyone_knows_who_has_taken_another_number_of_steps():
 
 def test_norms_do_not_overflow():
     gradient = torch.full((4,), 3e38)
-    steps = agree([(0, gradient)], [], 0, own_state=True, steps=0, units=1, processes=1, me=0)
-    norm_sq = torch.tensor(run_local(steps).norm_sq, dtype=torch.float64)
-    FP64.check(norm_sq, gradient.double().square().sum()[None])
+    steps = agree(
+        [(0, norm_sq(gradient))], [], 0, own_state=True, steps=0, units=1, processes=1, me=0
+    )
+    agreed_norm_sq = torch.tensor(run_local(steps).norm_sq, dtype=torch.float64)
+    FP64.check(agreed_norm_sq, gradient.double().square().sum()[None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from cuts import WORLD_SIZES, cut_matrix, element_ranges, part_of
 from hypothesis import given
@@ -63,12 +65,14 @@ def test_the_range_of_an_integer_gradient_is_that_of_the_whole(ranges, spans_col
     gradient = whole_numbers(7, 6)
     whole = oriented(gradient, spans_columns)
     omega = whole_numbers(whole.shape[0], 4, seed=1)
-    expected = run_local(range_finder(whole, omega, single_process(*whole.shape), power_passes=0))
+    expected = run_local(
+        range_finder(lambda: whole, omega, single_process(*whole.shape), power_passes=0)
+    )
     shards = cut_matrix(gradient, ranges, spans_columns=spans_columns, home=home)
     found = run_lockstep(
         [
             range_finder(
-                block(shard, gradient),
+                partial(block, shard, gradient),
                 omega[slice(*shard.spread.moment.touch[me])],
                 shard.spread,
                 power_passes=0,
@@ -89,7 +93,7 @@ def test_energies_have_the_same_bits_on_every_owner(ranges, spans_columns, power
     found = run_lockstep(
         [
             leading_directions(
-                block(shard, gradient),
+                partial(block, shard, gradient),
                 omega[slice(*shard.spread.moment.touch[me])],
                 shard.spread,
                 power_passes=power_passes,

@@ -17,7 +17,7 @@ from arg_dist.subspace.spread import single_process
 def directions(gradient: torch.Tensor, width: int, power_passes: int = 1) -> Directions:
     omega = gaussian(gradient.shape[0], width, seed=3)
     spread = single_process(*gradient.shape)
-    return run_local(leading_directions(gradient, omega, spread, power_passes=power_passes))
+    return run_local(leading_directions(lambda: gradient, omega, spread, power_passes=power_passes))
 
 
 def dense_energies(gradient: torch.Tensor) -> torch.Tensor:

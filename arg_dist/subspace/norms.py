@@ -1,0 +1,70 @@
+"""Sums of squares: each part of a gradient is read once, in runs that stay in the cache.
+
+A gradient in fp16 or bf16 is converted run by run, too, so that no fp32 copy of it lies in memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+RUN = 2**17
+"""Elements that are squared together on a CPU."""
+FAINT = 1e-30
+"""Mean square below which fp32 loses small entries altogether."""
+
+
+def row_squares(part: Tensor) -> Tensor:
+    """``||G_i||^2`` for each row, fp32.
+
+    Args:
+        part: ``rows x columns``, any floating-point type; its rows or its columns lie contiguous.
+    """
+    rows, columns = part.shape
+    if part.device.type != "cpu":
+        norms: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
+        return norms.square()
+    squares = part.new_zeros(rows, dtype=torch.float32)
+    if part.stride(1) == 1:
+        height = max(1, RUN // max(1, columns))
+        scratch = squares.new_empty(min(height, rows), columns)
+        for start in range(0, rows, height):
+            run = part[start : start + height].float()
+            square = torch.mul(run, run, out=scratch[: len(run)])
+            torch.sum(square, 1, out=squares[start : start + height])
+    else:
+        height = max(1, RUN // max(1, rows))
+        scratch = squares.new_zeros(min(height, columns), rows)
+        for start in range(0, columns, height):
+            run = part.T[start : start + height].float()
+            scratch[: len(run)].addcmul_(run, run)
+        squares = scratch.sum(0)
+    return squares
+
+
+def norm_sq(part: Tensor, squares: Tensor | None = None) -> Tensor:
+    """``||G||^2``, an fp64 scalar.
+
+    Squared in fp32, and once more in fp64 where that is too coarse: of very small or very large
+    gradients.
+
+    Args:
+        part: of any shape and floating-point type.
+        squares: :func:`row_squares` of it, where they are known.
+    """
+    if part.device.type != "cpu":
+        norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
+        return norm.square()
+    flat = (part if part.is_contiguous() or part.ndim != 2 else part.T).reshape(-1)
+    if squares is None:
+        runs = (flat[start : start + RUN].float() for start in range(0, flat.numel(), RUN))
+        squares = torch.stack([torch.dot(run, run) for run in runs] or [flat.new_zeros(())])
+    total = squares.sum(dtype=torch.float64)
+    if FAINT * flat.numel() <= total < math.inf:
+        return total
+    return sum(
+        (flat[start : start + RUN].double().square().sum() for start in range(0, len(flat), RUN)),
+        total.new_zeros(()),
+    )
