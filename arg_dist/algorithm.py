@@ -36,6 +36,7 @@ from arg_dist.subspace.exchange import (
     total,
 )
 from arg_dist.subspace.norms import row_squares
+from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.range_finder import Part, leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_until_next
 from arg_dist.subspace.residual import Rule, limit_growth, matched_factors, scaled_factors
@@ -121,7 +122,8 @@ def low_rank_step(
     else:
         return None
     # P = G Q
-    product = gradient() @ basis
+    with matmul_precision(settings.matmul_precision):
+        product = gradient() @ basis
     if settings.residual == "none":
         projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
     else:

@@ -140,6 +140,11 @@ class AdaRankGradConfig(BaseModel):
     )
     oversample: int = Field(8, ge=0, description="extra columns of the sketch")
     power_passes: int = Field(1, ge=0, description="power iterations of the range finder")
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest",
+        description="of the two products of each step, in torch's words: highest is fp32, high "
+        "TF32 on GPUs, medium bf16 on CPUs that have it; sums and refreshes are always fp32",
+    )
     transport: Literal["squared", "paper", "ldadam", "none"] = Field(
         "squared", description="how the second moment follows the basis"
     )

@@ -26,6 +26,7 @@ from arg_dist.sharding.waiting import named
 from arg_dist.state import copy_state
 from arg_dist.state_budget import Call, StateBudget
 from arg_dist.subspace.exchange import Steps
+from arg_dist.subspace.precision import matmul_precision
 
 
 class AdaRankGrad(Binding, torch.optim.Optimizer):
@@ -172,8 +173,9 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         if any(agreed.refreshing for _, _, agreed in prepared):
             self._budget.share_out(calls, self.state_of, self.state)
         if usable:
-            for plan, gradients, agreed in prepared:
-                self._update(plan, gradients, agreed, settings)
+            with matmul_precision("highest"):  # the job's own is for its model
+                for plan, gradients, agreed in prepared:
+                    self._update(plan, gradients, agreed, settings)
         else:
             self.skipped_steps += 1
         self.calls += 1

@@ -15,6 +15,7 @@ from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.exchange import Steps
 from arg_dist.subspace.norms import norm_sq, row_squares
+from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.range_finder import Part
 
 
@@ -100,9 +101,10 @@ def apply_update(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None
         direction, basis, factors = update
         gradient = None if factors is None else shard.gradient()
         residual = None if factors is None or gradient is None else (factors, gradient)
-        shard.apply(
-            direction, basis, residual, lr=lr, scale=settings.scale, weight_decay=weight_decay
-        )
+        with matmul_precision(settings.matmul_precision):
+            shard.apply(
+                direction, basis, residual, lr=lr, scale=settings.scale, weight_decay=weight_decay
+            )
     elif update is not None:
         assert isinstance(shard, TensorShard)
         shard.apply(update, lr=lr, weight_decay=weight_decay)

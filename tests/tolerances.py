@@ -54,6 +54,9 @@ REDUCTION_ORDER_WEIGHTS = Tolerance(
 LOW_PRECISION = Tolerance(
     0.0, 2**-8, "bf16 weights keep 8 bits: one rounding of a weight, whatever computed it"
 )
+BF16_PRODUCTS = Tolerance(
+    2**-8, 0.0, "both factors of a product rounded to the 8 bits of bf16: norm of what is lost"
+)
 LOSSES = Tolerance(
     1e-4, 0.0, "fp32 losses of 20 steps under another engine or world size: sums in another order"
 )
