@@ -1,63 +1,70 @@
-"""The optimizers that are timed, each with matrices of one shape and a gradient for each."""
+"""The optimizers that are measured, and matrices with gradients to measure them on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from arg_dist.bench.shapes import Place, Shape
 from arg_dist.compare.methods import FAMILIES, PUBLISHED, WITH_RANK, Method
 from arg_dist.compare.optimizers import prepare
+from arg_dist.compare.peers import PACKAGES
 
 NEVER = 10**9
-"""Steps to the next basis, where none is to be timed."""
+"""Steps to the next basis, where none is to be measured."""
 
 ADAMW: dict[str, dict[str, Any]] = {"adamw": {"foreach": True}, "adamw-fused": {"fused": True}}
 OURS: dict[str, dict[str, Any]] = {"recommended": {}, "no-residual": {"residual": "none"}}
 """Our own, by what differs from the preset."""
-PEERS = ("galore", "apollo", "fira")
+PEERS = tuple(name for name in PACKAGES if name in PUBLISHED and name != "lora")
+"""Packages of others."""
 NAMES = (*OURS, *ADAMW, *PEERS)
 
 LEARNING_RATE = 1e-6
 """Small, as the same gradients come again and again."""
 
+NOT_POSSIBLE = "not possible"
+
 
 class Matrices(nn.Module):
-    """So many linear layers of one shape, with a gradient each."""
+    """Linear layers, so many of each shape as it counts, with a gradient each."""
 
-    def __init__(self, shape: Shape, count: int, place: Place) -> None:
+    def __init__(self, shapes: Iterable[Shape], place: Place) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             nn.Linear(shape.columns, shape.rows, False, place.device, place.dtype)
-            for _ in range(count)
+            for shape in shapes
+            for _ in range(shape.count)
         )
         for parameter in self.parameters():
-            parameter.grad = torch.randn_like(parameter) / shape.columns
+            parameter.grad = torch.randn_like(parameter) / parameter.shape[1]
 
 
-def step_of(name: str, matrices: Matrices, *, rank: int, gap: int = NEVER) -> Callable[[], None]:
-    """A step of the optimizer `name` on `matrices`.
+def optimizers_of(name: str, model: nn.Module, *, rank: int, gap: int = NEVER) -> list[Optimizer]:
+    """The optimizer `name`, for a model that one process trains.
 
     Args:
         name: one of :data:`NAMES`.
-        matrices: what it trains.
+        model: what it trains.
         rank: of every low-rank method, in all steps.
         gap: steps from one basis to the next, of the methods that have one.
 
     Raises:
         ImportError: the package of a peer is not installed.
+        RuntimeError: torch's fused AdamW cannot work where the model lies.
     """
     if name in ADAMW:
-        optimizers: Iterable[Any] = [
-            AdamW(matrices.parameters(), lr=LEARNING_RATE, weight_decay=0.0, **ADAMW[name])
-        ]
-    else:
-        training = prepare(_method(name, rank, gap), matrices, lr=LEARNING_RATE, weight_decay=0.0)
-        optimizers = training.optimizers
+        return [AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, **ADAMW[name])]
+    return prepare(_method(name, rank, gap), model, lr=LEARNING_RATE, weight_decay=0.0).optimizers
+
+
+def step_of(name: str, model: nn.Module, *, rank: int, gap: int = NEVER) -> Callable[[], None]:
+    """A step of :func:`optimizers_of`, whose arguments these are."""
+    optimizers = optimizers_of(name, model, rank=rank, gap=gap)
 
     def step() -> None:
         for optimizer in optimizers:
@@ -66,10 +73,47 @@ def step_of(name: str, matrices: Matrices, *, rank: int, gap: int = NEVER) -> Ca
     return step
 
 
+def own_settings(name: str, rank: int, gap: int) -> dict[str, Any]:
+    """Settings of our optimizer `name`, with one rank in all steps."""
+    always = {"max_rank": rank, "min_rank": rank, "min_gap": gap, "max_gap": gap}
+    return {**always, **OURS[name]}
+
+
+def steps_that_work(
+    makers: Mapping[str, Callable[[], Callable[[], None]]],
+) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+    """Makes steps and takes each once.
+
+    Args:
+        makers: what makes a step, by the optimizer's name.
+
+    Returns:
+        The steps of those that can work, and why the others cannot, by name. What our own
+        optimizer raises goes on to the caller.
+    """
+    working, refused = {}, {}
+    for name, make in makers.items():
+        try:
+            step = make()
+            step()
+        except Exception as error:  # a package of others: whatever it raises is its answer
+            if name in OURS:
+                raise
+            refused[name] = in_one_line(error)
+        else:
+            working[name] = step
+    return working, refused
+
+
+def in_one_line(error: BaseException) -> str:
+    """The error's kind and its first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].strip()}"
+
+
 def _method(name: str, rank: int, gap: int) -> Method:
     if name in OURS:
-        always = {"max_rank": rank, "min_rank": rank, "min_gap": gap, "max_gap": gap}
-        return Method(name, FAMILIES["recommended"], {**always, **OURS[name]})
+        return Method(name, FAMILIES["recommended"], own_settings(name, rank, gap))
     settings = {**PUBLISHED[name], "update_proj_gap": gap}
     if name in WITH_RANK:
         settings["rank"] = rank

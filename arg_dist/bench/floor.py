@@ -11,6 +11,7 @@ from arg_dist.bench.shapes import Place, Shape
 from arg_dist.bench.timing import in_turns
 
 COPY_BYTES = 2**28
+"""More than fits into a cache."""
 
 
 def two_products(shape: Shape, rank: int, copies: int, place: Place) -> Callable[[], None]:
@@ -39,12 +40,12 @@ def two_products(shape: Shape, rank: int, copies: int, place: Place) -> Callable
     return run
 
 
-def copy_seconds_per_byte(device: torch.device) -> float:
-    """Of reading or writing a byte of the device's memory, from a copy of a large buffer."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+def copy_seconds_per_byte(device: torch.device, size: int = COPY_BYTES) -> float:
+    """Of reading or writing a byte of the device's memory, from a copy of so many bytes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = in_turns({"copy": lambda: target.copy_(source)}, rounds=9)
-    return times["copy"].median / (2 * COPY_BYTES)
+    return times["copy"].median / (2 * size)
 
 
 def moved_bytes(shape: Shape, copies: int, dtype: torch.dtype) -> int:

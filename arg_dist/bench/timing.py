@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
+from typing import Any
 
 import torch
 
 WARM_UP = 2
 """Calls before the first that counts."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some numbers, and between which two half of them lie (quartiles)."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, numbers: Iterable[float]) -> Spread:
+        """Of at least one number."""
+        given = sorted(numbers)
+        if len(given) == 1:
+            return cls(given[0], given[0], given[0])
+        low, middle, high = quantiles(given, n=4, method="inclusive")
+        return cls(middle, low, high)
+
+    def times(self, factor: float) -> Spread:
+        """All three, multiplied by a positive number."""
+        return Spread(factor * self.median, factor * self.low, factor * self.high)
 
 
 @dataclass(frozen=True)
@@ -25,13 +48,26 @@ class Times:
         return median(self.seconds)
 
     @property
-    def spread(self) -> tuple[float, float]:
-        """The fastest and the slowest round."""
-        return min(self.seconds), max(self.seconds)
+    def spread(self) -> Spread:
+        """Median and quartiles of all rounds."""
+        return Spread.of(self.seconds)
 
-    def over(self, other: Times) -> float:
-        """The median of the rounds' ratios: both of one round have met the same machine."""
-        return median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+    def over(self, other: Times) -> Spread:
+        """The rounds' ratios: both numbers of one round have met the same machine."""
+        return Spread.of(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def less(self, other: Times) -> Spread:
+        """The rounds' differences, in seconds."""
+        return Spread.of(a - b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def as_json(self) -> dict[str, Any]:
+        """All rounds, in their order, with median and quartiles."""
+        spread = self.spread
+        return {
+            "median": spread.median,
+            "quartiles": [spread.low, spread.high],
+            "rounds": self.seconds,
+        }
 
 
 def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
@@ -53,14 +89,15 @@ def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict
     return {name: Times(tuple(taken)) for name, taken in seconds.items()}
 
 
-def _timed(function: Callable[[], object]) -> float:
-    _wait_for_device()
-    began = time.perf_counter()
-    function()
-    _wait_for_device()
-    return time.perf_counter() - began
-
-
-def _wait_for_device() -> None:
+def wait_for_device() -> None:
+    """Returns once a GPU, if there is one, has done all it was given."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def _timed(function: Callable[[], object]) -> float:
+    wait_for_device()
+    began = time.perf_counter()
+    function()
+    wait_for_device()
+    return time.perf_counter() - began

@@ -1,9 +1,9 @@
 """The rooms of the package, and who may know whom: imports run one way.
 
-`compare` -> `finetuning`, `command`, `cluster`, `network` -> `lm` -> `report`, `integrations` ->
-`engines` -> `checkpoint` -> `core` (the optimizer) -> `sharding` -> `subspace` -> torch, and
-`config` knows none of them. A room is a folder of `arg_dist`; `core` is the files beside them;
-`__main__` stands before `command`.
+`bench` -> `compare` -> `finetuning`, `command`, `cluster`, `network` -> `lm` -> `report`,
+`integrations` -> `engines` -> `checkpoint` -> `core` (the optimizer) -> `sharding` -> `subspace` ->
+torch, and `config` knows none of them. A room is a folder of `arg_dist`; `core` is the files beside
+them; `__main__` stands before `command`.
 CONTRIBUTING.md gives the reasons.
 """
 
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "compare": {"package", "config", "core", "finetuning", "integrations", "lm", "report"},
     "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
     "network": {"lm", "report"},
+    "bench": {"package", "compare", "lm", "report"},
     "report": {"telemetry"},
     "package": {"checkpoint", "config", "core", "engines", "integrations", "sharding"},
 }
