@@ -97,7 +97,8 @@ class Binding(SelfReport):
             group_spec(self._seen(group), settings_of(group), self._full_rank_names)
             for group in groups
         ]
-        return make_plans(specs, self._communicators, self.defaults["time_limit"])
+        time_limit, bucket_size = self.defaults["time_limit"], self.defaults["bucket_size"]
+        return make_plans(specs, self._communicators, time_limit, bucket_size)
 
     def _seen(self, group: dict[str, Any]) -> ParameterGroup:
         """A group as the engines' adapters see it."""

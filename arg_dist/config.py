@@ -154,6 +154,11 @@ class AdaRankGradConfig(BaseModel):
         description='bytes of optimizer state on all processes together (`"2GiB"`, or a number): '
         "ranks are distributed by energy per byte, so that the sum fits",
     )
+    bucket_size: Annotated[int, BeforeValidator(_bytes_of)] = Field(
+        2**30,
+        description='bytes of fp32 weights of the matrices that processes step together (`"1GiB"`, '
+        "or a number): smaller ones need less memory beside the state, and more collectives",
+    )
     shard_basis: bool | None = Field(
         None,
         description="keep each basis once over the processes (default), or whole on every owner",

@@ -52,8 +52,8 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
 
     ``S = G - P Q^T`` is what the basis does not span, ``phi`` how far each of its rows is followed
     (:mod:`arg_dist.subspace.residual`). The number of collectives does not depend on the number of
-    matrices, and one that a single process holds whole sends nothing but the first line. Under an
-    engine that cuts parameters, the optimizer finds its fragments at the first step; it may be
+    matrices in a bucket (`bucket_size`), and a matrix that a single process holds whole sends
+    nothing but the first line. Under an engine that cuts parameters, the optimizer finds its fragments at the first step; it may be
     built before or after the engine takes the model over, but before the engine replaces its
     parameters.
 
@@ -120,7 +120,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         own = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
         where = f"parameter group {position}"
-        of_all = {"preset", "targets", "exclude", "time_limit", "state_budget"}
+        of_all = {"preset", "targets", "exclude", "time_limit", "state_budget", "bucket_size"}
         for key in own.keys() & of_all:
             raise ConfigError(f"{where}.{key}: this is a setting of the optimizer as a whole")
         config = parse_config({**{k: self.defaults[k] for k in SETTINGS}, **own}, where)
@@ -230,9 +230,21 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         agreed: Agreement,
         settings: list[AdaRankGradConfig],
     ) -> None:
-        """Runs the algorithm on every shard that has ever had a gradient."""
+        """Runs the algorithm on every shard that has ever had a gradient, a bucket at a time."""
+        for units in plan.buckets:
+            held = [shard for shard in plan.shards if shard.unit in units]
+            self._update_together(plan, held, gradients, agreed, settings)
+
+    def _update_together(
+        self,
+        plan: Plan,
+        shards: list[Shard],
+        gradients: dict[int, GradientPart],
+        agreed: Agreement,
+        settings: list[AdaRankGradConfig],
+    ) -> None:
         shared: list[tuple[Shard, Steps[Any]]] = []
-        for shard in plan.shards:
+        for shard in shards:
             state = self.state_of(shard)
             if not state and agreed.norm_sq[shard.unit] == 0:
                 continue

@@ -13,7 +13,15 @@ from arg_dist.parameter_groups import SETTINGS
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 
-OF_THE_JOB = {"low_rank", "shard_basis", "targets", "exclude", "time_limit", "state_budget"}
+OF_THE_JOB = {
+    "low_rank",
+    "shard_basis",
+    "targets",
+    "exclude",
+    "time_limit",
+    "state_budget",
+    "bucket_size",
+}
 """Settings that say how the groups are made up, how they lie, or what this job has room for; they
 stay as they are now."""
 

@@ -8,6 +8,7 @@ error on every one of them, at once, instead of a hang later.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from arg_dist.sharding.layout import (
     matrix_spread,
 )
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
+
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Plan:
         communicator: the process group.
         shards: this process's parts, in an order equal on all processes.
         names: names of all matrices and tensors, those held by others included.
+        buckets: their positions, cut into those that are stepped together.
         held: the fragments that this process holds.
         replicated: every process holds all parameters, and only the state is cut.
         saved_by_key: see :class:`arg_dist.sharding.fragment.Holding`.
@@ -64,6 +68,7 @@ class Plan:
     communicator: Communicator
     shards: list[Shard]
     names: list[str]
+    buckets: list[range]
     held: list[Fragment]
     replicated: bool
     saved_by_key: bool
@@ -71,7 +76,10 @@ class Plan:
 
 
 def make_plans(
-    specs: Sequence[GroupSpec], communicators: dict[Any, Communicator], time_limit: float
+    specs: Sequence[GroupSpec],
+    communicators: dict[Any, Communicator],
+    time_limit: float,
+    bucket_size: int,
 ) -> list[Plan]:
     """One plan for each process group among the parameter groups.
 
@@ -79,6 +87,7 @@ def make_plans(
         specs: the parameter groups of this call of ``step()``.
         communicators: those made so far, by process group; added to.
         time_limit: seconds that a process waits for the others in one collective.
+        bucket_size: bytes of fp32 weights that are stepped together.
 
     Raises:
         RuntimeError: on every process, if they disagree or the layout is not understood.
@@ -90,23 +99,28 @@ def make_plans(
     for group, members in by_group.items():
         communicator = communicators.get(group) or Communicator(group, time_limit)
         communicators[group] = communicator
-        plans.append(_make_plan(members, communicator))
+        plans.append(_make_plan(members, communicator, bucket_size))
     return plans
 
 
-def _make_plan(members: list[tuple[int, GroupSpec]], communicator: Communicator) -> Plan:
+def _make_plan(
+    members: list[tuple[int, GroupSpec]], communicator: Communicator, bucket_size: int
+) -> Plan:
     described = [_describe(spec) for _, spec in members]
     everyone = communicator.gather_objects(described, "comparing layouts at the first step")
     _check_agreement(everyone)
     shards: list[Shard] = []
     names: list[str] = []
+    sizes: list[int] = []
     held: list[Fragment] = []
     for k, (position, spec) in enumerate(members):
         for j, fragment in enumerate(spec.holding.fragments):
             ranges = tuple(other[k]["fragments"][j]["range"] for other in everyone)
             if not spec.holding.replicated:
                 check_tiling(fragment.name, ranges, math.prod(fragment.shape))
-            shards += _shards_of(fragment, ranges, spec, position, communicator.me, names)
+            found, elements = _shards_of(fragment, ranges, spec, position, communicator.me, names)
+            shards += found
+            sizes += [FP32_BYTES * count for count in elements]
             held.append(fragment)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -116,6 +130,7 @@ def _make_plan(members: list[tuple[int, GroupSpec]], communicator: Communicator)
         communicator,
         shards,
         names,
+        buckets_of(sizes, bucket_size),
         held,
         replicated=any(holding.replicated for holding in holdings),
         saved_by_key=any(holding.saved_by_key for holding in holdings),
@@ -130,8 +145,11 @@ def _shards_of(
     position: int,
     me: int,
     names: list[str],
-) -> list[Shard]:
-    """This process's shards of one parameter; the names of all of them are added to `names`."""
+) -> tuple[list[Shard], list[int]]:
+    """This process's shards of one parameter; the elements of each matrix or tensor in it.
+
+    The names of all of them are added to `names`.
+    """
     replicated = spec.holding.replicated
     views = spec.views(fragment.name, fragment.parameter_shape)
     if fragment.transposed:
@@ -187,7 +205,22 @@ def _shards_of(
                     side=element_side(ranges, numel, replicated),
                 )
             )
-    return shards
+    numel = math.prod(fragment.shape)
+    return shards, [view.rows * view.columns for view in views] or [numel]
+
+
+def buckets_of(sizes: Sequence[int], limit: int) -> list[range]:
+    """Positions, in order, cut so that the sizes of each piece add up to at most `limit`.
+
+    Something larger than `limit` is a piece of its own.
+    """
+    starts, filled = [0], 0
+    for position, size in enumerate(sizes):
+        if filled and filled + size > limit:
+            starts.append(position)
+            filled = 0
+        filled += size
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(sizes)])]
 
 
 def phase_of(name: str) -> float:

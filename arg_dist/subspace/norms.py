@@ -16,6 +16,11 @@ FAINT = 1e-30
 """Mean square below which fp32 loses small entries altogether."""
 
 
+def in_host_memory(part: Tensor) -> bool:
+    """Whether reading a value waits for nothing; elsewhere nothing here may depend on a value."""
+    return part.device.type == "cpu"
+
+
 def row_squares(part: Tensor) -> Tensor:
     """``||G_i||^2`` for each row, fp32.
 
@@ -23,7 +28,7 @@ def row_squares(part: Tensor) -> Tensor:
         part: ``rows x columns``, any floating-point type; its rows or its columns lie contiguous.
     """
     rows, columns = part.shape
-    if part.device.type != "cpu":
+    if not in_host_memory(part):
         norms: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
         return norms.square()
     squares = part.new_zeros(rows, dtype=torch.float32)
@@ -54,7 +59,7 @@ def norm_sq(part: Tensor, squares: Tensor | None = None) -> Tensor:
         part: of any shape and floating-point type.
         squares: :func:`row_squares` of it, where they are known.
     """
-    if part.device.type != "cpu":
+    if not in_host_memory(part):
         norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
         return norm.square()
     flat = (part if part.is_contiguous() or part.ndim != 2 else part.T).reshape(-1)

@@ -92,6 +92,30 @@ def test_the_number_of_collectives_does_not_depend_on_the_number_of_matrices(poo
         assert pool.run(collectives_by_step, 2, count) == [expected] * 2
 
 
+@pytest.mark.parametrize("size", [12 * 8 * 4, 3 * 12 * 8 * 4 + 1])
+def test_smaller_buckets_take_the_same_steps_in_more_collectives(pool, size):
+    steady, refreshing = rounds(power_passes=1, residual="matched")
+    count = 7
+    buckets = -(-count // (size // (12 * 8 * 4)))
+    expected = [1 + buckets * refreshing] + 4 * [1 + buckets * steady]
+    together, cut = (
+        pool.run(steps_in_buckets, 2, count, {"bucket_size": given}) for given in (2**30, size)
+    )
+    for (_, weights), (collectives, same) in zip(together, cut, strict=True):
+        assert collectives == expected
+        assert all(map(torch.equal, weights, same))
+
+
+def steps_in_buckets(group, count: int, settings) -> tuple[list[int], list[torch.Tensor]]:
+    optimizer = build(group, [(12, 8)] * count, max_rank=3, min_gap=5, max_gap=5, **settings)
+    totals = [0]
+    for step in range(5):
+        step_towards_zero(optimizer, step)
+        totals.append(optimizer.collectives())
+    weights = [weight.detach() for weight in parameters_of(optimizer)]
+    return [after - before for before, after in pairwise(totals)], weights
+
+
 def one_differs(group, difference) -> str:
     """The error where process 1 was started with something else."""
     optimizer = build(group, **(difference if dist.get_rank(group) == 1 else {}))
@@ -105,6 +129,7 @@ def one_differs(group, difference) -> str:
     ("difference", "words"),
     [
         ({"max_rank": 6}, ["settings of parameter group 0", "max_rank=12", "max_rank=6"]),
+        ({"bucket_size": 99}, ["settings of parameter group 0", "bucket_size=1073741824", "=99"]),
         ({"seed": 1}, ["settings of parameter group 0", "seed=0", "seed=1"]),
         ({"shapes": [(96, 48), *SHAPES[:1], *SHAPES[2:]]}, ["w1 (48, 96)", "w1 (96, 48)"]),
         ({"names": ["w0", "w1", "w2", "v"]}, ["w3 (31,)", "v (31,)"]),

@@ -1,0 +1,47 @@
+"""How often a step waits for the device: each read of a tensor's value by Python is such a wait."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrices import gaussian
+from one_process import feed, optimizer_of
+
+from arg_dist.subspace import norms
+
+READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The reads so far, by what read."""
+    seen: list[str] = []
+
+    def counted(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def read(self: torch.Tensor, *args: object) -> object:
+            seen.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+
+    for name in READS:
+        counted(name)
+    monkeypatch.setattr(norms, "in_host_memory", lambda part: False)  # as on a GPU
+    return seen
+
+
+@pytest.mark.parametrize("residual", ["matched", "scaled", "none"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_step_without_a_refresh_reads_once_whatever_it_is_given(reads, count, residual):
+    shapes = [(12, 8), (8, 12), (7,), (3, 8, 6)]
+    weights = [gaussian(*shape) for shape in shapes for _ in range(count)]
+    optimizer = optimizer_of(*weights, residual=residual, min_gap=9, max_gap=9, decay=0.5)
+    for step in range(3):
+        gradients = [gaussian(*weight.shape, seed=step) for weight in weights]
+        reads.clear()
+        feed(optimizer, *gradients)
+        if step:
+            # squared norms of all gradients: nothing changes before all are known to be finite
+            assert reads == ["tolist", "tolist"]
