@@ -53,9 +53,9 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     ``S = G - P Q^T`` is what the basis does not span, ``phi`` how far each of its rows is followed
     (:mod:`arg_dist.subspace.residual`). The number of collectives does not depend on the number of
     matrices in a bucket (`bucket_size`), and a matrix that a single process holds whole sends
-    nothing but the first line. Under an engine that cuts parameters, the optimizer finds its fragments at the first step; it may be
-    built before or after the engine takes the model over, but before the engine replaces its
-    parameters.
+    nothing but the first line. Under an engine that cuts parameters, the optimizer finds its
+    fragments at the first step; it may be built before or after the engine takes the model over,
+    but before the engine replaces its parameters.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups; best from
