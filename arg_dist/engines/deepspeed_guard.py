@@ -50,12 +50,17 @@ def expect(optimizer: AdaRankGrad) -> None:
         for parameter in group["params"]:
             _EXPECTED[parameter] = built
 
-    def forget(*_: Any) -> None:
-        for parameter in [each for each, whose in _EXPECTED.items() if whose is built]:
-            del _EXPECTED[parameter]
-        first_step.remove()
+    first = True
 
-    first_step = optimizer.register_step_pre_hook(forget)
+    def forget(*_: Any) -> None:
+        nonlocal first
+        # it is not removed: torch would be amidst the hooks, and fail if the user has others
+        if first:
+            for parameter in [each for each, whose in _EXPECTED.items() if whose is built]:
+                del _EXPECTED[parameter]
+        first = False
+
+    optimizer.register_step_pre_hook(forget)
 
 
 def introduce(optimizer_class: type) -> None:

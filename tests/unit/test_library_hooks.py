@@ -1,7 +1,9 @@
 """Methods of libraries with something of ours around them."""
 
 import pytest
+import torch
 
+import arg_dist
 from arg_dist.engines.library_hooks import wrap_method
 
 pytestmark = pytest.mark.unit
@@ -43,3 +45,14 @@ def test_a_class_whose_parent_is_wrapped_is_not_wrapped_again():
 def test_a_method_that_is_gone_is_an_error_with_the_tested_version():
     with pytest.raises(RuntimeError, match=r"library: Library has no triple .*tested: 1\.2"):
         wrap(Library, "triple")
+
+
+def test_a_users_hooks_before_the_step_are_called_in_the_first_one_too():
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    weight.grad = torch.ones(4, 4)
+    optimizer = arg_dist.AdaRankGrad([("weight", weight)])
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.step()
+    optimizer.step()
+    assert calls == ["before", "before"]
