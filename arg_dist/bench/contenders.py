@@ -80,12 +80,13 @@ def own_settings(name: str, rank: int, gap: int) -> dict[str, Any]:
 
 
 def steps_that_work(
-    makers: Mapping[str, Callable[[], Callable[[], None]]],
+    makers: Mapping[str, Callable[[], Callable[[], None]]], *, of: str | None = None
 ) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
     """Makes steps and takes each once.
 
     Args:
         makers: what makes a step, by the optimizer's name.
+        of: the optimizer of all of them, where they have other names.
 
     Returns:
         The steps of those that can work, and why the others cannot, by name. What our own
@@ -97,7 +98,7 @@ def steps_that_work(
             step = make()
             step()
         except Exception as error:  # a package of others: whatever it raises is its answer
-            if name in OURS:
+            if (of or name) in OURS:
                 raise
             refused[name] = in_one_line(error)
         else:

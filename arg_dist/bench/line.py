@@ -2,6 +2,8 @@
 
 python -m arg_dist.bench step --models 350m --ranks 128
 python -m arg_dist.bench refresh --models 1b --ranks 128 --methods recommended galore
+python -m arg_dist.bench memory --model 60m --engines none ddp zero2 fsdp2
+python -m arg_dist.bench scaling --model 60m --processes 1 2 4
 
 The same commands run on CPUs and on GPUs. --threads is torch's own choice unless given.
 """
@@ -9,30 +11,44 @@ The same commands run on CPUs and on GPUs. --threads is torch's own choice unles
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-from arg_dist.bench.contenders import NAMES, OURS, PEERS
+from arg_dist.bench.memory import Jobs, check_devices, measure_alone, measure_engines
+from arg_dist.bench.options import parser
 from arg_dist.bench.refresh import measure_refreshes
 from arg_dist.bench.results import Figures, check_out, show, write
-from arg_dist.bench.shapes import DTYPES, check_ranks
+from arg_dist.bench.scaling import measure_layers, measure_processes
+from arg_dist.bench.shapes import check_ranks
 from arg_dist.bench.step import measure_steps
 from arg_dist.compare import peers
 from arg_dist.compare.methods import FAMILIES
 from arg_dist.lm import InputError
-from arg_dist.lm.command_line import BAD_INPUT, OneLineParser, at_least, complain
+from arg_dist.lm.command_line import BAD_INPUT, complain
 from arg_dist.lm.environment import prepare_environment
+from arg_dist.lm.interrupts import exit_code
 from arg_dist.lm.presets import LLAMA_SIZES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 if it cannot be used."""
+    assert __doc__ is not None
     prepare_environment(world_of_one=False)
-    options = _parser().parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     try:
-        tables = _run(options)
+        device = _device(options.device)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        if options.out is not None:
+            check_out(options.out)
+        methods = {*options.methods, *getattr(options, "engine_methods", ())}
+        peers.require({FAMILIES.get(name, name) for name in methods})
+        tables = COMMANDS[options.command](options, device)
     except InputError as error:
         complain(str(error))
         return BAD_INPUT
@@ -42,22 +58,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> list[Figures]:
-    device = _device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.out is not None:
-        check_out(options.out)
-    peers.require({FAMILIES.get(name, name) for name in options.methods})
+def stop_on_signals() -> None:
+    """Lets SIGTERM end what has been started, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(exit_code(number)))
+
+
+def _step(options: argparse.Namespace, device: torch.device) -> list[Figures]:
     check_ranks(options.models, options.ranks)
-    where = {"device": device, "rounds": options.rounds}
-    if options.command == "step":
-        measured = measure_steps(
-            options.models, options.ranks, options.dtypes, options.methods, **where
+    return [
+        measure_steps(
+            options.models,
+            options.ranks,
+            options.dtypes,
+            options.methods,
+            device=device,
+            rounds=options.rounds,
         )
-    else:
-        measured = measure_refreshes(options.models, options.ranks, options.methods, **where)
-    return [measured]
+    ]
+
+
+def _refresh(options: argparse.Namespace, device: torch.device) -> list[Figures]:
+    check_ranks(options.models, options.ranks)
+    return [
+        measure_refreshes(
+            options.models, options.ranks, options.methods, device=device, rounds=options.rounds
+        )
+    ]
+
+
+def _memory(options: argparse.Namespace, device: torch.device) -> list[Figures]:
+    jobs = _jobs(options, device)
+    check_devices(device, options.processes if options.engines else 1)
+    tables = [measure_alone(jobs, options.methods)]
+    if options.engines and options.engine_methods:
+        tables += [
+            measure_engines(
+                jobs, options.engines, options.engine_methods, processes=options.processes
+            )
+        ]
+    return tables
+
+
+def _scaling(options: argparse.Namespace, device: torch.device) -> list[Figures]:
+    jobs = _jobs(options, device)
+    check_devices(device, max(options.processes, default=1))
+    tables = [
+        measure_layers(
+            options.model,
+            jobs.rank,
+            options.methods,
+            layers=options.layers,
+            rounds=options.rounds,
+            device=device,
+        )
+    ]
+    if options.engines and options.processes:
+        tables += [
+            measure_processes(
+                jobs,
+                options.engines,
+                options.methods,
+                processes=options.processes,
+                cores=len(os.sched_getaffinity(0)),
+            )
+        ]
+    return tables
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, torch.device], list[Figures]]] = {
+    "step": _step,
+    "refresh": _refresh,
+    "memory": _memory,
+    "scaling": _scaling,
+}
+
+
+def _jobs(options: argparse.Namespace, device: torch.device) -> Jobs:
+    rank = options.rank or LLAMA_SIZES[options.model].hidden // 4
+    check_ranks([options.model], [rank], "--rank")
+    return Jobs(
+        model=options.model,
+        rank=rank,
+        device=device,
+        threads=options.threads,
+        limit=float(options.limit),
+        batch=options.batch_size,
+        length=options.seq_len,
+        steps=options.steps,
+        tell=partial(print, file=sys.stderr, flush=True),
+    )
 
 
 def _device(name: str | None) -> torch.device:
@@ -77,36 +166,3 @@ def _device(name: str | None) -> torch.device:
         there = f"{best.type} and cpu" if best else "cpu alone"
         raise InputError(f"--device {name}: there is no such device here; there is {there}")
     return device
-
-
-def _parser() -> OneLineParser:
-    assert __doc__ is not None
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="step|refresh")
-    step = commands.add_parser("step", help="a step without a refresh, beside others and the floor")
-    refresh = commands.add_parser("refresh", help="what a new basis costs")
-    _add_shared(step, NAMES, NAMES)
-    _add_shared(refresh, (*OURS, *PEERS), (next(iter(OURS)), "galore"))
-    for command in (step, refresh):
-        add = command.add_argument
-        add("--models", nargs="+", choices=LLAMA_SIZES, default=["350m"], metavar="SIZE",
-            help=f"whose shapes are taken: {', '.join(LLAMA_SIZES)} (default: 350m)")  # fmt: skip
-        add("--ranks", nargs="+", type=at_least(1), default=[128], metavar="RANK",
-            help="(default: 128)")  # fmt: skip
-        add("--rounds", type=at_least(1), default=9, help="(default: 9)")
-    step.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"], metavar="DTYPE",
-                      help="of weights and gradients: fp32, bf16 (default: fp32)")  # fmt: skip
-    return parser
-
-
-def _add_shared(
-    command: argparse.ArgumentParser, able: Sequence[str], methods: Sequence[str]
-) -> None:
-    add = command.add_argument
-    add("--methods", nargs="+", choices=able, default=list(methods), metavar="METHOD",
-        help=f"of {', '.join(able)} (default: {' '.join(methods)})")  # fmt: skip
-    add("--threads", type=at_least(1), help="of torch on the CPU (default: its own choice)")
-    add("--device", metavar="DEVICE", help="(default: a GPU if there is one)")
-    add("--out", type=Path, metavar="FILE.json", help="all figures; FILE.md: the tables")

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.launch.launching import alone
+import pytest
+
+from tests.launch.launching import alone, launch
 
 MAIN = "arg_dist/bench/__main__.py"
 
@@ -34,3 +36,55 @@ def test_a_step_and_a_new_basis_are_timed_beside_every_other_optimizer(tmp_path:
     (table,), _ = bench("refresh", *shapes, out=tmp_path / "deep" / "r.json")
     assert len(table["samples"]) == 3
     assert {"galore", "galore, new basis"} < set(table["samples"][0]["seconds"])
+
+
+def test_memory_and_scaling_start_fresh_processes(tmp_path: Path) -> None:
+    small = ("--model", "pico", "--methods", "recommended", "--rank", 16, "--steps", 2)
+    (alone_,), _ = bench("memory", *small, "--engines", out=tmp_path / "m.json")
+    (sample,) = alone_["samples"]
+    assert 0 < sample["temporary"] <= sample["temporary_with_new_bases"]
+    assert sample["peak"] > 0 and sample["state"]["storage"] > 0
+    options = ("--engines", "ddp", "--processes", 2, "--layers", 1, "--rounds", 2)
+    (layers, processes), _ = bench("scaling", *small, *options, out=tmp_path / "s.json")
+    assert layers["samples"][0]["layers"] == [1, 2, 4]
+    assert layers["samples"][0]["seconds_a_layer"] > 0
+    first, second = processes["samples"][0]["processes"]
+    assert 0.95 < first["state"]["storage"] / second["state"]["storage"] < 1.05
+
+
+ADAM, PARAMETERS = 8, 857_472
+"""Bytes a parameter, and how many there are of `pico` with 257 tokens."""
+CASES = {
+    "none": ("adamw", 1), "ddp": ("recommended", 2), "zero2": ("adamw", 2),
+    "zero3": ("recommended", 2), "fsdp2": ("recommended", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", CASES)
+def test_what_a_process_holds_under_an_engine(engine: str, tmp_path: Path) -> None:
+    name, processes = CASES[engine]
+    job = {"kind": "training", "engine": engine, "name": name, "model": "pico", "rank": 16}
+    job |= {"device": "cpu", "steps": 2, "batch": 1, "length": 16, "threads": 1, "limit": 90}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    finished = launch(
+        "arg_dist/bench/job.py", tmp_path / "job.json", tmp_path,
+        processes=processes, seconds=100, launcher="forked",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = [json.loads((tmp_path / f"process-{i}.json").read_text()) for i in range(processes)]
+    # over all processes, in copies of the model
+    weights, gradients = {
+        "none": (1, 1), "ddp": (2, 2), "zero2": (3, 1), "zero3": (2, 1),
+        "fsdp2": (1, 1),
+    }[engine]  # fmt: skip
+    total = {key: sum(each[key] for each in found) for key in ("weights", "gradients")}
+    padding = 4096
+    assert abs(total["weights"] - weights * 4 * PARAMETERS) <= padding
+    assert abs(total["gradients"] - gradients * 4 * PARAMETERS) <= padding
+    states = [each["state"]["storage"] for each in found]
+    if name == "adamw":
+        assert abs(sum(states) - ADAM * PARAMETERS) <= padding
+    else:
+        assert 0 < sum(states) < ADAM * PARAMETERS / 2
+    assert max(states) < 1.05 * sum(states) / processes
+    assert all(each["peak"] > each["state"]["storage"] for each in found)

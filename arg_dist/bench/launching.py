@@ -1,0 +1,110 @@
+"""Starts the processes of a measured job, as a user's launcher does, and collects their figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arg_dist.lm import InputError
+from arg_dist.report.files import write_json
+
+GRACE_SECONDS = 20.0
+"""For torchrun to end its processes."""
+TOLD_LINES = 15
+
+
+class JobError(InputError):
+    """A job has failed; `reason` is what its first process that failed has said, if it could."""
+
+    def __init__(self, message: str, reason: str | None) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def run_job(
+    kind: str, job: Mapping[str, Any], *, processes: int, threads: int | None, limit: float
+) -> list[dict[str, Any]]:
+    """Runs a function of :mod:`arg_dist.bench.job` in fresh processes, under torchrun if several.
+
+    Args:
+        kind: the function's name.
+        job: its arguments.
+        processes: how many.
+        threads: of torch in each; None for its own choice, a share of the cores.
+        limit: seconds, after which all are ended.
+
+    Returns:
+        The figures of each process, by its index.
+
+    Raises:
+        JobError: a process has failed, or the time was over; its last lines are in the message.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        write_json(folder / "job.json", {"kind": kind, "limit": limit, "threads": threads, **job})
+        log = folder / "log"
+        code = _run(_words(folder, processes), log, _environment(str(job["device"])), limit)
+        found = [_figures(folder, index) for index in range(processes)]
+        if code == 0 and all(found):
+            return found
+        lines = log.read_text(errors="replace").splitlines()[-TOLD_LINES:]
+    reason = next((figures["error"] for figures in found if "error" in figures), None)
+    what = f"was not done after {limit:g} s" if code is None else f"ended with {code}"
+    about = " ".join(f"{key}={value}" for key, value in job.items())
+    raise JobError("\n".join([f"{kind} {about}, {processes} processes: {what}:", *lines]), reason)
+
+
+def _words(folder: Path, processes: int) -> list[str]:
+    job = ["-m", "arg_dist.bench.job", str(folder / "job.json"), str(folder)]
+    if processes == 1:
+        return [sys.executable, *job]
+    meeting = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    return [*torchrun, "--nproc_per_node", str(processes), *meeting, *job]
+
+
+def _environment(device: str) -> dict[str, str]:
+    environment = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # the profiler tells of every start
+    if torch.device(device).type == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return environment
+
+
+def _run(words: list[str], log: Path, environment: Mapping[str, str], limit: float) -> int | None:
+    """The exit code; None if the time was over."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        return process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:  # Ctrl-C, too: torchrun ends what it has started when it is asked to
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _figures(folder: Path, index: int) -> dict[str, Any]:
+    path = folder / f"process-{index}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
