@@ -28,7 +28,9 @@ codes=()
 python -m pytest tests/unit tests/lockstep "$@" && codes+=(0) || codes+=($?)
 wait "$hosts" && codes+=(0) || codes+=($?)
 cat "$report"
-python -m pytest tests/pool tests/launch "$@" && codes+=(0) || codes+=($?)
+# Launches wait for each other's starts and ends: two workers, which take whole files, overlap them.
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
+python -m pytest tests/pool tests/launch "${workers[@]}" "$@" && codes+=(0) || codes+=($?)
 for code in "${codes[@]}"; do
   if ((code != 0 && code != none)); then exit "$code"; fi
 done

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 TIERS = {"unit": 60, "lockstep": 60, "pool": 120, "launch": 600, "hosts": 120}
 """Seconds that one test of a tier may take, in the order in which the tiers run."""
+
+TOGETHER = {"tests/launch/test_zero.py": "tests/launch/test_engines.py"}
+"""Files for the worker that takes another one, too, if there are several: they share launches."""
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
     "tiers", derandomize=True, max_examples=20, deadline=None, database=None
 )
 hypothesis.settings.load_profile("tiers")
+
+
+class WholeFiles(LoadFileScheduling):
+    """Each file is one worker's, and what shares launches with it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return TOGETHER.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles:
+    return WholeFiles(config, log)
 
 
 def tier_of(item: pytest.Item) -> str:
