@@ -65,7 +65,8 @@ class Jobs:
                 raise
             return [], error.reason
         finally:
-            self.tell(" ".join([kind, name, *(f"{key}={value}" for key, value in more.items())]))
+            told = {"processes": processes, **more}
+            self.tell(" ".join([kind, name, *(f"{key}={value}" for key, value in told.items())]))
         return found, None
 
     def train(self, engine: str, name: str, processes: int) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def layer_figures(samples: list[dict[str, Any]], rounds: int) -> Figures:
             ]
             for n, taken, ratio in zip(layers, times, ratios, strict=True)
         ]
-        heading = f"{name}: {number(1e3 * slope)} ms a layer, at most {100 * deviation:.1f} % off"
+        heading = f"{name}: {number(1e3 * slope)} ms a layer, within {100 * deviation:.1f} %"
         return Block(heading, rows)
 
     one = samples[0]

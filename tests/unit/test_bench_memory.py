@@ -176,7 +176,7 @@ def test_a_line_through_times_of_layers() -> None:
     }  # fmt: skip
     broken = {**sample, "optimizer": "fira", "not_possible": {"fira": "RuntimeError: no"}}
     table = scaling.layer_figures([sample, broken], rounds=1)
-    assert table.blocks[0].heading == "adamw: 1.00 ms a layer, at most 0.0 % off"
+    assert table.blocks[0].heading == "adamw: 1.00 ms a layer, within 0.0 %"
     assert list(table.blocks[0].rows[2]) == ["8 layers", "8.00 (8.00..8.00)", "1.00", "+0.0 %"]
     assert table.blocks[1].rows[0][1] == "not possible"
     assert sample["largest_deviation"] == pytest.approx(0.0)
