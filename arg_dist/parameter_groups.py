@@ -33,12 +33,7 @@ def group_spec(
     """
 
     def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
-        if not settings.low_rank or name in full_rank:
-            return []
-        found = matrix_views(name, shape, settings.view)
-        # where all directions would be kept, plain Adam keeps less
-        saves = found and settings.rank_bounds(found[0].short)[1] < found[0].short
-        return found if saves else []
+        return [] if name in full_rank else trained_views(name, shape, settings)
 
     return GroupSpec(
         holding=hold(group),
@@ -47,6 +42,16 @@ def group_spec(
         views=views,
         settings="; ".join(f"{key}={value!r}" for key, value in settings),
     )
+
+
+def trained_views(
+    name: str, shape: tuple[int, ...], settings: AdaRankGradConfig
+) -> list[MatrixView]:
+    """The matrices in a parameter that are low-rank by its group's settings; none for Adam's."""
+    found = matrix_views(name, shape, settings.view) if settings.low_rank else []
+    # where all directions would be kept, plain Adam keeps less
+    saves = found and settings.rank_bounds(found[0].short)[1] < found[0].short
+    return found if saves else []
 
 
 def members(groups: Iterable[Mapping[str, Any]]) -> list[Any]:

@@ -20,7 +20,7 @@ from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.state import storage_bytes
 from arg_dist.subspace.budget import Claim, Ranks, allowed_ranks, smallest_bytes
-from arg_dist.subspace.spread import row_count
+from arg_dist.subspace.spread import Spread, row_count
 
 SCALAR_BYTES = 16
 """||P||^2 and the residual's norm, fp64, on each process that has a part of a matrix."""
@@ -108,14 +108,7 @@ class StateBudget:
 
     def _check(self, fixed: int, claims: Sequence[Claim]) -> None:
         assert self.limit is not None
-        smallest = smallest_bytes(claims)
-        if fixed + smallest > self.limit:
-            raise ConfigError(
-                f"state_budget: got {in_words(self.limit)}; {in_words(fixed)} are kept whatever "
-                "the ranks (mostly full-rank Adam's moments of embeddings, head and norms), and "
-                f"the {len(claims)} low-rank matrices take {in_words(smallest)} at their smallest "
-                f"ranks; give at least {fixed + smallest} bytes, or lower min_rank"
-            )
+        check_fits(self.limit, fixed, claims)
         present = fixed + sum(claim.rank * claim.direction_bytes for claim in claims)
         if present > self.limit and not self._has_warned:
             self._has_warned = True
@@ -127,13 +120,38 @@ class StateBudget:
             )
 
 
+def check_fits(limit: int, fixed: int, claims: Sequence[Claim]) -> None:
+    """Looks whether the smallest ranks fit into a budget.
+
+    Args:
+        limit: bytes for all processes together.
+        fixed: bytes that are kept whatever the ranks.
+        claims: what the matrices ask for.
+
+    Raises:
+        ConfigError: they do not; the message has the smallest budget that works.
+    """
+    smallest = smallest_bytes(claims)
+    if fixed + smallest > limit:
+        raise ConfigError(
+            f"state_budget: got {in_words(limit)}; {in_words(fixed)} are kept whatever "
+            "the ranks (mostly full-rank Adam's moments of embeddings, head and norms), and "
+            f"the {len(claims)} low-rank matrices take {in_words(smallest)} at their smallest "
+            f"ranks; give at least {fixed + smallest} bytes, or lower min_rank"
+        )
+
+
 def claim_of(shard: MatrixShard, state: State, settings: AdaRankGradConfig) -> Claim:
     """What a matrix asks for."""
-    spread = shard.spread
+    return claim(shard.name, shard.spread, state, settings)
+
+
+def claim(name: str, spread: Spread, state: State, settings: AdaRankGradConfig) -> Claim:
+    """What a matrix asks for that lies as `spread` says."""
     smallest, largest = settings.rank_bounds(min(spread.basis.size, spread.moment.size))
     stored = sum(row_count(rows) for rows in spread.store)
     return Claim(
-        name=shard.name,
+        name=name,
         smallest=smallest,
         largest=largest,
         rank=state.get("rank", 0),

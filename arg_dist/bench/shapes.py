@@ -66,8 +66,11 @@ def layer_shapes(model: str, layers: int | None = None) -> list[Shape]:
     """
     size = LLAMA_SIZES[model]
     count = size.layers if layers is None else layers
+    shared = size.key_value_width != size.hidden
+    keys = [Shape(size.key_value_width, size.hidden, 2 * count)] if shared else []
     return [
-        Shape(size.hidden, size.hidden, 4 * count),
+        Shape(size.hidden, size.hidden, (2 if shared else 4) * count),
+        *keys,
         Shape(size.intermediate, size.hidden, 2 * count),
         Shape(size.hidden, size.intermediate, count),
     ]

@@ -1,4 +1,4 @@
-"""``arg-dist``: exports checkpoints, and looks through them."""
+"""``arg-dist``: exports checkpoints, looks through them, and plans runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from arg_dist.checkpoint import CheckpointError
 from arg_dist.command.export import DTYPES, export
 from arg_dist.command.inspection import inspect
+from arg_dist.command.plan import add_options, plan
 from arg_dist.lm import InputError
 from arg_dist.lm.command_line import BAD_INPUT, FAILED, OneLineParser, complain
 
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "inspect":
             return 0 if inspect(options.path, sys.stdout) else FAILED
+        if options.command == "plan":
+            plan(options)
+            return 0
         done = export(
             options.checkpoint,
             options.out,
@@ -46,8 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="arg-dist", description="Checkpoints of AdaRankGrad.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="export|inspect")
+    parser = OneLineParser(prog="arg-dist", description="Plans and checkpoints of AdaRankGrad.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="export|inspect|plan")
     out = commands.add_parser(
         "export", help="write a Hugging Face model directory, for from_pretrained"
     )
@@ -61,4 +65,5 @@ def _parser() -> OneLineParser:
     )
     look = commands.add_parser("inspect", help="verify checkpoints, and tell what is in them")
     look.add_argument("path", type=Path, help=f"{either}: all of them")
+    add_options(commands.add_parser("plan", help="tell what a run would take, before it"))
     return parser

@@ -1,4 +1,4 @@
-"""Llama models by name, in the sizes of the GaLore paper, or any model from a path."""
+"""Llama models by name, in the sizes of the GaLore and Llama papers, or any model from a path."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ class LlamaSize:
     intermediate: int
     layers: int
     heads: int
+    key_value_heads: int | None = None
+
+    @property
+    def key_value_width(self) -> int:
+        """Rows of the matrices of keys and values; fewer than `hidden` where heads share them."""
+        return self.hidden // self.heads * (self.key_value_heads or self.heads)
 
 
 LLAMA_SIZES = {
@@ -34,6 +40,8 @@ LLAMA_SIZES = {
     "350m": LlamaSize(1024, 2736, 24, 16),
     "1b": LlamaSize(2048, 5461, 24, 32),
     "7b": LlamaSize(4096, 11008, 32, 32),
+    "13b": LlamaSize(5120, 13824, 40, 40),
+    "70b": LlamaSize(8192, 28672, 80, 64, key_value_heads=8),
 }
 
 
@@ -53,6 +61,7 @@ def model_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig
             intermediate_size=size.intermediate,
             num_hidden_layers=size.layers,
             num_attention_heads=size.heads,
+            num_key_value_heads=size.key_value_heads or size.heads,
             max_position_embeddings=max(1024, length),
             rms_norm_eps=1e-6,
             tie_word_embeddings=False,

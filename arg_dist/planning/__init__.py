@@ -1,0 +1,1 @@
+"""What a run would take, by arithmetic: memory and bytes sent, before anything is started."""

@@ -1,0 +1,111 @@
+"""What an engine itself keeps and sends, whatever the optimizer: DeepSpeed 0.19, torch 2.13.
+
+Sent bytes are estimates: as if all collectives went around a ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from arg_dist.planning.cuts import Layout
+from arg_dist.planning.rows import Counts
+
+DTYPES = {"fp32": 4, "bf16": 2}
+"""Bytes of a weight."""
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's `reduce_bucket_size` unless its JSON has another."""
+FP32 = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Bytes that each process keeps for the engine, at the moment of the optimizer's step.
+
+    Attributes:
+        weights: those that the model computes with.
+        masters: the engine's own fp32 weights beside them.
+        gradients: all of them, the engine's fp32 copies included.
+        buffers: kept over the whole run, empty or full.
+        trained: elements that the optimizer is given, with padding.
+        trained_bytes: bytes of such an element.
+    """
+
+    weights: Counts
+    masters: Counts
+    gradients: Counts
+    buffers: Counts
+    trained: Counts
+    trained_bytes: int
+
+
+def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
+    """What each process keeps under an engine.
+
+    Args:
+        layout: the model under its engine.
+        dtype: one of :data:`DTYPES`, of the weights that the model computes with.
+        bucket: DeepSpeed's `reduce_bucket_size`.
+    """
+    size, processes = DTYPES[dtype], layout.processes
+    elements = sum(parameter.numel for call in layout.calls for parameter in call)
+
+    def alike(count: int) -> Counts:
+        return np.full(processes, count, np.int64)
+
+    nothing = alike(0)
+    if layout.engine in ("zero1", "zero2"):
+        part, whole = layout.part, layout.part * processes
+        return Held(
+            alike(size * whole),
+            alike(FP32 * part),
+            alike(FP32 * part),  # the flat fp32 copy; the ones before it are gone by then
+            nothing,
+            alike(part),
+            FP32,
+        )
+    if layout.engine == "zero3":
+        calls = [sum(layout.chunk(p) for p in call) for call in layout.calls]
+        part = sum(calls)
+        return Held(
+            alike(size * part),
+            alike(FP32 * part),
+            alike(size * part + FP32 * max(calls)),  # of the sub-group that is stepped
+            alike(size * bucket),
+            alike(part),
+            FP32,
+        )
+    if layout.engine == "fsdp2":
+        part = sum(layout.chunk(parameter) for call in layout.calls for parameter in call)
+        local = nothing.copy()
+        for call in layout.calls:
+            for piece in layout.pieces(call):
+                local[piece.owners] += [stop - start for start, stop in piece.ranges]
+        return Held(alike(size * part), nothing, alike(size * part), nothing, local, size)
+    copies = FP32 if layout.engine == "zero0" and dtype != "fp32" else 0
+    return Held(
+        alike(size * elements),
+        alike(copies * elements),
+        alike((size + copies) * elements),
+        alike(size * elements) if layout.engine == "ddp" else nothing,
+        alike(elements),
+        copies or size,
+    )
+
+
+def engine_sent(layout: Layout, dtype: str) -> Counts:
+    """Bytes of weights and gradients that each process sends in a step of one micro-batch."""
+    processes = layout.processes
+    size = DTYPES[dtype] * sum(parameter.numel for call in layout.calls for parameter in call)
+    once = size * (processes - 1) / processes  # a reduce-scatter, or an all-gather
+    times = {
+        "none": 0,
+        "ddp": 2,  # an all-reduce of gradients
+        "zero0": 2,
+        "zero1": 3,  # the same, and the weights
+        "zero2": 3,
+        "zero3": 3,  # weights for the forward and for the backward pass; gradients
+        "fsdp2": 3,
+    }
+    return np.full(processes, round(times[layout.engine] * once), np.int64)

@@ -1,0 +1,276 @@
+"""All figures of a plan, for AdaRankGrad and for those that it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from arg_dist.algorithm import rounds
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.planning.cuts import ENGINES, Layout, lay_out
+from arg_dist.planning.engines import BUCKET, Held, engine_sent, held
+from arg_dist.planning.model import Model
+from arg_dist.planning.peers import (
+    adamw_state,
+    adamw_temporaries,
+    galore_moments,
+    galore_projector,
+    galore_temporaries,
+    runs_galore,
+)
+from arg_dist.planning.requests import FP64, taken
+from arg_dist.planning.rows import Counts
+from arg_dist.planning.shares import budget_sent, planned_ranks
+from arg_dist.planning.temporaries import temporaries
+from arg_dist.planning.units import MatrixUnit, Unit, matrices, tensors, units_of
+
+KEPT = (
+    "weights",
+    "master_weights",
+    "gradients",
+    "engine_buffers",
+    "low_rank_moments",
+    "projectors",
+    "full_rank_state",
+)
+"""What lies in memory at every step, one key each."""
+AGREED, TOLD = 2 * FP64, 3 * FP64
+"""Bytes of the agreement before a step: for each matrix or tensor, and for each process."""
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """What training by one optimizer takes; bytes, for each process.
+
+    Attributes:
+        kept: by the keys of :data:`KEPT`.
+        step_temporaries: beyond that, in a step without a refresh.
+        refresh_temporaries: in a step in which all matrices find a basis, as in the first one.
+        engine_sent: by the engine, in a step.
+        step_sent: by the optimizer, in a step without a refresh.
+        refresh_sent: by the optimizer, in the first step.
+        step_collectives: of the optimizer, in a step without a refresh.
+        refresh_collectives: of the optimizer, in the first step.
+    """
+
+    kept: Mapping[str, Counts]
+    step_temporaries: Counts
+    refresh_temporaries: Counts
+    engine_sent: Counts
+    step_sent: Counts
+    refresh_sent: Counts
+    step_collectives: int = 0
+    refresh_collectives: int = 0
+
+    @property
+    def state(self) -> Counts:
+        """The optimizer's state."""
+        return self._sum("low_rank_moments", "projectors", "full_rank_state")
+
+    @property
+    def peak(self) -> Counts:
+        """All that is kept, and the temporaries of the worst step."""
+        return self._sum(*KEPT) + np.maximum(self.step_temporaries, self.refresh_temporaries)
+
+    def arrays(self) -> dict[str, Counts]:
+        """All figures by name."""
+        return {
+            **{key: self.kept[key] for key in KEPT},
+            "optimizer_state": self.state,
+            "step_temporaries": self.step_temporaries,
+            "refresh_temporaries": self.refresh_temporaries,
+            "peak": self.peak,
+            "engine_sent_per_step": self.engine_sent,
+            "sent_per_step": self.step_sent,
+            "sent_in_first_step": self.refresh_sent,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Every figure on the fullest process, on the median one, and over all."""
+        return {
+            **{
+                key: {"largest": int(a.max()), "median": int(np.median(a)), "total": int(a.sum())}
+                for key, a in self.arrays().items()
+            },
+            "collectives_per_step": self.step_collectives,
+            "collectives_in_first_step": self.refresh_collectives,
+        }
+
+    def _sum(self, *keys: str) -> Counts:
+        total: Counts = np.sum([self.kept[key] for key in keys], 0)
+        return total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on paper.
+
+    Attributes:
+        model: what is trained.
+        engine: one of ``ENGINES``.
+        processes: how many.
+        dtype: of the weights that the model computes with.
+        settings: AdaRankGrad's.
+        ranks: that are counted, by the matrices' names.
+        figures: by the optimizers' names; GaLore's are those of one process where it does not run.
+        galore_runs: whether it runs under the engine.
+    """
+
+    model: Model
+    engine: str
+    processes: int
+    dtype: str
+    settings: AdaRankGradConfig
+    ranks: Mapping[str, int]
+    figures: Mapping[str, Figures] = field(default_factory=dict)
+    galore_runs: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "model": self.model.name,
+            "parameters": self.model.elements,
+            "engine": ENGINES[self.engine],
+            "world_size": self.processes,
+            "dtype": self.dtype,
+            "settings": self.settings.model_dump(mode="json"),
+            "ranks": dict(self.ranks),
+            "galore_runs": self.galore_runs,
+            "bytes_per_process": {name: each.as_json() for name, each in self.figures.items()},
+        }
+
+
+def make_plan(
+    model: Model,
+    settings: AdaRankGradConfig,
+    *,
+    engine: str,
+    processes: int,
+    dtype: str = "fp32",
+    bucket: int = BUCKET,
+) -> Plan:
+    """Reckons what a run would take.
+
+    Args:
+        model: what is trained.
+        settings: AdaRankGrad's.
+        engine: one of ``ENGINES``.
+        processes: how many.
+        dtype: of the weights that the model computes with, one of ``DTYPES``.
+        bucket: DeepSpeed's `reduce_bucket_size`, in elements.
+
+    Raises:
+        InputError: the engine is not known, or is none for several processes.
+        ConfigError: `state_budget` is too small.
+    """
+    layout = lay_out(model, engine, processes)
+    calls = units_of(layout, settings)
+    ranks = planned_ranks(calls, settings)
+    holds = held(layout, dtype, bucket)
+    sent = engine_sent(layout, dtype)
+    figures = {
+        "AdaRankGrad": _ours(layout, calls, ranks, holds, sent, settings),
+        "AdamW": _adamw(layout, holds, sent),
+    }
+    runs = runs_galore(engine)
+    if not runs:
+        layout = lay_out(model, "none", 1)
+        holds, sent = held(layout, dtype, bucket), engine_sent(layout, dtype)
+    figures["GaLore"] = _galore(layout, holds, sent, settings)
+    return Plan(model, engine, processes, dtype, settings, ranks, figures, runs)
+
+
+def _ours(
+    layout: Layout,
+    calls: list[list[Unit]],
+    ranks: dict[str, int],
+    holds: Held,
+    engine: Counts,
+    settings: AdaRankGradConfig,
+) -> Figures:
+    processes = layout.processes
+    zeros = np.zeros(processes, np.int64)
+    moments, projectors, full_rank = zeros.copy(), zeros.copy(), zeros.copy()
+    steady_sent, first_sent = zeros.copy(), zeros.copy()
+    scalars = FP64 * (2 if settings.residual == "scaled" else 1)
+    for unit in matrices(calls):
+        rank = ranks[unit.name]
+        moments[unit.owners] += unit.moment_bytes(rank) + scalars
+        projectors[unit.owners] += unit.basis_bytes(rank)
+        for moved in taken(unit.steady_rounds(rank)):
+            steady_sent[unit.owners] += moved.sent
+        for moved in taken(unit.first_rounds(rank)):
+            first_sent[unit.owners] += moved.sent
+    for tensor in tensors(calls):
+        full_rank[tensor.owners] += 8 * tensor.kept
+        for moved in taken(tensor.rounds):
+            steady_sent[tensor.owners] += moved.sent
+            first_sent[tensor.owners] += moved.sent
+    agreeing = sum((processes - 1) * (AGREED * len(units) + TOLD) for units in calls)
+    budget = budget_sent(calls, settings, processes)
+    steps, firsts = (
+        [
+            temporaries(units, ranks, holds.trained_bytes, processes, is_first=is_first)
+            for units in calls
+        ]
+        for is_first in (False, True)
+    )
+    collectives = [_collectives(units, settings, processes) for units in calls]
+    return Figures(
+        _kept(holds, moments, projectors, full_rank),
+        np.max(steps, 0),
+        np.max(firsts, 0),
+        engine,
+        steady_sent + agreeing,
+        first_sent + agreeing + budget,
+        sum(steady for steady, _ in collectives),
+        sum(refreshing for _, refreshing in collectives) + (2 if budget else 0),
+    )
+
+
+def _collectives(units: list[Unit], settings: AdaRankGradConfig, processes: int) -> tuple[int, int]:
+    """Of one call of ``step()``, without a refresh and with one."""
+    if processes == 1:
+        return 0, 0
+    shared = [unit for unit in units if unit.is_shared]
+    any_shared = int(bool(shared))
+    if any(isinstance(unit, MatrixUnit) for unit in shared):
+        steady, refreshing = rounds(settings.power_passes, settings.residual)
+        return 1 + steady, 1 + refreshing
+    return 1 + any_shared, 1 + any_shared
+
+
+def _adamw(layout: Layout, holds: Held, engine: Counts) -> Figures:
+    nothing = np.zeros(layout.processes, np.int64)
+    whole = {"zero1": layout.part, "zero2": layout.part}.get(layout.engine)
+    largest = whole or max(sum(layout.chunk(p) for p in call) for call in layout.calls)
+    if layout.replicated:
+        largest = int(holds.trained.max())
+    passing = adamw_temporaries(holds, largest)
+    kept = _kept(holds, nothing, nothing, adamw_state(holds))
+    return Figures(kept, passing, passing, engine, nothing, nothing)
+
+
+def _galore(layout: Layout, holds: Held, engine: Counts, settings: AdaRankGradConfig) -> Figures:
+    nothing, size = np.zeros(layout.processes, np.int64), holds.trained_bytes
+    parameters = [parameter for call in layout.calls for parameter in call]
+    views = [view for parameter in parameters for view in parameter.views]
+    rest = [parameter.numel for parameter in parameters if not parameter.views]
+    ranks = [settings.rank_bounds(view.short)[1] for view in views]
+    pairs = list(zip(views, ranks, strict=True))
+    kept = _kept(
+        holds,
+        nothing + sum(galore_moments(view, rank, size) for view, rank in pairs),
+        nothing + sum(galore_projector(view, rank, size) for view, rank in pairs),
+        nothing + 2 * size * sum(rest),
+    )
+    step, refresh = galore_temporaries(views, rest, size)
+    return Figures(kept, nothing + step, nothing + refresh, engine, nothing, nothing)
+
+
+def _kept(holds: Held, moments: Counts, projectors: Counts, full_rank: Counts) -> dict[str, Counts]:
+    parts = (holds.weights, holds.masters, holds.gradients, holds.buffers)
+    return dict(zip(KEPT, (*parts, moments, projectors, full_rank), strict=True))

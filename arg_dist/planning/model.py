@@ -1,0 +1,124 @@
+"""A model's parameters by name and shape, without a weight: built on the ``meta`` device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+import arg_dist
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.lm import InputError
+from arg_dist.lm.presets import LLAMA_SIZES, model_config
+from arg_dist.parameter_groups import trained_views
+from arg_dist.sharding.layout import MatrixView
+
+VOCABULARY = 32000
+"""Tokens of the sizes by name, as in the papers that they are from."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One trained parameter.
+
+    Attributes:
+        name: as the model has it.
+        shape: its shape.
+        views: the low-rank matrices in it; none where it is left to full-rank Adam.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    views: tuple[MatrixView, ...]
+
+    @property
+    def numel(self) -> int:
+        """Its number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plan must know of a model.
+
+    Attributes:
+        name: as it was asked for.
+        parameters: in the model's order.
+        by_group: the same in the order of :func:`arg_dist.param_groups`.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    by_group: tuple[Parameter, ...]
+
+    @property
+    def elements(self) -> int:
+        """Elements of all parameters."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(parameter.numel for parameter in self.parameters)
+
+
+def load_model(name: str, settings: AdaRankGradConfig, *, vocab_size: int | None = None) -> Model:
+    """The parameters of a size in ``LLAMA_SIZES``, or of the configuration at a path.
+
+    Args:
+        name: a size, a Hugging Face directory, or its ``config.json``; no weights are read.
+        settings: the optimizer's, which say what is low-rank.
+        vocab_size: tokens of a size by name; default: :data:`VOCABULARY`.
+
+    Raises:
+        InputError: there is no such model, or it is no language model of transformers.
+        ConfigError: `targets` or `exclude` have a pattern that matches nothing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if vocab_size is not None and name not in LLAMA_SIZES:
+        raise InputError(
+            f"--vocab-size {vocab_size}: given, and --model {name} has a vocabulary of its own; "
+            f"it is for {', '.join(LLAMA_SIZES)}"
+        )
+    tokens = vocab_size or (VOCABULARY if name in LLAMA_SIZES else 0)
+    config = model_config(name, vocab_size=tokens, length=1)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise InputError(f"--model {name}: {str(error).splitlines()[0]}") from None
+    groups = arg_dist.param_groups(model, targets=settings.targets, exclude=settings.exclude)
+    low_rank = {
+        name: group.get("low_rank", True) for group in groups for name in group["param_names"]
+    }
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = describe(shapes, settings, low_rank)
+    order = {name: i for i, name in enumerate(low_rank)}
+    return Model(name, found, tuple(sorted(found, key=lambda p: order[p.name])))
+
+
+def describe(
+    shapes: Mapping[str, tuple[int, ...]],
+    settings: AdaRankGradConfig,
+    low_rank: Mapping[str, bool] | None = None,
+) -> tuple[Parameter, ...]:
+    """Parameters of the given shapes, by name; where `low_rank` says no, they are Adam's."""
+    return tuple(
+        Parameter(name, shape, views_of(name, shape, settings, (low_rank or {}).get(name, True)))
+        for name, shape in shapes.items()
+    )
+
+
+def views_of(
+    name: str, shape: tuple[int, ...], settings: AdaRankGradConfig, low_rank: bool
+) -> tuple[MatrixView, ...]:
+    """The low-rank matrices in a parameter, none where it is left to Adam."""
+    return tuple(trained_views(name, shape, settings)) if low_rank else ()
+
+
+def matrix_names(parameters: Iterable[Parameter]) -> list[str]:
+    """Names of all low-rank matrices."""
+    return [view.name for parameter in parameters for view in parameter.views]

@@ -1,0 +1,151 @@
+"""What a matrix asks of other processes in a step, in the order of :mod:`arg_dist.algorithm`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.planning.rows import Counts, Spans, sent
+from arg_dist.subspace.spread import Spread
+
+FP32, FP64 = 4, 8
+"""Bytes of a number."""
+
+
+class Request(NamedTuple):
+    """Rows that processes have and want, the bytes of a row of each tensor that is sent, and
+    whether partial results are added up; else rows are gathered.
+    """
+
+    have: Spans
+    want: Spans
+    row_bytes: tuple[int, ...]
+    adds: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """A spread as arrays; the rows at home are for one process, the whole ones for all owners.
+
+    Attributes:
+        spread: as :func:`arg_dist.sharding.layout.matrix_spread` makes it, of owners alone.
+    """
+
+    spread: Spread
+    moment_touch: Spans = field(init=False)
+    moment_keep: Spans = field(init=False)
+    moment_update: Spans = field(init=False)
+    basis_touch: Spans = field(init=False)
+    basis_keep: Spans = field(init=False)
+    store: Spans = field(init=False)
+
+    def __post_init__(self) -> None:
+        moment, basis = self.spread.moment, self.spread.basis
+        for name, rows in (
+            ("moment_touch", moment.touch),
+            ("moment_keep", moment.keep),
+            ("moment_update", moment.update),
+            ("basis_touch", basis.touch),
+            ("basis_keep", basis.keep),
+            ("store", self.spread.store),
+        ):
+            object.__setattr__(self, name, Spans.of(rows))
+
+    @property
+    def processes(self) -> int:
+        """Owners."""
+        return self.spread.processes
+
+    def whole(self, size: int) -> Spans:
+        """All rows for everyone."""
+        return Spans.whole(self.processes, size)
+
+    def at(self, home: int, size: int) -> Spans:
+        """All rows at the process called `home`."""
+        return Spans.at(home, self.processes, size)
+
+
+def projection(sides: Sides, settings: AdaRankGradConfig, rank: int) -> Iterator[Request]:
+    """Of a step, once the basis is there: P, the residual's norm, N."""
+    followed = settings.residual != "none"
+    beside = (FP32,) if followed else ()  # one number for each row
+    columns = (FP32 * rank, *beside)
+    yield Request(sides.moment_touch, sides.moment_keep, columns, adds=True)
+    if settings.residual == "scaled":
+        yield Request(sides.whole(1), sides.whole(1), (FP64,), adds=True)
+    yield Request(sides.moment_keep, sides.moment_update, columns)
+
+
+def steady(sides: Sides, settings: AdaRankGradConfig, rank: int) -> Iterator[Request]:
+    """Of a step without a refresh, on a basis of `rank` directions."""
+    yield Request(sides.store, sides.basis_touch, (FP32 * rank,))
+    yield from projection(sides, settings, rank)
+
+
+def first(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> Iterator[Request]:
+    """Of the first step, which finds a basis of `rank` directions for moments that are zero.
+
+    Args:
+        sides: how the matrix lies.
+        settings: its settings.
+        rank: of the basis that is found.
+        home: its home process, counted among the owners.
+    """
+    width = sketch_width(sides.spread, settings)
+    size, columns = sides.spread.basis.size, (FP32 * width,)
+    at_home = sides.at(home, size)
+    sketch = Request(sides.basis_touch, at_home, columns, adds=True)
+    image = Request(sides.moment_touch, sides.moment_keep, columns, adds=True)
+    yield sketch
+    for _ in range(settings.power_passes):
+        yield Request(at_home, sides.basis_touch, columns)
+        yield image
+        yield Request(sides.moment_keep, sides.moment_touch, columns)
+        yield sketch
+    yield Request(at_home, sides.basis_touch, columns)
+    yield image
+    yield Request(sides.whole(width), sides.at(home, width), (FP64 * width,), adds=True)
+    yield Request(sides.at(home, 1), sides.whole(1), (FP64 * width,))
+    yield Request(at_home, sides.basis_touch, (FP32 * rank,))
+    yield from projection(sides, settings, rank)
+
+
+def sketch_width(spread: Spread, settings: AdaRankGradConfig) -> int:
+    """Columns of the sketch of a matrix."""
+    short = min(spread.basis.size, spread.moment.size)
+    return min(settings.rank_bounds(short)[1] + settings.oversample, short)
+
+
+class Moved(NamedTuple):
+    """Bytes that each owner sends to others in a round, gets from them, and makes of it."""
+
+    sent: Counts
+    received: Counts
+    answer: Counts
+
+
+Rounds = list[Moved | None]
+"""What each request of a matrix moves; None: it would move nothing, and takes no round."""
+
+
+def rounds_of(requests: Iterable[Request]) -> Rounds:
+    """What the requests of a matrix move."""
+    rounds: Rounds = []
+    for have, want, row_bytes, adds in requests:
+        if want.are_within(have) and not (adds and sent(have, want, 1).any()):
+            rounds.append(None)
+            continue
+        outgoing = [sent(have, want, size) for size in row_bytes]
+        incoming = [sent(want, have, size) for size in row_bytes]
+        answer = want.counts() * sum(row_bytes)
+        rounds.append(Moved(np.sum(outgoing, 0), np.sum(incoming, 0), answer))
+    return rounds
+
+
+def taken(rounds: Rounds) -> list[Moved]:
+    """The rounds that are taken."""
+    return [moved for moved in rounds if moved is not None]

@@ -1,0 +1,109 @@
+"""Rows of a tall matrix over thousands of processes, as arrays, and what exchanges of them send.
+
+The counterpart of :mod:`arg_dist.subspace.exchange` on paper: a process sends what
+:class:`arg_dist.sharding.communicator.Communicator` would pack for the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from arg_dist.sharding.communicator import ALIGNMENT
+from arg_dist.subspace.exchange import Rows
+
+Counts = npt.NDArray[np.int64]
+"""One whole number for each process."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Half-open intervals of rows, one for each process; where both ends are equal there are none.
+
+    Attributes:
+        low: first row of each process.
+        high: one past its last row.
+    """
+
+    low: Counts
+    high: Counts
+
+    @staticmethod
+    def of(rows: Rows) -> Spans:
+        """The same intervals as arrays."""
+        ends = np.array(rows, dtype=np.int64).reshape(-1, 2)
+        return Spans(ends[:, 0], ends[:, 1])
+
+    @staticmethod
+    def whole(processes: int, size: int) -> Spans:
+        """All rows for everyone."""
+        return Spans(np.zeros(processes, np.int64), np.full(processes, size, np.int64))
+
+    @staticmethod
+    def at(process: int, processes: int, size: int) -> Spans:
+        """All rows for one process, none for the others."""
+        high = np.zeros(processes, np.int64)
+        high[process] = size
+        return Spans(np.zeros(processes, np.int64), high)
+
+    @staticmethod
+    def evenly(processes: int, size: int) -> Spans:
+        """The rows cut as :func:`arg_dist.subspace.exchange.even_rows` cuts them."""
+        cuts = size * np.arange(processes + 1, dtype=np.int64) // processes
+        return Spans(cuts[:-1], cuts[1:])
+
+    def counts(self) -> Counts:
+        """Number of rows of each process."""
+        counts: Counts = np.maximum(self.high - self.low, 0)
+        return counts
+
+    def are_within(self, others: Spans) -> bool:
+        """Whether every process's rows are among those that it has in `others`."""
+        inside = (others.low <= self.low) & (self.high <= others.high)
+        return bool(np.all(inside | (self.low >= self.high)))
+
+
+def sent(have: Spans, want: Spans, row_bytes: int) -> Counts:
+    """Bytes that each process sends to others: its rows of `have` that they `want`, padded.
+
+    Within `have`, and within `want`, two intervals are equal, or start and end in the same order.
+    """
+    mine, place = _distinct(have)
+    theirs, theirs_place = _distinct(want)
+    wanting = np.bincount(theirs_place[theirs_place >= 0], minlength=len(theirs.low))
+    # those that meet an interval are neighbours in the order of rows
+    first = np.searchsorted(theirs.high, mine.low, side="right")
+    last = np.maximum(np.searchsorted(theirs.low, mine.high, side="left"), first)
+    length = last - first
+    source = np.repeat(np.arange(len(mine.low)), length)
+    target = np.arange(length.sum()) - np.repeat(length.cumsum() - length, length) + first[source]
+    common = np.minimum(mine.high[source], theirs.high[target])
+    common -= np.maximum(mine.low[source], theirs.low[target])
+    total = np.zeros(len(mine.low) + 1, np.int64)  # the last one for those without any rows
+    np.add.at(total, source, padded(common * row_bytes) * wanting[target])
+    return total[place] - padded(_common(have, want) * row_bytes)
+
+
+def padded(size: Counts) -> Counts:
+    """Bytes that tensors of so many bytes take in a message."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _common(have: Spans, want: Spans) -> Counts:
+    """Rows that each process has, and wants itself."""
+    rows: Counts = np.minimum(have.high, want.high) - np.maximum(have.low, want.low)
+    return rows.clip(0)
+
+
+def _distinct(spans: Spans) -> tuple[Spans, Counts]:
+    """The intervals that there are, in order, and which of them each process has; -1: none."""
+    some = np.flatnonzero(spans.low < spans.high)
+    low, high = spans.low[some], spans.high[some]
+    _, which, inverse = np.unique(
+        low * (high.max(initial=0) + 1) + high, return_index=True, return_inverse=True
+    )
+    place = np.full(len(spans.low), -1, np.int64)
+    place[some] = inverse
+    return Spans(low[which], high[which]), place

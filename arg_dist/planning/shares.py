@@ -1,0 +1,56 @@
+"""The ranks that matrices may reach, and what sharing out a budget for the state sends."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.planning.rows import Counts
+from arg_dist.planning.units import MatrixUnit, Unit, matrices, tensors
+from arg_dist.state_budget import PROCESSES, SCALAR_BYTES, check_fits, claim
+from arg_dist.subspace.budget import Claim, allowed_ranks
+
+SIZE_BYTES = 8
+"""Of the length of a message, which goes before it."""
+
+
+def planned_ranks(calls: list[list[Unit]], settings: AdaRankGradConfig) -> dict[str, int]:
+    """The largest rank of each matrix; with a `state_budget` those that the first step allows.
+
+    Raises:
+        ConfigError: the budget is too small for the smallest ranks.
+    """
+    if settings.state_budget is None:
+        return {unit.name: unit.largest for unit in matrices(calls)}
+    claims = [_claim(unit) for unit in matrices(calls)]
+    fixed = sum(int(unit.kept.sum()) * 8 for unit in tensors(calls))
+    fixed += sum(_scalars(unit) for unit in matrices(calls))
+    check_fits(settings.state_budget, fixed, claims)
+    return allowed_ranks(claims, settings.state_budget - fixed)
+
+
+def budget_sent(calls: list[list[Unit]], settings: AdaRankGradConfig, processes: int) -> int:
+    """Bytes that each process sends in the first step for the ranks to be shared out."""
+    if settings.state_budget is None or processes == 1:
+        return 0
+    fixed: Counts = np.zeros(processes, np.int64)
+    for tensor in tensors(calls):
+        fixed[tensor.owners] += 8 * tensor.kept
+    claims: dict[int, list[Claim]] = {}
+    for matrix in matrices(calls):
+        home = int(matrix.owners[matrix.home])
+        fixed[home] += _scalars(matrix)
+        claims.setdefault(home, []).append(_claim(matrix))
+    spoken = [(int(fixed[home]), theirs) for home, theirs in claims.items()]
+    longest = max((len(pickle.dumps(each)) for each in spoken), default=0)
+    return (processes - 1) * (longest + SIZE_BYTES)
+
+
+def _claim(unit: MatrixUnit) -> Claim:
+    return claim(unit.name, unit.sides.spread, {}, unit.settings)
+
+
+def _scalars(unit: MatrixUnit) -> int:
+    return SCALAR_BYTES * max(PROCESSES, len(unit.owners))

@@ -1,0 +1,184 @@
+"""The most that one step of AdaRankGrad allocates beyond what it keeps, by what its code does.
+
+Matrices that one process holds whole are taken one after the other. Those that are shared go
+through the rounds together, so that what each of them has in hand adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
+
+import numpy as np
+
+from arg_dist.planning.requests import FP32, FP64, Moved, Rounds
+from arg_dist.planning.rows import Counts
+from arg_dist.planning.units import MatrixUnit, TensorUnit, Unit
+from arg_dist.subspace.norms import RUN
+
+
+class Moment(NamedTuple):
+    """What a matrix has in hand at one moment on each owner, and what passes on the way to it."""
+
+    held: Counts
+    passing: Counts | int = 0
+
+
+Moments = Sequence[Moment]
+"""Those at which a matrix makes its requests, in their order, and the end of its computation."""
+
+
+def temporaries(
+    units: Sequence[Unit], ranks: Mapping[str, int], size: int, processes: int, *, is_first: bool
+) -> Counts:
+    """Bytes of one call of ``step()`` on each process.
+
+    Args:
+        units: the matrices and tensors of the call.
+        ranks: of the matrices, by name.
+        size: bytes of an element of the weights and gradients that the optimizer is given.
+        processes: how many there are.
+        is_first: the first step, in which all matrices find a basis; else none does.
+    """
+    peak = _Peak(processes)
+    for unit in units:
+        if isinstance(unit, TensorUnit):
+            peak.add(unit, _adam(unit, size), unit.rounds)
+        elif isinstance(unit, MatrixUnit):
+            rank = ranks[unit.name]
+            if is_first:
+                peak.add(unit, _first(unit, rank, size), unit.first_rounds(rank))
+            else:
+                peak.add(unit, _steady(unit, rank, size), unit.steady_rounds(rank))
+            # the squares of the gradient's rows
+            peak.always[unit.owners] += FP32 * unit.sides.moment_touch.counts()
+    return peak.result()
+
+
+class _Peak:
+    """The most that any moment of a step takes."""
+
+    def __init__(self, processes: int) -> None:
+        self.always = np.zeros(processes, np.int64)
+        self._alone = np.zeros(processes, np.int64)
+        self._passing = np.zeros(processes, np.int64)
+        self._ends = np.zeros(processes, np.int64)
+        self._squaring = np.zeros(processes, np.int64)
+        self._rounds: list[Counts] = []
+        """What is in hand and in messages, round by round, less what is there at the end."""
+
+    def add(self, unit: Unit, moments: Moments, rounds: Rounds) -> None:
+        """Counts a matrix or tensor."""
+        np.maximum.at(self._squaring, unit.owners, FP32 * np.minimum(unit.held, RUN))
+        *through, (end, _) = _merged(moments, rounds)
+        if not unit.is_shared:
+            np.maximum.at(self._alone, unit.owners, end.held + end.passing)
+            return
+        np.maximum.at(self._passing, unit.owners, end.passing)
+        self._ends[unit.owners] += end.held
+        for k, (moment, moved) in enumerate(through):
+            assert moved is not None
+            np.maximum.at(self._passing, unit.owners, moment.passing)
+            if k == len(self._rounds):
+                self._rounds.append(np.zeros_like(self._alone))
+            in_messages = moved.sent + moved.received + moved.answer
+            self._rounds[k][unit.owners] += moment.held + in_messages - end.held
+
+    def result(self) -> Counts:
+        """Bytes."""
+        rounds = np.max(self._rounds, 0) if self._rounds else 0
+        together = self._ends + np.maximum(rounds, 0) + self._passing
+        most = np.maximum.reduce([self._alone, together, self._squaring])
+        total: Counts = self.always + most
+        return total
+
+
+def _merged(moments: Moments, rounds: Rounds) -> list[tuple[Moment, Moved | None]]:
+    """The moments at which something is sent, and the end; the others pass on the way to them."""
+    found: list[tuple[Moment, Moved | None]] = []
+    passed: Counts | int = 0
+    for moment, moved in zip_longest(moments, rounds):
+        most = np.maximum(moment.held + moment.passing, passed)
+        if moved is None and moment is not moments[-1]:
+            passed = most
+            continue
+        found.append((Moment(moment.held, most - moment.held), moved))
+        passed = 0
+    return found
+
+
+def _adam(unit: TensorUnit, size: int) -> Moments:
+    direction = FP32 * unit.kept
+    copies = FP32 * unit.held if size < FP32 else 0  # of the gradient, then of the weights
+    end = FP32 * unit.held if unit.is_shared else direction
+    return [Moment(direction, copies), Moment(end, copies)]
+
+
+def _steady(unit: MatrixUnit, rank: int, size: int) -> Moments:
+    rounds = unit.steady_rounds(rank)
+    basis = FP32 * rank * unit.sides.basis_touch.counts()
+    in_hand = 0 * basis if rounds[0] is None else basis  # else the one in the state
+    return [Moment(0 * basis), *_projection(unit, rank, size, in_hand, rounds)]
+
+
+def _first(unit: MatrixUnit, rank: int, size: int) -> Moments:
+    sides, column = unit.sides, FP32 * unit.width
+    touch, keep = column * sides.moment_touch.counts(), column * sides.moment_keep.counts()
+    reach, home = column * sides.basis_touch.counts(), column * unit.home_rows()
+    copy = _copy(unit, size)
+    omega, sorting = touch, 3 * home  # QR: a copy, and Q
+    moments = [Moment(omega + reach, copy)]
+    for _ in range(unit.settings.power_passes):
+        apart = omega + home + np.maximum(reach, home)  # the sketch, and what QR made of it
+        moments += [
+            Moment(omega + 2 * home, sorting),
+            Moment(apart + touch, copy),
+            Moment(apart + keep),
+            Moment(apart + touch + reach, copy),
+        ]
+    ordering = omega + np.maximum(reach, home) + 2 * keep  # the image in fp64
+    gram = FP64 * unit.width**2 * (home > 0)
+    moments += [
+        Moment(omega + home, sorting),
+        Moment(omega + np.maximum(reach, home) + touch, copy),
+        Moment(ordering, keep + FP64 * unit.width**2),
+        Moment(ordering, 5 * home + 3 * gram),  # ordered in fp64
+        Moment(omega + home),
+    ]
+    # without others, the basis is a view of all directions that were found
+    basis = FP32 * rank * sides.basis_touch.counts() if unit.is_shared else home
+    return [*moments, *_projection(unit, rank, size, basis, unit.first_rounds(rank))]
+
+
+def _projection(
+    unit: MatrixUnit, rank: int, size: int, basis: Counts, rounds: Rounds
+) -> Iterator[Moment]:
+    """From a basis in hand to the update."""
+    row, sides = FP32 * rank, unit.sides
+    direction = row * sides.moment_keep.counts()
+    product = basis + row * sides.moment_touch.counts()
+    yield Moment(product, _copy(unit, size))
+    limited = unit.settings.residual == "scaled"
+    is_summed, is_gathered = rounds[-3 if limited else -2] is not None, rounds[-1] is not None
+    held = product + direction * (2 if is_summed else 1)
+    for _ in range(1 + limited):
+        yield Moment(held)
+    gathered = row * sides.moment_update.counts()
+    yield Moment(basis + (gathered if is_gathered else direction), _update(unit, size))
+
+
+def _copy(unit: MatrixUnit, size: int) -> Counts:
+    """An fp32 copy of the gradient's rows, where it has another type, or cuts rows."""
+    block = unit.sides.moment_touch.counts() * unit.sides.basis_touch.counts()
+    return FP32 * block * np.where(size < FP32, 1, unit.cuts_rows)
+
+
+def _update(unit: MatrixUnit, size: int) -> Counts:
+    """What applying the update takes where it cannot be written into the weights in place."""
+    block = FP32 * unit.sides.moment_update.counts() * unit.sides.basis_touch.counts()
+    apart = block * np.where(size < FP32, 1, unit.cuts_rows)
+    gradient = apart if unit.settings.residual != "none" else 0 * apart
+    weights = FP32 * unit.held if size < FP32 else 0 * unit.held
+    both: Counts = apart + np.maximum(gradient, weights)
+    return both

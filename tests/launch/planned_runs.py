@@ -1,0 +1,235 @@
+"""Trains three steps under many engines in one launch, and tells what they took.
+
+    PYTHONPATH=. torchrun --nproc_per_node 2 tests/launch/planned_runs.py --out FILE
+
+Writes, for each case and process, bytes of tensors at the optimizer's step and bytes that it sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+faulthandler.dump_traceback_later(340, exit=True)  # a deadlock shows where it stands
+
+import deepspeed  # noqa: E402
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+import arg_dist  # noqa: E402
+from arg_dist.lm.presets import build_model, model_config  # noqa: E402
+from arg_dist.lm.training import leave_processes  # noqa: E402
+from tests.launch.torch_engines import ddp, fsdp2  # noqa: E402
+
+BUCKET = 10**6
+TOKENS = 160
+"""Of a process in a step: more than the largest rank, so that gradients have it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model under an engine.
+
+    Attributes:
+        model: a size.
+        vocabulary: its tokens.
+        engine: as the plan calls it.
+        dtype: of the weights that it computes with.
+        settings: the optimizer's.
+    """
+
+    model: str
+    vocabulary: int
+    engine: str
+    dtype: str = "fp32"
+    settings: dict[str, Any] = field(default_factory=lambda: {"max_rank": 0.25, "min_rank": 0.25})
+
+    @property
+    def name(self) -> str:
+        """What the test is called."""
+        return "-".join([self.model, self.engine, self.dtype, *map(str, self.settings.values())])
+
+
+NANO, SMALL = ("nano", 258), ("60m", 32000)
+BUDGET = {"state_budget": 5_000_000, "energy": 1.0}
+WHOLE_BASES = {"max_rank": 48, "min_rank": 48, "shard_basis": False, "residual": "none"}
+CASES = [
+    *(Case(*NANO, engine) for engine in ("none", "ddp", "zero0", "zero1", "zero2", "zero3")),
+    Case(*NANO, "fsdp2"),
+    *(Case(*NANO, engine, "bf16") for engine in ("none", "fsdp2", "zero0", "zero2", "zero3")),
+    *(Case(*NANO, engine, settings=BUDGET) for engine in ("zero2", "zero3", "fsdp2")),
+    Case(*NANO, "fsdp2", settings=WHOLE_BASES),
+    *(Case(*SMALL, engine) for engine in ("none", "zero2", "zero3", "fsdp2")),
+]
+
+
+@dataclass
+class Probe:
+    """Looks at what lies in memory whenever the optimizer steps.
+
+    Attributes:
+        model: what is trained.
+        optimizer: what trains it.
+        seen: what each call of ``step()`` found.
+        watched: whether the next calls tell what they allocate.
+        temporaries: the most that each of those had allocated.
+    """
+
+    model: nn.Module
+    optimizer: arg_dist.AdaRankGrad
+    seen: list[dict[str, int]] = field(default_factory=list)
+    watched: bool = False
+    temporaries: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        inner = self.optimizer.step
+
+        def step(*arguments: Any) -> Any:
+            self.look()
+            if not self.watched:
+                return inner(*arguments)
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+                result = inner(*arguments)
+            self.temporaries.append(most_allocated(watch))
+            return result
+
+        self.optimizer.step = step  # type: ignore[method-assign]
+
+    def look(self) -> None:
+        """Bytes of weights, of the engine's own weights, and of gradients."""
+        parameters = list(self.model.parameters())
+        targets = [t for group in self.optimizer.param_groups for t in group["params"]]
+        weights = storages(getattr(p, "ds_tensor", p) for p in parameters)
+        masters = storages(targets)
+        gradients = storages(t.grad for t in (*targets, *parameters) if t.grad is not None)
+        zero3 = getattr(parameters[0], "_z3_optimizer", None)
+        if zero3 is not None:
+            masters |= storages(zero3.fp32_partitioned_groups_flat)
+            gradients |= storages([zero3.grad_partitions_flat_buffer])
+        found = {
+            "weights": weights,
+            "master_weights": {k: v for k, v in masters.items() if k not in weights},
+            "gradients": gradients,
+        }
+        self.seen.append({key: sum(each.values()) for key, each in found.items()})
+
+
+def most_allocated(watch: profile) -> int:
+    """The most bytes that were allocated and not yet freed in what was watched."""
+    events = watch.profiler.kineto_results.events()  # nowhere else is every allocation
+    memory = [event for event in events if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+    return max(accumulate(changes), default=0)
+
+
+def refresh_all(optimizer: arg_dist.AdaRankGrad) -> None:
+    """Lets the next step look for all bases anew."""
+    for units in optimizer.state.values():
+        for state in units.values():
+            state.update({"gap": 0} if "gap" in state else {})
+
+
+def storages(tensors: Iterable[Any]) -> dict[int, int]:
+    """Bytes of the storages that tensors lie in on this process, by where they begin."""
+    local: Iterable[Tensor] = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
+    parts = (tensor.detach().untyped_storage() for tensor in local)
+    return {storage.data_ptr(): storage.nbytes() for storage in parts}
+
+
+def run(case: Case) -> dict[str, Any]:
+    """What the first step took on this process, and the second; of nano, temporaries, too.
+
+    These are of the second step, and of a third in which all bases are found anew.
+    """
+    config: dict[str, Any] = {
+        "train_batch_size": dist.get_world_size(),
+        "optimizer": {"type": "AdaRankGrad", "params": case.settings},
+        "zero_optimization": {
+            "stage": int(case.engine[-1]) if case.engine.startswith("zero") else 0,
+            "reduce_bucket_size": BUCKET,
+            "stage3_prefetch_bucket_size": BUCKET,
+        },
+        "bf16": {"enabled": case.dtype == "bf16"},
+    }
+    shape = model_config(case.model, vocab_size=case.vocabulary, length=TOKENS)
+    model: Any = build_model(case.model, shape, seed=0, deepspeed_config=config)
+    engine = None
+    if case.engine.startswith("zero"):
+        engine = arg_dist.initialize(model=model, config=config)[0]
+        probe = Probe(model, engine.basic_optimizer)
+    else:
+        model = model.to(torch.bfloat16) if case.dtype == "bf16" else model
+        if case.engine != "none":
+            model = {"ddp": ddp, "fsdp2": fsdp2}[case.engine]()(model, dist.group.WORLD)
+        optimizer = arg_dist.AdaRankGrad(
+            arg_dist.param_groups(model),
+            process_group=None if case.engine == "none" else "world",
+            **case.settings,
+        )
+        probe = Probe(model, optimizer)
+    # DeepSpeed takes a step in its constructor at stage 0 in bf16, with zero gradients
+    sent, collectives = [probe.optimizer.comm_bytes()], [probe.optimizer.collectives()]
+    sizes = []
+    probes = case.model == "nano"
+    for step in range(3 if probes else 2):
+        probe.watched = probes  # always: what was allocated unseen, is freed unseen
+        if step == 2:
+            refresh_all(probe.optimizer)
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        tokens = torch.randint(case.vocabulary, (1, TOKENS), generator=generator)
+        loss = (engine or model)(input_ids=tokens, labels=tokens).loss
+        if engine is not None:
+            engine.backward(loss)
+            engine.step()
+        else:
+            loss.backward()
+            probe.optimizer.step()
+            probe.optimizer.zero_grad()
+        sent.append(probe.optimizer.comm_bytes())
+        collectives.append(probe.optimizer.collectives())
+        sizes.append(probe.optimizer.state_bytes())
+    if engine is not None:
+        engine.destroy()
+    return {
+        **probe.seen[1],
+        "optimizer_state": sizes[1],
+        "temporaries": probe.temporaries[1:],
+        "sent_in_first_step": sent[1] - sent[0],
+        "sent_per_step": sent[2] - sent[1],
+        "collectives_in_first_step": collectives[1] - collectives[0],
+        "collectives_per_step": collectives[2] - collectives[1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    gc.freeze()  # or the collections that DeepSpeed asks for would go through every module
+    deepspeed.init_distributed("gloo", verbose=False)
+    results = {}
+    for case in CASES:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, run(case))
+        results[case.name] = everyone
+        gc.collect()
+    if dist.get_rank() == 0:
+        options.out.write_text(json.dumps(results, indent=1))
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What `arg-dist plan` says is what runs take, to the byte."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arg_dist.config import parse_config
+from arg_dist.planning.figures import Figures, make_plan
+from arg_dist.planning.model import Model, load_model
+from tests.launch.launching import ROOT, launch
+from tests.launch.planned_runs import BUCKET, CASES, Case
+
+pytestmark = pytest.mark.timeout(240)
+
+PROCESSES = 2
+EXACT = ("weights", "master_weights", "gradients", "optimizer_state", "sent_per_step")
+"""Figures of each process, and beside them the first step's."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    out: Path = tmp_path_factory.mktemp("planned") / "results.json"
+    finished = launch(
+        "tests/launch/planned_runs.py",
+        *("--out", out),
+        processes=PROCESSES,
+        seconds=220,
+        launcher="forked",
+        variables={"PYTHONPATH": str(ROOT)},
+    )
+    assert finished.returncode == 0, finished.stderr[-6000:]
+    found: dict[str, list[dict[str, Any]]] = json.loads(out.read_text())
+    return found
+
+
+@lru_cache
+def model_of(name: str, vocabulary: int, rank: str) -> Model:
+    settings = json.loads(rank)
+    return load_model(name, parse_config(settings), vocab_size=vocabulary)
+
+
+def planned(case: Case) -> Figures:
+    settings = parse_config(case.settings)
+    model = model_of(case.model, case.vocabulary, json.dumps(case.settings))
+    plan = make_plan(
+        model,
+        settings,
+        engine=case.engine,
+        processes=1 if case.engine == "none" else PROCESSES,
+        dtype=case.dtype,
+        bucket=BUCKET,
+    )
+    return plan.figures["AdaRankGrad"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_run_takes_what_was_planned(runs: dict[str, list[dict[str, Any]]], case: Case) -> None:
+    figures = planned(case)
+    arrays = figures.arrays()
+    for process, found in enumerate(runs[case.name]):
+        mine = 0 if case.engine == "none" else process
+        for key in (*EXACT, "sent_in_first_step"):
+            assert found[key] == arrays[key][mine], f"{key} of process {process}"
+        assert found["collectives_per_step"] == figures.step_collectives
+        assert found["collectives_in_first_step"] == figures.refresh_collectives
