@@ -71,3 +71,9 @@ ROUNDED_LOSSES = Tolerance(
     0.0,
     "the same where the model gives its loss in bf16, too: half a last place between 4 and 8",
 )
+PLANNED_TEMPORARIES = Tolerance(
+    0.0,
+    0.25,
+    "what passes in a step, added up by the lines of its code, against every allocation of a run: "
+    "a few rows of numbers are left out, and messages counted beside what becomes of them",
+)

@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.lm import InputError
 from arg_dist.lm.command_line import at_least
@@ -18,7 +16,6 @@ from arg_dist.planning.cuts import ENGINES
 from arg_dist.planning.engines import BUCKET, DTYPES
 from arg_dist.planning.figures import make_plan
 from arg_dist.planning.model import VOCABULARY, load_model
-from arg_dist.planning.table import print_plan
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the weights that the model computes with (default: fp32)")  # fmt: skip
     add("--vocab-size", type=at_least(1), metavar="N",
         help=f"tokens of a model by name (default: {VOCABULARY})")  # fmt: skip
-    add("--bucket", type=at_least(1), default=BUCKET, metavar="ELEMENTS",
-        help="DeepSpeed's reduce_bucket_size (default: its own, 500000000)")  # fmt: skip
+    add("--reduce-bucket-size", type=at_least(1), default=BUCKET, metavar="ELEMENTS",
+        help="of DeepSpeed's JSON (default: its own, 500000000)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all figures there, too")
 
 
@@ -48,6 +45,12 @@ def plan(options: argparse.Namespace) -> None:
         InputError: the model, the engine or a setting cannot be used, or the file not written.
     """
     try:
+        from rich.console import Console
+
+        from arg_dist.planning.table import print_plan
+    except ImportError as error:
+        raise InputError(f"{error.name}: not installed; pip install 'arg-dist[train]'") from None
+    try:
         settings = _settings(options)
         made = make_plan(
             load_model(options.model, settings, vocab_size=options.vocab_size),
@@ -55,7 +58,7 @@ def plan(options: argparse.Namespace) -> None:
             engine=options.engine,
             processes=options.world_size,
             dtype=options.dtype,
-            bucket=options.bucket,
+            reduce_bucket=options.reduce_bucket_size,
         )
     except ConfigError as error:
         raise InputError(str(error)) from None

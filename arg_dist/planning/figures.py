@@ -25,7 +25,7 @@ from arg_dist.planning.requests import FP64, taken
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.shares import budget_sent, planned_ranks
 from arg_dist.planning.temporaries import temporaries
-from arg_dist.planning.units import MatrixUnit, Unit, matrices, tensors, units_of
+from arg_dist.planning.units import MatrixUnit, Unit, buckets, matrices, tensors, units_of
 
 KEPT = (
     "weights",
@@ -150,7 +150,7 @@ def make_plan(
     engine: str,
     processes: int,
     dtype: str = "fp32",
-    bucket: int = BUCKET,
+    reduce_bucket: int = BUCKET,
 ) -> Plan:
     """Reckons what a run would take.
 
@@ -160,7 +160,7 @@ def make_plan(
         engine: one of ``ENGINES``.
         processes: how many.
         dtype: of the weights that the model computes with, one of ``DTYPES``.
-        bucket: DeepSpeed's `reduce_bucket_size`, in elements.
+        reduce_bucket: DeepSpeed's `reduce_bucket_size`, in elements.
 
     Raises:
         InputError: the engine is not known, or is none for several processes.
@@ -169,7 +169,7 @@ def make_plan(
     layout = lay_out(model, engine, processes)
     calls = units_of(layout, settings)
     ranks = planned_ranks(calls, settings)
-    holds = held(layout, dtype, bucket)
+    holds = held(layout, dtype, reduce_bucket)
     sent = engine_sent(layout, dtype)
     figures = {
         "AdaRankGrad": _ours(layout, calls, ranks, holds, sent, settings),
@@ -178,7 +178,7 @@ def make_plan(
     runs = runs_galore(engine)
     if not runs:
         layout = lay_out(model, "none", 1)
-        holds, sent = held(layout, dtype, bucket), engine_sent(layout, dtype)
+        holds, sent = held(layout, dtype, reduce_bucket), engine_sent(layout, dtype)
     figures["GaLore"] = _galore(layout, holds, sent, settings)
     return Plan(model, engine, processes, dtype, settings, ranks, figures, runs)
 
@@ -213,7 +213,9 @@ def _ours(
     budget = budget_sent(calls, settings, processes)
     steps, firsts = (
         [
-            temporaries(units, ranks, holds.trained_bytes, processes, is_first=is_first)
+            temporaries(
+                buckets(units, settings), ranks, holds.trained_bytes, processes, is_first=is_first
+            )
             for units in calls
         ]
         for is_first in (False, True)
@@ -235,12 +237,13 @@ def _collectives(units: list[Unit], settings: AdaRankGradConfig, processes: int)
     """Of one call of ``step()``, without a refresh and with one."""
     if processes == 1:
         return 0, 0
+    cuts = len(buckets(units, settings))
     shared = [unit for unit in units if unit.is_shared]
     any_shared = int(bool(shared))
     if any(isinstance(unit, MatrixUnit) for unit in shared):
         steady, refreshing = rounds(settings.power_passes, settings.residual)
-        return 1 + steady, 1 + refreshing
-    return 1 + any_shared, 1 + any_shared
+        return 1 + cuts * steady, 1 + cuts * refreshing
+    return 1 + cuts * any_shared, 1 + cuts * any_shared
 
 
 def _adamw(layout: Layout, holds: Held, engine: Counts) -> Figures:

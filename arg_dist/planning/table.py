@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from arg_dist.planning.cuts import ENGINES
-from arg_dist.planning.figures import Figures, Plan
+from arg_dist.planning.figures import Plan
 from arg_dist.planning.rows import Counts
 from arg_dist.report.tables import size
 
@@ -21,11 +21,11 @@ ROWS = {
     "low_rank_moments": "  low-rank moments",
     "projectors": "  bases, projectors",
     "full_rank_state": "  full-rank Adam",
-    "step_temporaries": "temporaries of a step",
+    "step_temporaries": "temporaries",
     "refresh_temporaries": "  with new bases",
     "peak": "peak",
-    "engine_sent_per_step": "sent per step: engine",
-    "sent_per_step": "  optimizer",
+    "engine_sent_per_step": "sent by the engine",
+    "sent_per_step": "sent by the optimizer",
     "sent_in_first_step": "  with new bases",
 }
 """The rows of the table, by the figures' names."""
@@ -34,16 +34,18 @@ ROWS = {
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints the table, and what must be known to read it."""
     table = Table(title=title(plan), title_justify="left", box=box.ROUNDED)
-    table.add_column("a process")
+    table.add_column("")
     columns = {name: figures.arrays() for name, figures in plan.figures.items()}
     for name in columns:
         apart = name == "GaLore" and not plan.galore_runs
-        table.add_column("GaLore, one process (*)" if apart else name, justify="right")
+        table.add_column(f"{name} (*)" if apart else name, justify="right")
     for key, row in ROWS.items():
         cells = [cell(arrays[key]) for arrays in columns.values()]
         bold = "bold" if key in ("optimizer_state", "peak") else None
         table.add_row(row, *cells, style=bold)
-    table.add_row("collectives per step", *(_collectives(each) for each in plan.figures.values()))
+    every = plan.figures.values()
+    table.add_row("collectives", *(str(each.step_collectives or "-") for each in every))
+    table.add_row("  with new bases", *(str(each.refresh_collectives or "-") for each in every))
     console.print(table)
     for note in notes(plan):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -69,7 +71,7 @@ def cell(counts: Counts) -> str:
 def notes(plan: Plan) -> list[str]:
     """What the figures hold, and what they do not."""
     found = [
-        "The fullest process. Peak: all rows above it at the optimizer's step, and the larger of "
+        "One step of the fullest process. Peak: all rows above it at the optimizer's step, and the larger of "
         "the temporaries. It does not hold activations, nor what the engine takes for a while in "
         "the forward and backward passes (gathered layers, buckets).",
         _ranks(plan),
@@ -79,8 +81,8 @@ def notes(plan: Plan) -> list[str]:
     ]
     if plan.engine == "zero3":
         found.append(
-            "The engine's buffer is DeepSpeed's reduce_bucket_size (5e8 elements unless the JSON "
-            "has another): give yours with --bucket."
+            "The engine's buffer is DeepSpeed's reduce_bucket_size; give that of your JSON with "
+            "--reduce-bucket-size."
         )
     if plan.dtype != "fp32" and plan.engine in ("none", "ddp", "fsdp2"):
         found.append(
@@ -101,15 +103,10 @@ def _ranks(plan: Plan) -> str:
     """What the state is counted at."""
     if plan.settings.state_budget is None:
         return (
-            f"State is counted at the largest ranks that matrices may take (max_rank "
+            "State is counted at the largest ranks that matrices may take (max_rank "
             f"{plan.settings.max_rank}); where the gradient's energy asks for less, less is kept."
         )
     return (
         "State is counted at the ranks that state_budget allows in the first step; whatever the "
         f"ranks, all processes together keep at most {size(plan.settings.state_budget)}."
     )
-
-
-def _collectives(figures: Figures) -> str:
-    steady, refreshing = figures.step_collectives, figures.refresh_collectives
-    return f"{steady} (with new bases {refreshing})" if refreshing else "-"

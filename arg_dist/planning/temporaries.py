@@ -1,7 +1,7 @@
 """The most that one step of AdaRankGrad allocates beyond what it keeps, by what its code does.
 
-Matrices that one process holds whole are taken one after the other. Those that are shared go
-through the rounds together, so that what each of them has in hand adds up.
+Matrices that one process holds whole are taken one after the other. Those of a bucket that are
+shared go through the rounds together, so that what each of them has in hand adds up.
 """
 
 from __future__ import annotations
@@ -30,37 +30,45 @@ Moments = Sequence[Moment]
 
 
 def temporaries(
-    units: Sequence[Unit], ranks: Mapping[str, int], size: int, processes: int, *, is_first: bool
+    buckets: Sequence[Sequence[Unit]],
+    ranks: Mapping[str, int],
+    size: int,
+    processes: int,
+    *,
+    is_first: bool,
 ) -> Counts:
     """Bytes of one call of ``step()`` on each process.
 
     Args:
-        units: the matrices and tensors of the call.
+        buckets: the matrices and tensors of the call, by what is stepped together.
         ranks: of the matrices, by name.
         size: bytes of an element of the weights and gradients that the optimizer is given.
         processes: how many there are.
         is_first: the first step, in which all matrices find a basis; else none does.
     """
-    peak = _Peak(processes)
-    for unit in units:
-        if isinstance(unit, TensorUnit):
-            peak.add(unit, _adam(unit, size), unit.rounds)
-        elif isinstance(unit, MatrixUnit):
-            rank = ranks[unit.name]
-            if is_first:
-                peak.add(unit, _first(unit, rank, size), unit.first_rounds(rank))
-            else:
-                peak.add(unit, _steady(unit, rank, size), unit.steady_rounds(rank))
-            # the squares of the gradient's rows
-            peak.always[unit.owners] += FP32 * unit.sides.moment_touch.counts()
-    return peak.result()
+    always, most = np.zeros(processes, np.int64), np.zeros(processes, np.int64)
+    for units in buckets:
+        peak = _Peak(processes)
+        for unit in units:
+            if isinstance(unit, TensorUnit):
+                peak.add(unit, _adam(unit, size), unit.rounds)
+            elif isinstance(unit, MatrixUnit):
+                rank = ranks[unit.name]
+                if is_first:
+                    peak.add(unit, _first(unit, rank, size), unit.first_rounds(rank))
+                else:
+                    peak.add(unit, _steady(unit, rank, size), unit.steady_rounds(rank))
+                # the squares of the gradient's rows
+                always[unit.owners] += FP32 * unit.sides.moment_touch.counts()
+        most = np.maximum(most, peak.result())
+    total: Counts = always + most
+    return total
 
 
 class _Peak:
     """The most that any moment of a step takes."""
 
     def __init__(self, processes: int) -> None:
-        self.always = np.zeros(processes, np.int64)
         self._alone = np.zeros(processes, np.int64)
         self._passing = np.zeros(processes, np.int64)
         self._ends = np.zeros(processes, np.int64)
@@ -89,9 +97,8 @@ class _Peak:
         """Bytes."""
         rounds = np.max(self._rounds, 0) if self._rounds else 0
         together = self._ends + np.maximum(rounds, 0) + self._passing
-        most = np.maximum.reduce([self._alone, together, self._squaring])
-        total: Counts = self.always + most
-        return total
+        most: Counts = np.maximum.reduce([self._alone, together, self._squaring])
+        return most
 
 
 def _merged(moments: Moments, rounds: Rounds) -> list[tuple[Moment, Moved | None]]:

@@ -32,6 +32,7 @@ from arg_dist.sharding.layout import (
     element_side,
     matrix_spread,
 )
+from arg_dist.sharding.plan import buckets_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +41,13 @@ class Unit:
 
     Attributes:
         name: its name.
+        elements: how many it has.
         owners: the processes that hold a part of it.
         held: elements that each of them holds.
     """
 
     name: str
+    elements: int
     owners: Counts
     held: Counts
 
@@ -142,6 +145,12 @@ def units_of(layout: Layout, settings: AdaRankGradConfig) -> list[list[Unit]]:
     return calls
 
 
+def buckets(units: list[Unit], settings: AdaRankGradConfig) -> list[list[Unit]]:
+    """The matrices and tensors of a call that are stepped together."""
+    cuts = buckets_of([FP32 * unit.elements for unit in units], settings.bucket_size)
+    return [[units[i] for i in cut] for cut in cuts]
+
+
 def matrices(calls: list[list[Unit]]) -> Iterator[MatrixUnit]:
     """All low-rank matrices."""
     return (unit for units in calls for unit in units if isinstance(unit, MatrixUnit))
@@ -168,6 +177,7 @@ def _matrix(
     smallest, largest = settings.rank_bounds(view.short)
     return MatrixUnit(
         view.name,
+        view.rows * view.columns,
         piece.owners[some],
         ends[:, 1] - ends[:, 0],
         sides,
@@ -182,8 +192,8 @@ def _matrix(
 def _tensor(piece: Piece, layout: Layout) -> TensorUnit:
     keep, rounds = _elements(piece.ranges, piece.parameter.numel, layout.replicated)
     ends = np.array(piece.ranges)
-    name = piece.parameter.name
-    return TensorUnit(name, piece.owners, ends[:, 1] - ends[:, 0], keep.counts(), rounds)
+    name, numel = piece.parameter.name, piece.parameter.numel
+    return TensorUnit(name, numel, piece.owners, ends[:, 1] - ends[:, 0], keep.counts(), rounds)
 
 
 @lru_cache(maxsize=512)

@@ -65,12 +65,14 @@ class Case:
 NANO, SMALL = ("nano", 258), ("60m", 32000)
 BUDGET = {"state_budget": 5_000_000, "energy": 1.0}
 WHOLE_BASES = {"max_rank": 48, "min_rank": 48, "shard_basis": False, "residual": "none"}
+BUCKETS = {"max_rank": 0.25, "min_rank": 0.25, "bucket_size": 2_000_000}
 CASES = [
     *(Case(*NANO, engine) for engine in ("none", "ddp", "zero0", "zero1", "zero2", "zero3")),
     Case(*NANO, "fsdp2"),
     *(Case(*NANO, engine, "bf16") for engine in ("none", "fsdp2", "zero0", "zero2", "zero3")),
     *(Case(*NANO, engine, settings=BUDGET) for engine in ("zero2", "zero3", "fsdp2")),
     Case(*NANO, "fsdp2", settings=WHOLE_BASES),
+    *(Case(*NANO, engine, settings=BUCKETS) for engine in ("ddp", "zero3")),
     *(Case(*SMALL, engine) for engine in ("none", "zero2", "zero3", "fsdp2")),
 ]
 
@@ -129,8 +131,7 @@ class Probe:
 def most_allocated(watch: profile) -> int:
     """The most bytes that were allocated and not yet freed in what was watched."""
     events = watch.profiler.kineto_results.events()  # nowhere else is every allocation
-    memory = [event for event in events if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")
     return max(accumulate(changes), default=0)
 
 

@@ -1,9 +1,9 @@
 """The rooms of the package, and who may know whom: imports run one way.
 
-`bench` -> `compare` -> `finetuning`, `command`, `cluster`, `network` -> `lm` -> `report`,
-`integrations` -> `engines` -> `checkpoint` -> `core` (the optimizer) -> `sharding` -> `subspace` ->
-torch, and `config` knows none of them. A room is a folder of `arg_dist`; `core` is the files beside
-them; `__main__` stands before `command`.
+`bench` -> `compare` -> `finetuning`, `command`, `cluster`, `network` -> `planning` -> `lm` ->
+`report`, `integrations` -> `engines` -> `checkpoint` -> `core` (the optimizer) -> `sharding` ->
+`subspace` -> torch, and `config` knows none of them. A room is a folder of `arg_dist`; `core` is the
+files beside them; `__main__` stands before `command`.
 CONTRIBUTING.md gives the reasons.
 """
 
@@ -35,12 +35,22 @@ MAY_IMPORT = {
     "integrations": {"config", "core", "engines", "telemetry"},
     "lm": {"package", "checkpoint", "config", "engines", "integrations", "report", "telemetry"},
     "cluster": {"package", "lm"},
-    "command": {"checkpoint", "lm"},
+    "command": {"checkpoint", "config", "lm", "planning"},
     "__main__": {"command"},
     "compare": {"package", "config", "core", "finetuning", "integrations", "lm", "report"},
     "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
     "network": {"lm", "report"},
     "bench": {"package", "compare", "lm", "report"},
+    "planning": {
+        "package",
+        "config",
+        "core",
+        "lm",
+        "report",
+        "sharding",
+        "subspace",
+        "telemetry",
+    },
     "report": {"telemetry"},
     "package": {"checkpoint", "config", "core", "engines", "integrations", "sharding"},
 }

@@ -1,0 +1,315 @@
+"""Plans: what is sent and kept on paper is what the algorithm asks for and keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arg_dist.algorithm import low_rank_step
+from arg_dist.command.line import main
+from arg_dist.config import ConfigError, parse_config
+from arg_dist.lm import InputError
+from arg_dist.planning.cuts import ENGINES, lay_out
+from arg_dist.planning.figures import Plan, make_plan
+from arg_dist.planning.model import Model, describe, load_model
+from arg_dist.planning.requests import Sides, first, rounds_of, steady, taken
+from arg_dist.planning.rows import Spans, sent
+from arg_dist.sharding.communicator import ALIGNMENT
+from arg_dist.sharding.drivers import run_lockstep
+from arg_dist.sharding.layout import matrix_spread
+from arg_dist.subspace.exchange import Exchange, even_rows, intersect
+from arg_dist.subspace.norms import row_squares
+from arg_dist.subspace.spread import Spread
+
+pytestmark = pytest.mark.unit
+
+SEVERAL = [name for name in ENGINES if name != "none"]
+SHAPES = {
+    "embedding": (101, 24),
+    "up": (56, 24),
+    "norm": (24,),
+    "down": (24, 56),
+    "square": (24, 24),
+    "head": (101, 24),
+}
+ADAM = {"embedding": False, "head": False}
+
+
+def small(**chosen: Any) -> Model:
+    parameters = describe(SHAPES, parse_config(chosen), ADAM)
+    return Model("small", parameters, parameters)
+
+
+def plan(engine: str, processes: int, dtype: str = "fp32", **chosen: Any) -> Plan:
+    return make_plan(
+        small(**chosen), parse_config(chosen), engine=engine, processes=processes, dtype=dtype
+    )
+
+
+def padded(size: int) -> int:
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+
+
+@st.composite
+def rows(draw: st.DrawFn, processes: int, size: int) -> tuple[tuple[int, int], ...]:
+    kind = draw(st.sampled_from(["cut", "whole", "one", "overlapping"]))
+    if kind == "whole":
+        return ((0, size),) * processes
+    if kind == "one":
+        owner = draw(st.integers(0, processes - 1))
+        return tuple((0, size if i == owner else 0) for i in range(processes))
+    cuts = sorted(
+        draw(st.lists(st.integers(0, size), min_size=processes - 1, max_size=processes - 1))
+    )
+    ends = [*zip([0, *cuts], [*cuts, size], strict=True)]
+    if kind == "overlapping":  # by a row, as where rows are cut
+        return tuple((max(a - 1, 0), b) if a < b else (a, b) for a, b in ends)
+    return tuple(ends)
+
+
+@given(st.data(), st.integers(1, 6), st.integers(1, 20), st.integers(1, 9))
+def test_what_is_sent_is_what_a_communicator_packs(data, processes, size, row_bytes):
+    have, want = data.draw(rows(processes, size)), data.draw(rows(processes, size))
+    expected = []
+    for i, mine in enumerate(have):
+        others = [intersect(mine, wanted) for j, wanted in enumerate(want) if j != i]
+        expected.append(sum(padded((high - low) * row_bytes) for low, high in others))
+    assert sent(Spans.of(have), Spans.of(want), row_bytes).tolist() == expected
+
+
+def test_spans_are_those_of_the_algorithm():
+    assert Spans.evenly(3, 7).counts().tolist() == [b - a for a, b in even_rows(7, 3)]
+    assert Spans.at(1, 3, 7).counts().tolist() == [0, 7, 0]
+    assert Spans.whole(3, 7).counts().tolist() == [7, 7, 7]
+
+
+@settings(max_examples=40)
+@given(
+    st.data(),
+    st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["none", "matched", "scaled"]),
+    st.integers(0, 2),
+)
+def test_requests_are_those_of_the_algorithm(
+    data, processes, spans_columns, shard_basis, replicated, residual, passes
+):
+    rows, columns, rank = 12, 10, 4
+    numel, chosen = rows * columns, {"residual": residual, "power_passes": passes}
+    config = parse_config({"max_rank": rank, "min_rank": rank, "oversample": 2, **chosen})
+    cuts = data.draw(
+        st.lists(
+            st.integers(1, numel - 1), min_size=processes - 1, max_size=processes - 1, unique=True
+        )
+    )
+    ends = [0, *sorted(cuts), numel]
+    ranges = tuple(pairwise(ends))
+    if replicated:
+        ranges = ((0, numel),) * processes
+    home = data.draw(st.integers(0, processes - 1))
+
+    def spread(me: int) -> Spread:
+        return matrix_spread(
+            rows,
+            columns,
+            ranges,
+            me=me,
+            spans_columns=spans_columns,
+            home=home,
+            shard_basis=shard_basis,
+            replicated=replicated,
+        )
+
+    gradient = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    states: list[dict[str, Any]] = [{} for _ in range(processes)]
+    for is_first in (True, False):
+        asked: list[list[list[int]]] = []
+        watched = [
+            watch(
+                step(gradient, ranges, spread(i), states[i], config, replicated, spans_columns),
+                i,
+                asked,
+            )
+            for i in range(processes)
+        ]
+        run_lockstep(watched)
+        sides = Sides(spread(0))
+        on_paper = first(sides, config, rank, home) if is_first else steady(sides, config, rank)
+        planned = [moved.sent.tolist() for moved in taken(rounds_of(on_paper))]
+        if processes == 1:  # what asks nobody else is never asked
+            assert planned == [[0]] * len(planned)
+        else:
+            assert planned == [list(each) for each in zip(*asked, strict=True)]
+
+
+def step(gradient, ranges, spread, state, config, replicated, spans_columns):
+    """One process's step on its part of a gradient, as the mathematics looks at it."""
+    flat = torch.zeros(gradient.numel())
+    start, stop = ranges[spread.me]
+    flat[start:stop] = gradient.view(-1)[start:stop]
+    block = flat.view(gradient.shape)
+    block = block if spans_columns else block.T
+    part = block[slice(*spread.moment.touch[spread.me]), slice(*spread.basis.touch[spread.me])]
+    norm = float(gradient.square().sum())
+    return low_rank_step(
+        lambda: part, row_squares(part.contiguous()), state, spread, config,
+        name="matrix", norm_sq=norm, kept_sq=norm, phase=0.0,
+    )  # fmt: skip
+
+
+def watch(steps, me, asked):
+    """The same computation; `asked` gets the bytes that process `me` sends at each request."""
+    mine: list[int] = []
+    asked.append(mine)
+    answer = None
+    while True:
+        try:
+            request = next(steps) if answer is None else steps.send(answer)
+        except StopIteration as finished:
+            return finished.value
+        exchanges = (request,) if isinstance(request, Exchange) else request
+        size = 0
+        for exchange in exchanges:
+            row = math.prod(exchange.part.shape[1:]) * exchange.part.element_size()
+            for other, wanted in enumerate(exchange.want):
+                low, high = intersect(exchange.have[me], wanted)
+                size += padded((high - low) * row) if other != me else 0
+        mine.append(size)
+        answer = yield request
+
+
+@given(st.sampled_from(SEVERAL), st.integers(1, 40), st.sampled_from(["fp32", "bf16"]))
+def test_all_processes_together_keep_the_state_of_one(engine, processes, dtype):
+    whole = plan("none", 1).figures["AdaRankGrad"]
+    found = plan(engine, processes, dtype).figures["AdaRankGrad"]
+    for key in ("projectors", "full_rank_state"):
+        assert found.kept[key].sum() == whole.kept[key].sum()
+    # beside the moments, each owner of a matrix has one number
+    beside = found.kept["low_rank_moments"].sum() - whole.kept["low_rank_moments"].sum()
+    assert 0 <= beside <= 3 * 8 * (processes - 1)
+    layout = lay_out(small(), engine, processes)
+    for parameter, piece in zip(layout.calls[0], layout.pieces(layout.calls[0]), strict=True):
+        held = sum(stop - start for start, stop in piece.ranges)
+        assert held == parameter.numel * (processes if layout.replicated else 1)
+
+
+@given(st.sampled_from(SEVERAL), st.integers(1, 9), st.integers(4, 11), st.integers(1, 6))
+def test_a_larger_rank_takes_no_less(engine, processes, rank, more):
+    less, larger = (
+        plan(engine, processes, max_rank=r).figures["AdaRankGrad"].arrays()
+        for r in (rank, rank + more)
+    )
+    for key in ("low_rank_moments", "projectors", "step_temporaries", "sent_per_step"):
+        assert (larger[key] >= less[key]).all(), key
+    assert larger["optimizer_state"].sum() > less["optimizer_state"].sum()
+
+
+def test_a_budget_holds_and_one_that_is_too_small_is_told():
+    wide = plan("zero3", 4).figures["AdaRankGrad"].state.sum()
+    fixed = plan("zero3", 4).figures["AdaRankGrad"].kept["full_rank_state"].sum()
+    budget = int(fixed + (wide - fixed) * 3 // 4) + 4000  # of scalars, counted for 64 processes
+    made = plan("zero3", 4, state_budget=budget)
+    assert made.figures["AdaRankGrad"].state.sum() <= budget
+    assert sum(made.ranks.values()) < sum(plan("zero3", 4).ranks.values())
+    with pytest.raises(ConfigError, match=r"state_budget: got .* give at least"):
+        plan("zero3", 4, state_budget=int(fixed))
+
+
+def test_galore_keeps_what_was_counted_in_a_run():
+    """The README's comparison: a quarter of the rank on `nano`, by storages, of AdamW's state."""
+    model = load_model("nano", parse_config({}), vocab_size=258)
+    made = make_plan(model, parse_config({}), engine="none", processes=1)
+    galore, adamw = made.figures["GaLore"].kept, made.figures["AdamW"].kept
+    matrices = sum(p.numel for p in model.parameters if p.views)
+    kept = galore["low_rank_moments"].sum() + galore["projectors"].sum()
+    assert round(100 * kept / (8 * matrices), 1) == 54.2
+    assert adamw["full_rank_state"].sum() == 8 * model.elements
+    assert made.galore_runs
+    assert not plan("zero2", 2).galore_runs
+
+
+def test_thousands_of_processes_are_reckoned_by_arithmetic():
+    model = load_model("60m", parse_config({}))
+    for engine in ("zero2", "zero3", "fsdp2"):
+        made = make_plan(model, parse_config({}), engine=engine, processes=4096, dtype="bf16")
+        figures = made.figures["AdaRankGrad"]
+        assert len(figures.peak) == 4096
+        assert figures.state.max() >= np.median(figures.state) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("1b", 1339), ("7b", 6738), ("13b", 13016), ("70b", 68977)]
+)
+def test_shapes_of_large_models_need_no_weights(name, millions):
+    model = load_model(name, parse_config({}))
+    assert model.elements / 1e6 == pytest.approx(millions, rel=0.001)
+
+
+def test_a_configuration_on_disk_is_planned_with_ties_counted_once(tmp_path: Path, capsys: Any):
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    out = tmp_path / "plan.json"
+    line = ["plan", "--model", str(tmp_path), "--engine", "fsdp2", "--world-size", "3"]
+    assert main([*line, "--rank", "8", "--set", "energy=0.9", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["parameters"] == 300 * 32 + 4 * 32 * 32 + 3 * 32 * 48 + 3 * 32
+    assert (found["settings"]["max_rank"], found["settings"]["energy"]) == (8, 0.9)
+    ours = found["bytes_per_process"]["AdaRankGrad"]
+    assert ours["peak"]["largest"] > ours["optimizer_state"]["largest"] > 0
+    assert set(found["ranks"].values()) == {8}
+    printed = capsys.readouterr().out
+    assert "GaLore does not run under FSDP2" in printed
+    assert "activations" in printed and "largest ranks" in printed
+
+
+def test_one_process_sends_nothing():
+    figures = plan("none", 1).figures["AdaRankGrad"]
+    arrays = figures.arrays()
+    assert [int(arrays[key][0]) for key in arrays if "sent" in key] == [0, 0, 0]
+    assert figures.step_collectives == figures.refresh_collectives == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["--model", "8b", "--engine", "zero3"],
+            "--model 8b: neither a path nor one of pico, nano",
+        ),
+        (["--model", "nano", "--engine", "zero4"], "--engine zero4: one of none, ddp, zero0"),
+        (["--model", "nano", "--engine", "none", "--world-size", "2"], "--world-size 2: --engine"),
+        (["--model", "nano", "--engine", "ddp", "--rank", "1.5"], "a whole number of at least 1"),
+        (["--model", "nano", "--engine", "ddp", "--set", "max_rnk=3"], "did you mean 'max_rank'"),
+        (["--model", "nano", "--engine", "ddp", "--rank", "8", "--set", "max_rank=8"], "leave one"),
+        (["--model", "nano", "--engine", "ddp", "--set", "state_budget=1KiB"], "give at least"),
+        (["--model", "nano", "--engine", "ddp", "--json", "/nowhere/x"], "--json /nowhere/x: No"),
+        (["--model", ".", "--engine", "ddp", "--vocab-size", "9"], "has a vocabulary of its own"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_one_line(words, told, capsys):
+    try:
+        code = main(["plan", *words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_an_unknown_engine_is_an_error_of_the_function_too():
+    with pytest.raises(InputError, match="fsdp2 is needed"):
+        plan("fsdp3", 2)
