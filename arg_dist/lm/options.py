@@ -18,7 +18,8 @@ def parse_options(description: str) -> argparse.Namespace:
     add = parser.add_argument
     add("--deepspeed_config", metavar="JSON", help="train under DeepSpeed, as this file says "
         "(default: as the launcher says)")  # fmt: skip
-    add("--model", default="nano", help="nano|60m|130m|350m|1b|7b|13b|70b, a config.json or a checkpoint")
+    add("--model", default="nano", help="pico|nano|60m|130m|350m|1b|7b|13b|70b, a config.json or "
+        "a checkpoint")  # fmt: skip
     add("--data", nargs="+", default=[], metavar="PATH", help="text files, directories, globs, "
         ".jsonl, a saved data set (default: the Python source installed here)")  # fmt: skip
     add("--text-key", default="text", help="the text's key in .jsonl and data sets")

@@ -71,9 +71,9 @@ def cell(counts: Counts) -> str:
 def notes(plan: Plan) -> list[str]:
     """What the figures hold, and what they do not."""
     found = [
-        "One step of the fullest process. Peak: all rows above it at the optimizer's step, and the larger of "
-        "the temporaries. It does not hold activations, nor what the engine takes for a while in "
-        "the forward and backward passes (gathered layers, buckets).",
+        "One step of the fullest process. Peak: all rows above it at the optimizer's step, and the "
+        "larger of the temporaries. It does not hold activations, nor what the engine takes for a "
+        "while in the forward and backward passes (gathered layers, buckets).",
         _ranks(plan),
         "New bases: of all matrices in one step, as in the first one; later they are staggered. "
         "The engine's bytes are estimates for rings, with one micro-batch per step; the "

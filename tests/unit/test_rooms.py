@@ -2,8 +2,8 @@
 
 `bench` -> `compare` -> `finetuning`, `command`, `cluster`, `network` -> `planning` -> `lm` ->
 `report`, `integrations` -> `engines` -> `checkpoint` -> `core` (the optimizer) -> `sharding` ->
-`subspace` -> torch, and `config` knows none of them. A room is a folder of `arg_dist`; `core` is the
-files beside them; `__main__` stands before `command`.
+`subspace` -> torch, and `config` knows none of them. A room is a folder of `arg_dist`; `core` is
+the files beside them; `__main__` stands before `command`.
 CONTRIBUTING.md gives the reasons.
 """
 
