@@ -18,7 +18,11 @@ NEVER = 10**9
 """Steps to the next basis, where none is to be measured."""
 
 ADAMW: dict[str, dict[str, Any]] = {"adamw": {"foreach": True}, "adamw-fused": {"fused": True}}
-OURS: dict[str, dict[str, Any]] = {"recommended": {}, "no-residual": {"residual": "none"}}
+OURS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "medium": {"matmul_precision": "medium"},
+    "no-residual": {"residual": "none"},
+}
 """Our own, by what differs from the preset."""
 PEERS = tuple(name for name in PACKAGES if name in PUBLISHED and name != "lora")
 """Packages of others."""

@@ -35,7 +35,9 @@ def parser(description: str) -> OneLineParser:
     step.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"], metavar="DTYPE",
                       help="of weights and gradients: fp32, bf16 (default: fp32)")  # fmt: skip
     _timed(refresh, LOW_RANK, (RECOMMENDED, GALORE))
-    _trained(memory, NAMES, (*OURS, *ADAMW, GALORE), engines=ENGINES, model="nano")
+    _trained(
+        memory, NAMES, (RECOMMENDED, "no-residual", *ADAMW, GALORE), engines=ENGINES, model="nano"
+    )
     memory.add_argument("--processes", type=at_least(1), default=2, help="under each engine, but "
                         "for none, which has one (default: 2)")  # fmt: skip
     memory.add_argument("--engine-methods", nargs="*", choices=IN_TRAINING, metavar="METHOD",
