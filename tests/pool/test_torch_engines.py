@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard
 
 import arg_dist
 from arg_dist.engines.fsdp2 import column_shards
+from arg_dist.telemetry import ADAMW_BYTES_PER_ELEMENT, sample_optimizer
 from tests.launch import models, torch_engines, training
 from tests.tolerances import LOSSES, LOW_PRECISION_LOSSES
 
@@ -134,6 +135,21 @@ def test_an_overflow_on_one_process_skips_the_step_on_all(pool, processes, engin
         assert seen["losses"] == results[0]["losses"]
         assert torch.tensor(seen["losses"]).isfinite().all()
         assert seen["ranks"][3] == seen["ranks"][2]
+
+
+def adamw_bytes(group: dist.ProcessGroup) -> tuple[list[int], int]:
+    model = torch_engines.ROWS.distribute(models.build("llama"), group)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=models.batch(0), labels=models.batch(0)).loss.backward()
+    optimizer.step()
+    held = sum(local(parameter).numel() for parameter in model.parameters())
+    return sample_optimizer(optimizer).state_bytes, ADAMW_BYTES_PER_ELEMENT * held
+
+
+def test_each_process_tells_what_it_holds_of_adamws_state(pool):
+    results = pool.run(adamw_bytes, 4, seconds=60)
+    held = [mine for _, mine in results]
+    assert [told_by_all for told_by_all, _ in results] == [held] * 4
 
 
 def sent_between_refreshes(group: dist.ProcessGroup, how: str) -> int:
