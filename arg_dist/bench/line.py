@@ -134,8 +134,20 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, torch.device], list[Figures]]]
 
 
 def _jobs(options: argparse.Namespace, device: torch.device) -> Jobs:
+    """What all training jobs of a benchmark have in common.
+
+    Raises:
+        InputError: the rank is one that no gradient here can have.
+    """
     rank = options.rank or LLAMA_SIZES[options.model].hidden // 4
     check_ranks([options.model], [rank], "--rank")
+    tokens = options.batch_size * options.seq_len
+    if tokens < rank:  # gradients have no more directions than tokens
+        raise InputError(
+            f"--seq-len {options.seq_len}, --batch-size {options.batch_size}: {tokens} tokens of a "
+            f"process make gradients of rank {tokens} at most, and state of rank {rank} is to be "
+            "measured; give more tokens, or a lower --rank"
+        )
     return Jobs(
         model=options.model,
         rank=rank,

@@ -79,7 +79,7 @@ def _trained(
     add("--engines", nargs="*", choices=known, default=list(engines), metavar="ENGINE",
         help=f"of {', '.join(known)} (default: {' '.join(engines)})")  # fmt: skip
     add("--batch-size", type=at_least(1), default=1, help="sequences of a process (default: 1)")
-    add("--seq-len", type=at_least(2), default=64, help="tokens per sequence (default: 64)")
+    add("--seq-len", type=at_least(2), default=256, help="tokens per sequence (default: 256)")
     add("--steps", type=at_least(2), default=5, help="of a training job (default: 5)")
     add("--limit", type=at_least(1), default=600, metavar="SECONDS", help="for one job "
         "(default: 600)")  # fmt: skip

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from arg_dist.config import parse_config
@@ -14,7 +15,7 @@ from arg_dist.planning.figures import Figures, make_plan
 from arg_dist.planning.model import Model, load_model
 from tests.launch.launching import ROOT, launch
 from tests.launch.planned_runs import BUCKET, CASES, Case
-from tests.tolerances import PLANNED_TEMPORARIES
+from tests.tolerances import PLANNED_PEAK, PLANNED_TEMPORARIES
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -86,3 +87,9 @@ def test_temporaries_are_near_to_what_was_planned(
     for key in ("step_temporaries", "refresh_temporaries"):
         least = min(size for run in runs[case.name] for size in run[key])
         PLANNED_TEMPORARIES.check(float(figures[key].max()), float(least))
+    kept = figures["peak"] - np.maximum(figures["step_temporaries"], figures["refresh_temporaries"])
+    found = [
+        max(min(run["step_temporaries"]), min(run["refresh_temporaries"]))
+        for run in runs[case.name]
+    ]
+    PLANNED_PEAK.check(float(figures["peak"].max()), float((kept + found).max()))

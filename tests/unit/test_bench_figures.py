@@ -195,6 +195,7 @@ def test_files_have_every_number_and_where_it_was_measured(
         ("step --device nowhere", "--device nowhere: .* there is cpu"),
         ("refresh --methods adamw", "--methods: invalid choice: 'adamw'"),
         ("step --out table.md", "--out table.md: a name that ends in .json is needed"),
+        ("memory --rank 128 --seq-len 64", "--seq-len 64, --batch-size 1: 64 .* rank 64 at most"),
         ("step --rounds 0", "--rounds: a whole number of at least 1 is needed"),
     ],
 )
