@@ -31,64 +31,13 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 import arg_dist  # noqa: E402
 from arg_dist.lm.presets import build_model, model_config  # noqa: E402
 from arg_dist.lm.training import leave_processes  # noqa: E402
+from tests.launch.planned_cases import BUCKET, CASES, Case  # noqa: E402
 from tests.launch.torch_engines import ddp, fsdp2  # noqa: E402
 
-BUCKET = 10**6
+WATCHED = 2
+"""Steps of each kind of which the temporaries are taken."""
 TOKENS = 160
 """Of a process in a step: more than the largest rank, so that gradients have it."""
-
-
-FULL = {"max_rank": 0.25, "min_rank": 0.25}
-"""Ranks at their largest."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model under an engine.
-
-    Attributes:
-        model: a size.
-        vocabulary: its tokens.
-        engine: as the plan calls it.
-        dtype: of the weights that it computes with.
-        settings: the optimizer's.
-    """
-
-    model: str
-    vocabulary: int
-    engine: str
-    dtype: str = "fp32"
-    settings: dict[str, Any] = field(default_factory=lambda: FULL)
-
-    @property
-    def has_temporaries(self) -> bool:
-        """Whether they are measured: of each way to lay `nano` out."""
-        own = self.dtype == "fp32" or self.engine in (
-            "none",
-            "fsdp2",
-        )  # else fp32 copies are trained
-        ways = self.engine in ("none", "ddp", "zero2", "zero3", "fsdp2")
-        return self.model == "nano" and own and ways and self.settings in (FULL, BUCKETS)
-
-    @property
-    def name(self) -> str:
-        """What the test is called."""
-        return "-".join([self.model, self.engine, self.dtype, *map(str, self.settings.values())])
-
-
-NANO, SMALL = ("nano", 258), ("60m", 32000)
-BUDGET = {"state_budget": 5_000_000, "energy": 1.0}
-WHOLE_BASES = {"max_rank": 48, "min_rank": 48, "shard_basis": False, "residual": "none"}
-BUCKETS = {**FULL, "bucket_size": 2_000_000}
-CASES = [
-    *(Case(*NANO, engine) for engine in ("none", "ddp", "zero0", "zero1", "zero2", "zero3")),
-    Case(*NANO, "fsdp2"),
-    *(Case(*NANO, engine, "bf16") for engine in ("none", "fsdp2", "zero0", "zero2", "zero3")),
-    *(Case(*NANO, engine, settings=BUDGET) for engine in ("zero2", "zero3", "fsdp2")),
-    Case(*NANO, "fsdp2", settings=WHOLE_BASES),
-    *(Case(*NANO, engine, settings=BUCKETS) for engine in ("ddp", "zero3")),
-    *(Case(*SMALL, engine) for engine in ("none", "zero2", "zero3", "fsdp2")),
-]
 
 
 @dataclass
@@ -166,8 +115,8 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
 def run(case: Case) -> dict[str, Any]:
     """What the first step took on this process, and the second; of nano, temporaries, too.
 
-    These are of two steps each, as messages may be freed a moment later by a thread that sends
-    them: without a refresh, and with new bases everywhere.
+    These are of `WATCHED` steps each, as messages may be freed a moment later by a thread that
+    sends them: without a refresh, and with new bases everywhere.
     """
     config: dict[str, Any] = {
         "train_batch_size": dist.get_world_size(),
@@ -199,9 +148,9 @@ def run(case: Case) -> dict[str, Any]:
     sent, collectives = [probe.optimizer.comm_bytes()], [probe.optimizer.collectives()]
     sizes = []
     probes = case.has_temporaries
-    for step in range(5 if probes else 2):
+    for step in range(1 + 2 * WATCHED if probes else 2):
         probe.watched = probes  # always: what was allocated unseen, is freed unseen
-        if step > 2:
+        if step > WATCHED:
             refresh_all(probe.optimizer)
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
         tokens = torch.randint(case.vocabulary, (1, TOKENS), generator=generator)
@@ -221,8 +170,8 @@ def run(case: Case) -> dict[str, Any]:
     return {
         **probe.seen[1],
         "optimizer_state": sizes[1],
-        "step_temporaries": probe.temporaries[1:3],
-        "refresh_temporaries": probe.temporaries[3:],
+        "step_temporaries": probe.temporaries[1 : 1 + WATCHED],
+        "refresh_temporaries": probe.temporaries[1 + WATCHED :],
         "sent_in_first_step": sent[1] - sent[0],
         "sent_per_step": sent[2] - sent[1],
         "collectives_in_first_step": collectives[1] - collectives[0],

@@ -1,0 +1,61 @@
+"""What is planned and run: models under engines. Imports nothing that a test must not import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+BUCKET = 10**6
+"""Elements of the engine's buckets."""
+
+FULL = {"max_rank": 0.25, "min_rank": 0.25}
+"""Ranks at their largest."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model under an engine.
+
+    Attributes:
+        model: a size.
+        vocabulary: its tokens.
+        engine: as the plan calls it.
+        dtype: of the weights that it computes with.
+        settings: the optimizer's.
+    """
+
+    model: str
+    vocabulary: int
+    engine: str
+    dtype: str = "fp32"
+    settings: dict[str, Any] = field(default_factory=lambda: FULL)
+
+    @property
+    def has_temporaries(self) -> bool:
+        """Whether they are measured: of each way to lay `nano` out."""
+        own = self.dtype == "fp32" or self.engine in (
+            "none",
+            "fsdp2",
+        )  # else fp32 copies are trained
+        ways = self.engine in ("none", "ddp", "zero2", "zero3", "fsdp2")
+        return self.model == "nano" and own and ways and self.settings in (FULL, BUCKETS)
+
+    @property
+    def name(self) -> str:
+        """What the test is called."""
+        return "-".join([self.model, self.engine, self.dtype, *map(str, self.settings.values())])
+
+
+NANO, SMALL = ("nano", 258), ("60m", 32000)
+BUDGET = {"state_budget": 5_000_000, "energy": 1.0}
+WHOLE_BASES = {"max_rank": 48, "min_rank": 48, "shard_basis": False, "residual": "none"}
+BUCKETS = {**FULL, "bucket_size": 2_000_000}
+CASES = [
+    *(Case(*NANO, engine) for engine in ("none", "ddp", "zero0", "zero1", "zero2", "zero3")),
+    Case(*NANO, "fsdp2"),
+    *(Case(*NANO, engine, "bf16") for engine in ("none", "fsdp2", "zero0", "zero2", "zero3")),
+    *(Case(*NANO, engine, settings=BUDGET) for engine in ("zero2", "zero3", "fsdp2")),
+    Case(*NANO, "fsdp2", settings=WHOLE_BASES),
+    *(Case(*NANO, engine, settings=BUCKETS) for engine in ("ddp", "zero3")),
+    *(Case(*SMALL, engine) for engine in ("none", "zero2", "zero3", "fsdp2")),
+]
