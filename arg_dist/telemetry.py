@@ -9,8 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from arg_dist.sharding.local import local_part
 
 ADAMW_BYTES_PER_ELEMENT = 8
 """AdamW's two fp32 moments."""
@@ -76,17 +77,12 @@ def _own_numbers(optimizer: Optimizer) -> tuple[list[dict[str, Any]], int, int, 
         adamw = ADAMW_BYTES_PER_ELEMENT * optimizer.held_elements()
         return optimizer.stats(), optimizer.state_bytes(), adamw, optimizer.comm_bytes()
     state_bytes = sum(
-        _held(value).untyped_storage().nbytes()
+        local_part(value).untyped_storage().nbytes()
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.dim() > 0  # not the step counters
     )
     return [], state_bytes, state_bytes, 0
-
-
-def _held(value: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor; the storage of a DTensor itself tells its whole."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def merge(gathered: list[tuple[list[dict[str, Any]], int, int, int]]) -> OptimizerSample:

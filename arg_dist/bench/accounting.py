@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from arg_dist.compare.counting import Bytes, count, tensors_in
+from arg_dist.sharding.local import local_part
 
 
 def held_state(optimizers: Iterable[Optimizer]) -> Bytes:
     """Bytes of all tensors that the optimizers keep on this process, by the rule of `compare`."""
-    return count([_local(each) for o in optimizers for each in tensors_in(o.state)])
+    return count([local_part(each) for o in optimizers for each in tensors_in(o.state)])
 
 
 class Holdings:
@@ -51,11 +51,11 @@ class Holdings:
 
     def _look(self, optimizer: Optimizer, *_: Any) -> None:
         moved = [p for group in optimizer.param_groups for p in group["params"]]
-        for tensor in map(_local, [*_weights_of(self._model), *moved]):
+        for tensor in map(local_part, [*_weights_of(self._model), *moved]):
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
         handed = [p.grad for p in moved if p.grad is not None]
-        self.gradients += count([_local(gradient) for gradient in handed]).logical
+        self.gradients += count([local_part(gradient) for gradient in handed]).logical
 
 
 def _weights_of(model: nn.Module) -> Iterator[Tensor]:
@@ -63,11 +63,6 @@ def _weights_of(model: nn.Module) -> Iterator[Tensor]:
         yield parameter
         if hasattr(parameter, "ds_tensor"):  # ZeRO-3 leaves its part of a parameter there
             yield parameter.ds_tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What lies on this process of a tensor; the storage of a DTensor itself tells its whole."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class PeakMemory:

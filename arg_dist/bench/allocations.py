@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -44,16 +45,31 @@ def _on_cpu(prepare: Callable[[], Step], warm_up: int) -> int:
             step()
         with record_function(_MARK):
             step()
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    (mark,) = (event for event in events if event.name() == _MARK)
+    (mark,) = (event for event in _events(profiler) if event.name() == _MARK)
     began, ended = mark.start_ns(), mark.start_ns() + mark.duration_ns()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     live = before = peak = 0
-    for moment, change in sorted(changes, key=lambda each: each[0]):  # stable: as they came
+    for moment, change in allocations(profiler):
         live += change
         if moment < began:
             before = peak = live
         elif moment <= ended:
             peak = max(peak, live)
     return peak - before
+
+
+def allocations(profiler: profile) -> list[tuple[int, int]]:
+    """All that a profiler with ``profile_memory`` has heard of, in the order of time.
+
+    Args:
+        profiler: one that has ended.
+
+    Returns:
+        Of each allocation its moment, in nanoseconds, and its bytes; fewer than 0 are given back.
+    """
+    changes = [(e.start_ns(), e.nbytes()) for e in _events(profiler) if e.name() == "[memory]"]
+    return sorted(changes, key=lambda change: change[0])  # stable: as they came
+
+
+def _events(profiler: profile) -> list[Any]:
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    return profiler.profiler.kineto_results.events()  # nowhere else is each allocation

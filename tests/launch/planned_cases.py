@@ -33,10 +33,8 @@ class Case:
     @property
     def has_temporaries(self) -> bool:
         """Whether they are measured: of each way to lay `nano` out."""
-        own = self.dtype == "fp32" or self.engine in (
-            "none",
-            "fsdp2",
-        )  # else fp32 copies are trained
+        # DeepSpeed trains copies in fp32 of weights in bf16
+        own = self.dtype == "fp32" or self.engine in ("none", "fsdp2")
         ways = self.engine in ("none", "ddp", "zero2", "zero3", "fsdp2")
         return self.model == "nano" and own and ways and self.settings in (FULL, BUCKETS)
 

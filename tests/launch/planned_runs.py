@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 faulthandler.dump_traceback_later(340, exit=True)  # a deadlock shows where it stands
@@ -29,8 +29,10 @@ import deepspeed  # noqa: E402
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 import arg_dist  # noqa: E402
+from arg_dist.bench.allocations import allocations  # noqa: E402
 from arg_dist.lm.presets import build_model, model_config  # noqa: E402
 from arg_dist.lm.training import leave_processes  # noqa: E402
+from arg_dist.sharding.local import local_part  # noqa: E402
 from tests.launch.planned_cases import BUCKET, CASES, Case  # noqa: E402
 from tests.launch.torch_engines import ddp, fsdp2  # noqa: E402
 
@@ -93,9 +95,7 @@ class Probe:
 
 def most_allocated(watch: profile) -> int:
     """The most bytes that were allocated and not yet freed in what was watched."""
-    events = watch.profiler.kineto_results.events()  # nowhere else is every allocation
-    changes = (event.nbytes() for event in events if event.name() == "[memory]")
-    return max(accumulate(changes), default=0)
+    return max(accumulate(change for _, change in allocations(watch)), default=0)
 
 
 def refresh_all(optimizer: arg_dist.AdaRankGrad) -> None:
@@ -107,8 +107,7 @@ def refresh_all(optimizer: arg_dist.AdaRankGrad) -> None:
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
     """Bytes of the storages that tensors lie in on this process, by where they begin."""
-    local: Iterable[Tensor] = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
-    parts = (tensor.detach().untyped_storage() for tensor in local)
+    parts = (local_part(tensor).detach().untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in parts}
 
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "core": {"config", "sharding", "subspace"},
     "checkpoint": {"config", "core", "sharding", "subspace"},
     "engines": {"checkpoint", "config", "core", "sharding", "subspace"},
-    "telemetry": set(),
+    "telemetry": {"sharding"},
     "integrations": {"config", "core", "engines", "telemetry"},
     "lm": {"package", "checkpoint", "config", "engines", "integrations", "report", "telemetry"},
     "cluster": {"package", "lm"},
@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "compare": {"package", "config", "core", "finetuning", "integrations", "lm", "report"},
     "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
     "network": {"lm", "report"},
-    "bench": {"package", "compare", "lm", "report"},
+    "bench": {"package", "compare", "lm", "report", "sharding"},
     "planning": {
         "package",
         "config",
