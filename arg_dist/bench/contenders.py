@@ -31,8 +31,6 @@ NAMES = (*OURS, *ADAMW, *PEERS)
 LEARNING_RATE = 1e-6
 """Small, as the same gradients come again and again."""
 
-NOT_POSSIBLE = "not possible"
-
 
 class Matrices(nn.Module):
     """Linear layers, so many of each shape as it counts, with a gradient each."""

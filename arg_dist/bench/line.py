@@ -26,6 +26,7 @@ from arg_dist.bench.results import Figures, check_out, show, write
 from arg_dist.bench.scaling import measure_layers, measure_processes
 from arg_dist.bench.shapes import check_ranks
 from arg_dist.bench.step import measure_steps
+from arg_dist.bench.turns import Turns
 from arg_dist.compare import peers
 from arg_dist.compare.methods import FAMILIES
 from arg_dist.lm import InputError
@@ -64,26 +65,11 @@ def stop_on_signals() -> None:
 
 
 def _step(options: argparse.Namespace, device: torch.device) -> list[Figures]:
-    check_ranks(options.models, options.ranks)
-    return [
-        measure_steps(
-            options.models,
-            options.ranks,
-            options.dtypes,
-            options.methods,
-            device=device,
-            rounds=options.rounds,
-        )
-    ]
+    return [measure_steps(_turns(options, device), options.dtypes)]
 
 
 def _refresh(options: argparse.Namespace, device: torch.device) -> list[Figures]:
-    check_ranks(options.models, options.ranks)
-    return [
-        measure_refreshes(
-            options.models, options.ranks, options.methods, device=device, rounds=options.rounds
-        )
-    ]
+    return [measure_refreshes(_turns(options, device))]
 
 
 def _memory(options: argparse.Namespace, device: torch.device) -> list[Figures]:
@@ -131,6 +117,22 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, torch.device], list[Figures]]]
     "memory": _memory,
     "scaling": _scaling,
 }
+
+
+def _turns(options: argparse.Namespace, device: torch.device) -> Turns:
+    """What all timed steps of a benchmark have in common.
+
+    Raises:
+        InputError: a rank is one that no model here can have.
+    """
+    check_ranks(options.models, options.ranks)
+    return Turns(
+        models=options.models,
+        ranks=options.ranks,
+        names=options.methods,
+        device=device,
+        rounds=options.rounds,
+    )
 
 
 def _jobs(options: argparse.Namespace, device: torch.device) -> Jobs:

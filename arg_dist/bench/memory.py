@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from arg_dist.bench.contenders import NOT_POSSIBLE, PEERS
+from arg_dist.bench import refusals
+from arg_dist.bench.contenders import PEERS
 from arg_dist.bench.launching import JobError, run_job
-from arg_dist.bench.results import NOT_MEASURED, Block, Figures, Row
+from arg_dist.bench.results import NOT_MEASURED, NOT_POSSIBLE, Block, Figures, Row, without_gpu
 from arg_dist.lm import InputError
 
 Progress = Callable[[str], None]
@@ -135,8 +136,8 @@ def alone_figures(samples: list[dict[str, Any]], jobs: Jobs) -> Figures:
         "what they keep alive. In a step: tensors at its peak that were not there before; with "
         f"new bases, if all matrices get one in the same step. The peak: {what} of a fresh process "
         "over its first steps, which make the state and the bases.",
-        *_reasons(samples),
-        *_without_gpu(jobs.device),
+        *refusals.of_jobs(samples),
+        *without_gpu(jobs.device.type),
     ]
     heading = f"{jobs.model}: the matrices of its layers, rank {jobs.rank}, fp32"
     titles = ["", "state", "in a step", "with new bases", "peak"]
@@ -188,8 +189,8 @@ def engine_figures(samples: list[dict[str, Any]], jobs: Jobs) -> Figures:
         "as the optimizer is handed them, without an engine's buffers; state: tensors and what "
         f"they keep alive. The peak: {what} in training beyond that before the model is built, "
         "activations and buffers included.",
-        *_reasons(samples),
-        *_without_gpu(jobs.device),
+        *refusals.of_jobs(samples),
+        *without_gpu(jobs.device.type),
     ]
     titles = ["", "weights", "gradients", "state", "peak"]
     blocks = [block(engine) for engine in engines]
@@ -205,17 +206,3 @@ def largest(numbers: Sequence[int | None]) -> int | None:
     """The largest of `numbers`; None if one is not known."""
     known = [number for number in numbers if number is not None]
     return max(known) if known and len(known) == len(numbers) else None
-
-
-def _reasons(samples: Sequence[dict[str, Any]]) -> list[str]:
-    told = (
-        f"{sample['optimizer']} under {sample.get('engine', 'none')}, {NOT_POSSIBLE}: "
-        f"{sample['reason']}."
-        for sample in samples
-        if sample["reason"]
-    )
-    return list(dict.fromkeys(told))
-
-
-def _without_gpu(device: torch.device) -> list[str]:
-    return [f"GPU: {NOT_MEASURED}."] if device.type == "cpu" else []

@@ -22,6 +22,8 @@ from arg_dist.report.files import write_json
 from arg_dist.report.summary import hardware, versions
 
 NOT_MEASURED = "not measured"
+NOT_POSSIBLE = "not possible"
+"""Of an optimizer, with a note that says why: see :mod:`arg_dist.bench.refusals`."""
 
 WIDTH = 100
 """Of tables that go into a file: columns."""
@@ -137,6 +139,11 @@ def measured_on() -> str:
         f"`{command()}`: {place}, {torch.get_num_threads()} threads; torch {found['torch']}; "
         f"{date.today().isoformat()}"
     )
+
+
+def without_gpu(device: str) -> list[str]:
+    """A note that nothing is known of GPUs, if the type of the device is not that of one."""
+    return [f"GPU: {NOT_MEASURED}."] if device == "cpu" else []
 
 
 def number(value: float) -> str:

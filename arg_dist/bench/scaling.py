@@ -9,11 +9,20 @@ from typing import Any
 
 import torch
 
-from arg_dist.bench.contenders import NOT_POSSIBLE, Matrices, step_of, steps_that_work
+from arg_dist.bench import refusals
+from arg_dist.bench.contenders import Matrices, step_of, steps_that_work
 from arg_dist.bench.memory import Jobs, mib
-from arg_dist.bench.results import NOT_MEASURED, Block, Figures, Row, number, with_spread
+from arg_dist.bench.results import (
+    NOT_MEASURED,
+    NOT_POSSIBLE,
+    Block,
+    Figures,
+    Row,
+    number,
+    with_spread,
+    without_gpu,
+)
 from arg_dist.bench.shapes import Place, layer_shapes
-from arg_dist.bench.step import reasons
 from arg_dist.bench.timing import Times, in_turns
 
 FACTORS = (1, 2, 4)
@@ -64,7 +73,7 @@ def layer_figures(samples: list[dict[str, Any]], rounds: int) -> Figures:
         name, layers = sample["optimizer"], sample["layers"]
         if sample["not_possible"]:
             return Block(name, [[f"{n} layers", NOT_POSSIBLE, "", ""] for n in layers])
-        times = [Times(tuple(sample["seconds"][str(n)]["rounds"])) for n in layers]
+        times = [Times.from_json(sample["seconds"][str(n)]) for n in layers]
         slope, ratios = fit(layers, [taken.median for taken in times])
         deviation = max(abs(ratio - 1) for ratio in ratios)
         sample |= {"seconds_a_layer": slope, "largest_deviation": deviation}
@@ -86,10 +95,9 @@ def layer_figures(samples: list[dict[str, Any]], rounds: int) -> Figures:
         f"into a step. {rounds} rounds in turns, medians, and quartiles in brackets. A straight "
         "line is laid through the medians: its slope is the time of a layer, and the last column "
         "how far a median lies from it.",
-        *reasons(samples),
+        *refusals.of_steps(samples),
+        *without_gpu(one["device"]),
     ]
-    if one["device"] == "cpu":
-        notes.append(f"GPU: {NOT_MEASURED}.")
     blocks = [block(sample) for sample in samples]
     titles = ["", "ms", "ms, over layers", "off the line"]
     return Figures("A step by the number of layers", titles, blocks, notes, samples)
@@ -157,14 +165,9 @@ def process_figures(samples: list[dict[str, Any]], jobs: Jobs, cores: int) -> Fi
             f"Speed is {NOT_MEASURED} where there are more processes than cores, here {cores}: "
             "they take turns."
         )
-    told = [
-        f"{s['optimizer']} under {s['engine']}, {NOT_POSSIBLE}: {s['reason']}."
-        for s in samples
-        if s["reason"]
-    ]
+    notes += refusals.of_jobs(samples)
     titles = ["", "state, the largest", "times processes", "ms a training step"]
     found = [Block(f"{engine}, {name}", rows) for (engine, name), rows in blocks.items()]
-    notes += dict.fromkeys(told)
     return Figures("State by the number of processes", titles, found, notes, samples)
 
 

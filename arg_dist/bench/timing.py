@@ -60,6 +60,11 @@ class Times:
         """The rounds' differences, in seconds."""
         return Spread.of(a - b for a, b in zip(self.seconds, other.seconds, strict=True))
 
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Times:
+        """What :meth:`as_json` has made."""
+        return cls(tuple(kept["rounds"]))
+
     def as_json(self) -> dict[str, Any]:
         """All rounds, in their order, with median and quartiles."""
         spread = self.spread
