@@ -30,9 +30,10 @@ pip() {
 }
 
 echo "installing into .venv (once, some minutes)" >&2
-# DeepSpeed's build looks at the installed torch, so torch comes first. No operator is compiled:
-# training needs none of them.
+# What is built looks at the torch and the setuptools that are installed, so these come first: an
+# environment that pip makes for a build has the newest setuptools. No operator of DeepSpeed is
+# compiled: training needs none of them.
 pip install torch numpy setuptools
-DS_BUILD_OPS=0 pip install --editable "${root}[train,dev]"
+DS_BUILD_OPS=0 pip install --no-build-isolation --editable "${root}[train,dev]"
 bash "$root/launchers/setup_compare.sh"
 printf '%s\n' "$wanted" >"$stamp"
