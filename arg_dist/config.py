@@ -156,8 +156,9 @@ class AdaRankGradConfig(BaseModel):
     )
     bucket_size: Annotated[int, BeforeValidator(_bytes_of)] = Field(
         2**30,
-        description='bytes of fp32 weights of the matrices that processes step together (`"1GiB"`, '
-        "or a number): smaller ones need less memory beside the state, and more collectives",
+        description='bytes of fp32 weights of the matrices that are under way at a time (`"1GiB"`, '
+        "or a number), in two halves that take turns: one computes while the other's messages "
+        "travel. Smaller ones need less memory beside the state, and more collectives",
     )
     shard_basis: bool | None = Field(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.custody import Custody
 from arg_dist.parameter_groups import SETTINGS, check_names, members, settings_of
 from arg_dist.saved_forms import WHOLE, whole_state
-from arg_dist.shard_step import GradientPart, apply_update, computation, gradient_part
+from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.drivers import run, run_local
+from arg_dist.sharding.drivers import run
 from arg_dist.sharding.fragment import ADAPTERS
+from arg_dist.sharding.lanes import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.sharding.waiting import named
@@ -52,8 +54,9 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
 
     ``S = G - P Q^T`` is what the basis does not span, ``phi`` how far each of its rows is followed
     (:mod:`arg_dist.subspace.residual`). The number of collectives does not depend on the number of
-    matrices in a bucket (`bucket_size`), and a matrix that a single process holds whole sends
-    nothing but the first line. Under an engine that cuts parameters, the optimizer finds its
+    matrices in a lane (half a `bucket_size` of weights); while the messages of one lane are under
+    way, another one computes, and what a single process holds whole, which sends nothing but the
+    first line. Under an engine that cuts parameters, the optimizer finds its
     fragments at the first step; it may be built before or after the engine takes the model over,
     but before the engine replaces its parameters.
 
@@ -230,37 +233,34 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         agreed: Agreement,
         settings: list[AdaRankGradConfig],
     ) -> None:
-        """Runs the algorithm on every shard that has ever had a gradient, a bucket at a time."""
-        for units in plan.buckets:
-            held = [shard for shard in plan.shards if shard.unit in units]
-            self._update_together(plan, held, gradients, agreed, settings)
+        """Runs the algorithm on every shard."""
+        lanes = [
+            partial(self._lane, plan, units, gradients, agreed, settings) for units in plan.lanes
+        ]
+        run_lanes(lanes, plan.communicator, agreed.rounds)
 
-    def _update_together(
+    def _lane(
         self,
         plan: Plan,
-        shards: list[Shard],
+        units: range,
         gradients: dict[int, GradientPart],
         agreed: Agreement,
         settings: list[AdaRankGradConfig],
-    ) -> None:
-        shared: list[tuple[Shard, Steps[Any]]] = []
-        for shard in shards:
-            state = self.state_of(shard)
-            if not state and agreed.norm_sq[shard.unit] == 0:
-                continue
-            chosen = settings[shard.group]
+    ) -> Lane[Any]:
+        """The steps of those of the matrices and tensors `units` that ever had a gradient."""
+
+        def steps(shard: Shard) -> Steps[Any]:
+            state, chosen = self.state_of(shard), settings[shard.group]
             allowed = self._budget.allowed(shard, state, chosen)
-            steps = computation(
-                shard, gradients.pop(shard.unit), state, agreed, chosen, allowed=allowed
-            )
-            if shard.is_shared:
-                shared.append((shard, steps))
-            else:
-                apply_update(shard, run_local(steps), settings[shard.group])
-        together, names = [steps for _, steps in shared], [shard.name for shard, _ in shared]
-        results = run(together, plan.communicator, agreed.rounds, "the step", names)
-        for (shard, _), update in zip(shared, results, strict=True):
-            apply_update(shard, update, settings[shard.group])
+            gradient = gradients.pop(shard.unit)
+            return computation(shard, gradient, state, agreed, chosen, allowed=allowed)
+
+        shards = [
+            shard
+            for shard in plan.shards
+            if shard.unit in units and (self.state_of(shard) or agreed.norm_sq[shard.unit] > 0)
+        ]
+        return lane_of(shards, steps, settings)
 
     # -- saving ------------------------------------------------------------------------------------
 

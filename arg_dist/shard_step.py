@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 from arg_dist.agreement import Agreement
 from arg_dist.algorithm import LowRankUpdate, State, adam_step, low_rank_step
 from arg_dist.config import AdaRankGradConfig
+from arg_dist.sharding.drivers import run_local
+from arg_dist.sharding.lanes import Lane
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.exchange import Steps
 from arg_dist.subspace.norms import norm_sq, row_squares
@@ -91,6 +94,33 @@ def computation(
         )
     assert isinstance(shard, TensorShard)
     return adam_step(gradient.read(), state, shard.side, settings, me=shard.me)
+
+
+def lane_of(
+    shards: Sequence[Shard],
+    steps: Callable[[Shard], Steps[Any]],
+    settings: Sequence[AdaRankGradConfig],
+) -> Lane[Any]:
+    """The steps of shards: those that need others, and those that are taken while these wait.
+
+    Args:
+        shards: in an order equal on all processes.
+        steps: makes a shard's computation; called when it begins.
+        settings: of the parameter groups.
+    """
+    shared = [shard for shard in shards if shard.is_shared]
+
+    def finish(position: int, update: Any) -> None:
+        shard = shared[position]
+        apply_update(shard, update, settings[shard.group])
+
+    def step_alone() -> None:
+        for shard in shards:
+            if not shard.is_shared:
+                apply_update(shard, run_local(steps(shard)), settings[shard.group])
+
+    names = [shard.name for shard in shared]
+    return Lane(map(steps, shared), finish, "the step", names, step_alone)
 
 
 def apply_update(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None:

@@ -25,7 +25,7 @@ from arg_dist.planning.requests import FP64, taken
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.shares import budget_sent, planned_ranks
 from arg_dist.planning.temporaries import temporaries
-from arg_dist.planning.units import MatrixUnit, Unit, buckets, matrices, tensors, units_of
+from arg_dist.planning.units import MatrixUnit, Unit, lanes, matrices, tensors, units_of
 
 KEPT = (
     "weights",
@@ -214,7 +214,7 @@ def _ours(
     steps, firsts = (
         [
             temporaries(
-                buckets(units, settings), ranks, holds.trained_bytes, processes, is_first=is_first
+                lanes(units, settings), ranks, holds.trained_bytes, processes, is_first=is_first
             )
             for units in calls
         ]
@@ -237,7 +237,7 @@ def _collectives(units: list[Unit], settings: AdaRankGradConfig, processes: int)
     """Of one call of ``step()``, without a refresh and with one."""
     if processes == 1:
         return 0, 0
-    cuts = len(buckets(units, settings))
+    cuts = len(lanes(units, settings))
     shared = [unit for unit in units if unit.is_shared]
     any_shared = int(bool(shared))
     if any(isinstance(unit, MatrixUnit) for unit in shared):

@@ -1,7 +1,8 @@
 """The most that one step of AdaRankGrad allocates beyond what it keeps, by what its code does.
 
-Matrices that one process holds whole are taken one after the other. Those of a bucket that are
-shared go through the rounds together, so that what each of them has in hand adds up.
+Matrices that one process holds whole are taken one after the other. Those of a lane that are shared
+go through the rounds together, so that what each of them has in hand adds up, and two lanes are
+under way at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from arg_dist.planning.requests import FP32, FP64, Moved, Rounds
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.units import MatrixUnit, TensorUnit, Unit
+from arg_dist.sharding.lanes import turns
 from arg_dist.subspace.norms import RUN
 
 
@@ -30,7 +32,7 @@ Moments = Sequence[Moment]
 
 
 def temporaries(
-    buckets: Sequence[Sequence[Unit]],
+    lanes: Sequence[Sequence[Unit]],
     ranks: Mapping[str, int],
     size: int,
     processes: int,
@@ -40,16 +42,17 @@ def temporaries(
     """Bytes of one call of ``step()`` on each process.
 
     Args:
-        buckets: the matrices and tensors of the call, by what is stepped together.
+        lanes: the matrices and tensors of the call, by what goes through the rounds together.
         ranks: of the matrices, by name.
         size: bytes of an element of the weights and gradients that the optimizer is given.
         processes: how many there are.
         is_first: the first step, in which all matrices find a basis; else none does.
     """
-    always, most = np.zeros(processes, np.int64), np.zeros(processes, np.int64)
-    for units in buckets:
-        peak = _Peak(processes)
+    always, squaring = np.zeros(processes, np.int64), np.zeros(processes, np.int64)
+    peaks = [_Lane(processes) for _ in lanes]
+    for peak, units in zip(peaks, lanes, strict=True):
         for unit in units:
+            np.maximum.at(squaring, unit.owners, FP32 * np.minimum(unit.held, RUN))
             if isinstance(unit, TensorUnit):
                 peak.add(unit, _adam(unit, size), unit.rounds)
             elif isinstance(unit, MatrixUnit):
@@ -60,45 +63,74 @@ def temporaries(
                     peak.add(unit, _steady(unit, rank, size), unit.steady_rounds(rank))
                 # the squares of the gradient's rows
                 always[unit.owners] += FP32 * unit.sides.moment_touch.counts()
-        most = np.maximum(most, peak.result())
-    total: Counts = always + most
+    total: Counts = always + np.maximum(squaring, _most(peaks, processes))
     return total
 
 
-class _Peak:
-    """The most that any moment of a step takes."""
+class _Lane:
+    """What the matrices and tensors of a lane take, turn by turn.
+
+    Attributes:
+        rounds: how often any of them asks.
+    """
 
     def __init__(self, processes: int) -> None:
-        self._alone = np.zeros(processes, np.int64)
-        self._passing = np.zeros(processes, np.int64)
-        self._ends = np.zeros(processes, np.int64)
-        self._squaring = np.zeros(processes, np.int64)
-        self._rounds: list[Counts] = []
-        """What is in hand and in messages, round by round, less what is there at the end."""
+        self.rounds = 0
+        self._nothing = np.zeros(processes, np.int64)
+        self._alone, self._passing = self._nothing.copy(), self._nothing.copy()
+        self._waiting: list[Counts] = []
+        self._answers: list[Counts] = []
+        self._ending: list[Counts] = []
 
     def add(self, unit: Unit, moments: Moments, rounds: Rounds) -> None:
         """Counts a matrix or tensor."""
-        np.maximum.at(self._squaring, unit.owners, FP32 * np.minimum(unit.held, RUN))
         *through, (end, _) = _merged(moments, rounds)
         if not unit.is_shared:
             np.maximum.at(self._alone, unit.owners, end.held + end.passing)
             return
-        np.maximum.at(self._passing, unit.owners, end.passing)
-        self._ends[unit.owners] += end.held
+        self.rounds = max(self.rounds, len(through))
+        while len(self._ending) <= len(through):
+            for each in (self._waiting, self._answers, self._ending):
+                each.append(self._nothing.copy())
         for k, (moment, moved) in enumerate(through):
             assert moved is not None
             np.maximum.at(self._passing, unit.owners, moment.passing)
-            if k == len(self._rounds):
-                self._rounds.append(np.zeros_like(self._alone))
-            in_messages = moved.sent + moved.received + moved.answer
-            self._rounds[k][unit.owners] += moment.held + in_messages - end.held
+            self._waiting[k][unit.owners] += moment.held + moved.sent + moved.received
+            self._answers[k][unit.owners] += moved.answer
+        np.maximum.at(self._passing, unit.owners, end.passing)
+        self._ending[len(through)][unit.owners] += end.held
 
-    def result(self) -> Counts:
-        """Bytes."""
-        rounds = np.max(self._rounds, 0) if self._rounds else 0
-        together = self._ends + np.maximum(rounds, 0) + self._passing
-        most: Counts = np.maximum.reduce([self._alone, together, self._squaring])
+    def waiting(self, turn: int) -> Counts:
+        """In hand and in messages while those of a turn are under way."""
+        return _at(self._waiting, turn, self._nothing)
+
+    def most(self, turn: int) -> Counts:
+        """In a turn."""
+        going_on = self.waiting(turn) + _at(self._ending, turn, self._nothing) + self._passing
+        before = self.waiting(0) + self._alone
+        if turn:
+            answers = _at(self._answers, turn - 1, self._nothing)
+            before = self.waiting(turn - 1) + answers + self._passing
+        most: Counts = np.maximum(going_on, before)
         return most
+
+
+def _at(numbers: Sequence[Counts], turn: int, nothing: Counts) -> Counts:
+    return numbers[turn] if turn < len(numbers) else nothing
+
+
+def _most(lanes: Sequence[_Lane], processes: int) -> Counts:
+    """The most that lanes take together, as they take turns."""
+    most = np.zeros(processes, np.int64)
+    waiting: dict[int, Counts] = {}
+    rounds = max((lane.rounds for lane in lanes), default=0)
+    for number, turn in turns(len(lanes), rounds):
+        waiting.pop(number, None)
+        others = sum(waiting.values(), np.zeros(processes, np.int64))
+        most = np.maximum(most, others + lanes[number].most(turn))
+        if turn < rounds:
+            waiting[number] = lanes[number].waiting(turn)
+    return most
 
 
 def _merged(moments: Moments, rounds: Rounds) -> list[tuple[Moment, Moved | None]]:

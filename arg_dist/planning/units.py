@@ -32,7 +32,7 @@ from arg_dist.sharding.layout import (
     element_side,
     matrix_spread,
 )
-from arg_dist.sharding.plan import buckets_of
+from arg_dist.sharding.plan import lanes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +145,9 @@ def units_of(layout: Layout, settings: AdaRankGradConfig) -> list[list[Unit]]:
     return calls
 
 
-def buckets(units: list[Unit], settings: AdaRankGradConfig) -> list[list[Unit]]:
-    """The matrices and tensors of a call that are stepped together."""
-    cuts = buckets_of([FP32 * unit.elements for unit in units], settings.bucket_size)
+def lanes(units: list[Unit], settings: AdaRankGradConfig) -> list[list[Unit]]:
+    """The matrices and tensors of a call that go through the rounds together."""
+    cuts = lanes_of([FP32 * unit.elements for unit in units], settings.bucket_size)
     return [[units[i] for i in cut] for cut in cuts]
 
 

@@ -106,7 +106,7 @@ class Communicator:
             options.timeout, options.asyncOp = limit, True
             return group.allgather([received], [longest], options)
 
-        self._carry_out(start, lambda: f"{purpose} (an all-gather)")
+        self._begin(start, lambda: f"{purpose} (an all-gather)")()
         if counted:
             self.sent_bytes += (self.size - 1) * (longest.numel() + _SIZE_BYTES)
             self.collectives += 2
@@ -126,7 +126,7 @@ class Communicator:
         expected = sizes if self.me == 0 else [0] * self.size
         data = torch.empty(sum(expected), dtype=torch.uint8, device=self._device)
         to_first = [mine.numel()] + [0] * (self.size - 1)
-        self._all_to_all(data, mine, expected, to_first, lambda: f"{purpose} (a gathering)")
+        self._all_to_all(data, mine, expected, to_first, lambda: f"{purpose} (a gathering)")()
         return [_unpickled(part) for part in torch.split(data, expected)] if self.me == 0 else []
 
     def exchange(
@@ -140,6 +140,17 @@ class Communicator:
 
         Returns:
             ``want[me]`` rows for each request, on the request's device.
+        """
+        return self.begin(exchanges, words)()
+
+    def begin(
+        self, exchanges: Sequence[Exchange], words: Words = lambda: "an exchange"
+    ) -> Callable[[], list[Tensor]]:
+        """Sends what one round asks for; arguments as of :meth:`exchange`.
+
+        Returns:
+            What waits for the answers and returns them, called once; several exchanges may be
+            under way, and all processes begin them in one order.
         """
         outgoing: list[list[Tensor]] = [[] for _ in range(self.size)]
         incoming: list[list[_Slot]] = [[] for _ in range(self.size)]
@@ -157,20 +168,25 @@ class Communicator:
                 low, high = intersect(exchange.have[other], wanted)
                 if low < high and other != self.me:
                     incoming[other].append(_Slot(other, k, low, high, exchange.part))
-        for slot, rows in self._swap(outgoing, incoming, words):
-            received[slot.request].append((slot.source, slot.low, rows))
-        return [
-            add_up(
-                exchange,
-                self.me,
-                [(low, rows) for _, low, rows in sorted(parts, key=itemgetter(0))],
-            )
-            for exchange, parts in zip(exchanges, received, strict=True)
-        ]
+        arrivals = self._swap(outgoing, incoming, words)
+
+        def answers() -> list[Tensor]:
+            for slot, rows in arrivals():
+                received[slot.request].append((slot.source, slot.low, rows))
+            return [
+                add_up(
+                    exchange,
+                    self.me,
+                    [(low, rows) for _, low, rows in sorted(parts, key=itemgetter(0))],
+                )
+                for exchange, parts in zip(exchanges, received, strict=True)
+            ]
+
+        return answers
 
     def _swap(
         self, outgoing: list[list[Tensor]], incoming: list[list[_Slot]], words: Words
-    ) -> list[tuple[_Slot, Tensor]]:
+    ) -> Callable[[], list[tuple[_Slot, Tensor]]]:
         device = self._device
         send_sizes = [sum(_padded(part.nbytes) for part in parts) for parts in outgoing]
         receive_sizes = [sum(_padded(slot.nbytes) for slot in slots) for slots in incoming]
@@ -180,16 +196,21 @@ class Communicator:
         for part in (part for parts in outgoing for part in parts):
             send[position : position + part.nbytes] = _as_bytes(part)
             position += _padded(part.nbytes)
-        self._all_to_all(receive, send, receive_sizes, send_sizes, words)
+        finish = self._all_to_all(receive, send, receive_sizes, send_sizes, words)
         self.sent_bytes += send.numel()
         self.collectives += 1
-        results = []
-        position = 0
-        for slot in (slot for slots in incoming for slot in slots):
-            part = receive[position : position + slot.nbytes].view(slot.like.dtype)
-            results.append((slot, part.view(slot.shape).to(slot.like.device)))
-            position += _padded(slot.nbytes)
-        return results
+
+        def arrivals() -> list[tuple[_Slot, Tensor]]:
+            finish()
+            results = []
+            position = 0
+            for slot in (slot for slots in incoming for slot in slots):
+                part = receive[position : position + slot.nbytes].view(slot.like.dtype)
+                results.append((slot, part.view(slot.shape).to(slot.like.device)))
+                position += _padded(slot.nbytes)
+            return results
+
+        return arrivals
 
     def _all_to_all(
         self,
@@ -198,7 +219,8 @@ class Communicator:
         receive_sizes: list[int],
         send_sizes: list[int],
         words: Words,
-    ) -> None:
+    ) -> Callable[[], None]:
+        """Begins it; what is returned waits for its end, and holds both messages until then."""
         group = self.group
         assert group is not None
 
@@ -207,17 +229,17 @@ class Communicator:
             options.timeout, options.asyncOp = limit, True
             return group.alltoall_base(receive, send, receive_sizes, send_sizes, options)
 
-        self._carry_out(start, lambda: f"{words()} (an all-to-all)")
+        return self._begin(start, lambda: f"{words()} (an all-to-all)")
 
-    def _carry_out(self, start: Callable[[timedelta], dist.Work], words: Words) -> None:
+    def _begin(self, start: Callable[[timedelta], dist.Work], words: Words) -> Callable[[], None]:
         assert self._waiting is not None
-        self._waiting.carry_out(start, words)
+        return self._waiting.begin(start, words)
 
     def _sizes(self, mine: Tensor, purpose: str) -> list[int]:
         """How long everyone's message is."""
         send = torch.full((self.size,), mine.numel(), device=self._device)
         receive = torch.empty_like(send)
-        self._all_to_all(receive, send, [1] * self.size, [1] * self.size, lambda: purpose)
+        self._all_to_all(receive, send, [1] * self.size, [1] * self.size, lambda: purpose)()
         return [int(size) for size in receive.tolist()]
 
     def _pickled(self, value: Any) -> Tensor:

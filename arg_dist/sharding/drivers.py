@@ -7,17 +7,13 @@ agree to the bit, whatever carries the messages.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.waiting import named
-from arg_dist.subspace.exchange import Exchange, Request, Steps, add_up, intersect
+from arg_dist.sharding.lanes import Answer, Lane, run_lanes
+from arg_dist.subspace.exchange import Exchange, Request, Steps, add_up, exchanges_of, intersect
 
 T = TypeVar("T")
-Answer = Tensor | tuple[Tensor, ...]
 
 
 def run(
@@ -38,7 +34,7 @@ def run_local(steps: Steps[T]) -> T:
     try:
         request = next(steps)
         while True:
-            request = steps.send(_answer(request, [_exchanges(request)], 0))
+            request = steps.send(_answer(request, [exchanges_of(request)], 0))
     except StopIteration as finished:
         result: T = finished.value
         return result
@@ -68,7 +64,7 @@ def run_lockstep(shards: Sequence[Steps[T]]) -> list[T]:
             return results
         if ended:
             raise RuntimeError(f"{ended} of {len(shards)} shards have ended, the others still ask")
-        parts = [_exchanges(request) for request in requests]
+        parts = [exchanges_of(request) for request in requests]
         answers = [_answer(requests[i], parts, i) for i in range(len(shards))]
 
 
@@ -95,44 +91,14 @@ def run_collective(
         RuntimeError: if a computation asks for more than `rounds` rounds.
     """
     results: list[Any] = [None] * len(computations)
-    pending: dict[int, Request] = {}
-
-    def advance(i: int, answer: Answer | None) -> None:
-        try:
-            pending[i] = next(computations[i]) if answer is None else computations[i].send(answer)
-        except StopIteration as finished:
-            pending.pop(i, None)
-            results[i] = finished.value
-
-    for i in range(len(computations)):
-        advance(i, None)
-
-    def words(done: int, asking: list[int]) -> str:
-        where = purpose if rounds == 1 else f"round {done + 1} of {rounds} of {purpose}"
-        return f"{where} for {named([names[i] for i in asking])}" if names else where
-
-    for done in range(rounds):
-        asked = list(pending.items())
-        exchanges = [exchange for _, request in asked for exchange in _exchanges(request)]
-        answers = iter(communicator.exchange(exchanges, partial(words, done, list(pending))))
-        for i, request in asked:
-            mine = tuple(next(answers) for _ in _exchanges(request))
-            advance(i, mine if isinstance(request, tuple) else mine[0])
-    if pending:
-        raise RuntimeError(
-            f"{len(pending)} computations still ask after {rounds} rounds: the number of rounds "
-            "that was agreed between the processes is too small"
-        )
+    lane: Lane[T] = Lane(computations, results.__setitem__, purpose, names)
+    run_lanes([lambda: lane], communicator, rounds)
     return results
-
-
-def _exchanges(request: Request) -> tuple[Exchange, ...]:
-    return request if isinstance(request, tuple) else (request,)
 
 
 def _answer(request: Request, parts: Sequence[tuple[Exchange, ...]], me: int) -> Answer:
     answers = []
-    for k, exchange in enumerate(_exchanges(request)):
+    for k, exchange in enumerate(exchanges_of(request)):
         contributions = []
         for i, others in enumerate(parts):
             if k >= len(others):  # it has no part in this matrix, and only goes along

@@ -16,6 +16,7 @@ from typing import Any
 
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, Holding
+from arg_dist.sharding.lanes import AT_ONCE
 from arg_dist.sharding.layout import (
     MatrixView,
     Ranges,
@@ -58,7 +59,7 @@ class Plan:
         communicator: the process group.
         shards: this process's parts, in an order equal on all processes.
         names: names of all matrices and tensors, those held by others included.
-        buckets: their positions, cut into those that are stepped together.
+        lanes: their positions, cut into those that go through the rounds together.
         held: the fragments that this process holds.
         replicated: every process holds all parameters, and only the state is cut.
         saved_by_key: see :class:`arg_dist.sharding.fragment.Holding`.
@@ -68,7 +69,7 @@ class Plan:
     communicator: Communicator
     shards: list[Shard]
     names: list[str]
-    buckets: list[range]
+    lanes: list[range]
     held: list[Fragment]
     replicated: bool
     saved_by_key: bool
@@ -87,7 +88,7 @@ def make_plans(
         specs: the parameter groups of this call of ``step()``.
         communicators: those made so far, by process group; added to.
         time_limit: seconds that a process waits for the others in one collective.
-        bucket_size: bytes of fp32 weights that are stepped together.
+        bucket_size: bytes of fp32 weights that are under way at a time.
 
     Raises:
         RuntimeError: on every process, if they disagree or the layout is not understood.
@@ -130,7 +131,7 @@ def _make_plan(
         communicator,
         shards,
         names,
-        buckets_of(sizes, bucket_size),
+        lanes_of(sizes, bucket_size),
         held,
         replicated=any(holding.replicated for holding in holdings),
         saved_by_key=any(holding.saved_by_key for holding in holdings),
@@ -209,11 +210,12 @@ def _shards_of(
     return shards, [view.rows * view.columns for view in views] or [numel]
 
 
-def buckets_of(sizes: Sequence[int], limit: int) -> list[range]:
-    """Positions, in order, cut so that the sizes of each piece add up to at most `limit`.
+def lanes_of(sizes: Sequence[int], bucket_size: int) -> list[range]:
+    """Positions, in order, cut so that the lanes that are under way hold at most `bucket_size`.
 
-    Something larger than `limit` is a piece of its own.
+    Something too large for that is a lane of its own.
     """
+    limit = bucket_size // AT_ONCE
     starts, filled = [0], 0
     for position, size in enumerate(sizes):
         if filled and filled + size > limit:

@@ -13,7 +13,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -79,43 +80,62 @@ class Waiting:
             # where the group's own limit ends the process, no words can follow
             self._watch = Watch(self._roll, min(self.seconds, 0.9 * own))
 
-    def carry_out(self, start: Callable[[timedelta], dist.Work], words: Words) -> None:
-        """Starts a collective of the group and, where a process waits by itself, waits for it.
+    def begin(self, start: Callable[[timedelta], dist.Work], words: Words) -> Callable[[], None]:
+        """Starts a collective of the group; several may be under way.
 
         Args:
             start: starts it, with a time limit of its own.
             words: what it is for.
 
+        Returns:
+            What, where a process waits by itself, waits for its end; called once.
+
         Raises:
-            NoAnswerError: the others did not come in time, or a connection broke.
+            NoAnswerError: here or while waiting: the others did not come in time, or a connection
+                broke.
         """
         self._count += 1
-        started = time.monotonic()
-        try:
+        count, started = self._count, time.monotonic()
+
+        def finish() -> None:
+            with self._told_in_time(count, started, words):
+                self._wait(work, count, started, words)
+
+        with self._told_in_time(count, started, words):
             # the operation itself has to end: one that goes on holds the process up when it exits
             work = start(timedelta(seconds=self.seconds))
-            if self._watch is not None:
-                self._watch.look_at(work, self._count, words)
-                work.wait()
-            elif not self._is_done_by_half_time(work):
-                self._roll.say_here(self._count, words())
-                work.wait(timedelta(seconds=self.seconds / 2 + ROLL_CALL_SECONDS))
-                self._roll.say_gone()
-        except RuntimeError as error:
-            waited = time.monotonic() - started
-            raise NoAnswerError(self._told(waited, words(), str(error))) from error
+        if self._watch is not None:
+            self._watch.look_at(work, count, words)
+        return finish
 
-    def _is_done_by_half_time(self, work: dist.Work) -> bool:
+    def _wait(self, work: dist.Work, count: int, started: float, words: Words) -> None:
+        if self._watch is not None:
+            work.wait()
+        elif not self._is_done_by_half_time(work, started):
+            self._roll.say_here(count, words())
+            work.wait(_until(started + self.seconds + ROLL_CALL_SECONDS))
+            self._roll.say_gone()
+
+    def _is_done_by_half_time(self, work: dist.Work, started: float) -> bool:
         try:
-            work.wait(timedelta(seconds=self.seconds / 2))
+            work.wait(_until(started + self.seconds / 2))
         except RuntimeError:
             if not work.is_completed():
                 return False
             work.wait()  # raises what went wrong, unless it has ended just now
         return True
 
-    def _told(self, waited: float, words: str, cause: str) -> str:
-        found = self._roll.call(self._count, words)
+    @contextmanager
+    def _told_in_time(self, count: int, started: float, words: Words) -> Iterator[None]:
+        """Says in a NoAnswerError what went wrong."""
+        try:
+            yield
+        except RuntimeError as error:
+            waited = time.monotonic() - started
+            raise NoAnswerError(self._told(count, waited, words(), str(error))) from error
+
+    def _told(self, count: int, waited: float, words: str, cause: str) -> str:
+        found = self._roll.call(count, words)
         if waited >= 0.9 * self.seconds:
             happened = f"waited {waited:.1f} s (time_limit={self.seconds:g})"
         else:
@@ -188,6 +208,11 @@ def _keep_watch(watch: weakref.ref[Watch]) -> None:
             return
         pause = alive.check()
         del alive
+
+
+def _until(moment: float) -> timedelta:
+    """From now on; some time at least, as none would mean for ever."""
+    return timedelta(seconds=max(0.001, moment - time.monotonic()))
 
 
 def _shortened(cause: str) -> str:

@@ -51,6 +51,11 @@ Steps = Generator[Request, Tensor | tuple[Tensor, ...], T]
 """A computation that yields requests, is sent their answers, and returns a `T`."""
 
 
+def exchanges_of(request: Request) -> tuple[Exchange, ...]:
+    """What a request asks for, one by one."""
+    return request if isinstance(request, tuple) else (request,)
+
+
 def intersect(a: Interval, b: Interval) -> Interval:
     """The common rows of two intervals; ``(x, x)`` where there are none."""
     low, high = max(a[0], b[0]), min(a[1], b[1])

@@ -14,6 +14,7 @@ from tolerances import REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS
 
 from arg_dist import AdaRankGrad
 from arg_dist.algorithm import rounds
+from arg_dist.sharding.lanes import AT_ONCE
 
 SHAPES = [(96, 48), (48, 96), (3, 48, 36), (31,)]
 SETTINGS = {"lr": 1e-2, "max_rank": 12, "min_rank": 2, "energy": 0.8, "min_gap": 4, "max_gap": 8}
@@ -92,12 +93,12 @@ def test_the_number_of_collectives_does_not_depend_on_the_number_of_matrices(poo
         assert pool.run(collectives_by_step, 2, count) == [expected] * 2
 
 
-@pytest.mark.parametrize("size", [12 * 8 * 4, 3 * 12 * 8 * 4 + 1])
+@pytest.mark.parametrize("size", [2 * 12 * 8 * 4, 2 * 3 * 12 * 8 * 4 + 1])
 def test_smaller_buckets_take_the_same_steps_in_more_collectives(pool, size):
     steady, refreshing = rounds(power_passes=1, residual="matched")
     count = 7
-    buckets = -(-count // (size // (12 * 8 * 4)))
-    expected = [1 + buckets * refreshing] + 4 * [1 + buckets * steady]
+    lanes = -(-count // (size // (AT_ONCE * 12 * 8 * 4)))
+    expected = [1 + lanes * refreshing] + 4 * [1 + lanes * steady]
     together, cut = (
         pool.run(steps_in_buckets, 2, count, {"bucket_size": given}) for given in (2**30, size)
     )

@@ -63,19 +63,19 @@ def step_and_consolidate(group, limit: float = LIMIT) -> None:
 
 def before_call(number: int, act: Callable[[], None]) -> None:
     """Does something before this process takes part in a collective of the optimizer."""
-    carry_out, calls = Waiting.carry_out, iter(range(1, number + 1))
+    begin, calls = Waiting.begin, iter(range(1, number + 1))
 
     def patched(self, start, words):
         if next(calls, None) == number:
             act()
-        carry_out(self, start, words)
+        return begin(self, start, words)
 
-    Waiting.carry_out = patched
+    Waiting.begin = patched
 
 
 def stay_away(group, number: int) -> str:
     """One process comes too late to a collective; what the others say."""
-    group, carry_out = fresh_group(), Waiting.carry_out
+    group, begin = fresh_group(), Waiting.begin
     if dist.get_rank() == CULPRIT:
         before_call(number, lambda: time.sleep(AWAY))
     try:
@@ -83,7 +83,7 @@ def stay_away(group, number: int) -> str:
     except NoAnswerError as error:
         return str(error)
     finally:
-        Waiting.carry_out = carry_out
+        Waiting.begin = begin
     return ""
 
 

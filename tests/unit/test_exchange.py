@@ -94,8 +94,8 @@ def ask(times: int):
 class Echo:
     """A communicator that answers with what was sent."""
 
-    def exchange(self, exchanges, words):
-        return [exchange.part for exchange in exchanges]
+    def begin(self, exchanges, words):
+        return lambda: [exchange.part for exchange in exchanges]
 
 
 def test_a_collective_run_ends_all_computations_within_the_rounds():

@@ -1,0 +1,156 @@
+"""Communication behind computing: while the messages of some matrices are under way, others step.
+
+Computations that go through the rounds together are a lane. Two lanes take turns, and what needs no
+other process is done while a lane's first messages are under way. In what order the processes send
+follows from the number of lanes and of rounds alone, so that it is the same on all of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.waiting import named
+from arg_dist.subspace.exchange import Request, Steps, exchanges_of
+
+T = TypeVar("T")
+Answer = Tensor | tuple[Tensor, ...]
+
+AT_ONCE = 2
+"""Lanes that are under way at a time."""
+
+
+def turns(lanes: int, rounds: int) -> Iterator[tuple[int, int]]:
+    """The order in which lanes go on, one ``(lane, turn)`` after the other.
+
+    A lane begins at turn 0, at which it sends its first messages; at turn k it takes the answers of
+    its k-th ones, and sends the next; turn `rounds` is its last.
+
+    Args:
+        lanes: how many there are.
+        rounds: of each.
+    """
+    under_way: deque[tuple[int, int]] = deque()
+    following = iter(range(lanes))
+    while True:
+        lane = next(following, None) if len(under_way) < AT_ONCE else None
+        if lane is not None:
+            turn = 0
+        elif under_way:
+            lane, turn = under_way.popleft()
+        else:
+            return
+        yield lane, turn
+        if turn < rounds:
+            under_way.append((lane, turn + 1))
+
+
+class Lane(Generic[T]):
+    """Computations that go through the rounds together, in one message a round for all of them.
+
+    Args:
+        computations: this process's. Processes that share one list it in the same relative order.
+        finish: called with the position and the result of each computation, when the next messages
+            are under way.
+        purpose: what they are, in the words of an error.
+        names: of the matrices that they are for, one each.
+        meanwhile: what else there is to do, while the first messages are under way.
+    """
+
+    def __init__(
+        self,
+        computations: Iterable[Steps[T]],
+        finish: Callable[[int, T], None],
+        purpose: str = "a computation",
+        names: Sequence[str] = (),
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._computations = list(computations)
+        self._finish = finish
+        self._purpose = purpose
+        self._names = names
+        self._meanwhile = meanwhile
+        self._pending: dict[int, Request] = {}
+        self._under_way: Callable[[], list[Tensor]] = list
+
+    def go_on(self, turn: int, communicator: Communicator, rounds: int) -> None:
+        """Takes one turn.
+
+        Args:
+            turn: which one, see :func:`turns`.
+            communicator: the group.
+            rounds: number of rounds that every process of the group takes part in.
+
+        Raises:
+            NoAnswerError: other processes did not come to a round in time, or are gone.
+            RuntimeError: a computation asks for more than `rounds` rounds.
+        """
+        ended: list[tuple[int, T]] = []
+        if turn == 0:
+            for i in range(len(self._computations)):
+                self._advance(i, None, ended)
+        else:
+            self._hand_out(ended)
+        if turn < rounds:
+            exchanges = [e for request in self._pending.values() for e in exchanges_of(request)]
+            words = self._words(turn + 1, rounds)
+            self._under_way = communicator.begin(exchanges, words)
+        elif self._pending:
+            raise RuntimeError(
+                f"{len(self._pending)} computations still ask after {rounds} rounds: the number of "
+                "rounds that was agreed between the processes is too small"
+            )
+        if turn == 0:
+            self._meanwhile()
+        while ended:
+            self._finish(*ended.pop(0))
+
+    def _hand_out(self, ended: list[tuple[int, T]]) -> None:
+        under_way, self._under_way = self._under_way, list
+        answers = iter(under_way())
+        del under_way  # and with it the messages
+        for i, request in list(self._pending.items()):
+            mine = tuple(next(answers) for _ in exchanges_of(request))
+            self._advance(i, mine if isinstance(request, tuple) else mine[0], ended)
+
+    def _advance(self, i: int, answer: Answer | None, ended: list[tuple[int, T]]) -> None:
+        steps = self._computations[i]
+        try:
+            self._pending[i] = next(steps) if answer is None else steps.send(answer)
+        except StopIteration as finished:
+            self._pending.pop(i, None)
+            ended.append((i, finished.value))
+
+    def _words(self, number: int, rounds: int) -> Callable[[], str]:
+        where = self._purpose
+        if rounds > 1:
+            where = f"round {number} of {rounds} of {where}"
+        asking = [self._names[i] for i in self._pending] if self._names else []
+        return lambda: f"{where} for {named(asking)}" if self._names else where
+
+
+def run_lanes(
+    lanes: Sequence[Callable[[], Lane[T]]], communicator: Communicator, rounds: int
+) -> None:
+    """Runs all lanes over real processes.
+
+    Args:
+        lanes: what makes each of them, called when it is its turn; as many on every process.
+        communicator: the group.
+        rounds: number of rounds that every process of the group takes part in; at least as many as
+            any of the computations asks for.
+
+    Raises:
+        NoAnswerError: other processes did not come to a round in time, or are gone.
+        RuntimeError: a computation asks for more than `rounds` rounds.
+    """
+    under_way: dict[int, Lane[T]] = {}
+    for number, turn in turns(len(lanes), rounds):
+        lane = under_way.pop(number) if turn else lanes[number]()
+        lane.go_on(turn, communicator, rounds)
+        if turn < rounds:
+            under_way[number] = lane
