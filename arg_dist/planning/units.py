@@ -24,6 +24,7 @@ from arg_dist.planning.requests import (
     steady,
 )
 from arg_dist.planning.rows import Counts, Spans
+from arg_dist.sharding.lanes import lanes_of
 from arg_dist.sharding.layout import (
     MatrixView,
     Ranges,
@@ -32,7 +33,6 @@ from arg_dist.sharding.layout import (
     element_side,
     matrix_spread,
 )
-from arg_dist.sharding.plan import lanes_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ follows from the number of lanes and of rounds alone, so that it is the same on 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
@@ -22,6 +23,31 @@ Answer = Tensor | tuple[Tensor, ...]
 
 AT_ONCE = 2
 """Lanes that are under way at a time."""
+WORTH_IT = 32 * 2**20
+"""Bytes of weights from which on computing hides more than further messages cost."""
+
+
+def lanes_of(sizes: Sequence[int], bucket_size: int) -> list[range]:
+    """Positions, in order, cut into lanes.
+
+    Those that are under way together hold at most `bucket_size`, and there are as few as that
+    allows, but enough to take turns where that is worth it. Something too large is a lane of its
+    own.
+
+    Args:
+        sizes: bytes of fp32 weights of each matrix and tensor.
+        bucket_size: bytes that may be under way at a time.
+    """
+    limit, through = bucket_size // AT_ONCE, list(itertools.accumulate(sizes))
+    if through and through[-1] >= WORTH_IT:
+        limit = min(limit, next(size for size in through if AT_ONCE * size >= through[-1]))
+    starts, filled = [0], 0
+    for position, size in enumerate(sizes):
+        if filled and filled + size > limit:
+            starts.append(position)
+            filled = 0
+        filled += size
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(sizes)])]
 
 
 def turns(lanes: int, rounds: int) -> Iterator[tuple[int, int]]:

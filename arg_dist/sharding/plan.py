@@ -8,7 +8,6 @@ error on every one of them, at once, instead of a hang later.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, Holding
-from arg_dist.sharding.lanes import AT_ONCE
+from arg_dist.sharding.lanes import lanes_of
 from arg_dist.sharding.layout import (
     MatrixView,
     Ranges,
@@ -208,21 +207,6 @@ def _shards_of(
             )
     numel = math.prod(fragment.shape)
     return shards, [view.rows * view.columns for view in views] or [numel]
-
-
-def lanes_of(sizes: Sequence[int], bucket_size: int) -> list[range]:
-    """Positions, in order, cut so that the lanes that are under way hold at most `bucket_size`.
-
-    Something too large for that is a lane of its own.
-    """
-    limit = bucket_size // AT_ONCE
-    starts, filled = [0], 0
-    for position, size in enumerate(sizes):
-        if filled and filled + size > limit:
-            starts.append(position)
-            filled = 0
-        filled += size
-    return [range(*ends) for ends in itertools.pairwise([*starts, len(sizes)])]
 
 
 def phase_of(name: str) -> float:

@@ -25,6 +25,8 @@ from tests.launch.forking import context
 PROCESSES = 3
 CULPRIT = 1
 LIMIT = 1.0
+A_LANE_EACH = {"bucket_size": 2 * 24 * 16 * 4}
+"""Messages for two matrices are under way at a time."""
 NAMES = [f"layer{i}.weight" for i in range(5)]
 AWAY = LIMIT + ROLL_CALL_SECONDS + 2
 """Seconds for which a process stays away: until the others have given up, on a busy machine too."""
@@ -45,17 +47,17 @@ def fresh_group() -> dist.ProcessGroup:
     return dist.new_group(range(PROCESSES))
 
 
-def build(group, limit: float) -> AdaRankGrad:
+def build(group, limit: float, **settings) -> AdaRankGrad:
     named = [(name, torch.nn.Parameter(gaussian(24, 16, seed=i))) for i, name in enumerate(NAMES)]
-    return AdaRankGrad(named, process_group=group, max_rank=4, time_limit=limit)
+    return AdaRankGrad(named, process_group=group, max_rank=4, time_limit=limit, **settings)
 
 
 def step(optimizer: AdaRankGrad) -> None:
     feed(optimizer, *(gaussian(24, 16, seed=10 + i) for i in range(len(NAMES))))
 
 
-def step_and_consolidate(group, limit: float = LIMIT) -> None:
-    optimizer = build(group, limit)
+def step_and_consolidate(group, limit: float = LIMIT, **settings) -> None:
+    optimizer = build(group, limit, **settings)
     dist.barrier(group)  # the first one that is built takes its time
     step(optimizer)
     optimizer.consolidate_state_dict()
@@ -73,13 +75,13 @@ def before_call(number: int, act: Callable[[], None]) -> None:
     Waiting.begin = patched
 
 
-def stay_away(group, number: int) -> str:
+def stay_away(group, number: int, settings) -> str:
     """One process comes too late to a collective; what the others say."""
     group, begin = fresh_group(), Waiting.begin
     if dist.get_rank() == CULPRIT:
         before_call(number, lambda: time.sleep(AWAY))
     try:
-        step_and_consolidate(group)
+        step_and_consolidate(group, **settings)
     except NoAnswerError as error:
         return str(error)
     finally:
@@ -88,15 +90,22 @@ def stay_away(group, number: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("number", "where"),
+    ("number", "settings", "where"),
     [
-        (1, r"in comparing layouts at the first step \(an all-to-all\)"),
-        (6, rf"in round 3 of \d+ of the step for {', '.join(NAMES[:3])} and 2 more \(an all-to"),
-        (18, rf"in consolidate_state_dict for {NAMES[0]} \(an all-to-all\)"),
+        (1, {}, r"in comparing layouts at the first step \(an all-to-all\)"),
+        (
+            6,
+            {},
+            rf"in round 3 of \d+ of the step for {', '.join(NAMES[:3])} and 2 more \(an all-to",
+        ),
+        (7, A_LANE_EACH, rf"in round 2 of \d+ of the step for {NAMES[1]} \(an all-to-all\)"),
+        (18, {}, rf"in consolidate_state_dict for {NAMES[0]} \(an all-to-all\)"),
     ],
 )
-def test_who_waits_too_long_says_where_for_which_matrices_and_for_whom(own_pool, number, where):
-    results = own_pool.run(stay_away, PROCESSES, number, seconds=PATIENCE)
+def test_who_waits_too_long_says_where_for_which_matrices_and_for_whom(
+    own_pool, number, settings, where
+):
+    results = own_pool.run(stay_away, PROCESSES, number, settings, seconds=PATIENCE)
     for process in (0, 2):
         message = results[process]
         assert re.search(where, message), message

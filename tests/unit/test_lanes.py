@@ -1,14 +1,16 @@
-"""What is stepped together is bounded in size."""
+"""Lanes: what is under way is bounded, and while messages travel, something computes."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arg_dist.sharding.lanes import AT_ONCE
-from arg_dist.sharding.plan import lanes_of
+from arg_dist.sharding.lanes import AT_ONCE, WORTH_IT, Lane, lanes_of, run_lanes, turns
+from arg_dist.subspace.exchange import Exchange
 
 
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60))
@@ -19,3 +21,105 @@ def test_lanes_are_in_order_bounded_and_as_few_as_that_allows(sizes, bucket_size
         assert len(lane) <= 1 or AT_ONCE * sum(sizes[i] for i in lane) <= bucket_size
     for lane, after in pairwise(lanes):
         assert AT_ONCE * (sum(sizes[i] for i in lane) + sizes[after.start]) > bucket_size
+
+
+@given(st.lists(st.integers(1, WORTH_IT // 4), min_size=2, max_size=20))
+def test_a_large_model_takes_turns_even_where_one_bucket_holds_it(sizes):
+    lanes = lanes_of(sizes, bucket_size=100 * WORTH_IT)
+    assert [i for lane in lanes for i in lane] == list(range(len(sizes)))
+    assert len(lanes) == (AT_ONCE if sum(sizes) >= WORTH_IT else 1)
+
+
+@given(st.integers(0, 7), st.integers(0, 6))
+def test_lanes_go_on_in_turns(lanes, rounds):
+    order = list(turns(lanes, rounds))
+    for lane in range(lanes):
+        assert [turn for number, turn in order if number == lane] == list(range(rounds + 1))
+    assert [number for number, turn in order if turn == 0] == list(range(lanes))
+    under_way: set[int] = set()
+    for lane, turn in order:
+        if turn < rounds:
+            under_way.add(lane)
+        else:
+            under_way.discard(lane)
+        assert len(under_way) <= AT_ONCE
+    for lane in range(lanes):
+        mine = [i for i, (number, _) in enumerate(order) if number == lane]
+        for sent, answered in pairwise(mine):
+            if any(number != lane for number, _ in order[answered:]):
+                assert answered > sent + 1, "nothing computes while it waits"
+
+
+class Recorder:
+    """A communicator that answers with what was sent, and notes what happens when."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def begin(self, exchanges, words):
+        name = words().rpartition(" ")[2]
+        self.events.append(f"send {name}")
+
+        def answers():
+            self.events.append(f"answer {name}")
+            return [exchange.part for exchange in exchanges]
+
+        return answers
+
+
+def lane_of(recorder: Recorder, name: str, asks: list[int]) -> Lane[int]:
+    """Computations that ask so many times each; they and what they lead to are noted."""
+
+    def asking(number: int, times: int):
+        for _ in range(times):
+            recorder.events.append(f"compute {name}{number}")
+            yield Exchange(torch.ones(1), ((0, 1),) * 2, ((0, 1),) * 2)
+        return number
+
+    return Lane(
+        [asking(number, times) for number, times in enumerate(asks)],
+        lambda position, result: recorder.events.append(f"finish {name}{result}"),
+        name,
+        meanwhile=lambda: recorder.events.append(f"meanwhile {name}"),
+    )
+
+
+def recorded(lanes: dict[str, list[int]], rounds: int) -> list[str]:
+    """What happens, in order."""
+    recorder = Recorder()
+    made = [
+        lambda name=name, asks=asks: lane_of(recorder, name, asks) for name, asks in lanes.items()
+    ]
+    run_lanes(made, recorder, rounds)
+    return recorder.events
+
+
+def test_while_messages_of_one_lane_are_under_way_the_other_computes():
+    events = recorded({"a": [2], "b": [2], "c": [2]}, rounds=2)
+    for name in "abc":
+        sent = [i for i, event in enumerate(events) if event == f"send {name}"]
+        answered = [i for i, event in enumerate(events) if event == f"answer {name}"]
+        assert len(sent) == len(answered) == 2
+        for start, stop in zip(sent, answered, strict=True):
+            others = [event for event in events[start:stop] if event[-1] != name]
+            assert any(
+                event.split()[0] in ("compute", "finish", "meanwhile") for event in others
+            ) or (name == "c" and start == sent[-1])
+
+
+def test_one_lane_alone_finishes_and_does_the_rest_while_its_messages_travel():
+    assert recorded({"a": [2, 1, 0]}, rounds=2) == [
+        *("compute a0", "compute a1", "send a", "meanwhile a", "finish a2", "answer a"),
+        *("compute a0", "send a", "finish a1", "answer a", "finish a0"),
+    ]
+
+
+def test_without_rounds_nothing_is_sent():
+    assert recorded({"a": [0], "b": [0]}, rounds=0) == [
+        *("meanwhile a", "finish a0", "meanwhile b", "finish b0"),
+    ]
+
+
+def test_a_round_more_than_agreed_is_an_error():
+    with pytest.raises(RuntimeError, match="1 computations still ask after 2 rounds"):
+        recorded({"a": [2, 3]}, rounds=2)
