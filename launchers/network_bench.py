@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import re
 import shlex
 import signal
 import sys
@@ -27,6 +26,7 @@ from arg_dist.lm.command_line import BAD_INPUT, OneLineParser, at_least, complai
 from arg_dist.lm.environment import prepare_environment
 from arg_dist.lm.interrupts import exit_code
 from arg_dist.lm.job_config import OPTIMIZERS
+from arg_dist.network.bandwidth import bandwidth, name_of
 from arg_dist.network.hosts import NetworkError, obstacle
 from arg_dist.network.results import (
     JSON,
@@ -35,7 +35,6 @@ from arg_dist.network.results import (
     combine,
     draw,
     markdown,
-    name_of,
     print_table,
 )
 from arg_dist.network.trial import Trial, run_trial
@@ -43,19 +42,6 @@ from arg_dist.report.files import write_json
 from arg_dist.report.summary import hardware, versions
 
 HERE = Path(__file__).resolve().parent
-UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
-
-
-def bandwidth(text: str) -> float | None:
-    """An argparse type: ``100M`` or ``1G`` bits per second; None for ``unlimited``."""
-    if text == "unlimited":
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text)
-    if found is None or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(
-            f"bits per second are needed, like 100M or 10G, or unlimited, got {text!r}"
-        )
-    return float(found[1]) * UNITS[found[2]]
 
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:

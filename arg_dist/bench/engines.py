@@ -43,7 +43,14 @@ class Trained(NamedTuple):
 
 
 def build(
-    engine: str, name: str, model: str, *, rank: int, length: int, device: torch.device
+    engine: str,
+    name: str,
+    model: str,
+    *,
+    rank: int,
+    length: int,
+    device: torch.device,
+    gap: int = GAP,
 ) -> Trained:
     """The model `model`, fresh, under `engine`; the processes of the job must have met.
 
@@ -54,16 +61,17 @@ def build(
         rank: of every low-rank method.
         length: of sequences, in tokens.
         device: where this process trains.
+        gap: steps from one basis to the next.
     """
     config = _deepspeed_config(engine)
     shape = model_config(model, vocab_size=VOCABULARY, length=length)
     fresh = build_model(model, shape, seed=0, deepspeed_config=config)
     if engine in ZERO:
-        return _under_deepspeed(fresh, config, name, rank)
-    return _under_torch(engine, fresh.to(device), name, rank)
+        return _under_deepspeed(fresh, config, name, rank, gap)
+    return _under_torch(engine, fresh.to(device), name, rank, gap)
 
 
-def _under_torch(engine: str, model: nn.Module, name: str, rank: int) -> Trained:
+def _under_torch(engine: str, model: nn.Module, name: str, rank: int, gap: int) -> Trained:
     called: nn.Module = model
     device = next(model.parameters()).device
     if engine == "ddp":
@@ -74,10 +82,10 @@ def _under_torch(engine: str, model: nn.Module, name: str, rank: int) -> Trained
             fully_shard(part, mesh=mesh)
     if name in OURS:
         groups = arg_dist.param_groups(model)
-        settings = own_settings(name, rank, GAP)
+        settings = own_settings(name, rank, gap)
         optimizers: list[Any] = [arg_dist.AdaRankGrad(groups, lr=LEARNING_RATE, **settings)]
     else:
-        optimizers = optimizers_of(name, model, rank=rank, gap=GAP)
+        optimizers = optimizers_of(name, model, rank=rank, gap=gap)
 
     def train(ids: Tensor) -> None:
         called(input_ids=ids, labels=ids).loss.backward()
@@ -89,11 +97,13 @@ def _under_torch(engine: str, model: nn.Module, name: str, rank: int) -> Trained
     return Trained(model, optimizers, train)
 
 
-def _under_deepspeed(model: nn.Module, config: dict[str, Any], name: str, rank: int) -> Trained:
+def _under_deepspeed(
+    model: nn.Module, config: dict[str, Any], name: str, rank: int, gap: int
+) -> Trained:
     import deepspeed
 
     if name in OURS:
-        params = {"lr": LEARNING_RATE, **own_settings(name, rank, GAP)}
+        params = {"lr": LEARNING_RATE, **own_settings(name, rank, gap)}
         config["optimizer"] = {"type": "AdaRankGrad", "params": params}
         engine = arg_dist.initialize(model=model, config=config)[0]
     elif name == "adamw":  # DeepSpeed builds it; torch_adam because its own has to be compiled
@@ -103,7 +113,7 @@ def _under_deepspeed(model: nn.Module, config: dict[str, Any], name: str, rank: 
         engine = deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
     else:
         config["zero_allow_untested_optimizer"] = True
-        (client,) = optimizers_of(name, model, rank=rank, gap=GAP)
+        (client,) = optimizers_of(name, model, rank=rank, gap=gap)
         engine = deepspeed.initialize(model=model, optimizer=client, config=config)[0]
 
     def train(ids: Tensor) -> None:

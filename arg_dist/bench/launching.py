@@ -9,18 +9,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from arg_dist.lm import InputError
+from arg_dist.network.hosts import INTERFACE, Host
 from arg_dist.report.files import write_json
 
 GRACE_SECONDS = 20.0
 """For torchrun to end its processes."""
 TOLD_LINES = 15
+PORT = 29500
+"""Where processes on hosts of their own meet."""
 
 
 class JobError(InputError):
@@ -32,7 +36,13 @@ class JobError(InputError):
 
 
 def run_job(
-    kind: str, job: Mapping[str, Any], *, processes: int, threads: int | None, limit: float
+    kind: str,
+    job: Mapping[str, Any],
+    *,
+    processes: int,
+    threads: int | None,
+    limit: float,
+    hosts: Sequence[Host] = (),
 ) -> list[dict[str, Any]]:
     """Runs a function of :mod:`arg_dist.bench.job` in fresh processes, under torchrun if several.
 
@@ -42,6 +52,7 @@ def run_job(
         processes: how many.
         threads: of torch in each; None for its own choice, a share of the cores.
         limit: seconds, after which all are ended.
+        hosts: where, one process on each; none for this machine.
 
     Returns:
         The figures of each process, by its index.
@@ -53,7 +64,11 @@ def run_job(
         folder = Path(name)
         write_json(folder / "job.json", {"kind": kind, "limit": limit, "threads": threads, **job})
         log = folder / "log"
-        code = _run(_words(folder, processes), log, _environment(str(job["device"])), limit)
+        environment = _environment(str(job["device"]))
+        if hosts:
+            code = _run_on(hosts, _job(folder), log, environment, limit)
+        else:
+            code = _run(_words(folder, processes), log, environment, limit)
         found = [_figures(folder, index) for index in range(processes)]
         if code == 0 and all(found):
             return found
@@ -64,8 +79,12 @@ def run_job(
     raise JobError("\n".join([f"{kind} {about}, {processes} processes: {what}:", *lines]), reason)
 
 
+def _job(folder: Path) -> list[str]:
+    return ["-m", "arg_dist.bench.job", str(folder / "job.json"), str(folder)]
+
+
 def _words(folder: Path, processes: int) -> list[str]:
-    job = ["-m", "arg_dist.bench.job", str(folder / "job.json"), str(folder)]
+    job = _job(folder)
     if processes == 1:
         return [sys.executable, *job]
     meeting = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
@@ -96,6 +115,34 @@ def _run(words: list[str], log: Path, environment: Mapping[str, str], limit: flo
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _run_on(
+    hosts: Sequence[Host],
+    job: list[str],
+    log: Path,
+    environment: Mapping[str, str],
+    limit: float,
+) -> int | None:
+    """A process on each host; the first exit code that is not 0, None if the time was over."""
+    shared = {"WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": INTERFACE}
+    meeting = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(PORT)}
+    with log.open("wb") as output:
+        started = [
+            host.start(
+                [sys.executable, *job],
+                output=output,
+                environment={**environment, **shared, **meeting, "RANK": str(number)},
+                folder=Path.cwd(),
+            )
+            for number, host in enumerate(hosts)
+        ]
+    deadline = time.monotonic() + limit
+    try:
+        codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in started]
+    except subprocess.TimeoutExpired:
+        return None
+    return next((code for code in codes if code), 0)
 
 
 def _figures(folder: Path, index: int) -> dict[str, Any]:

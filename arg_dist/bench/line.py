@@ -4,6 +4,7 @@ python -m arg_dist.bench step --models 350m --ranks 128
 python -m arg_dist.bench refresh --models 1b --ranks 128 --methods recommended galore
 python -m arg_dist.bench memory --model 60m --engines none ddp zero2 fsdp2
 python -m arg_dist.bench scaling --model 60m --processes 1 2 4
+sudo python -m arg_dist.bench overlap --model 60m --bandwidths 100M 1G unlimited
 
 The same commands run on CPUs and on GPUs. --threads is torch's own choice unless given.
 """
@@ -21,6 +22,7 @@ import torch
 
 from arg_dist.bench.memory import Jobs, check_devices, measure_alone, measure_engines
 from arg_dist.bench.options import parser
+from arg_dist.bench.overlap import measure_overlap
 from arg_dist.bench.refresh import measure_refreshes
 from arg_dist.bench.results import Figures, check_out, show, write
 from arg_dist.bench.scaling import measure_layers, measure_processes
@@ -42,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_environment(world_of_one=False)
     options = parser(__doc__).parse_args(arguments)
     try:
-        device = _device(options.device)
+        device = _device(getattr(options, "device", "cpu"))
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         if options.out is not None:
             check_out(options.out)
-        methods = {*options.methods, *getattr(options, "engine_methods", ())}
+        methods = {*getattr(options, "methods", ()), *getattr(options, "engine_methods", ())}
         peers.require({FAMILIES.get(name, name) for name in methods})
         tables = COMMANDS[options.command](options, device)
     except InputError as error:
@@ -111,11 +113,29 @@ def _scaling(options: argparse.Namespace, device: torch.device) -> list[Figures]
     return tables
 
 
+def _overlap(options: argparse.Namespace, device: torch.device) -> list[Figures]:
+    rank = options.rank or LLAMA_SIZES[options.model].hidden // 4
+    check_ranks([options.model], [rank], "--rank")
+    return [
+        measure_overlap(
+            options.model,
+            rank,
+            options.engines,
+            options.bandwidths,
+            hosts=options.hosts,
+            rounds=options.rounds,
+            threads=options.threads,
+            limit=float(options.limit),
+        )
+    ]
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, torch.device], list[Figures]]] = {
     "step": _step,
     "refresh": _refresh,
     "memory": _memory,
     "scaling": _scaling,
+    "overlap": _overlap,
 }
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from arg_dist.bench.contenders import ADAMW, NAMES, OURS, PEERS
 from arg_dist.bench.engines import ENGINES
+from arg_dist.bench.overlap import ENGINES as LINKED
 from arg_dist.bench.shapes import DTYPES
 from arg_dist.lm.command_line import OneLineParser, at_least
 from arg_dist.lm.presets import LLAMA_SIZES
+from arg_dist.network.bandwidth import bandwidth
 
 RECOMMENDED, GALORE = "recommended", "galore"
 LOW_RANK = (*OURS, *PEERS)
@@ -23,7 +25,7 @@ def parser(description: str) -> OneLineParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = whole.add_subparsers(
-        dest="command", required=True, metavar="step|refresh|memory|scaling"
+        dest="command", required=True, metavar="step|refresh|memory|scaling|overlap"
     )
     step = commands.add_parser("step", help="a step without a refresh, beside others and the floor")
     refresh = commands.add_parser("refresh", help="what a new basis costs")
@@ -31,6 +33,8 @@ def parser(description: str) -> OneLineParser:
                                  "each engine")  # fmt: skip
     scaling = commands.add_parser("scaling", help="time by the number of layers, state by that "
                                   "of processes")  # fmt: skip
+    overlap = commands.add_parser("overlap", help="messages that travel while others compute, on "
+                                  "links of a bandwidth (Linux, root, iproute2)")  # fmt: skip
     _timed(step, NAMES, NAMES)
     step.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"], metavar="DTYPE",
                       help="of weights and gradients: fp32, bf16 (default: fp32)")  # fmt: skip
@@ -49,7 +53,30 @@ def parser(description: str) -> OneLineParser:
     scaling.add_argument("--layers", type=at_least(1), default=4, metavar="N", help="the smallest "
                          "number; twice and four times as many follow (default: 4)")  # fmt: skip
     scaling.add_argument("--rounds", type=at_least(1), default=9, help="(default: 9)")
+    _linked(overlap)
     return whole
+
+
+def _linked(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", choices=LLAMA_SIZES, default="60m", metavar="SIZE",
+        help=f"of {', '.join(LLAMA_SIZES)} (default: 60m)")  # fmt: skip
+    add("--rank", type=at_least(1), help="(default: a quarter of the width)")
+    add("--engines", nargs="+", choices=LINKED, default=["fsdp2"], metavar="ENGINE",
+        help=f"of {', '.join(LINKED)} (default: fsdp2)")  # fmt: skip
+    add(
+        "--bandwidths",
+        nargs="+",
+        type=bandwidth,
+        metavar="BITS",
+        default=[1e8, 1e9, None],
+        help="per second and direction of a host's link (default: 100M 1G unlimited)",
+    )
+    add("--hosts", type=at_least(2), default=2, help="with a process each (default: 2)")
+    add("--rounds", type=at_least(1), default=9, help="(default: 9)")
+    add("--limit", type=at_least(1), default=600, metavar="SECONDS", help="for one bandwidth "
+        "(default: 600)")  # fmt: skip
+    _noted(command)
 
 
 def _timed(command: argparse.ArgumentParser, able: Sequence[str], methods: Sequence[str]) -> None:
@@ -89,6 +116,11 @@ def _shared(command: argparse.ArgumentParser, able: Sequence[str], methods: Sequ
     add = command.add_argument
     add("--methods", nargs="+", choices=able, default=list(methods), metavar="METHOD",
         help=f"of {', '.join(able)} (default: {' '.join(methods)})")  # fmt: skip
-    add("--threads", type=at_least(1), help="of torch on the CPU (default: its own choice)")
     add("--device", metavar="DEVICE", help="(default: a GPU if there is one)")
+    _noted(command)
+
+
+def _noted(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--threads", type=at_least(1), help="of torch on the CPU (default: its own choice)")
     add("--out", type=Path, metavar="FILE.json", help="all figures; FILE.md: the tables")

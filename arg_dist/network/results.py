@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from arg_dist.network.bandwidth import name_of
 from arg_dist.report.charts import STYLE, new_figure
 from arg_dist.report.files import write_atomically
 from arg_dist.report.tables import seconds, share, size
@@ -35,16 +36,6 @@ WIDTH = 120
 """Columns of the printed table; in 80, every cell would be broken up."""
 _COLORS = {"adamw": "#c9c9c9", "adarankgrad": "#1f5fa8"}
 _WAITING = "#d1495b"
-
-
-def name_of(bits_per_second: float | None) -> str:
-    """A bandwidth for people: ``100 Mbit/s``, ``1 Gbit/s``, ``unlimited``."""
-    if bits_per_second is None:
-        return "unlimited"
-    for factor, unit in ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")):
-        if bits_per_second >= factor:
-            return f"{bits_per_second / factor:g} {unit}"
-    return f"{bits_per_second:g} bit/s"
 
 
 def combine(runs: Rows) -> list[dict[str, Any]]:

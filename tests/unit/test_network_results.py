@@ -3,8 +3,9 @@
 import pytest
 from rich.console import Console
 
+from arg_dist.network.bandwidth import name_of
 from arg_dist.network.hosts import NetworkError, read_traffic
-from arg_dist.network.results import cells, combine, markdown, name_of, print_table
+from arg_dist.network.results import cells, combine, markdown, print_table
 from arg_dist.network.trial import measured
 
 NOTES = [

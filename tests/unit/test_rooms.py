@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "compare": {"package", "config", "core", "finetuning", "integrations", "lm", "report"},
     "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
     "network": {"lm", "report"},
-    "bench": {"package", "compare", "lm", "report", "sharding"},
+    "bench": {"package", "compare", "lm", "network", "report", "sharding"},
     "planning": {
         "package",
         "config",

@@ -1,0 +1,63 @@
+"""The benchmark of messages under way, in short; what it says where no hosts can be made."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hosts.hosts import hosts
+from tests.launch.launching import ROOT, environment
+
+MEGABITS = 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_both_ways_send_the_same_bytes_and_lanes_that_take_turns_do_so_in_more_collectives(
+    tmp_path: Path,
+) -> None:
+    with hosts(1):  # skips
+        pass
+    words = ("overlap", "--model", "60m", "--rank", 16, "--rounds", 2, "--threads", 1)
+    link = ("--bandwidths", f"{MEGABITS}M", "--limit", 200, "--out", tmp_path / "o.json")
+    finished = subprocess.run(
+        [sys.executable, "-m", "arg_dist.bench", *map(str, (*words, *link))],
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    ((sample,),) = (t["samples"] for t in json.loads((tmp_path / "o.json").read_text())["tables"])
+    assert sample["bits_per_second"] == MEGABITS * 1e6 and len(sample["processes"]) == 2
+    for process in sample["processes"]:
+        one, turns = (process["sent"][way] for way in ("one lane", "in turns"))
+        assert one["bytes"] > 0
+        assert one["bytes"] == turns["bytes"]
+        assert (one["collectives"], turns["collectives"]) == (4, 7)
+        for way in ("one lane", "in turns"):
+            least = process["sent"][way]["bytes"] * 8 / (MEGABITS * 1e6)
+            assert all(seconds > 0.8 * least for seconds in process["seconds"][way]["rounds"])
+    assert f"{MEGABITS} Mbit/s" in finished.stdout
+
+
+def test_without_root_it_says_so(tmp_path: Path) -> None:
+    # somebody else could not even read the interpreter of a virtual environment in root's home
+    script = "import os, sys; os.geteuid = lambda: 65534; from arg_dist.bench.line import main\n"
+    script += "sys.exit(main(['overlap', '--out', 'o.json']))"
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 2, finished.stderr
+    assert "no hosts can be made here: " in finished.stderr
+    assert "need root" in finished.stderr or "not found" in finished.stderr
