@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from arg_dist.bench.contenders import NEVER
 from arg_dist.bench.engines import build
 from arg_dist.bench.timing import in_turns
 from arg_dist.sharding import lanes
+from arg_dist.sharding.local import local_part
 
 WAYS = {"one lane": 1, "in turns": lanes.AT_ONCE}
 """How many lanes are under way at a time."""
@@ -57,8 +57,7 @@ def give_gradients(model: nn.Module, *, same: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-        held = parameter.grad
-        part = held.to_local() if isinstance(held, DTensor) else held
+        part = local_part(parameter.grad)
         part.copy_(torch.randn(part.shape, generator=generator))
 
 

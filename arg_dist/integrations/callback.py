@@ -33,6 +33,7 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
     ``optimizer_state_share``   as a share of AdamW's, on the process where it is largest
     ``optimizer_sent_bytes``    by the optimizer, per step since the last log, on the process that
                                 sends most
+    ``optimizer_collectives``   of the optimizer, per step since the last log
     ``rank/NAME``               rank of each matrix, if asked for
     =========================== ====================================================================
 
@@ -54,7 +55,7 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         self.matrices = matrices
         self._optimizer: Optimizer | None = None
         self._sampled_step = 0
-        self._sent_bytes: list[int] = []
+        self._sampled = OptimizerSample()
         _introduce()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -67,7 +68,7 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         check_processes(args)
         self._optimizer = _adarankgrad_in(kwargs.get("optimizer"))
         self._sampled_step = state.global_step
-        self._sent_bytes = sample_optimizer(self._optimizer).sent_bytes
+        self._sampled = sample_optimizer(self._optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets go of the optimizer."""
@@ -86,7 +87,7 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
             return
         sample = sample_optimizer(self._optimizer)
         numbers = self._numbers(sample, steps)
-        self._sampled_step, self._sent_bytes = state.global_step, sample.sent_bytes
+        self._sampled_step, self._sampled = state.global_step, sample
         logs.update(numbers)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(numbers)  # the Trainer put a copy of `logs` there
@@ -100,8 +101,10 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         numbers["optimizer_state_bytes"] = max(sample.state_bytes)
         if sample.largest_share is not None:
             numbers["optimizer_state_share"] = sample.largest_share
-        since = zip(sample.sent_bytes, self._sent_bytes, strict=True)
+        since = zip(sample.sent_bytes, self._sampled.sent_bytes, strict=True)
         numbers["optimizer_sent_bytes"] = max(now - before for now, before in since) / steps
+        collectives = sample.collectives - self._sampled.collectives
+        numbers["optimizer_collectives"] = collectives / steps
         if self.matrices:
             numbers.update({f"rank/{name}": rank for name, rank in sample.ranks.items()})
         return numbers

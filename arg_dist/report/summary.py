@@ -150,4 +150,5 @@ def summarize(
         "parts": list(parts),
         "saves": list(saves),
         "sent_bytes_per_step": [sent / max(1, own_steps) for sent in sample.sent_bytes],
+        "collectives_per_step": sample.collectives / max(1, own_steps),
     }

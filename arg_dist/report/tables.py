@@ -35,7 +35,13 @@ def summary_rows(report: dict[str, Any]) -> list[Row]:
         ("seconds per step", seconds(report["seconds_per_step"])),
         *_checkpoint_rows(report),
         ("sent by the optimizer per step", size(max(report["sent_bytes_per_step"], default=0))),
+        *_collective_rows(report),
     ]
+
+
+def _collective_rows(report: dict[str, Any]) -> list[Row]:
+    count = report.get("collectives_per_step")  # earlier reports have none
+    return [("its collectives per step", f"{count:.1f}")] if count else []
 
 
 def _low_rank_rows(report: dict[str, Any]) -> list[Row]:

@@ -160,13 +160,15 @@ def test_numbers_are_in_the_event_files_of_tensorboard(
         "optimizer_state_bytes",
         "optimizer_state_share",
         "optimizer_sent_bytes",
+        "optimizer_collectives",
         "rank/model.layers.0.mlp.up_proj.weight",
     ):
         assert sorted(found[f"train/{key}"]) == list(range(1, STEPS + 1))
         assert found[f"train/{key}"][STEPS] == pytest.approx(last[key])  # of fp32
     assert 0 < last["optimizer_state_share"] < 0.5
     assert 0 < last["energy_mean"] <= 1
-    assert (last["optimizer_sent_bytes"] > 0) == (ran(way)["processes"] > 1)
+    for key in ("optimizer_sent_bytes", "optimizer_collectives"):
+        assert (last[key] > 0) == (ran(way)["processes"] > 1)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:

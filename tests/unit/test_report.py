@@ -15,7 +15,7 @@ from arg_dist.report.__main__ import main
 from arg_dist.report.charts import kind_of
 from arg_dist.report.files import read_metrics, read_report
 from arg_dist.report.tables import print_summary, size
-from arg_dist.telemetry import merge
+from arg_dist.telemetry import Numbers, merge
 
 pytestmark = pytest.mark.unit
 
@@ -27,6 +27,7 @@ SAMPLE = OptimizerSample(
     state_bytes=[250, 300],
     adamw_bytes=[1000, 1000],
     sent_bytes=[40, 80],
+    collectives=160,
     low_rank_bytes=150,
     low_rank_adamw_bytes=1200,
 )
@@ -71,10 +72,13 @@ def test_a_run_leaves_its_three_files(tmp_path, capsys):
     assert report["largest_share"] == 0.3
     assert (report["low_rank_state_bytes"], report["low_rank_adamw_bytes"]) == (150, 1200)
     assert report["sent_bytes_per_step"] == [1, 2]
+    assert report["collectives_per_step"] == 4
     assert report["seconds_per_step"] == 0.5
     assert report["versions"]["torch"] == torch.__version__
     assert report["job"] == {"batch_size": 16}
-    assert "largest share of AdamW's" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "largest share of AdamW's" in printed
+    assert "its collectives per step" in printed
 
 
 def test_a_run_without_low_rank_matrices_or_evaluations_has_a_report_too(tmp_path):
@@ -210,11 +214,12 @@ def test_a_cut_matrix_counts_once_and_bytes_go_by_process():
     whole = {"name": "a", "rank": 4, "energy": 0.9, "shape": (10, 20), "state_bytes": 8}
     cut = {"name": "b", "rank": 8, "energy": 0.8, "shape": (5, 10), "state_bytes": 4}
     unborn = {"name": "c", "rank": 0, "energy": 0.0, "shape": (2, 5), "state_bytes": 0}
-    sample = merge([([whole, cut], 10, 100, 1), ([cut, unborn], 20, 100, 2)])
+    sample = merge([Numbers([whole, cut], 10, 100, 1, 3), Numbers([cut, unborn], 20, 100, 2, 4)])
     assert sample.ranks == {"a": 4, "b": 8}
     assert sample.energy == {"a": 0.9, "b": 0.8}
     assert sample.state_bytes == [10, 20]
     assert sample.sent_bytes == [1, 2]
+    assert sample.collectives == 4
     assert sample.largest_share == 0.2
     assert sample.mean_rank == 6
     assert sample.low_rank_bytes == 8 + 4 + 4

@@ -130,6 +130,7 @@ OWN = {
     "optimizer_state_bytes",
     "optimizer_state_share",
     "optimizer_sent_bytes",
+    "optimizer_collectives",
 }
 
 
@@ -145,7 +146,7 @@ def test_numbers_are_there_before_anything_reports_them(args: TrainingArguments)
     assert (logs["rank_mean"], logs["energy_mean"]) == (sum(ranks) / 2, sum(energies) / 2)
     assert logs["optimizer_state_bytes"] == training.optimizer.state_bytes()
     assert logs["optimizer_state_share"] == training.optimizer.state_bytes() / (8 * (192 + 320))
-    assert logs["optimizer_sent_bytes"] == 0
+    assert logs["optimizer_sent_bytes"] == logs["optimizer_collectives"] == 0
     assert training.state.log_history[-1] == {**logs, "step": 1}
 
 
@@ -180,16 +181,19 @@ def test_other_logs_are_left_alone(args: TrainingArguments) -> None:
     assert all(len(logs) == 1 for logs in training.reporter.seen)
 
 
-def test_bytes_are_per_step_since_the_last_log(
+def test_bytes_and_collectives_are_per_step_since_the_last_log(
     args: TrainingArguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = Training(args, AdaRankGradCallback())
     monkeypatch.setattr(training.optimizer, "comm_bytes", lambda: 50)
+    monkeypatch.setattr(training.optimizer, "collectives", lambda: 7)
     training.begin(step=2)
     monkeypatch.setattr(training.optimizer, "comm_bytes", lambda: 90)
+    monkeypatch.setattr(training.optimizer, "collectives", lambda: 13)
     training.step(None)
     training.step({"loss": 1.0})
     assert training.reporter.seen[0]["optimizer_sent_bytes"] == 20
+    assert training.reporter.seen[0]["optimizer_collectives"] == 3
 
 
 def test_a_second_callback_changes_nothing(args: TrainingArguments) -> None:
