@@ -38,7 +38,7 @@ from arg_dist.subspace.exchange import (
 from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.range_finder import Part, leading_directions
-from arg_dist.subspace.rank import choose_rank, exit_early, gap_until_next
+from arg_dist.subspace.rank import choose_rank, exit_early, gap_after_decay, gap_until_next
 from arg_dist.subspace.residual import Rule, limit_growth, matched_factors, scaled_factors
 from arg_dist.subspace.sketch import gaussian_rows
 from arg_dist.subspace.spread import Side, Spread
@@ -104,7 +104,8 @@ def low_rank_step(
         name: the matrix's name, which seeds its sketches.
         norm_sq: ``||G||_F^2`` over all processes; finite.
         kept_sq: ``||P||_F^2`` of the step before, over all processes.
-        phase: in [0, 1), equal on all processes: keeps the refreshes of different matrices apart.
+        phase: in [0, 1), equal on all processes: keeps the refreshes of different matrices apart,
+            also where the gradients of all decay in one step.
         allowed: the largest rank that a budget leaves it, should it refresh; None without one.
 
     Returns:
@@ -132,7 +133,7 @@ def low_rank_step(
     if new is not None:
         _adopt(new, projected, state, spread, settings, phase, norm_sq)
     else:
-        _watch(state, settings, kept_sq)
+        _watch(state, settings, kept_sq, phase)
     direction = _advance(state, projected, settings)
     projected_sq = row_squares(projected)
     state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
@@ -212,8 +213,8 @@ def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Ten
     )
 
 
-def _watch(state: State, settings: AdaRankGradConfig, kept_sq: float) -> None:
-    """Lets the next step refresh if the projected gradient of the last one has decayed."""
+def _watch(state: State, settings: AdaRankGradConfig, kept_sq: float, phase: float) -> None:
+    """Lets a step soon refresh if the projected gradient of the last one has decayed."""
     since = state["since_refresh"]
     if since == 1:
         state["kept_sq_at_refresh"] = kept_sq
@@ -224,7 +225,10 @@ def _watch(state: State, settings: AdaRankGradConfig, kept_sq: float) -> None:
         kept_sq_at_refresh=state["kept_sq_at_refresh"],
         decay=settings.decay,
     ):
-        state["gap"] = since + 1
+        # min_gap steps: the last one is through before the first may end early again
+        state["gap"] = gap_after_decay(
+            state["gap"], since_refresh=since, spread=settings.min_gap, phase=phase
+        )
 
 
 def _refresh(

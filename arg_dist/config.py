@@ -135,8 +135,8 @@ class AdaRankGradConfig(BaseModel):
         0.5,
         ge=0,
         lt=1,
-        description="refresh early once ||P||_F is below this share of its value at the refresh; "
-        "0: never early",
+        description="refresh early, within `min_gap` steps, once ||P||_F is below this share of "
+        "its value at the refresh; 0: never early",
     )
     oversample: int = Field(8, ge=0, description="extra columns of the sketch")
     power_passes: int = Field(1, ge=0, description="power iterations of the range finder")

@@ -80,6 +80,22 @@ def exit_early(
     return since_refresh >= shortest and kept_sq < decay * decay * kept_sq_at_refresh
 
 
+def gap_after_decay(gap: int, *, since_refresh: int, spread: int, phase: float) -> int:
+    """Steps from a refresh to the next, once :func:`exit_early` has ended the basis.
+
+    The gradients of all matrices may fall together, for instance as the learning rate does; each
+    then waits for its turn within `spread` steps. It is decided once: seen again, later, the decay
+    changes nothing.
+
+    Args:
+        gap: steps from the refresh to the next so far; never more.
+        since_refresh: steps since the refresh.
+        spread: steps over which the refreshes of different matrices are spread.
+        phase: in [0, 1), the matrix's turn.
+    """
+    return min(gap, since_refresh + 1 + int(phase * spread))
+
+
 def gap_until_next(refreshes: int, *, first: int, longest: int, phase: float) -> int:
     """Steps from a refresh to the next: doubles from about `first` up to `longest`.
 

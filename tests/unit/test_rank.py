@@ -9,10 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import SHAPES, gaussian, geometric, with_spectrum
-from one_process import one_step
+from one_process import feed, one_step, optimizer_of
 
 from arg_dist.sharding.plan import phase_of
-from arg_dist.subspace.rank import choose_rank, exit_early, gap_until_next, numerical_rank
+from arg_dist.subspace.rank import (
+    choose_rank,
+    exit_early,
+    gap_after_decay,
+    gap_until_next,
+    numerical_rank,
+)
 
 
 def residual_search(gradient: torch.Tensor, energy: float) -> int:
@@ -163,6 +169,53 @@ def test_no_basis_ends_before_the_shortest_gap():
     assert refresh_steps(sizes, **settings) == [0, 5, 12]
     # small from step 6 on: the basis of step 5 has served its five steps at step 10
     assert refresh_steps([1.0] * 6 + [0.4] * 14, **settings) == [0, 5, 11]
+
+
+PHASE = st.floats(0, 1, exclude_max=True)
+
+
+@given(st.integers(1, 50), st.integers(0, 500), st.integers(1, 50), PHASE, st.integers(0, 60))
+def test_a_decay_shortens_a_gap_once_by_the_phase(since, more, spread, phase, later):
+    gap = since + more
+    short = gap_after_decay(gap, since_refresh=since, spread=spread, phase=phase)
+    # never later than without the decay, and within the spread
+    assert short <= gap and short <= since + spread
+    assert short >= min(gap, since + 1)
+    # still decayed in the steps that follow: nothing changes, and nothing is put off
+    assert gap_after_decay(short, since_refresh=since + later, spread=spread, phase=phase) == short
+
+
+@given(st.integers(20, 50), st.lists(PHASE, min_size=2, max_size=9), st.integers(1, 30))
+def test_decayed_matrices_take_turns_in_the_order_of_their_phases(since, phases, spread):
+    phases.sort()
+    gaps = [gap_after_decay(999, since_refresh=since, spread=spread, phase=p) for p in phases]
+    assert gaps == sorted(gaps)
+    assert gap_after_decay(999, since_refresh=since, spread=spread, phase=0.0) == since + 1
+    last = gap_after_decay(999, since_refresh=since, spread=spread, phase=1 - 1e-9)
+    assert last == since + spread
+
+
+def test_gradients_that_fall_together_are_refreshed_by_turns():
+    count, turns, fall = 40, 10, 15
+    optimizer = optimizer_of(
+        *[gaussian(8, 6, seed=seed) for seed in range(count)], min_gap=turns, first_gap=45
+    )
+    refreshes = [0]
+    for step in range(fall + 2 + turns):
+        size = 1.0 if step < fall else 0.4
+        feed(optimizer, *[size * gaussian(8, 6, seed=seed) for seed in range(count)])
+        refreshes.append(sum(matrix["refreshes"] for matrix in optimizer.stats()))
+    each = [after - before for before, after in pairwise(refreshes)]
+    assert each[0] == count and not any(each[1 : fall + 2])
+    assert sum(each[fall + 2 :]) == count
+    assert max(each[1:]) <= 2 * count / turns
+
+
+def test_the_papers_exit_rule_puts_nothing_off():
+    # it has no shortest gap: one step to spread refreshes over
+    for phase in (0.0, 0.999):
+        settings = {"preset": "paper", "decay": 0.5, "phase": phase}
+        assert refresh_steps([1.0] * 12 + [0.4] * 12, **settings) == [0, 14]
 
 
 def test_phases_follow_from_names_alone_and_spread_out():
