@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from arg_dist.sharding.communicator import ALIGNMENT
+from arg_dist.sharding.messages import ALIGNMENT
 from arg_dist.subspace.exchange import Rows
 
 Counts = npt.NDArray[np.int64]

@@ -7,12 +7,9 @@ no sizes are exchanged and nothing waits for the host. All of them have a time l
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,12 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions  # nowhere public
 
+from arg_dist.sharding.messages import Messages
 from arg_dist.sharding.waiting import Waiting, Words
-from arg_dist.subspace.exchange import Exchange, add_up, intersect
+from arg_dist.subspace.exchange import Exchange
 
 _SIZE_BYTES = 8
-ALIGNMENT = 8
-"""Every tensor in a message starts at a multiple of this, so that it can be viewed as any dtype."""
 
 
 def training_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
@@ -152,65 +148,18 @@ class Communicator:
             What waits for the answers and returns them, called once; several exchanges may be
             under way, and all processes begin them in one order.
         """
-        outgoing: list[list[Tensor]] = [[] for _ in range(self.size)]
-        incoming: list[list[_Slot]] = [[] for _ in range(self.size)]
-        received: list[list[tuple[int, int, Tensor]]] = [[] for _ in exchanges]  # source, low, rows
-        for k, exchange in enumerate(exchanges):
-            mine, wanted = exchange.have[self.me], exchange.want[self.me]
-            for other in range(self.size):
-                low, high = intersect(mine, exchange.want[other])
-                if low < high:
-                    part = exchange.part[low - mine[0] : high - mine[0]]
-                    if other == self.me:
-                        received[k].append((other, low, part))
-                    else:
-                        outgoing[other].append(part)
-                low, high = intersect(exchange.have[other], wanted)
-                if low < high and other != self.me:
-                    incoming[other].append(_Slot(other, k, low, high, exchange.part))
-        arrivals = self._swap(outgoing, incoming, words)
-
-        def answers() -> list[Tensor]:
-            for slot, rows in arrivals():
-                received[slot.request].append((slot.source, slot.low, rows))
-            return [
-                add_up(
-                    exchange,
-                    self.me,
-                    [(low, rows) for _, low, rows in sorted(parts, key=itemgetter(0))],
-                )
-                for exchange, parts in zip(exchanges, received, strict=True)
-            ]
-
-        return answers
-
-    def _swap(
-        self, outgoing: list[list[Tensor]], incoming: list[list[_Slot]], words: Words
-    ) -> Callable[[], list[tuple[_Slot, Tensor]]]:
-        device = self._device
-        send_sizes = [sum(_padded(part.nbytes) for part in parts) for parts in outgoing]
-        receive_sizes = [sum(_padded(slot.nbytes) for slot in slots) for slots in incoming]
-        send = torch.zeros(sum(send_sizes), dtype=torch.uint8, device=device)
-        receive = torch.empty(sum(receive_sizes), dtype=torch.uint8, device=device)
-        position = 0
-        for part in (part for parts in outgoing for part in parts):
-            send[position : position + part.nbytes] = _as_bytes(part)
-            position += _padded(part.nbytes)
-        finish = self._all_to_all(receive, send, receive_sizes, send_sizes, words)
-        self.sent_bytes += send.numel()
+        messages = Messages(exchanges, self.me, self.size, self._device)
+        send = messages.packed()
+        receive = send.new_empty(sum(messages.receive_sizes))
+        finish = self._all_to_all(receive, send, messages.receive_sizes, messages.send_sizes, words)
+        self.sent_bytes += send.nbytes
         self.collectives += 1
 
-        def arrivals() -> list[tuple[_Slot, Tensor]]:
+        def answers() -> list[Tensor]:
             finish()
-            results = []
-            position = 0
-            for slot in (slot for slots in incoming for slot in slots):
-                part = receive[position : position + slot.nbytes].view(slot.like.dtype)
-                results.append((slot, part.view(slot.shape).to(slot.like.device)))
-                position += _padded(slot.nbytes)
-            return results
+            return messages.answers(receive)
 
-        return arrivals
+        return answers
 
     def _all_to_all(
         self,
@@ -251,33 +200,6 @@ def _device_of(group: dist.ProcessGroup) -> torch.device:
     if dist.get_backend(group) in ("gloo", "mpi", "ucc"):
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """Rows `[low, high)` for request number `request`, expected from process `source`."""
-
-    source: int
-    request: int
-    low: int
-    high: int
-    like: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.high - self.low, *self.like.shape[1:])
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.like.element_size()
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _as_bytes(part: Tensor) -> Tensor:
-    return part.contiguous().view(-1).view(torch.uint8)
 
 
 def _unpickled(data: Tensor) -> Any:

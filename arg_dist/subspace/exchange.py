@@ -22,6 +22,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 Interval = tuple[int, int]
@@ -88,6 +89,16 @@ def _nobody_else_contributes(have: Rows, want: Rows) -> bool:
     )
 
 
+def tile(rows: Sequence[Interval], wanted: Interval) -> bool:
+    """Whether the intervals lie one behind the other, and are just the rows wanted."""
+    end = wanted[0]
+    for low, high in rows:
+        if low != end:
+            return False
+        end = high
+    return end == wanted[1]
+
+
 def add_up(exchange: Exchange, me: int, contributions: Sequence[tuple[int, Tensor]]) -> Tensor:
     """The rows that process `me` wants, from everyone's rows of them in the order of processes.
 
@@ -97,14 +108,19 @@ def add_up(exchange: Exchange, me: int, contributions: Sequence[tuple[int, Tenso
         contributions: ``(first row, rows)`` of each process that has some of them, `me` included.
     """
     low, high = exchange.want[me]
-    rows = max(0, high - low)
-    if len(contributions) == 1 and contributions[0][1].shape[0] == rows:
-        # as if it had come in a message: the layout in memory decides the order of later sums
-        return contributions[0][1].contiguous()
-    result = exchange.part.new_zeros(rows, *exchange.part.shape[1:])
+    if not contributions:
+        return exchange.part.new_zeros(max(0, high - low), *exchange.part.shape[1:])
+    if tile([(start, start + part.shape[0]) for start, part in contributions], (low, high)):
+        return put_together([part for _, part in contributions])
+    result = exchange.part.new_zeros(high - low, *exchange.part.shape[1:])
     for start, part in contributions:
         result[start - low : start - low + part.shape[0]] += part
     return result
+
+
+def put_together(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one behind the other; contiguous, as memory decides the order of later sums."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0].contiguous()
 
 
 def select_rows(part: Tensor, have: Interval, want: Interval) -> Tensor:

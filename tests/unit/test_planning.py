@@ -23,9 +23,9 @@ from arg_dist.planning.figures import Plan, make_plan
 from arg_dist.planning.model import Model, describe, load_model
 from arg_dist.planning.requests import Sides, first, rounds_of, steady, taken
 from arg_dist.planning.rows import Spans, sent
-from arg_dist.sharding.communicator import ALIGNMENT
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.layout import matrix_spread
+from arg_dist.sharding.messages import ALIGNMENT
 from arg_dist.subspace.exchange import Exchange, even_rows, intersect
 from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.spread import Spread
