@@ -18,7 +18,7 @@ shopt -s globstar nullglob
 shellcheck launchers/**/*.sh launchers/**/*.sbatch docker/**/*.sh
 hadolint docker/Dockerfile docker/Dockerfile.cpu
 
-# Tests on hosts mostly wait, and cost no time beside the fast tiers. Their report comes after.
+# Tests on hosts wait for much of their time: they run beside the others. Their report comes last.
 report=$(mktemp)
 python -m pytest tests/hosts "$@" >"$report" 2>&1 &
 hosts=$!
@@ -26,11 +26,11 @@ trap 'kill "$hosts" 2>/dev/null || true; rm -f "$report"' EXIT
 none=5 # pytest's exit code where nothing is selected
 codes=()
 python -m pytest tests/unit tests/lockstep "$@" && codes+=(0) || codes+=($?)
-wait "$hosts" && codes+=(0) || codes+=($?)
-cat "$report"
 # Launches wait for each other's starts and ends: two workers, which take whole files, overlap them.
 workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 python -m pytest tests/pool tests/launch "${workers[@]}" "$@" && codes+=(0) || codes+=($?)
+wait "$hosts" && codes+=(0) || codes+=($?)
+cat "$report"
 for code in "${codes[@]}"; do
   if ((code != 0 && code != none)); then exit "$code"; fi
 done

@@ -13,8 +13,18 @@ from xdist.scheduler import LoadFileScheduling
 TIERS = {"unit": 60, "lockstep": 60, "pool": 120, "launch": 600, "hosts": 120}
 """Seconds that one test of a tier may take, in the order in which the tiers run."""
 
-TOGETHER = {"tests/launch/test_zero.py": "tests/launch/test_engines.py"}
-"""Files for the worker that takes another one, too, if there are several: they share launches."""
+TOGETHER = {
+    "tests/pool/": "a pool of processes",
+    "tests/launch/test_engines.py": "launches of engines",
+    "tests/launch/test_zero.py": "launches of engines",
+}
+"""What some files, or those of a folder, share: one worker takes all of them."""
+
+LONG = (
+    *("engines", "zero", "finetune", "train_lm_resume", "accelerate", "compare", "survival"),
+    *("trainer", "train_lm", "killed_saves", "planned_runs", "resume"),
+)
+"""Launch tests that begin before the others, so that the workers end together."""
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
@@ -28,7 +38,7 @@ class WholeFiles(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return TOGETHER.get(file, file)
+        return next((shared for path, shared in TOGETHER.items() if file.startswith(path)), file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles:
@@ -42,9 +52,15 @@ def tier_of(item: pytest.Item) -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(TIERS)
+    early = [f"test_{name}" for name in LONG]
+
+    def turn(item: pytest.Item) -> tuple[int, int]:
+        name = item.path.stem
+        return order.index(tier_of(item)), early.index(name) if name in early else len(early)
+
     for item in items:
         tier = tier_of(item)
         item.add_marker(tier)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIERS[tier]))
-    items.sort(key=lambda item: order.index(tier_of(item)))
+    items.sort(key=turn)

@@ -32,18 +32,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     has put into the environment of the two.
     """
     done: dict[tuple[Launcher, int], dict[str, Any]] = {}
+    references = tmp_path_factory.mktemp("references")
 
     def of(launcher: Launcher, processes: int) -> dict[str, Any]:
         if (launcher, processes) not in done:
             out: Path = tmp_path_factory.mktemp("runs") / "results.json"
             script, names = what_runs(launcher, processes)
+            more = ("--references", references) if launcher == "deepspeed" else ()
             start: Start = launcher if processes == REAL else "forked"
             variables = {}
             if start == "forked" and launcher == "accelerate":
                 variables = of(launcher, REAL)["environment"]
             finished = launch(
                 script,
-                *("--out", out, "--cases", *names),
+                *("--out", out, "--cases", *names, *more),
                 processes=processes,
                 seconds=380,
                 launcher=start,

@@ -38,7 +38,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
 def undisturbed(job: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two processes that nobody kills."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finished = launch(SCRIPT, *job, "--out", out, processes=2, seconds=90, launcher="torchrun")
+    finished = launch(SCRIPT, *job, "--out", out, processes=2, seconds=90, launcher="forked")
     assert finished.returncode == 0, finished.stderr[-3000:]
     return out
 

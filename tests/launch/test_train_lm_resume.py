@@ -54,7 +54,7 @@ def test_a_run_that_is_stopped_twice_is_bitwise_the_one_that_is_not(
 ) -> None:
     words = (*zero(2), *job, "--steps", 100, "--eval-every", 1)
     whole, out = tmp_path / "whole", tmp_path / "stopped"
-    finished = launch(SCRIPT, *words, "--out", whole, processes=2, seconds=150)
+    finished = launch(SCRIPT, *words, "--out", whole, processes=2, seconds=150, launcher="forked")
     assert finished.returncode == 0, finished.stderr[-3000:]
 
     saving = (*words, "--save-every", 16, "--resume", "auto", "--time-limit", 6)
@@ -77,7 +77,7 @@ def test_a_run_that_is_stopped_twice_is_bitwise_the_one_that_is_not(
     assert read_report(out)["status"] == "failed"
     killed_at = read_report(out)["steps"]
 
-    finished = launch(SCRIPT, *saving, "--out", out, processes=2, seconds=150)
+    finished = launch(SCRIPT, *saving, "--out", out, processes=2, seconds=150, launcher="forked")
     assert finished.returncode == 0, finished.stderr[-3000:]
     report, lines = read_report(out), metrics(out)
     resumed_at = [part["first_step"] - 1 for part in report["parts"]]

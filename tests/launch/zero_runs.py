@@ -1,8 +1,10 @@
 """Trains small models under many DeepSpeed configurations in one launch, against one process.
 
-    PYTHONPATH=. deepspeed --num_gpus 2 tests/launch/zero_runs.py --out FILE --cases llama-zero2
+    PYTHONPATH=. deepspeed --num_gpus 2 tests/launch/zero_runs.py --out FILE --cases llama-zero2 \
+        --references FOLDER
 
-Writes what tests assert on: losses, ranks, bytes and collectives of each case.
+Writes what tests assert on: losses, ranks, bytes and collectives of each case. What one process
+gives is computed by the first launch that asks for it, and stays in FOLDER for the others.
 """
 
 import argparse
@@ -48,17 +50,23 @@ class DeepSpeedTraining:
         return loss
 
 
-def reference(case: Case) -> dict[str, Any]:
-    """The same training in one process, on whole matrices, in fp32."""
+def reference(case: Case, folder: Path) -> dict[str, Any]:
+    """The same training in one process, on whole matrices, in fp32; kept in `folder`."""
+    kept = folder / f"{case.reference}.pt"
+    if kept.exists():
+        found: dict[str, Any] = torch.load(kept)
+        return found
     alone = training.one_process(case.model, **case.more)
     run = training.train(alone)
     optimizer = alone.optimizer
-    return {
+    result = {
         **run,
         "state_bytes": optimizer.state_bytes(),
         "refreshes": {entry["name"]: entry["refreshes"] for entry in optimizer.stats()},
         "bases": bases(optimizer),
     }
+    torch.save(result, kept)
+    return result
 
 
 def bases(optimizer: arg_dist.AdaRankGrad) -> dict[str, torch.Tensor]:
@@ -163,6 +171,7 @@ def main() -> None:
     parser.add_argument("--local_rank")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", required=True)
+    parser.add_argument("--references", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # or the collections that DeepSpeed asks for would go through every module
@@ -170,7 +179,7 @@ def main() -> None:
     deepspeed.init_distributed()
     references = {case.reference: case for case in chosen}
     mine = sorted(references)[dist.get_rank() :: dist.get_world_size()]
-    computed = gather({name: reference(references[name]) for name in mine})
+    computed = gather({name: reference(references[name], options.references) for name in mine})
     expected = {name: run for part in computed for name, run in part.items()}
     results: dict[str, Any] = {}
     for case in chosen:
