@@ -30,10 +30,11 @@ from arg_dist.subspace.exchange import (
     Steps,
     gather,
     gather_both,
+    relayed_gather,
+    relayed_sum,
     select_rows,
     sum_scatter,
     sum_scatter_both,
-    total,
 )
 from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.precision import matmul_precision
@@ -182,16 +183,22 @@ def adam_step(
     return (yield from gather(direction, side.keep, side.update, me))
 
 
-def rounds(power_passes: int, residual: Rule) -> tuple[int, int]:
+def rounds(power_passes: int, residual: Rule, *, relayed: bool = False) -> tuple[int, int]:
     """Most requests in a row that a step makes, without a refresh and with one.
 
     Every process of a group goes through that many rounds, those too that have no part in a matrix
     that asks; a driver fails loudly should a step ask once more.
+
+    Args:
+        power_passes: of the randomized SVD.
+        residual: the rule that it follows.
+        relayed: whether a matrix is: see :attr:`arg_dist.subspace.spread.Spread.is_relayed`.
     """
     limited = residual == "scaled"
     steady = 3 + limited  # basis, P, the residual's norm, N
-    passes = 4 * power_passes  # basis, image (2), sketch
-    refresh = 1 + passes + 7  # sketch, passes; basis, B, B^T B, energies, Q, R (2)
+    hop = 1 + relayed  # to the home process, or from it
+    passes = power_passes * (2 * hop + 2)  # basis, image (2), sketch
+    refresh = hop + passes + 3 * hop + 4  # sketch, passes; basis, B, B^T B, energies, Q, R (2)
     return steady, refresh + 2 + limited
 
 
@@ -268,15 +275,15 @@ def _refresh(
         before=state.get("rank"),
         hysteresis=settings.hysteresis,
     )
-    vectors = yield from gather(
-        found.vectors[:, :rank], spread.at_home(basis.size), basis.touch, me
-    )
+    home, relay = spread.at_home(basis.size), spread.relay(basis.size)
+    vectors = yield from relayed_gather(found.vectors[:, :rank], home, relay, basis.touch, me)
     rotation = None
     if state:
         # R = Q_new^T Q_old, each row of the bases counted once
         old = select_rows(state["basis"], spread.store[me], basis.keep[me])
         part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
-        rotation = yield from total(part, spread.whole(rank), spread.shares(rank), me)
+        whole, shares = spread.whole(rank), spread.shares(rank)
+        rotation = yield from relayed_sum(part, whole, shares, whole, me)
     return NewBasis(vectors, found.energies[:rank], rotation, spectrum)
 
 

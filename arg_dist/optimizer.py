@@ -209,7 +209,8 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
                 kept.append((shard.unit, state["kept_sq"]))
             if isinstance(shard, MatrixShard) and shard.is_shared:
                 chosen = settings[shard.group]
-                steady, refreshing = rounds(chosen.power_passes, chosen.residual)
+                relayed = shard.spread.is_relayed
+                steady, refreshing = rounds(chosen.power_passes, chosen.residual, relayed=relayed)
                 needed = max(needed, refreshing if is_due(state) else steady)
             elif shard.is_shared:
                 needed = max(needed, 1)

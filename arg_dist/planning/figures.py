@@ -240,8 +240,10 @@ def _collectives(units: list[Unit], settings: AdaRankGradConfig, processes: int)
     cuts = len(lanes(units, settings))
     shared = [unit for unit in units if unit.is_shared]
     any_shared = int(bool(shared))
-    if any(isinstance(unit, MatrixUnit) for unit in shared):
-        steady, refreshing = rounds(settings.power_passes, settings.residual)
+    spreads = [unit.sides.spread for unit in shared if isinstance(unit, MatrixUnit)]
+    if spreads:
+        relayed = any(spread.is_relayed for spread in spreads)
+        steady, refreshing = rounds(settings.power_passes, settings.residual, relayed=relayed)
         return 1 + cuts * steady, 1 + cuts * refreshing
     return 1 + cuts * any_shared, 1 + cuts * any_shared
 

@@ -68,6 +68,12 @@ class Sides:
         """All rows at the process called `home`."""
         return Spans.at(home, self.processes, size)
 
+    def relay(self, home: int, size: int) -> Spans:
+        """Who passes on which rows on their way to or from the process called `home`."""
+        if self.spread.is_relayed:
+            return Spans.evenly(self.processes, size)
+        return self.at(home, size)
+
 
 def projection(sides: Sides, settings: AdaRankGradConfig, rank: int) -> Iterator[Request]:
     """Of a step, once the basis is there: P, the residual's norm, N."""
@@ -95,22 +101,29 @@ def first(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> It
         rank: of the basis that is found.
         home: its home process, counted among the owners.
     """
-    width = sketch_width(sides.spread, settings)
-    size, columns = sides.spread.basis.size, (FP32 * width,)
-    at_home = sides.at(home, size)
-    sketch = Request(sides.basis_touch, at_home, columns, adds=True)
+    width, size = sketch_width(sides.spread, settings), sides.spread.basis.size
+    columns, squares = (FP32 * width,), (FP64 * width,)
+
+    def handed_out(columns: tuple[int, ...]) -> Iterator[Request]:
+        yield Request(sides.at(home, size), sides.relay(home, size), columns)
+        yield Request(sides.relay(home, size), sides.basis_touch, columns)
+
+    def collected(have: Spans, size: int, columns: tuple[int, ...]) -> Iterator[Request]:
+        yield Request(have, sides.relay(home, size), columns, adds=True)
+        yield Request(sides.relay(home, size), sides.at(home, size), columns)
+
     image = Request(sides.moment_touch, sides.moment_keep, columns, adds=True)
-    yield sketch
+    yield from collected(sides.basis_touch, size, columns)
     for _ in range(settings.power_passes):
-        yield Request(at_home, sides.basis_touch, columns)
+        yield from handed_out(columns)
         yield image
         yield Request(sides.moment_keep, sides.moment_touch, columns)
-        yield sketch
-    yield Request(at_home, sides.basis_touch, columns)
+        yield from collected(sides.basis_touch, size, columns)
+    yield from handed_out(columns)
     yield image
-    yield Request(sides.whole(width), sides.at(home, width), (FP64 * width,), adds=True)
-    yield Request(sides.at(home, 1), sides.whole(1), (FP64 * width,))
-    yield Request(at_home, sides.basis_touch, (FP32 * rank,))
+    yield from collected(sides.whole(width), width, squares)
+    yield Request(sides.at(home, 1), sides.whole(1), squares)
+    yield from handed_out((FP32 * rank,))
     yield from projection(sides, settings, rank)
 
 

@@ -166,24 +166,32 @@ def _first(unit: MatrixUnit, rank: int, size: int) -> Moments:
     touch, keep = column * sides.moment_touch.counts(), column * sides.moment_keep.counts()
     reach, home = column * sides.basis_touch.counts(), column * unit.home_rows()
     copy = _copy(unit, size)
+    relay = sides.relay(unit.home, sides.spread.basis.size).counts()
+    share = column * relay * sides.spread.is_relayed  # passed on; else it goes straight
     omega, sorting = touch, 3 * home  # QR: a copy, and Q
-    moments = [Moment(omega + reach, copy)]
+    moments = [Moment(omega + reach, copy), Moment(omega + share)]
     for _ in range(unit.settings.power_passes):
         apart = omega + home + np.maximum(reach, home)  # the sketch, and what QR made of it
         moments += [
             Moment(omega + 2 * home, sorting),
+            Moment(omega + 2 * home + share),
             Moment(apart + touch, copy),
             Moment(apart + keep),
             Moment(apart + touch + reach, copy),
+            Moment(apart + touch + share),
         ]
     ordering = omega + np.maximum(reach, home) + 2 * keep  # the image in fp64
     gram = FP64 * unit.width**2 * (home > 0)
+    part = FP64 * unit.width * sides.relay(unit.home, unit.width).counts()
     moments += [
         Moment(omega + home, sorting),
+        Moment(omega + home + share),
         Moment(omega + np.maximum(reach, home) + touch, copy),
         Moment(ordering, keep + FP64 * unit.width**2),
+        Moment(ordering + part * sides.spread.is_relayed),
         Moment(ordering, 5 * home + 3 * gram),  # ordered in fp64
         Moment(omega + home),
+        Moment(omega + home + share),
     ]
     # without others, the basis is a view of all directions that were found
     basis = FP32 * rank * sides.basis_touch.counts() if unit.is_shared else home

@@ -5,11 +5,13 @@ A computation that needs others is a generator. It yields an :class:`Exchange` (
 and is handed back the rows it wants, summed over all processes that have a part of them. Who
 carries the request out, and how, is the business of the drivers in ``arg_dist.sharding``.
 
-Three requests are enough, all of them one primitive:
+Two requests are enough, both of them one primitive:
 
 * :func:`sum_scatter`: everyone gets his rows of the sum;
-* :func:`gather`: everyone gets the rows he wants of a matrix that is held in parts;
-* :func:`total`: everyone gets the whole sum.
+* :func:`gather`: everyone gets the rows he wants of a matrix that is held in parts.
+
+Where many send to one, or one to many, :func:`relayed_sum` and :func:`relayed_gather` go by way of
+everyone, so that no process holds, sends or adds up much more than the others.
 
 Where a request would move nothing, it is answered on the spot and never reaches a driver.
 """
@@ -175,14 +177,30 @@ def sum_scatter_both(
     return (yield tuple(Exchange(part, have, want) for part in parts))  # type: ignore[return-value]
 
 
-def total(part: Tensor, whole: Rows, shares: Rows, me: int) -> Steps[Tensor]:
-    """The whole sum for everyone in ``whole``, each process summing only its share of the rows.
+def relayed_sum(part: Tensor, have: Rows, shares: Rows, want: Rows, me: int) -> Steps[Tensor]:
+    """:func:`sum_scatter` in two stages: each process adds up its share of the rows, and passes on.
 
     Args:
-        part: ``rows x ...``, this process's partial result.
-        whole: all the rows for each process that takes part, none for the others.
-        shares: the rows cut into one part for each process that takes part.
+        part: ``have[me] x ...``, this process's partial results.
+        have: who contributes to which rows; may overlap.
+        shares: the rows, each at one process.
+        want: who needs which rows.
         me: this process's index in the group.
     """
-    mine = yield from sum_scatter(part, whole, shares, me)
-    return (yield from gather(mine, shares, whole, me))
+    mine = yield from sum_scatter(part, have, shares, me)
+    del part  # however long the second stage takes
+    return (yield from gather(mine, shares, want, me))
+
+
+def relayed_gather(part: Tensor, have: Rows, shares: Rows, want: Rows, me: int) -> Steps[Tensor]:
+    """:func:`gather` in two stages: one process hands out shares, and each passes on its own.
+
+    Args:
+        part: ``have[me] x ...``, this process's rows.
+        have: who holds which rows; disjoint.
+        shares: the rows, each at one process.
+        want: who needs which rows.
+        me: this process's index in the group.
+    """
+    mine = yield from gather(part, have, shares, me)
+    return (yield from gather(mine, shares, want, me))

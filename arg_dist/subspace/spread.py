@@ -66,6 +66,18 @@ class Spread:
         """All of `size` rows at the home process, none elsewhere."""
         return tuple((0, size if i == self.home else 0) for i in range(self.processes))
 
+    @property
+    def is_relayed(self) -> bool:
+        """Whether what the home process collects and hands out goes by way of all owners.
+
+        Between two there would be nothing to gain.
+        """
+        return len(self.owners) > 2
+
+    def relay(self, size: int) -> Rows:
+        """Who passes on which of `size` rows on their way to or from the home process."""
+        return self.shares(size) if self.is_relayed else self.at_home(size)
+
     def shares(self, size: int) -> Rows:
         """`size` rows cut evenly over the owners."""
         parts = dict(zip(self.owners, even_rows(size, len(self.owners)), strict=True))

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from matrices import whole_numbers
 
 from arg_dist.sharding.drivers import run_local, run_lockstep
-from arg_dist.subspace.exchange import even_rows, gather, sum_scatter, total
+from arg_dist.subspace.exchange import (
+    even_rows,
+    gather,
+    relayed_gather,
+    relayed_sum,
+    sum_scatter,
+)
 from arg_dist.subspace.range_finder import leading_directions, range_finder
 from arg_dist.subspace.spread import single_process
 
@@ -52,8 +58,26 @@ def test_everyone_gets_the_rows_he_wants_of_what_is_held_in_parts(have, data):
 def test_everyone_gets_the_whole_total(processes, size):
     parts = [whole_numbers(size, 2, seed=me) for me in range(processes)]
     whole, shares = ((0, size),) * processes, even_rows(size, processes)
-    totals = run_lockstep([total(part, whole, shares, me) for me, part in enumerate(parts)])
-    assert all(torch.equal(each, sum(parts)) for each in totals)
+    steps = [relayed_sum(part, whole, shares, whole, me) for me, part in enumerate(parts)]
+    assert all(torch.equal(each, sum(parts)) for each in run_lockstep(steps))
+
+
+@given(st.sampled_from(WORLD_SIZES), st.integers(1, SIZE), st.data())
+def test_what_goes_by_way_of_everyone_is_what_goes_straight(processes, size, data):
+    home = data.draw(st.integers(0, processes - 1))
+    want = tuple(data.draw(interval) for _ in range(processes))
+    want = tuple((min(low, size), min(high, size)) for low, high in want)
+    at_home = tuple((0, size if me == home else 0) for me in range(processes))
+    shares, whole = even_rows(size, processes), whole_numbers(size, 2)
+    held = [whole[: high - low] for low, high in at_home]
+    steps = [relayed_gather(p, at_home, shares, want, me) for me, p in enumerate(held)]
+    for (low, high), answer in zip(want, run_lockstep(steps), strict=True):
+        assert torch.equal(answer, whole[low:high])
+    have = ((0, size),) * processes
+    parts = [whole_numbers(size, 2, seed=me) for me in range(processes)]
+    steps = [relayed_sum(p, have, shares, at_home, me) for me, p in enumerate(parts)]
+    for me, answer in enumerate(run_lockstep(steps)):
+        assert torch.equal(answer, sum(parts)) if me == home else len(answer) == 0
 
 
 def oriented(matrix: torch.Tensor, spans_columns: bool) -> torch.Tensor:

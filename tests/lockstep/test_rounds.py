@@ -56,7 +56,8 @@ def test_a_step_on_a_matrix_stays_within_its_rounds(
         transport=transport,
         residual=residual,
     )
-    steady, refreshing = rounds(power_passes, residual)
+    relayed = shards[0].spread.is_relayed
+    steady, refreshing = rounds(power_passes, residual, relayed=relayed)
     for step in range(4):
         asked = requests_of_a_step(shards, states, gaussian(*shape, seed=step), settings)
         assert asked <= (refreshing if step in (0, 2) else steady)
@@ -64,14 +65,15 @@ def test_a_step_on_a_matrix_stays_within_its_rounds(
 
 
 @pytest.mark.parametrize("residual", ["matched", "scaled", "none"])
-def test_a_cut_matrix_needs_all_rounds_of_the_agreement(residual):
-    shards = cut_matrix(gaussian(7, 5), ((0, 13), (13, 22), (22, 35)), spans_columns=True)
+@pytest.mark.parametrize("ranges", [((0, 13), (13, 22), (22, 35)), ((0, 13), (13, 35))])
+def test_a_cut_matrix_needs_all_rounds_of_the_agreement(ranges, residual):
+    shards = cut_matrix(gaussian(7, 5), ranges, spans_columns=True)
     states = [{} for _ in shards]
     settings = AdaRankGradConfig(max_rank=3, min_rank=1, min_gap=2, max_gap=2, residual=residual)
     asked = [
         requests_of_a_step(shards, states, gaussian(7, 5, seed=step), settings) for step in range(3)
     ]
-    assert (max(asked[1::2]), max(asked[::2])) == rounds(1, residual)
+    assert (max(asked[1::2]), max(asked[::2])) == rounds(1, residual, relayed=len(ranges) > 2)
 
 
 @given(element_ranges(11), st.booleans())

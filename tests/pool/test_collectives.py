@@ -51,7 +51,7 @@ def train(group, cuts, layout):
                 for i, shard in held
             ],
             communicator,
-            max(rounds(SETTINGS.power_passes, SETTINGS.residual)),
+            max(rounds(SETTINGS.power_passes, SETTINGS.residual, relayed=True)),
         )
         for (i, shard), update in zip(held, updates, strict=True):
             apply(shard, update, gaussian(*SHAPES[i], seed=step))
