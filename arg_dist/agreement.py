@@ -21,7 +21,7 @@ class Agreement:
     Attributes:
         norm_sq: ``||G||_F^2`` of each matrix and tensor of the plan.
         kept_sq: ``||P||_F^2`` of each matrix's step before.
-        rounds: rounds of communication that this step takes.
+        rounds: rounds of communication that each lane takes in this step.
         strangers: processes that hold optimizer state which another process saved, or that have
             taken another number of steps than the first.
         processes: size of the group.
@@ -30,7 +30,7 @@ class Agreement:
 
     norm_sq: list[float]
     kept_sq: list[float]
-    rounds: int
+    rounds: list[int]
     strangers: list[int]
     processes: int
     refreshing: bool = False
@@ -72,7 +72,7 @@ class Agreement:
 def agree(
     norms_sq: Sequence[tuple[int, Tensor]],
     kept_sq: Sequence[tuple[int, Tensor]],
-    rounds: int,
+    rounds: Sequence[int],
     *,
     own_state: bool,
     steps: int,
@@ -81,13 +81,13 @@ def agree(
     me: int,
     refreshing: bool = False,
 ) -> Steps[Agreement]:
-    """Adds up everyone's squared norms, and takes the largest number of rounds that anyone needs.
+    """Adds up everyone's squared norms, and takes the most rounds that anyone needs for a lane.
 
     Args:
         norms_sq: position and ``||G||^2`` over this process's part of each gradient, fp64 scalars;
             every element is held by one process only.
         kept_sq: position and ``||P||^2`` over this process's rows, fp64 scalars.
-        rounds: rounds that this process's matrices need.
+        rounds: rounds that this process's matrices in each lane need.
         own_state: whether this process's optimizer state is its own.
         steps: steps that this process's optimizer has taken.
         units: number of matrices and tensors of the plan.
@@ -103,22 +103,22 @@ def agree(
         part[[unit for unit, _ in kept_sq], 1] = torch.stack([value for _, value in kept_sq])
     everyone = ((0, units),) * processes
     all_rows = ((0, processes),) * processes
-    mine = torch.tensor([[rounds, int(own_state) + 2 * int(refreshing), steps]])
+    mine = torch.tensor([[int(own_state) + 2 * int(refreshing), steps, *rounds]])
     answers = yield (
         Exchange(part, everyone, everyone),
         Exchange(mine, even_rows(processes, processes), all_rows),
     )
     totals, processes_say = answers[0].tolist(), answers[1].tolist()
-    steps_of_first = processes_say[0][2]
+    steps_of_first = processes_say[0][1]
     return Agreement(
         norm_sq=[row[0] for row in totals],
         kept_sq=[row[1] for row in totals],
-        rounds=max(needed for needed, _, _ in processes_say),
+        rounds=[max(needed) for needed in zip(*(said[2:] for said in processes_say), strict=True)],
         strangers=[
             process
-            for process, (_, bits, taken) in enumerate(processes_say)
+            for process, (bits, taken, *_) in enumerate(processes_say)
             if not bits & 1 or taken != steps_of_first
         ],
         processes=processes,
-        refreshing=any(bits & 2 for _, bits, _ in processes_say),
+        refreshing=any(bits & 2 for bits, *_ in processes_say),
     )

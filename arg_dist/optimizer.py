@@ -202,18 +202,19 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         any_due: bool,
     ) -> Agreement:
         """``||G||^2``, finiteness and rounds of all matrices, equal on all processes."""
-        kept, needed = [], 0
+        kept, needed = [], [0] * len(plan.lanes)
+        lane_of_unit = [lane for lane, units in enumerate(plan.lanes) for _ in units]
         for shard in plan.shards:
             state = self.state_of(shard)
             if "kept_sq" in state:
                 kept.append((shard.unit, state["kept_sq"]))
+            rounds_of_shard = int(shard.is_shared)
             if isinstance(shard, MatrixShard) and shard.is_shared:
-                chosen = settings[shard.group]
-                relayed = shard.spread.is_relayed
+                chosen, relayed = settings[shard.group], shard.spread.is_relayed
                 steady, refreshing = rounds(chosen.power_passes, chosen.residual, relayed=relayed)
-                needed = max(needed, refreshing if is_due(state) else steady)
-            elif shard.is_shared:
-                needed = max(needed, 1)
+                rounds_of_shard = refreshing if is_due(state) else steady
+            lane = lane_of_unit[shard.unit]
+            needed[lane] = max(needed[lane], rounds_of_shard)
         norms = agree(
             [(unit, gradient.norm_sq) for unit, gradient in gradients.items()],
             kept,

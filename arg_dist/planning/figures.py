@@ -37,8 +37,8 @@ KEPT = (
     "full_rank_state",
 )
 """What lies in memory at every step, one key each."""
-AGREED, TOLD = 2 * FP64, 3 * FP64
-"""Bytes of the agreement before a step: for each matrix or tensor, and for each process."""
+AGREED = 2 * FP64
+"""Bytes of the agreement before a step for each matrix or tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +209,7 @@ def _ours(
         for moved in taken(tensor.rounds):
             steady_sent[tensor.owners] += moved.sent
             first_sent[tensor.owners] += moved.sent
-    agreeing = sum((processes - 1) * (AGREED * len(units) + TOLD) for units in calls)
+    agreeing = sum(_agreeing(units, settings, processes) for units in calls)
     budget = budget_sent(calls, settings, processes)
     steps, firsts = (
         [
@@ -233,19 +233,26 @@ def _ours(
     )
 
 
+def _agreeing(units: list[Unit], settings: AdaRankGradConfig, processes: int) -> int:
+    """Bytes that each process sends before a step: norms, and two numbers and rounds of itself."""
+    told = FP64 * (2 + len(lanes(units, settings)))
+    return (processes - 1) * (AGREED * len(units) + told)
+
+
 def _collectives(units: list[Unit], settings: AdaRankGradConfig, processes: int) -> tuple[int, int]:
-    """Of one call of ``step()``, without a refresh and with one."""
+    """Of one call of ``step()``, without a refresh and with one of all matrices."""
     if processes == 1:
         return 0, 0
-    cuts = len(lanes(units, settings))
-    shared = [unit for unit in units if unit.is_shared]
-    any_shared = int(bool(shared))
-    spreads = [unit.sides.spread for unit in shared if isinstance(unit, MatrixUnit)]
-    if spreads:
-        relayed = any(spread.is_relayed for spread in spreads)
-        steady, refreshing = rounds(settings.power_passes, settings.residual, relayed=relayed)
-        return 1 + cuts * steady, 1 + cuts * refreshing
-    return 1 + cuts * any_shared, 1 + cuts * any_shared
+    steady, refreshing = 1, 1
+    for lane in lanes(units, settings):
+        shared = [unit for unit in lane if unit.is_shared]
+        spreads = [unit.sides.spread for unit in shared if isinstance(unit, MatrixUnit)]
+        needed = (int(bool(shared)),) * 2
+        if spreads:
+            relayed = any(spread.is_relayed for spread in spreads)
+            needed = rounds(settings.power_passes, settings.residual, relayed=relayed)
+        steady, refreshing = steady + needed[0], refreshing + needed[1]
+    return steady, refreshing
 
 
 def _adamw(layout: Layout, holds: Held, engine: Counts) -> Figures:

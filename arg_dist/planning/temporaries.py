@@ -123,12 +123,11 @@ def _most(lanes: Sequence[_Lane], processes: int) -> Counts:
     """The most that lanes take together, as they take turns."""
     most = np.zeros(processes, np.int64)
     waiting: dict[int, Counts] = {}
-    rounds = max((lane.rounds for lane in lanes), default=0)
-    for number, turn in turns(len(lanes), rounds):
+    for number, turn in turns([lane.rounds for lane in lanes]):
         waiting.pop(number, None)
         others = sum(waiting.values(), np.zeros(processes, np.int64))
         most = np.maximum(most, others + lanes[number].most(turn))
-        if turn < rounds:
+        if turn < lanes[number].rounds:
             waiting[number] = lanes[number].waiting(turn)
     return most
 

@@ -92,7 +92,7 @@ def run_collective(
     """
     results: list[Any] = [None] * len(computations)
     lane: Lane[T] = Lane(computations, results.__setitem__, purpose, names)
-    run_lanes([lambda: lane], communicator, rounds)
+    run_lanes([lambda: lane], communicator, [rounds])
     return results
 
 

@@ -2,7 +2,7 @@
 
 Computations that go through the rounds together are a lane. Two lanes take turns, and what needs no
 other process is done while a lane's first messages are under way. In what order the processes send
-follows from the number of lanes and of rounds alone, so that it is the same on all of them.
+follows from the number of rounds of each lane alone, so that it is the same on all of them.
 """
 
 from __future__ import annotations
@@ -50,18 +50,17 @@ def lanes_of(sizes: Sequence[int], bucket_size: int) -> list[range]:
     return [range(*ends) for ends in itertools.pairwise([*starts, len(sizes)])]
 
 
-def turns(lanes: int, rounds: int) -> Iterator[tuple[int, int]]:
+def turns(rounds: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The order in which lanes go on, one ``(lane, turn)`` after the other.
 
     A lane begins at turn 0, at which it sends its first messages; at turn k it takes the answers of
-    its k-th ones, and sends the next; turn `rounds` is its last.
+    its k-th ones, and sends the next; in its last turn it sends none.
 
     Args:
-        lanes: how many there are.
-        rounds: of each.
+        rounds: of each lane.
     """
     under_way: deque[tuple[int, int]] = deque()
-    following = iter(range(lanes))
+    following = iter(range(len(rounds)))
     while True:
         lane = next(following, None) if len(under_way) < AT_ONCE else None
         if lane is not None:
@@ -71,7 +70,7 @@ def turns(lanes: int, rounds: int) -> Iterator[tuple[int, int]]:
         else:
             return
         yield lane, turn
-        if turn < rounds:
+        if turn < rounds[lane]:
             under_way.append((lane, turn + 1))
 
 
@@ -109,7 +108,7 @@ class Lane(Generic[T]):
         Args:
             turn: which one, see :func:`turns`.
             communicator: the group.
-            rounds: number of rounds that every process of the group takes part in.
+            rounds: of this lane; every process of the group takes part in all of them.
 
         Raises:
             NoAnswerError: other processes did not come to a round in time, or are gone.
@@ -160,23 +159,23 @@ class Lane(Generic[T]):
 
 
 def run_lanes(
-    lanes: Sequence[Callable[[], Lane[T]]], communicator: Communicator, rounds: int
+    lanes: Sequence[Callable[[], Lane[T]]], communicator: Communicator, rounds: Sequence[int]
 ) -> None:
     """Runs all lanes over real processes.
 
     Args:
         lanes: what makes each of them, called when it is its turn; as many on every process.
         communicator: the group.
-        rounds: number of rounds that every process of the group takes part in; at least as many as
-            any of the computations asks for.
+        rounds: of each lane; every process of the group takes part in all of them. At least as many
+            as any of the lane's computations asks for.
 
     Raises:
         NoAnswerError: other processes did not come to a round in time, or are gone.
-        RuntimeError: a computation asks for more than `rounds` rounds.
+        RuntimeError: a computation asks for more rounds than its lane has.
     """
     under_way: dict[int, Lane[T]] = {}
-    for number, turn in turns(len(lanes), rounds):
+    for number, turn in turns(rounds):
         lane = under_way.pop(number) if turn else lanes[number]()
-        lane.go_on(turn, communicator, rounds)
-        if turn < rounds:
+        lane.go_on(turn, communicator, rounds[number])
+        if turn < rounds[number]:
             under_way[number] = lane

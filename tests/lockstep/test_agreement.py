@@ -27,7 +27,7 @@ def agreed(ranges, gradients, rounds, strangers=(), steps=()) -> list[Agreement]
                     if start < stop
                 ],
                 [(0, torch.tensor(me + 1.0).double())],
-                rounds[me],
+                [rounds[me], 1],
                 own_state=me not in strangers,
                 steps=steps[me] if steps else 0,
                 units=len(gradients),
@@ -48,7 +48,7 @@ def test_norms_are_summed_and_the_most_rounds_are_taken(ranges):
     norms = torch.stack([gradient.double().square().sum() for gradient in gradients])
     FP64.check(torch.tensor(answers[0].norm_sq, dtype=torch.float64), norms)
     assert answers[0].kept_sq == [sum(range(1, len(ranges) + 1)), 0, 0]
-    assert answers[0].rounds == max(rounds)
+    assert answers[0].rounds == [max(rounds), 1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -72,7 +72,7 @@ def test_everyone_knows_who_has_taken_another_number_of_steps():
 def test_norms_do_not_overflow():
     gradient = torch.full((4,), 3e38)
     steps = agree(
-        [(0, norm_sq(gradient))], [], 0, own_state=True, steps=0, units=1, processes=1, me=0
+        [(0, norm_sq(gradient))], [], [0], own_state=True, steps=0, units=1, processes=1, me=0
     )
     agreed_norm_sq = torch.tensor(run_local(steps).norm_sq, dtype=torch.float64)
     FP64.check(agreed_norm_sq, gradient.double().square().sum()[None])

@@ -117,6 +117,24 @@ def steps_in_buckets(group, count: int, settings) -> tuple[list[int], list[torch
     return [after - before for before, after in pairwise(totals)], weights
 
 
+def collectives_with_one_new_basis(group, count: int, settings) -> int:
+    optimizer = build(group, [(12, 8)] * count, max_rank=3, min_gap=99, max_gap=99, **settings)
+    step_towards_zero(optimizer, 0)
+    before = optimizer.collectives()
+    for parameter in parameters_of(optimizer)[:1]:
+        for state in optimizer.state[parameter].values():
+            state["gap"] = 0
+    step_towards_zero(optimizer, 1)
+    return optimizer.collectives() - before
+
+
+def test_only_a_lane_that_looks_for_a_basis_takes_the_rounds_of_a_refresh(pool):
+    steady, refreshing = rounds(power_passes=1, residual="matched")
+    a_lane_each = {"bucket_size": AT_ONCE * 12 * 8 * 4}
+    expected = 1 + refreshing + 3 * steady
+    assert pool.run(collectives_with_one_new_basis, 2, 4, a_lane_each) == [expected] * 2
+
+
 def one_differs(group, difference) -> str:
     """The error where process 1 was started with something else."""
     optimizer = build(group, **(difference if dist.get_rank(group) == 1 else {}))
