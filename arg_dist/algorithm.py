@@ -92,6 +92,7 @@ def low_rank_step(
     norm_sq: float,
     kept_sq: float,
     phase: float,
+    turns: int | None = None,
     allowed: int | None = None,
 ) -> Steps[LowRankUpdate | None]:
     """One step of AdaRankGrad on one matrix; `state` is updated in place.
@@ -107,6 +108,7 @@ def low_rank_step(
         kept_sq: ``||P||_F^2`` of the step before, over all processes.
         phase: in [0, 1), equal on all processes: keeps the refreshes of different matrices apart,
             also where the gradients of all decay in one step.
+        turns: steps over which bases that end early are renewed, at most `min_gap`; None for that.
         allowed: the largest rank that a budget leaves it, should it refresh; None without one.
 
     Returns:
@@ -134,7 +136,7 @@ def low_rank_step(
     if new is not None:
         _adopt(new, projected, state, spread, settings, phase, norm_sq)
     else:
-        _watch(state, settings, kept_sq, phase)
+        _watch(state, settings, kept_sq, phase, turns)
     direction = _advance(state, projected, settings)
     projected_sq = row_squares(projected)
     state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
@@ -220,7 +222,13 @@ def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Ten
     )
 
 
-def _watch(state: State, settings: AdaRankGradConfig, kept_sq: float, phase: float) -> None:
+def _watch(
+    state: State,
+    settings: AdaRankGradConfig,
+    kept_sq: float,
+    phase: float,
+    turns: int | None,
+) -> None:
     """Lets a step soon refresh if the projected gradient of the last one has decayed."""
     since = state["since_refresh"]
     if since == 1:
@@ -233,8 +241,9 @@ def _watch(state: State, settings: AdaRankGradConfig, kept_sq: float, phase: flo
         decay=settings.decay,
     ):
         # min_gap steps: the last one is through before the first may end early again
+        spread = settings.min_gap if turns is None else min(turns, settings.min_gap)
         state["gap"] = gap_after_decay(
-            state["gap"], since_refresh=since, spread=settings.min_gap, phase=phase
+            state["gap"], since_refresh=since, spread=spread, phase=phase
         )
 
 

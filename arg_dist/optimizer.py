@@ -30,6 +30,9 @@ from arg_dist.state_budget import Call, StateBudget
 from arg_dist.subspace.exchange import Steps
 from arg_dist.subspace.precision import matmul_precision
 
+RENEWED_TOGETHER = 2
+"""Of the parameters, at least so many may have a basis that ends early renewed in one step."""
+
 
 class AdaRankGrad(Binding, torch.optim.Optimizer):
     """Adam in an adaptive low-rank subspace of each gradient (arXiv 2410.17881), sharded.
@@ -194,6 +197,11 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         self._budget.forget()
         return calls
 
+    @property
+    def _turns(self) -> int:
+        """Steps over which bases are renewed that end early together; a few need no turns."""
+        return max(1, len(self._parameters) // RENEWED_TOGETHER)
+
     def _agree(
         self,
         plan: Plan,
@@ -255,7 +263,9 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
             state, chosen = self.state_of(shard), settings[shard.group]
             allowed = self._budget.allowed(shard, state, chosen)
             gradient = gradients.pop(shard.unit)
-            return computation(shard, gradient, state, agreed, chosen, allowed=allowed)
+            return computation(
+                shard, gradient, state, agreed, chosen, turns=self._turns, allowed=allowed
+            )
 
         shards = [
             shard

@@ -72,11 +72,12 @@ def computation(
     agreed: Agreement,
     settings: AdaRankGradConfig,
     *,
+    turns: int | None = None,
     allowed: int | None = None,
 ) -> Steps[Any]:
     """The algorithm on this shard: low-rank for matrices, Adam for the rest.
 
-    `allowed` is the largest rank that a budget leaves to a matrix; None without one.
+    `turns` and `allowed` are as in :func:`arg_dist.algorithm.low_rank_step`.
     """
     if isinstance(shard, MatrixShard):
         assert gradient.row_sq is not None
@@ -90,6 +91,7 @@ def computation(
             norm_sq=agreed.norm_sq[shard.unit],
             kept_sq=agreed.kept_sq[shard.unit],
             phase=shard.phase,
+            turns=turns,
             allowed=allowed,
         )
     assert isinstance(shard, TensorShard)

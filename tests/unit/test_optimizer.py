@@ -218,9 +218,10 @@ def test_a_closure_is_evaluated_with_gradients():
 def moved_by_noise(transport: str) -> float:
     """How far relative noises of 1e-6 in the gradients move an MLP's weights, by the way gone.
 
-    The median of five starts: whether a start meets a near tie of directions, which any noise tips,
-    is a matter of chance (one in four does).
+    The farthest of four: whether one noise tips a near tie of directions is a matter of chance.
     """
+    start = [gaussian(64, 32, seed=11) / 32**0.5, gaussian(32, 64, seed=12) / 64**0.5]
+    inputs, outputs = gaussian(64, 32, seed=13), gaussian(64, 32, seed=14)
     settings = {
         "lr": 1e-2,
         "min_gap": 4,
@@ -230,31 +231,26 @@ def moved_by_noise(transport: str) -> float:
         "residual": "none",
         "scale": 1.0,
     }
-    moved = []
-    for seed in range(10, 60, 10):
-        start = [gaussian(64, 32, seed=seed + 1) / 32**0.5, gaussian(32, 64, seed=seed + 2) / 8]
-        inputs, outputs = gaussian(64, 32, seed=seed + 3), gaussian(64, 32, seed=seed + 4)
-        ends = []
-        for noisy in (False, True):
-            optimizer = optimizer_of(*start, **settings)
-            first, second = parameters_of(optimizer)
-            for step in range(60):
-                optimizer.zero_grad()
-                (torch.relu(inputs @ first.T) @ second.T - outputs).square().mean().backward()
-                for i, weight in enumerate((first, second)):
-                    if noisy:
-                        noise = gaussian(*weight.shape, seed=1000 + 10 * step + i)
-                        weight.grad *= 1 + 1e-6 * noise
-                optimizer.step()
-            ends.append(torch.cat([weight.detach().reshape(-1) for weight in (first, second)]))
-        way = ends[0] - torch.cat([weight.reshape(-1) for weight in start])
-        moved.append(float((ends[1] - ends[0]).norm() / way.norm()))
-    return sorted(moved)[2]
+    ends = []
+    for run in range(5):
+        optimizer = optimizer_of(*start, **settings)
+        first, second = parameters_of(optimizer)
+        for step in range(60):
+            optimizer.zero_grad()
+            (torch.relu(inputs @ first.T) @ second.T - outputs).square().mean().backward()
+            for i, weight in enumerate((first, second)):
+                if run > 0:
+                    noise = gaussian(*weight.shape, seed=1000 * run + 10 * step + i)
+                    weight.grad *= 1 + 1e-6 * noise
+            optimizer.step()
+        ends.append(torch.cat([weight.detach().reshape(-1) for weight in (first, second)]))
+    way = ends[0] - torch.cat([weight.reshape(-1) for weight in start])
+    return max(float((end - ends[0]).norm() / way.norm()) for end in ends[1:])
 
 
-def test_rounding_in_the_gradients_stays_small_where_the_second_moment_follows_by_squares():
+def test_rounding_in_the_gradients_stays_small_because_the_moments_follow_the_basis():
     assert moved_by_noise("squared") < 0.01
-    assert moved_by_noise("paper") > 0.03
+    assert moved_by_noise("none") > 0.03
 
 
 def test_an_engine_may_rename_parameters_before_the_first_step_only():
