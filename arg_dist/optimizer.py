@@ -210,19 +210,11 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         any_due: bool,
     ) -> Agreement:
         """``||G||^2``, finiteness and rounds of all matrices, equal on all processes."""
-        kept, needed = [], [0] * len(plan.lanes)
-        lane_of_unit = [lane for lane, units in enumerate(plan.lanes) for _ in units]
-        for shard in plan.shards:
-            state = self.state_of(shard)
-            if "kept_sq" in state:
-                kept.append((shard.unit, state["kept_sq"]))
-            rounds_of_shard = int(shard.is_shared)
-            if isinstance(shard, MatrixShard) and shard.is_shared:
-                chosen, relayed = settings[shard.group], shard.spread.is_relayed
-                steady, refreshing = rounds(chosen.power_passes, chosen.residual, relayed=relayed)
-                rounds_of_shard = refreshing if is_due(state) else steady
-            lane = lane_of_unit[shard.unit]
-            needed[lane] = max(needed[lane], rounds_of_shard)
+        kept, needed = [], []
+        for shards in plan.shards_by_lane:
+            needed.append(max((self._rounds_of(shard, settings) for shard in shards), default=0))
+            states = [(shard.unit, self.state_of(shard)) for shard in shards]
+            kept += [(unit, state["kept_sq"]) for unit, state in states if "kept_sq" in state]
         norms = agree(
             [(unit, gradient.norm_sq) for unit, gradient in gradients.items()],
             kept,
@@ -245,19 +237,27 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     ) -> None:
         """Runs the algorithm on every shard."""
         lanes = [
-            partial(self._lane, plan, units, gradients, agreed, settings) for units in plan.lanes
+            partial(self._lane, shards, gradients, agreed, settings)
+            for shards in plan.shards_by_lane
         ]
         run_lanes(lanes, plan.communicator, agreed.rounds)
 
+    def _rounds_of(self, shard: Shard, settings: list[AdaRankGradConfig]) -> int:
+        """Rounds of communication that a shard's step may take."""
+        if not shard.is_shared or not isinstance(shard, MatrixShard):
+            return int(shard.is_shared)
+        chosen, relayed = settings[shard.group], shard.spread.is_relayed
+        steady, refreshing = rounds(chosen.power_passes, chosen.residual, relayed=relayed)
+        return refreshing if is_due(self.state_of(shard)) else steady
+
     def _lane(
         self,
-        plan: Plan,
-        units: range,
+        held: list[Shard],
         gradients: dict[int, GradientPart],
         agreed: Agreement,
         settings: list[AdaRankGradConfig],
     ) -> Lane[Any]:
-        """The steps of those of the matrices and tensors `units` that ever had a gradient."""
+        """The steps of those of a lane's shards that ever had a gradient."""
 
         def steps(shard: Shard) -> Steps[Any]:
             state, chosen = self.state_of(shard), settings[shard.group]
@@ -267,11 +267,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
                 shard, gradient, state, agreed, chosen, turns=self._turns, allowed=allowed
             )
 
-        shards = [
-            shard
-            for shard in plan.shards
-            if shard.unit in units and (self.state_of(shard) or agreed.norm_sq[shard.unit] > 0)
-        ]
+        shards = [shard for shard in held if self.state_of(shard) or agreed.norm_sq[shard.unit] > 0]
         return lane_of(shards, steps, settings)
 
     # -- saving ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from arg_dist.sharding.communicator import Communicator
@@ -73,6 +74,15 @@ class Plan:
     replicated: bool
     saved_by_key: bool
     saved_by_first: Callable[[], bool]
+
+    @cached_property
+    def shards_by_lane(self) -> list[list[Shard]]:
+        """This process's parts in each lane, in their order."""
+        lane_of = [lane for lane, units in enumerate(self.lanes) for _ in units]
+        found: list[list[Shard]] = [[] for _ in self.lanes]
+        for shard in self.shards:
+            found[lane_of[shard.unit]].append(shard)
+        return found
 
 
 def make_plans(
