@@ -23,8 +23,8 @@ from arg_dist.bench.accounting import Holdings, PeakMemory, held_state
 from arg_dist.bench.allocations import Step, peak_of_a_step
 from arg_dist.bench.contenders import NEVER, Matrices, in_one_line, optimizers_of, step_of
 from arg_dist.bench.engines import VOCABULARY, ZERO, build
+from arg_dist.bench.overlap_job import steps_in_turns
 from arg_dist.bench.shapes import Place, Shape, layer_shapes
-from arg_dist.bench.taking_turns import steps_in_turns
 from arg_dist.bench.timing import wait_for_device
 from arg_dist.lm.environment import prepare_environment, quiet_libraries
 from arg_dist.lm.training import leave_processes
@@ -122,8 +122,8 @@ def training(
     }
 
 
-def taking_turns(**job: Any) -> dict[str, Any]:
-    """:func:`arg_dist.bench.taking_turns.steps_in_turns`, of whose arguments `job` is made up."""
+def overlap(**job: Any) -> dict[str, Any]:
+    """:func:`arg_dist.bench.overlap_job.steps_in_turns`, of whose arguments `job` is made up."""
     _join(job["engine"], torch.device(job["device"]))
     return steps_in_turns(**job)
 
@@ -131,7 +131,7 @@ def taking_turns(**job: Any) -> dict[str, Any]:
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "step_alone": step_alone,
     "training": training,
-    "taking_turns": taking_turns,
+    "overlap": overlap,
 }
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from arg_dist.bench.launching import run_job
+from arg_dist.bench.overlap_job import WAYS
 from arg_dist.bench.results import Block, Figures, Row, number, with_spread
-from arg_dist.bench.taking_turns import WAYS
 from arg_dist.bench.timing import Times
 from arg_dist.lm import InputError
 from arg_dist.network.bandwidth import name_of
@@ -57,7 +57,7 @@ def measure_overlap(
                     host.limit(bits)
                 job = {"engine": engine, "model": model, "rank": rank, "device": "cpu"}
                 found = run_job(
-                    "taking_turns",
+                    "overlap",
                     {**job, "rounds": rounds},
                     processes=hosts,
                     threads=threads,

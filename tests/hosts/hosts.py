@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,27 @@ def hosts(count: int) -> Iterator[tuple[Host, ...]]:
         pytest.skip(f"no hosts here: {why}")
     with network(count) as members:
         yield members
+
+
+def told_without_root(code: str, folder: Path) -> str:
+    """What a Python program says on stderr, which ends with 2 where it cannot be used, if it asks
+    who it is and is told of somebody else than root.
+
+    Args:
+        code: the program; somebody else could not even read its interpreter in root's home.
+        folder: where it runs.
+    """
+    finished = subprocess.run(
+        [sys.executable, "-c", f"import os; os.geteuid = lambda: 65534\n{code}"],
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 2, finished.stderr
+    return finished.stderr
 
 
 class Node:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.hosts import hosts
+from tests.hosts.hosts import hosts, told_without_root
 from tests.hosts.jobs import SmallJob
 from tests.launch.launching import ROOT, environment
 
@@ -62,19 +62,8 @@ def test_a_short_benchmark(job: SmallJob, tmp_path: Path) -> None:
 
 
 def test_without_root_it_says_so(tmp_path: Path) -> None:
-    # somebody else could not even read the interpreter of a virtual environment in root's home
-    script = "import os, runpy, sys; sys.argv = ['network_bench']; os.geteuid = lambda: 65534\n"
-    script += f"runpy.run_path({str(ROOT / 'launchers/network_bench.py')!r}, run_name='__main__')"
-    finished = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert finished.returncode == 2, finished.stderr
-    (line,) = finished.stderr.splitlines()
+    code = "import runpy, sys; sys.argv = ['network_bench']\n"
+    code += f"runpy.run_path({str(ROOT / 'launchers/network_bench.py')!r}, run_name='__main__')"
+    (line,) = told_without_root(code, tmp_path).splitlines()
     assert line.startswith("network_bench: no hosts can be made here: ")
     assert "need root" in line or "not found" in line
