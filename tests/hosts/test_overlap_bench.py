@@ -15,7 +15,7 @@ MEGABITS = 200
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_both_ways_send_the_same_bytes_and_lanes_that_take_turns_do_so_in_more_collectives(
+def test_lanes_that_take_turns_send_the_same_in_more_collectives(
     tmp_path: Path,
 ) -> None:
     with hosts(1):  # skips
@@ -37,7 +37,8 @@ def test_both_ways_send_the_same_bytes_and_lanes_that_take_turns_do_so_in_more_c
     for process in sample["processes"]:
         one, turns = (process["sent"][way] for way in ("one lane", "in turns"))
         assert one["bytes"] > 0
-        assert one["bytes"] == turns["bytes"]
+        # and the number of rounds of the second lane
+        assert turns["bytes"] == one["bytes"] + 8
         assert (one["collectives"], turns["collectives"]) == (4, 7)
         for way in ("one lane", "in turns"):
             least = process["sent"][way]["bytes"] * 8 / (MEGABITS * 1e6)
