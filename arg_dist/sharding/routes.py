@@ -28,7 +28,7 @@ class Route:
     tiles: bool
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)  # matrices of one shape mostly share theirs
 def route(have: Rows, want: Rows, me: int) -> Route:
     """The route of process `me` in an exchange of ``have`` for ``want``."""
     processes = range(len(have))
