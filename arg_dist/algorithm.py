@@ -30,7 +30,6 @@ from arg_dist.subspace.exchange import (
     Steps,
     gather,
     gather_both,
-    relayed_gather,
     relayed_sum,
     select_rows,
     sum_scatter,
@@ -42,7 +41,7 @@ from arg_dist.subspace.range_finder import Part, leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_after_decay, gap_until_next
 from arg_dist.subspace.residual import Rule, limit_growth, matched_factors, scaled_factors
 from arg_dist.subspace.sketch import gaussian_rows
-from arg_dist.subspace.spread import Side, Spread
+from arg_dist.subspace.spread import Side, Spread, from_home
 from arg_dist.subspace.transport import transport_moments
 
 State = dict[str, Any]
@@ -284,8 +283,7 @@ def _refresh(
         before=state.get("rank"),
         hysteresis=settings.hysteresis,
     )
-    home, relay = spread.at_home(basis.size), spread.relay(basis.size)
-    vectors = yield from relayed_gather(found.vectors[:, :rank], home, relay, basis.touch, me)
+    vectors = yield from from_home(found.vectors[:, :rank], basis.size, basis.touch, spread)
     rotation = None
     if state:
         # R = Q_new^T Q_old, each row of the bases counted once

@@ -205,22 +205,21 @@ def _ours(
         for moved in taken(unit.first_rounds(rank)):
             first_sent[unit.owners] += moved.sent
     for tensor in tensors(calls):
-        full_rank[tensor.owners] += 8 * tensor.kept
+        full_rank[tensor.owners] += tensor.moment_bytes
         for moved in taken(tensor.rounds):
             steady_sent[tensor.owners] += moved.sent
             first_sent[tensor.owners] += moved.sent
-    agreeing = sum(_agreeing(units, settings, processes) for units in calls)
+    cut = [lanes(units, settings) for units in calls]
+    agreeing = sum(_agreeing(each, processes) for each in cut)
     budget = budget_sent(calls, settings, processes)
     steps, firsts = (
         [
-            temporaries(
-                lanes(units, settings), ranks, holds.trained_bytes, processes, is_first=is_first
-            )
-            for units in calls
+            temporaries(each, ranks, holds.trained_bytes, processes, is_first=is_first)
+            for each in cut
         ]
         for is_first in (False, True)
     )
-    collectives = [_collectives(units, settings, processes) for units in calls]
+    collectives = [_collectives(each, settings, processes) for each in cut]
     return Figures(
         _kept(holds, moments, projectors, full_rank),
         np.max(steps, 0),
@@ -233,18 +232,20 @@ def _ours(
     )
 
 
-def _agreeing(units: list[Unit], settings: AdaRankGradConfig, processes: int) -> int:
+def _agreeing(cut: list[list[Unit]], processes: int) -> int:
     """Bytes that each process sends before a step: norms, and two numbers and rounds of itself."""
-    told = FP64 * (2 + len(lanes(units, settings)))
-    return (processes - 1) * (AGREED * len(units) + told)
+    told = FP64 * (2 + len(cut))
+    return (processes - 1) * (AGREED * sum(map(len, cut)) + told)
 
 
-def _collectives(units: list[Unit], settings: AdaRankGradConfig, processes: int) -> tuple[int, int]:
+def _collectives(
+    cut: list[list[Unit]], settings: AdaRankGradConfig, processes: int
+) -> tuple[int, int]:
     """Of one call of ``step()``, without a refresh and with one of all matrices."""
     if processes == 1:
         return 0, 0
     steady, refreshing = 1, 1
-    for lane in lanes(units, settings):
+    for lane in cut:
         shared = [unit for unit in lane if unit.is_shared]
         spreads = [unit.sides.spread for unit in shared if isinstance(unit, MatrixUnit)]
         needed = (int(bool(shared)),) * 2

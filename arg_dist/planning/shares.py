@@ -9,11 +9,9 @@ import numpy as np
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.units import MatrixUnit, Unit, matrices, tensors
+from arg_dist.sharding.communicator import SIZE_BYTES
 from arg_dist.state_budget import PROCESSES, SCALAR_BYTES, check_fits, claim
 from arg_dist.subspace.budget import Claim, allowed_ranks
-
-SIZE_BYTES = 8
-"""Of the length of a message, which goes before it."""
 
 
 def planned_ranks(calls: list[list[Unit]], settings: AdaRankGradConfig) -> dict[str, int]:
@@ -25,7 +23,7 @@ def planned_ranks(calls: list[list[Unit]], settings: AdaRankGradConfig) -> dict[
     if settings.state_budget is None:
         return {unit.name: unit.largest for unit in matrices(calls)}
     claims = [_claim(unit) for unit in matrices(calls)]
-    fixed = sum(int(unit.kept.sum()) * 8 for unit in tensors(calls))
+    fixed = sum(int(unit.moment_bytes.sum()) for unit in tensors(calls))
     fixed += sum(_scalars(unit) for unit in matrices(calls))
     check_fits(settings.state_budget, fixed, claims)
     return allowed_ranks(claims, settings.state_budget - fixed)
@@ -37,7 +35,7 @@ def budget_sent(calls: list[list[Unit]], settings: AdaRankGradConfig, processes:
         return 0
     fixed: Counts = np.zeros(processes, np.int64)
     for tensor in tensors(calls):
-        fixed[tensor.owners] += 8 * tensor.kept
+        fixed[tensor.owners] += tensor.moment_bytes
     claims: dict[int, list[Claim]] = {}
     for matrix in matrices(calls):
         home = int(matrix.owners[matrix.home])

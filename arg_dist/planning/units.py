@@ -74,6 +74,11 @@ class TensorUnit(Unit):
         """Whether its step needs several processes."""
         return any(self.rounds)
 
+    @property
+    def moment_bytes(self) -> Counts:
+        """Of both moments."""
+        return 2 * FP32 * self.kept
+
 
 @dataclass(frozen=True, eq=False)
 class MatrixUnit(Unit):

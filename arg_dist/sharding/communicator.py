@@ -21,7 +21,8 @@ from arg_dist.sharding.messages import Messages
 from arg_dist.sharding.waiting import Waiting, Words
 from arg_dist.subspace.exchange import Exchange
 
-_SIZE_BYTES = 8
+SIZE_BYTES = 8
+"""Of the length of an object, which is sent before it."""
 
 
 def training_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
@@ -104,7 +105,7 @@ class Communicator:
 
         self._begin(start, lambda: f"{purpose} (an all-gather)")()
         if counted:
-            self.sent_bytes += (self.size - 1) * (longest.numel() + _SIZE_BYTES)
+            self.sent_bytes += (self.size - 1) * (longest.numel() + SIZE_BYTES)
             self.collectives += 2
         return [_unpickled(data[:size]) for data, size in zip(received, sizes, strict=True)]
 

@@ -43,14 +43,19 @@ class Messages:
         in_words = all(each.part.element_size() % 4 == 0 for each in exchanges)
         self.dtype = torch.int32 if in_words else torch.uint8
         self._unit = ALIGNMENT // self.dtype.itemsize
-        self.send_sizes, self.receive_sizes = [0] * size, [0] * size
-        for exchange, each in self._both():
+        self.send_sizes = [0] * size
+        # from each process: the exchange and the elements of its pieces, as they lie in its message
+        self._slots: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+        for k, (exchange, each) in enumerate(self._both()):
             width = self._width(exchange.part)
             for process, low, high in each.outgoing:
                 self.send_sizes[process] += self._padded(width * (high - low))
             for process, low, high in each.incoming:
                 if process != me:
-                    self.receive_sizes[process] += self._padded(width * (high - low))
+                    self._slots[process].append((k, width * (high - low)))
+        self.receive_sizes = [
+            sum(self._padded(numel) for _, numel in slots) for slots in self._slots
+        ]
 
     def packed(self) -> Tensor:
         """All messages to others, one behind the other."""
@@ -81,14 +86,8 @@ class Messages:
 
     def _unpacked(self, received: Tensor) -> list[list[Tensor]]:
         """For each exchange, the pieces from others, in the order of processes."""
-        slots: list[list[tuple[int, int]]] = [[] for _ in self.receive_sizes]
-        for k, (exchange, each) in enumerate(self._both()):
-            width = self._width(exchange.part)
-            for process, low, high in each.incoming:
-                if process != self._me:
-                    slots[process].append((k, width * (high - low)))
         arrived: list[list[Tensor]] = [[] for _ in self._exchanges]
-        in_order = list(chain.from_iterable(slots))
+        in_order = list(chain.from_iterable(self._slots))
         places = torch.split_with_sizes(received, [self._padded(numel) for _, numel in in_order])
         for (k, numel), place in zip(in_order, places, strict=True):
             arrived[k].append(place if place.numel() == numel else place[:numel])

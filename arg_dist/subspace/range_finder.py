@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.exchange import Steps, gather, relayed_gather, relayed_sum, sum_scatter
-from arg_dist.subspace.spread import Spread
+from arg_dist.subspace.exchange import Steps, gather, sum_scatter
+from arg_dist.subspace.spread import Spread, from_home, to_home
 
 Part = Callable[[], Tensor]
 """A process's part of a gradient, ``moment.touch x basis.touch``, fp32, made anew on every call.
@@ -59,16 +59,15 @@ def range_finder(
         ``basis x width`` at the home process, no rows elsewhere.
     """
     moment, basis, me = spread.moment, spread.basis, spread.me
-    home, relay = spread.at_home(basis.size), spread.relay(basis.size)
     # Y = G^T Omega ;  Q = qr(Y)
-    sketch = yield from relayed_sum(gradient().T @ omega, basis.touch, relay, home, me)
+    sketch = yield from to_home(gradient().T @ omega, basis.touch, basis.size, spread)
     vectors = orthonormalize(sketch)
     for _ in range(power_passes):
         # Y <- G^T (G Q) ;  Q = qr(Y)
-        vectors = yield from relayed_gather(vectors, home, relay, basis.touch, me)
+        vectors = yield from from_home(vectors, basis.size, basis.touch, spread)
         image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
         image = yield from gather(image, moment.keep, moment.touch, me)
-        sketch = yield from relayed_sum(gradient().T @ image, basis.touch, relay, home, me)
+        sketch = yield from to_home(gradient().T @ image, basis.touch, basis.size, spread)
         vectors = orthonormalize(sketch)
     return vectors
 
@@ -84,13 +83,11 @@ def leading_directions(
     moment, basis, me = spread.moment, spread.basis, spread.me
     width = omega.shape[1]
     found = yield from range_finder(gradient, omega, spread, power_passes=power_passes)
-    home, relay = spread.at_home(basis.size), spread.relay(basis.size)
-    vectors = yield from relayed_gather(found, home, relay, basis.touch, me)
+    vectors = yield from from_home(found, basis.size, basis.touch, spread)
     # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64 as squares halve the digits
     image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
     image = image.double()
-    whole, at_home, relay = spread.whole(width), spread.at_home(width), spread.relay(width)
-    gram = yield from relayed_sum(image.T @ image, whole, relay, at_home, me)
+    gram = yield from to_home(image.T @ image, spread.whole(width), width, spread)
     energies = gram.new_zeros(0, width)
     if me == spread.home:
         values, rotation = torch.linalg.eigh(gram)

@@ -11,7 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arg_dist.subspace.exchange import Interval, Rows, even_rows
+from torch import Tensor
+
+from arg_dist.subspace.exchange import (
+    Interval,
+    Rows,
+    Steps,
+    even_rows,
+    relayed_gather,
+    relayed_sum,
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,30 @@ class Spread:
         """`size` rows cut evenly over the owners."""
         parts = dict(zip(self.owners, even_rows(size, len(self.owners)), strict=True))
         return tuple(parts.get(i, (0, 0)) for i in range(self.processes))
+
+
+def to_home(part: Tensor, have: Rows, size: int, spread: Spread) -> Steps[Tensor]:
+    """The sum of everyone's partial results at the home process, no rows elsewhere.
+
+    Args:
+        part: ``have[me] x ...``, this process's.
+        have: who contributes to which rows.
+        size: how many rows there are.
+        spread: whose home it is.
+    """
+    return relayed_sum(part, have, spread.relay(size), spread.at_home(size), spread.me)
+
+
+def from_home(part: Tensor, size: int, want: Rows, spread: Spread) -> Steps[Tensor]:
+    """The rows ``want[me]`` of a matrix that the home process holds.
+
+    Args:
+        part: ``size x ...`` at the home process, no rows elsewhere.
+        size: how many rows there are.
+        want: who needs which rows.
+        spread: whose home it is.
+    """
+    return relayed_gather(part, spread.at_home(size), spread.relay(size), want, spread.me)
 
 
 def single_process(moment: int, basis: int) -> Spread:

@@ -30,6 +30,19 @@ def hosts(count: int) -> Iterator[tuple[Host, ...]]:
         yield members
 
 
+def run_python(*words: object, folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    """What the interpreter does and says that is given these words, with the package at hand."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
 def told_without_root(code: str, folder: Path) -> str:
     """What a Python program says on stderr, which ends with 2 where it cannot be used, if it asks
     who it is and is told of somebody else than root.
@@ -38,15 +51,8 @@ def told_without_root(code: str, folder: Path) -> str:
         code: the program; somebody else could not even read its interpreter in root's home.
         folder: where it runs.
     """
-    finished = subprocess.run(
-        [sys.executable, "-c", f"import os; os.geteuid = lambda: 65534\n{code}"],
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    nobody = "import os; os.geteuid = lambda: 65534\n"
+    finished = run_python("-c", nobody + code, folder=folder, seconds=60)
     assert finished.returncode == 2, finished.stderr
     return finished.stderr
 

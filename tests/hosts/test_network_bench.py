@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.hosts.hosts import hosts, told_without_root
+from tests.hosts.hosts import hosts, run_python, told_without_root
 from tests.hosts.jobs import SmallJob
-from tests.launch.launching import ROOT, environment
+from tests.launch.launching import ROOT
 
 MEGABITS = 40
 STEPS = 4
@@ -17,15 +16,7 @@ STEPS = 4
 
 def bench(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
     script = ROOT / "launchers/network_bench.py"
-    return subprocess.run(
-        [sys.executable, str(script), *map(str, words)],
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    return run_python(script, *words, folder=folder, seconds=200)
 
 
 @pytest.mark.slow

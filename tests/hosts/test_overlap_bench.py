@@ -1,14 +1,11 @@
 """The benchmark of messages under way, in short; what it says where no hosts can be made."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.hosts.hosts import hosts, told_without_root
-from tests.launch.launching import ROOT, environment
+from tests.hosts.hosts import hosts, run_python, told_without_root
 
 MEGABITS = 200
 
@@ -22,15 +19,7 @@ def test_lanes_that_take_turns_send_the_same_in_more_collectives(
         pass
     words = ("overlap", "--model", "60m", "--rank", 16, "--rounds", 2, "--threads", 1)
     link = ("--bandwidths", f"{MEGABITS}M", "--limit", 200, "--out", tmp_path / "o.json")
-    finished = subprocess.run(
-        [sys.executable, "-m", "arg_dist.bench", *map(str, (*words, *link))],
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
+    finished = run_python("-m", "arg_dist.bench", *words, *link, folder=tmp_path, seconds=250)
     assert finished.returncode == 0, finished.stderr[-4000:]
     ((sample,),) = (t["samples"] for t in json.loads((tmp_path / "o.json").read_text())["tables"])
     assert sample["bits_per_second"] == MEGABITS * 1e6 and len(sample["processes"]) == 2

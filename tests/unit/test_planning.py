@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuts import cut_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lockstep_steps import step_of
 
-from arg_dist.algorithm import low_rank_step
 from arg_dist.command.line import main
 from arg_dist.config import ConfigError, parse_config
 from arg_dist.lm import InputError
@@ -24,11 +25,8 @@ from arg_dist.planning.model import Model, describe, load_model
 from arg_dist.planning.requests import Sides, first, rounds_of, steady, taken
 from arg_dist.planning.rows import Spans, sent
 from arg_dist.sharding.drivers import run_lockstep
-from arg_dist.sharding.layout import matrix_spread
 from arg_dist.sharding.messages import ALIGNMENT
-from arg_dist.subspace.exchange import Exchange, even_rows, intersect
-from arg_dist.subspace.norms import row_squares
-from arg_dist.subspace.spread import Spread
+from arg_dist.subspace.exchange import even_rows, exchanges_of, intersect
 
 pytestmark = pytest.mark.unit
 
@@ -115,57 +113,32 @@ def test_requests_are_those_of_the_algorithm(
     )
     ends = [0, *sorted(cuts), numel]
     ranges = tuple(pairwise(ends))
-    if replicated:
-        ranges = ((0, numel),) * processes
     home = data.draw(st.integers(0, processes - 1))
 
-    def spread(me: int) -> Spread:
-        return matrix_spread(
-            rows,
-            columns,
-            ranges,
-            me=me,
-            spans_columns=spans_columns,
-            home=home,
-            shard_basis=shard_basis,
-            replicated=replicated,
-        )
-
     gradient = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    shards = cut_matrix(
+        gradient,
+        ranges,
+        spans_columns=spans_columns,
+        shard_basis=shard_basis,
+        replicated=replicated,
+        home=home,
+    )
     states: list[dict[str, Any]] = [{} for _ in range(processes)]
     for is_first in (True, False):
         asked: list[list[list[int]]] = []
         watched = [
-            watch(
-                step(gradient, ranges, spread(i), states[i], config, replicated, spans_columns),
-                i,
-                asked,
-            )
-            for i in range(processes)
+            watch(step_of(shard, state, gradient, config), i, asked)
+            for i, (shard, state) in enumerate(zip(shards, states, strict=True))
         ]
         run_lockstep(watched)
-        sides = Sides(spread(0))
+        sides = Sides(shards[0].spread)
         on_paper = first(sides, config, rank, home) if is_first else steady(sides, config, rank)
         planned = [moved.sent.tolist() for moved in taken(rounds_of(on_paper))]
         if processes == 1:  # what asks nobody else is never asked
             assert planned == [[0]] * len(planned)
         else:
             assert planned == [list(each) for each in zip(*asked, strict=True)]
-
-
-def step(gradient, ranges, spread, state, config, replicated, spans_columns):
-    """One process's step on its part of a gradient, as the mathematics looks at it."""
-    flat = torch.zeros(gradient.numel())
-    start, stop = ranges[spread.me]
-    flat[start:stop] = gradient.view(-1)[start:stop]
-    block = flat.view(gradient.shape)
-    block = block if spans_columns else block.T
-    part = block[slice(*spread.moment.touch[spread.me]), slice(*spread.basis.touch[spread.me])]
-    norm = float(gradient.square().sum())
-    return low_rank_step(
-        lambda: part, row_squares(part.contiguous()), state, spread, config,
-        name="matrix", norm_sq=norm, kept_sq=norm, phase=0.0,
-    )  # fmt: skip
 
 
 def watch(steps, me, asked):
@@ -178,7 +151,7 @@ def watch(steps, me, asked):
             request = next(steps) if answer is None else steps.send(answer)
         except StopIteration as finished:
             return finished.value
-        exchanges = (request,) if isinstance(request, Exchange) else request
+        exchanges = exchanges_of(request)
         size = 0
         for exchange in exchanges:
             row = math.prod(exchange.part.shape[1:]) * exchange.part.element_size()
