@@ -12,7 +12,7 @@ from typing import Any
 from arg_dist.bench.launching import run_job
 from arg_dist.bench.overlap_job import WAYS
 from arg_dist.bench.results import Block, Figures, Row, number, with_spread
-from arg_dist.bench.timing import Times
+from arg_dist.bench.turns import times_in
 from arg_dist.lm import InputError
 from arg_dist.network.bandwidth import name_of
 from arg_dist.network.hosts import network, obstacle
@@ -73,7 +73,7 @@ def overlap_figures(samples: list[dict[str, Any]], rounds: int) -> Figures:
     blocks: dict[str, list[Row]] = {}
     for sample in samples:
         first = sample["processes"][0]
-        times = {way: Times(tuple(first["seconds"][way]["rounds"])) for way in WAYS}
+        times = times_in(first)
         ratio = times[IN_TURNS].over(times[ONE_LANE])
         sent = max(process["sent"][IN_TURNS]["bytes"] for process in sample["processes"])
         row = [
