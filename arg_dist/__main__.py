@@ -2,7 +2,7 @@
 
 import sys
 
-from arg_dist.command.line import main
+from arg_dist.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[0] = "arg-dist"  # under which name mistakes are told

@@ -6,15 +6,16 @@ DeepSpeed JSON, so a typing error gets the same one-line answer at every front d
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import math
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,28 +23,18 @@ from pydantic import (
     model_validator,
 )
 
-UNITS = {
-    prefix + suffix: base**power
-    for power, prefix in enumerate(("", "K", "M", "G", "T"))
-    for suffix, base in (("B", 1000), ("iB", 1024))
-    if prefix or suffix == "B"
-}
-"""Bytes in each unit of a size: ``B``, ``KB``, ``KiB`` and so on, up to ``TiB``."""
+
+def _as_number(size: Any) -> Any:
+    """``"1e9"`` as a number, which ByteSize does not read; a truth value is no size."""
+    if isinstance(size, bool):
+        raise ValueError("a size is no truth value")
+    with contextlib.suppress(ValueError, TypeError):
+        return float(size)
+    return size
 
 
-def _bytes_of(size: Any) -> Any:
-    """A size as a whole number of bytes: ``"2GiB"``, ``"1.5 GB"``, ``1.5e9``."""
-    amount, unit = size, "B"
-    if isinstance(size, str):
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?) *([A-Za-z]*)", size.strip())
-        amount, unit = (float(found[1]), found[2] or "B") if found else (0, "B")
-    if size is None:
-        return None
-    is_number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
-    if not is_number or unit not in UNITS or not 1 <= amount * UNITS[unit] < math.inf:
-        raise ValueError('a size such as "2GiB" or "512MiB", or a number of bytes, is needed')
-    return int(amount * UNITS[unit])
-
+Bytes = Annotated[ByteSize, Field(ge=1), BeforeValidator(_as_number), AfterValidator(int)]
+"""A size in bytes, at least 1: ``"2GiB"``, ``"1.5 GB"``, ``"1e9"``, or a number."""
 
 Rank = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1, strict=True)]
 """A rank: a whole number, or a fraction of the matrix's shorter dimension (0 < x < 1)."""
@@ -149,12 +140,12 @@ class AdaRankGradConfig(BaseModel):
         "squared", description="how the second moment follows the basis"
     )
 
-    state_budget: Annotated[int | None, BeforeValidator(_bytes_of)] = Field(
+    state_budget: Bytes | None = Field(
         None,
         description='bytes of optimizer state on all processes together (`"2GiB"`, or a number): '
         "ranks are distributed by energy per byte, so that the sum fits",
     )
-    bucket_size: Annotated[int, BeforeValidator(_bytes_of)] = Field(
+    bucket_size: Bytes = Field(
         2**30,
         description='bytes of fp32 weights of the matrices that are under way at a time (`"1GiB"`, '
         "or a number), in two halves that take turns: one computes while the other's messages "
@@ -230,6 +221,11 @@ def rank_of(rank: int | float, short: int) -> int:
     return min(rank, short) if isinstance(rank, int) else max(1, round(rank * short))
 
 
+def in_bytes(number: float) -> str:
+    """A number of bytes for people: ``"0 B"``, ``"1.5 KiB"``, ``"12.3 MiB"``."""
+    return ByteSize(round(number)).human_readable(separator=" ")
+
+
 def nearest(key: str, valid: Mapping[str, Any] | list[str]) -> str:
     """`"; did you mean 'max_rank'?"`, or nothing if no valid name is near."""
     close = difflib.get_close_matches(key, list(valid), n=1)
@@ -254,6 +250,11 @@ def parse_config(settings: Mapping[str, Any], where: str = "AdaRankGrad") -> Ada
                 text = (
                     f"got {fault['input']!r}; a whole number of at least 1, or a fraction of the "
                     "shorter dimension (0 < x < 1), is needed"
+                )
+            elif key in ("state_budget", "bucket_size"):
+                text = (
+                    'a size such as "2GiB" or "512MiB", or a number of bytes, is needed, '
+                    f"got {fault['input']!r}"
                 )
             else:
                 message = fault["msg"].removeprefix("Value error, ")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arg_dist.algorithm import State, is_due
-from arg_dist.config import AdaRankGradConfig, ConfigError
+from arg_dist.config import AdaRankGradConfig, ConfigError, in_bytes
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
@@ -165,10 +165,7 @@ def claim(name: str, spread: Spread, state: State, settings: AdaRankGradConfig) 
 
 def in_words(size: int) -> str:
     """A number of bytes as people read it: ``12.3 MiB (12897485 bytes)``."""
-    power = max(p for p in range(4) if p == 0 or size >= 1024**p)
-    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}" + (
-        f" ({size} bytes)" if power else ""
-    )
+    return f"{in_bytes(size)} ({size} bytes)" if size >= 1024 else f"{size} bytes"
 
 
 def _claims(calls: Sequence[Call], state_of: Callable[[Shard], State]) -> Iterator[Claim]:

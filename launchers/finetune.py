@@ -15,8 +15,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
 import arg_dist
-from arg_dist.finetuning.arguments import (
+from arg_dist.cli.parsing import (
+    BAD_INPUT,
+    FAILED,
+    InputError,
+    OneLineParser,
+    at_least,
+    complain,
+    not_negative,
+    parse_overrides,
+    share,
+)
+from arg_dist.integrations.accelerate import asks_for
+from launchers.finetuning.arguments import (
     PRECISIONS,
     clipping,
     divide_batch,
@@ -26,30 +40,18 @@ from arg_dist.finetuning.arguments import (
     schedule_of,
     training_arguments,
 )
-from arg_dist.finetuning.job import OptimizerChoice, build_trainer, facts_of, run_job
-from arg_dist.finetuning.rows import Columns
-from arg_dist.finetuning.tasks import Task, causal_language_model, text_classification
-from arg_dist.integrations.accelerate import asks_for
-from arg_dist.lm import InputError
-from arg_dist.lm.command_line import (
-    BAD_INPUT,
-    FAILED,
-    OneLineParser,
-    at_least,
-    complain,
-    not_negative,
-    share,
-)
-from arg_dist.lm.environment import prepare_environment
-from arg_dist.lm.interrupts import StopRequest, exit_code
-from arg_dist.lm.job_config import (
+from launchers.finetuning.job import OptimizerChoice, build_trainer, facts_of, run_job
+from launchers.finetuning.rows import Columns
+from launchers.finetuning.tasks import Task, causal_language_model, text_classification
+from launchers.pretraining.environment import prepare_environment
+from launchers.pretraining.interrupts import StopRequest, exit_code
+from launchers.pretraining.job_config import (
     OPTIMIZERS,
     choose_optimizer,
-    parse_overrides,
     read_deepspeed_config,
     set_optimizer,
 )
-from arg_dist.lm.training import leave_processes
+from launchers.pretraining.training import leave_processes
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 TASKS = ("classification", "causal-lm")

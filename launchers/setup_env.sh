@@ -9,7 +9,7 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 stamp=$venv/.installed
-wanted=$(cat "$root"/{constraints.txt,pyproject.toml,launchers/setup_compare.sh} | sha256sum)
+wanted=$(cat "$root"/{constraints.txt,pyproject.toml,benchmarks/setup_compare.sh} | sha256sum)
 
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
@@ -35,5 +35,5 @@ echo "installing into .venv (once, some minutes)" >&2
 # compiled: training needs none of them.
 pip install torch numpy setuptools
 DS_BUILD_OPS=0 pip install --no-build-isolation --editable "${root}[train,dev]"
-bash "$root/launchers/setup_compare.sh"
+bash "$root/benchmarks/setup_compare.sh"
 printf '%s\n' "$wanted" >"$stamp"

@@ -16,4 +16,4 @@ run() {
 
 for lr in 6e-3 1.2e-2 2.4e-2 4.8e-2; do run adarankgrad "$lr" "$@"; done
 for lr in 5e-4 1e-3 2e-3 4e-3; do run adamw "$lr" "$@"; done
-.venv/bin/python -m arg_dist.report compare "${runs[@]}" --out runs/sweep/compare.png
+.venv/bin/python -m launchers.reporting compare "${runs[@]}" --out runs/sweep/compare.png

@@ -24,43 +24,47 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
 from arg_dist.checkpoint import CheckpointError
-from arg_dist.lm import InputError
-from arg_dist.lm.accelerate_engine import AccelerateSetup
-from arg_dist.lm.command_line import BAD_INPUT, FAILED, complain
-from arg_dist.lm.corpus import read_corpus
-from arg_dist.lm.deepspeed_engine import DeepSpeedSetup
-from arg_dist.lm.environment import prepare_environment, quiet_libraries
-from arg_dist.lm.identity import model_values, text_digest, token_digest
-from arg_dist.lm.interrupts import StopRequest, exit_code
-from arg_dist.lm.job_config import (
-    choose_optimizer,
-    parse_overrides,
-    set_batch,
-    set_optimizer,
-)
-from arg_dist.lm.options import parse_options
-from arg_dist.lm.presets import build_model, count_parameters, model_config
-from arg_dist.lm.processes import (
-    from_first_process,
+from arg_dist.cli.parsing import (
+    BAD_INPUT,
+    FAILED,
+    InputError,
+    complain,
     is_first_process,
+    parse_overrides,
+)
+from arg_dist.config import ConfigError
+from arg_dist.planning.llama import model_config
+from launchers.pretraining.accelerate_engine import AccelerateSetup
+from launchers.pretraining.corpus import read_corpus
+from launchers.pretraining.deepspeed_engine import DeepSpeedSetup
+from launchers.pretraining.environment import prepare_environment, quiet_libraries
+from launchers.pretraining.identity import model_values, text_digest, token_digest
+from launchers.pretraining.interrupts import StopRequest, exit_code
+from launchers.pretraining.job_config import choose_optimizer, set_batch, set_optimizer
+from launchers.pretraining.models import build_model, count_parameters
+from launchers.pretraining.options import parse_options
+from launchers.pretraining.processes import (
+    from_first_process,
     limit_waiting,
     mean_and_stop,
     no_answer,
 )
-from arg_dist.lm.progress import TrainingProgress
-from arg_dist.lm.resuming import (
+from launchers.pretraining.progress import TrainingProgress
+from launchers.pretraining.resuming import (
     Found,
     check_job,
     describe_job,
     find_checkpoint,
     plan_checkpoints,
 )
-from arg_dist.lm.saving import RunCheckpoints
-from arg_dist.lm.schedule import warmup_cosine_scheduler
-from arg_dist.lm.tokens import Sequences, load_tokenizer
-from arg_dist.lm.training import Engine, leave_processes
-from arg_dist.report import RunFacts, RunRecord, run_facts, sample_optimizer
+from launchers.pretraining.saving import RunCheckpoints
+from launchers.pretraining.schedule import warmup_cosine_scheduler
+from launchers.pretraining.tokens import Sequences, load_tokenizer
+from launchers.pretraining.training import Engine, leave_processes
+from launchers.reporting import RunFacts, RunRecord, run_facts, sample_optimizer
 
 PATIENT_START = timedelta(minutes=30)
 """The least time limit while the first process reads the data for all of them."""
@@ -232,7 +236,7 @@ def main() -> int:
         prepare_environment()
         quiet_libraries()
         return train(build(options, stop), options, stop)
-    except InputError as error:
+    except (InputError, ConfigError) as error:
         complain(str(error))
         return BAD_INPUT
     except (CheckpointError, FloatingPointError) as error:  # the loss's, or the optimizer's

@@ -40,23 +40,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
         raise cannot_write(path, error) from None
 
 
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary neighbour of `path`, then renames it into place.
+
+    Readers see what was there before, or all of the new content, also after a crash.
+
+    Args:
+        path: the file.
+        write: takes the temporary file's path, whose suffix says nothing of the format.
+
+    Raises:
+        OSError: it could not be written; what was there before is untouched.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file so that readers see what was there before, or all of the new content.
+    """:func:`write_atomically` for a small file of a checkpoint.
 
     Raises:
         CheckpointError: it could not be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
+        write_atomically(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise cannot_write(path, error) from None
 
 

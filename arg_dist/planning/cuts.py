@@ -13,22 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from arg_dist.lm import InputError
+from arg_dist.config import ConfigError
+from arg_dist.planning.choices import ENGINES
 from arg_dist.planning.model import Model, Parameter
 from arg_dist.planning.rows import Counts
 from arg_dist.sharding.layout import Ranges
 
 EngineName = Literal["none", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
-ENGINES: dict[str, str] = {
-    "none": "one process",
-    "ddp": "DDP",
-    "zero0": "ZeRO-0",
-    "zero1": "ZeRO-1",
-    "zero2": "ZeRO-2",
-    "zero3": "ZeRO-3",
-    "fsdp2": "FSDP2",
-}
-"""Engines, and how they are called."""
 REPLICATED = ("none", "ddp", "zero0")
 """Every process holds all parameters; AdaRankGrad shares its work and its state out."""
 SUB_GROUP = 10**9
@@ -105,12 +96,12 @@ def lay_out(model: Model, engine: str, processes: int) -> Layout:
     model's order; elsewhere they are grouped by :func:`arg_dist.param_groups`.
 
     Raises:
-        InputError: an engine that is not known, or several processes without one.
+        ConfigError: an engine that is not known, or several processes without one.
     """
     if engine not in ENGINES:
-        raise InputError(f"--engine {engine}: one of {', '.join(ENGINES)} is needed")
+        raise ConfigError(f"--engine {engine}: one of {', '.join(ENGINES)} is needed")
     if engine == "none" and processes != 1:
-        raise InputError(
+        raise ConfigError(
             f"--world-size {processes}: --engine none is one process on its own; choose one of "
             f"{', '.join(name for name in ENGINES if name != 'none')}, or leave it out"
         )

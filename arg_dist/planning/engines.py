@@ -9,13 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from arg_dist.planning.choices import BUCKET, DTYPES
 from arg_dist.planning.cuts import Layout
 from arg_dist.planning.rows import Counts
 
-DTYPES = {"fp32": 4, "bf16": 2}
-"""Bytes of a weight."""
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's `reduce_bucket_size` unless its JSON has another."""
 FP32 = 4
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from arg_dist.algorithm import rounds
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.planning.cuts import ENGINES, Layout, lay_out
-from arg_dist.planning.engines import BUCKET, Held, engine_sent, held
+from arg_dist.planning.choices import BUCKET, ENGINES
+from arg_dist.planning.cuts import Layout, lay_out
+from arg_dist.planning.engines import Held, engine_sent, held
 from arg_dist.planning.model import Model
 from arg_dist.planning.peers import (
     adamw_state,
@@ -163,7 +164,7 @@ def make_plan(
         reduce_bucket: DeepSpeed's `reduce_bucket_size`, in elements.
 
     Raises:
-        InputError: the engine is not known, or is none for several processes.
+        ConfigError: the engine is not known, or is none for several processes.
         ConfigError: `state_budget` is too small.
     """
     layout = lay_out(model, engine, processes)

@@ -7,16 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-import arg_dist
-from arg_dist.config import AdaRankGradConfig
-from arg_dist.lm import InputError
-from arg_dist.lm.presets import LLAMA_SIZES, model_config
+from arg_dist.config import AdaRankGradConfig, ConfigError
+from arg_dist.groups import param_groups
 from arg_dist.parameter_groups import trained_views
+from arg_dist.planning.choices import VOCABULARY
+from arg_dist.planning.llama import LLAMA_SIZES, model_config, skeleton
 from arg_dist.sharding.layout import MatrixView
-
-VOCABULARY = 32000
-"""Tokens of the sizes by name, as in the papers that they are from."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +71,11 @@ def load_model(name: str, settings: AdaRankGradConfig, *, vocab_size: int | None
         vocab_size: tokens of a size by name; default: :data:`VOCABULARY`.
 
     Raises:
-        InputError: there is no such model, or it is no language model of transformers.
+        ConfigError: there is no such model, or it is no language model of transformers.
         ConfigError: `targets` or `exclude` have a pattern that matches nothing.
     """
-    from transformers import AutoModelForCausalLM
-
-    if vocab_size is not None and name not in LLAMA_SIZES:
-        raise InputError(
-            f"--vocab-size {vocab_size}: given, and --model {name} has a vocabulary of its own; "
-            f"it is for {', '.join(LLAMA_SIZES)}"
-        )
-    tokens = vocab_size or (VOCABULARY if name in LLAMA_SIZES else 0)
-    config = model_config(name, vocab_size=tokens, length=1)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise InputError(f"--model {name}: {str(error).splitlines()[0]}") from None
-    groups = arg_dist.param_groups(model, targets=settings.targets, exclude=settings.exclude)
+    model = _built(name, vocab_size)
+    groups = param_groups(model, targets=settings.targets, exclude=settings.exclude)
     low_rank = {
         name: group.get("low_rank", True) for group in groups for name in group["param_names"]
     }
@@ -98,6 +83,25 @@ def load_model(name: str, settings: AdaRankGradConfig, *, vocab_size: int | None
     found = describe(shapes, settings, low_rank)
     order = {name: i for i, name in enumerate(low_rank)}
     return Model(name, found, tuple(sorted(found, key=lambda p: order[p.name])))
+
+
+def _built(name: str, vocab_size: int | None) -> nn.Module:
+    """The model on the ``meta`` device; transformers is needed for a path alone."""
+    if size := LLAMA_SIZES.get(name):
+        return skeleton(size, vocab_size or VOCABULARY)
+    if vocab_size is not None:
+        raise ConfigError(
+            f"--vocab-size {vocab_size}: given, and --model {name} has a vocabulary of its own; "
+            f"it is for {', '.join(LLAMA_SIZES)}"
+        )
+    config = model_config(name, vocab_size=0, length=1)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ConfigError(f"--model {name}: {str(error).splitlines()[0]}") from None
 
 
 def describe(

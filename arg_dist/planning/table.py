@@ -7,10 +7,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from arg_dist.planning.cuts import ENGINES
+from arg_dist.config import in_bytes
+from arg_dist.planning.choices import ENGINES
 from arg_dist.planning.figures import Plan
 from arg_dist.planning.rows import Counts
-from arg_dist.report.tables import size
 
 ROWS = {
     "weights": "weights",
@@ -64,8 +64,8 @@ def cell(counts: Counts) -> str:
     largest, median = int(counts.max()), float(np.median(counts))
     if not largest:
         return "-"
-    differ = size(largest) != size(median)
-    return f"{size(largest)} (median {size(median)})" if differ else size(largest)
+    differ = in_bytes(largest) != in_bytes(median)
+    return f"{in_bytes(largest)} (median {in_bytes(median)})" if differ else in_bytes(largest)
 
 
 def notes(plan: Plan) -> list[str]:
@@ -108,5 +108,5 @@ def _ranks(plan: Plan) -> str:
         )
     return (
         "State is counted at the ranks that state_budget allows in the first step; whatever the "
-        f"ranks, all processes together keep at most {size(plan.settings.state_budget)}."
+        f"ranks, all processes together keep at most {in_bytes(plan.settings.state_budget)}."
     )

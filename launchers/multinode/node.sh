@@ -6,7 +6,7 @@
 #
 # and with NODE_RANK=1 on the second one. The first word is the launcher: torchrun, deepspeed (by
 # its --no_ssh), or accelerate, which reads ACCELERATE_CONFIG. All variables are those of
-# python -m arg_dist.cluster --help, which prints what it is about to run.
+# python -m launchers.cluster --help, which prints what it is about to run.
 set -euo pipefail
 
 case ${1-} in
@@ -21,4 +21,4 @@ cd "$root"
 if [[ -d .venv ]]; then
     export PATH=$root/.venv/bin:$PATH
 fi
-exec python -m arg_dist.cluster --launcher "$@"
+exec python -m launchers.cluster --launcher "$@"

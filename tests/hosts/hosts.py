@@ -1,4 +1,4 @@
-"""Jobs on hosts of :mod:`arg_dist.network.hosts`: started, waited for, read."""
+"""Jobs on hosts of :mod:`tests.hosts.namespaces`: started, waited for, read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from arg_dist.network.hosts import Host, network, obstacle
+from tests.hosts.namespaces import Host, network, obstacle
 from tests.launch.launching import ROOT, environment
 
 AGENT_ENDS = 30.0

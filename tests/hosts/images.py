@@ -2,7 +2,7 @@
 
 buildah's storage driver `vfs` copies files and mounts nothing, and its isolation `chroot` keeps the
 network namespace that it is started in: so a container's host is a namespace of
-:mod:`arg_dist.network.hosts`.
+:mod:`tests.hosts.namespaces`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arg_dist.network.hosts import Host
 from tests.hosts.hosts import Node
+from tests.hosts.namespaces import Host
 from tests.launch.launching import ROOT, launch
 from tests.launch.stopping import metrics
 from tests.launch.tiny_jobs import llama_config, write_text
@@ -74,7 +74,7 @@ def node(
         number: of the node.
         log: a new file for what it prints.
         job: arguments of the script.
-        options: of ``arg_dist.cluster``.
+        options: of ``launchers.cluster``.
         script: the job.
         variables: set in place of, or beside, those that say which node it is.
         folder: where it works.
@@ -85,7 +85,7 @@ def node(
         "MASTER_ADDR": members[0].address,
         "START_TIMEOUT": "100",
     }
-    words = (sys.executable, "-m", "arg_dist.cluster", *options, script, *job)
+    words = (sys.executable, "-m", "launchers.cluster", *options, script, *job)
     everything = {**place, **(variables or {})}
     return Node(members[number], words, log, variables=everything, folder=folder)
 

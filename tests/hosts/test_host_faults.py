@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from arg_dist.network.hosts import Host
 from tests.hosts.hosts import AGENT_ENDS, Node, hosts
 from tests.hosts.jobs import LINK, SCRIPT, STEPS, TIME_LIMIT, SmallJob, node, same_losses, zero
+from tests.hosts.namespaces import Host
 from tests.launch.launching import ROOT
 from tests.launch.stopping import metrics
 

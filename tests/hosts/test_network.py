@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from arg_dist.network.hosts import SETTINGS, Host, NetworkError, remove_leftovers
 from tests.hosts.hosts import Node, hosts
+from tests.hosts.namespaces import SETTINGS, Host, NetworkError, remove_leftovers
 
 SERVE = """
 import socket, sys, time
@@ -78,7 +78,7 @@ def test_hosts_have_addresses_names_cables_and_leave_nothing(tmp_path: Path) -> 
 def test_what_a_killed_run_has_left_is_removed(tmp_path: Path) -> None:
     with hosts(1) as (mine,):
         script = (
-            "import os, signal, subprocess, time; from arg_dist.network.hosts import network\n"
+            "import os, signal, subprocess, time; from tests.hosts.namespaces import network\n"
             "with network(1) as (host,):\n"
             "    words = host.command(['sleep', '1000'])\n"
             "    sleeper = subprocess.Popen(words, stdout=subprocess.DEVNULL)\n"

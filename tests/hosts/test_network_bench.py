@@ -8,15 +8,13 @@ import pytest
 
 from tests.hosts.hosts import hosts, run_python, told_without_root
 from tests.hosts.jobs import SmallJob
-from tests.launch.launching import ROOT
 
 MEGABITS = 40
 STEPS = 4
 
 
 def bench(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    script = ROOT / "launchers/network_bench.py"
-    return run_python(script, *words, folder=folder, seconds=200)
+    return run_python("-m", "benchmarks.network", *words, folder=folder, seconds=200)
 
 
 @pytest.mark.slow
@@ -32,7 +30,10 @@ def test_a_short_benchmark(job: SmallJob, tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     results = json.loads((out / "network.json").read_text())
-    assert "network_bench.py" in results["command"] and results["hardware"]["cpu_cores"]
+    assert (
+        results["command"].startswith("python -m benchmarks.network --batch-size 12 ")
+        and results["hardware"]["cpu_cores"]
+    )
     (row,) = results["rows"]
     assert row["bits_per_second"] == MEGABITS * 1e6 and row["optimizer"] == "adarankgrad"
     # gradients are summed and weights handed out again; two hosts send half of each
@@ -53,8 +54,7 @@ def test_a_short_benchmark(job: SmallJob, tmp_path: Path) -> None:
 
 
 def test_without_root_it_says_so(tmp_path: Path) -> None:
-    code = "import runpy, sys; sys.argv = ['network_bench']\n"
-    code += f"runpy.run_path({str(ROOT / 'launchers/network_bench.py')!r}, run_name='__main__')"
+    code = "import runpy; runpy.run_module('benchmarks.network', run_name='__main__')"
     (line,) = told_without_root(code, tmp_path).splitlines()
-    assert line.startswith("network_bench: no hosts can be made here: ")
+    assert line.startswith("network: no hosts can be made here: ")
     assert "need root" in line or "not found" in line

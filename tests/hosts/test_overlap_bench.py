@@ -17,9 +17,9 @@ def test_lanes_that_take_turns_send_the_same_in_more_collectives(
 ) -> None:
     with hosts(1):  # skips
         pass
-    words = ("overlap", "--model", "60m", "--rank", 16, "--rounds", 2, "--threads", 1)
+    words = ("--model", "60m", "--rank", 16, "--rounds", 2, "--threads", 1)
     link = ("--bandwidths", f"{MEGABITS}M", "--limit", 200, "--out", tmp_path / "o.json")
-    finished = run_python("-m", "arg_dist.bench", *words, *link, folder=tmp_path, seconds=250)
+    finished = run_python("-m", "benchmarks.overlap", *words, *link, folder=tmp_path, seconds=250)
     assert finished.returncode == 0, finished.stderr[-4000:]
     ((sample,),) = (t["samples"] for t in json.loads((tmp_path / "o.json").read_text())["tables"])
     assert sample["bits_per_second"] == MEGABITS * 1e6 and len(sample["processes"]) == 2
@@ -36,7 +36,7 @@ def test_lanes_that_take_turns_send_the_same_in_more_collectives(
 
 
 def test_without_root_it_says_so(tmp_path: Path) -> None:
-    code = "import sys; from arg_dist.bench.line import main\n"
-    told = told_without_root(f"{code}sys.exit(main(['overlap', '--out', 'o.json']))", tmp_path)
+    code = "import sys; from benchmarks.overlap import main\n"
+    told = told_without_root(f"{code}sys.exit(main(['--out', 'o.json']))", tmp_path)
     assert "no hosts can be made here: " in told
     assert "need root" in told or "not found" in told

@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from arg_dist import AdaRankGrad, ConfigError, param_groups
 from arg_dist.integrations.accelerate import check_accelerator, check_optimizer
-from arg_dist.lm.training import leave_processes
+from launchers.pretraining.training import leave_processes
 from tests.launch.accelerate_engines import cpus_as_gpus
 from tests.launch.models import build
 

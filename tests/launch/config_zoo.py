@@ -23,7 +23,7 @@ deepspeed.utils.logger.setLevel(logging.ERROR)
 import models  # noqa: E402
 
 import arg_dist  # noqa: E402
-from arg_dist.lm.training import leave_processes  # noqa: E402
+from launchers.pretraining.training import leave_processes  # noqa: E402
 
 STEPS = 8
 

@@ -27,7 +27,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves its comp
 
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from arg_dist.lm.training import leave_processes  # noqa: E402
+from launchers.pretraining.training import leave_processes  # noqa: E402
 from tests.launch import engine_ways  # noqa: E402
 from tests.launch.engines import ENGINES, Engine  # noqa: E402
 

@@ -117,8 +117,9 @@ def alone(
 def compare(folder: Path, *runs: str) -> str:
     """What the comparison of the runs in `folder` prints."""
     finished = subprocess.run(
-        [sys.executable, "-m", "arg_dist.report", "compare", *runs],
+        [sys.executable, "-m", "launchers.reporting", "compare", *runs],
         cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,

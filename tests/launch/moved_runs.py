@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
-from arg_dist.lm.training import leave_processes
+from launchers.pretraining.training import leave_processes
 from tests.launch.cases import CASES, MOVED, Case
 from tests.launch.zero_jobs import SAVED_AFTER, Job
 from tests.launch.zero_runs import deepspeed, gather

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from arg_dist.lm.training import leave_processes
+from launchers.pretraining.training import leave_processes
 from tests.launch.cases import CASES, MOVED, RESUMED, Case
 from tests.launch.zero_jobs import SAVED_AFTER, Job, other_trained_weights, other_weights
 from tests.launch.zero_runs import deepspeed, gather

@@ -5,8 +5,8 @@ import sys
 import time
 from typing import Any
 
-from arg_dist.lm.processes import is_first_process
-from arg_dist.report import RunRecord
+from arg_dist.cli.parsing import is_first_process
+from launchers.reporting import RunRecord
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from arg_dist.lm.presets import build_model
+from launchers.pretraining.models import build_model
 from tests.launch.launching import ROOT, Start, alone, launch
 from tests.launch.tiny_jobs import llama_config, write_text
 from tests.tolerances import LOSSES

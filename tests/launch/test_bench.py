@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from arg_dist.bench.contenders import PEERS
+from benchmarks.measuring.contenders import PEERS
 from tests.launch.launching import alone, launch
 
-MAIN = "arg_dist/bench/__main__.py"
 
-
-def bench(*words: object, out: Path, seconds: float = 100) -> tuple[list[dict[str, Any]], str]:
+def bench(
+    name: str, *words: object, out: Path, seconds: float = 100
+) -> tuple[list[dict[str, Any]], str]:
     """The tables that a benchmark leaves in JSON, and those that it leaves in Markdown."""
-    finished = alone(MAIN, *words, "--threads", 1, "--out", out, seconds=seconds)
+    finished = alone(f"benchmarks/{name}.py", *words, "--threads", 1, "--out", out, seconds=seconds)
     assert finished.returncode == 0, finished.stderr[-3000:]
     written = out.with_suffix(".md").read_text()
     found: list[dict[str, Any]] = json.loads(out.read_text())["tables"]
@@ -68,7 +68,7 @@ def test_what_a_process_holds_under_an_engine(engine: str, tmp_path: Path) -> No
     job |= {"device": "cpu", "steps": 2, "batch": 1, "length": 16, "threads": 1, "limit": 90}
     (tmp_path / "job.json").write_text(json.dumps(job))
     finished = launch(
-        "arg_dist/bench/job.py", tmp_path / "job.json", tmp_path,
+        "benchmarks/measuring/job.py", tmp_path / "job.json", tmp_path,
         processes=processes, seconds=100, launcher="forked",
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]

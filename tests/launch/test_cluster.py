@@ -129,7 +129,7 @@ def test_deepspeed_without_ssh_and_a_job_that_fails(job: Path) -> None:
 
 
 def test_a_signal_ends_a_node_that_still_waits(job: Path) -> None:
-    words = [sys.executable, "-m", "arg_dist.cluster", "--nodes", "2", "--node-rank", "1"]
+    words = [sys.executable, "-m", "launchers.cluster", "--nodes", "2", "--node-rank", "1"]
     node = subprocess.Popen(
         [*words, "--master-addr", "127.0.0.1", job, job.parent / "told", "0"],
         env=variables(PYTHONUNBUFFERED="1"),

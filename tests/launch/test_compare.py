@@ -22,7 +22,7 @@ RATE = {"adamw": 2e-3, "muon": 2e-3}
 def words(kind: str, methods: tuple[str, ...], out: Path, *more: object) -> list[str]:
     rates = [f"{name}={RATE.get(name, 1e-2)}" for name in methods]
     every = ("--methods", *methods, "--lrs", *rates, "--seeds", 0, "--jobs", 2, "--out", out)
-    return [sys.executable, "-m", "arg_dist.compare", kind, *map(str, (*more, *every))]
+    return [sys.executable, "-m", "benchmarks.compare", kind, *map(str, (*more, *every))]
 
 
 def runs(out: Path) -> dict[str, dict[str, Any]]:
@@ -112,7 +112,7 @@ def test_fine_tuning_by_loras_and_low_rank_methods(tmp_path: Path) -> None:
     job = ("--max-length", 32, "--batch-size", 16, "--steps", 24, "--peer-rank", 4)
     options = words("finetune", FINETUNED, out, *job, "--set", "max_rank=6")[4:]
     finished = subprocess.run(
-        ["bash", "launchers/cola.sh", tmp_path / "bert", tmp_path, out, *options],
+        ["bash", "benchmarks/cola.sh", tmp_path / "bert", tmp_path, out, *options],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from arg_dist.finetuning.rows import Columns
-from arg_dist.finetuning.tasks import text_classification
+from launchers.finetuning.rows import Columns
+from launchers.finetuning.tasks import text_classification
 from tests.launch.launching import ROOT, alone, compare, environment, launch
 from tests.launch.tiny_checkpoints import write_checkpoints, write_data
 from tests.tolerances import LOSSES

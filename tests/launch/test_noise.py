@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import arg_dist
-from arg_dist.lm.presets import build_model, model_config
+from arg_dist.planning.llama import model_config
+from launchers.pretraining.models import build_model
 
 STEPS = 60
 

@@ -28,7 +28,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.utils.logger.setLevel(logging.ERROR)
 
 import arg_dist  # noqa: E402
-from arg_dist.lm.training import leave_processes  # noqa: E402
+from launchers.pretraining.training import leave_processes  # noqa: E402
 from tests.launch import models, training  # noqa: E402
 from tests.launch.cases import CASES, Case  # noqa: E402
 from tests.launch.engine_ways import describe  # noqa: E402

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import arg_dist
-from arg_dist.command.line import main
+from arg_dist.cli.main import main
 from tests.launch import models, torch_engines
 from tests.launch.launching import ROOT, environment
 

@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from arg_dist import AdaRankGrad, ConfigError
+from arg_dist.cli.parsing import InputError, environment
 from arg_dist.engines.deepspeed_config import KNOWN_KEYS, refuse_unsupported
 from arg_dist.integrations.accelerate import asks_for, check_environment, check_optimizer
-from arg_dist.lm import InputError, environment
-from arg_dist.lm.deepspeed_engine import DeepSpeedSetup
+from launchers.pretraining.deepspeed_engine import DeepSpeedSetup
 
 pytestmark = pytest.mark.unit
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from arg_dist.bench import line, refresh, step
-from arg_dist.bench.contenders import NAMES, OURS, steps_that_work
-from arg_dist.bench.floor import copy_seconds_per_byte, moved_bytes, two_products
-from arg_dist.bench.results import Block, Figures, number, with_spread, write
-from arg_dist.bench.shapes import Place, Shape, cases, copies, layer_shapes, left_out
-from arg_dist.bench.timing import Spread, Times, in_turns
+from benchmarks import memory, refresh, step
+from benchmarks.measuring.contenders import NAMES, OURS, steps_that_work
+from benchmarks.measuring.floor import copy_seconds_per_byte, moved_bytes, two_products
+from benchmarks.measuring.results import Block, Figures, number, with_spread, write
+from benchmarks.measuring.shapes import Place, Shape, cases, copies, layer_shapes, left_out
+from benchmarks.measuring.timing import Spread, Times, in_turns
 
 CPU = Place(torch.device("cpu"), torch.float32)
 
@@ -176,11 +176,11 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 def test_files_have_every_number_and_where_it_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "step", "--models", "60m"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/step.py", "--models", "60m"])
     seconds = {**STEP["seconds"], "recommended": rounds(125, 250, 500)}
     write([step.figures([{**STEP, "seconds": seconds}], [], rounds=3)], tmp_path / "step.json")
     found = json.loads((tmp_path / "step.json").read_text())
-    assert found["command"] == "python -m arg_dist.bench step --models 60m"
+    assert found["command"] == "python -m benchmarks.step --models 60m"
     assert {"hardware", "versions", "date", "threads"} < set(found)
     assert found["tables"][0]["samples"][0]["seconds"]["recommended"] == {
         "median": 0.25, "quartiles": [0.1875, 0.375], "rounds": [0.125, 0.25, 0.5]
@@ -188,22 +188,33 @@ def test_files_have_every_number_and_where_it_was_measured(
     assert "| adamw | 3.00 (3.00..3.00) |" in (tmp_path / "step.md").read_text()
 
 
+MAINS = {"step": step.main, "refresh": refresh.main, "memory": memory.main}
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("name", "words", "message"),
     [
-        ("step --models 60m 350m --ranks 128 1024", "--ranks 1024: .* sides from 1024 .* at most"),
-        ("step --device nowhere", "--device nowhere: .* there is cpu"),
-        ("refresh --methods adamw", "--methods: invalid choice: 'adamw'"),
-        ("step --out table.md", "--out table.md: a name that ends in .json is needed"),
-        ("memory --rank 128 --seq-len 64", "--seq-len 64, --batch-size 1: 64 .* rank 64 at most"),
-        ("step --rounds 0", "--rounds: a whole number of at least 1 is needed"),
+        (
+            "step",
+            "--models 60m 350m --ranks 128 1024",
+            "--ranks 1024: .* sides from 1024 .* at most",
+        ),
+        ("step", "--device nowhere", "--device nowhere: .* there is cpu"),
+        ("refresh", "--methods adamw", "--methods: invalid choice: 'adamw'"),
+        ("step", "--out table.md", "--out table.md: a name that ends in .json is needed"),
+        (
+            "memory",
+            "--rank 128 --seq-len 64",
+            "--seq-len 64, --batch-size 1: 64 .* rank 64 at most",
+        ),
+        ("step", "--rounds 0", "--rounds: a whole number of at least 1 is needed"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(
-    words: str, message: str, capsys: pytest.CaptureFixture[str]
+    name: str, words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        code = line.main(words.split())
+        code = MAINS[name](words.split())
     except SystemExit as ended:
         code = ended.code
     told = capsys.readouterr().err

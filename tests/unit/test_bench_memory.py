@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from arg_dist.bench import launching, memory, scaling
-from arg_dist.bench.accounting import Holdings, PeakMemory, held_state
-from arg_dist.bench.allocations import peak_of_a_step
-from arg_dist.bench.contenders import NEVER, Matrices, step_of
-from arg_dist.bench.launching import JobError, run_job
-from arg_dist.bench.memory import Jobs
-from arg_dist.bench.shapes import Place, Shape
-from arg_dist.bench.timing import Times
-from arg_dist.lm import InputError
+from arg_dist.cli.parsing import InputError
+from benchmarks import memory, scaling
+from benchmarks.measuring import jobs, launching
+from benchmarks.measuring.accounting import Holdings, PeakMemory, held_state
+from benchmarks.measuring.allocations import peak_of_a_step
+from benchmarks.measuring.contenders import NEVER, Matrices, step_of
+from benchmarks.measuring.jobs import Jobs
+from benchmarks.measuring.launching import JobError, run_job
+from benchmarks.measuring.shapes import Place, Shape
+from benchmarks.measuring.timing import Times
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -118,7 +119,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(kind: str, job: dict[str, Any], *, processes: int, **_: Any) -> list[dict[str, Any]]:
         return measured(job, processes)
 
-    monkeypatch.setattr(memory, "run_job", run)
+    monkeypatch.setattr(jobs, "run_job", run)
 
 
 @pytest.mark.usefixtures("given")
@@ -156,7 +157,7 @@ def test_what_of_ours_fails_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: Any, **__: Any) -> None:
         raise JobError("its last lines", "ValueError: ours")
 
-    monkeypatch.setattr(memory, "run_job", fail)
+    monkeypatch.setattr(jobs, "run_job", fail)
     for name, reason in (("recommended", "raises"), ("galore", "tells")):
         if reason == "raises":
             with pytest.raises(InputError, match="its last lines"):

@@ -10,8 +10,8 @@ import torch.distributed.run as torchrun
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 from torch.distributed.elastic.rendezvous.api import RendezvousParameters
 
-from arg_dist.cluster.commands import Command, Job, build
-from arg_dist.cluster.place import Place
+from launchers.cluster.commands import Command, Job, build
+from launchers.cluster.place import Place
 
 pytestmark = pytest.mark.unit
 

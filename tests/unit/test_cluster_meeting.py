@@ -10,13 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from arg_dist.cluster import ClusterError, meeting, network, presence, store
-from arg_dist.cluster.description import ABSENT, configurations, describe, differences
-from arg_dist.cluster.meeting import meet
-from arg_dist.cluster.place import Place
-from arg_dist.cluster.presence import Presence
-from arg_dist.cluster.store import Notes, connect, open_store, within
-from arg_dist.lm import InputError
+from arg_dist.cli.parsing import InputError
+from launchers.cluster import ClusterError, meeting, network, presence, store
+from launchers.cluster.description import ABSENT, configurations, describe, differences
+from launchers.cluster.meeting import meet
+from launchers.cluster.place import Place
+from launchers.cluster.presence import Presence
+from launchers.cluster.store import Notes, connect, open_store, within
 
 pytestmark = pytest.mark.unit
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arg_dist.cluster import slurm
-from arg_dist.cluster.place import DEFAULT_PORT, Place, find_place, whole_number
-from arg_dist.lm import InputError
+from arg_dist.cli.parsing import InputError
+from launchers.cluster import slurm
+from launchers.cluster.place import DEFAULT_PORT, Place, find_place, whole_number
 
 pytestmark = pytest.mark.unit
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from arg_dist.cluster import child as child_module
-from arg_dist.cluster import watch
-from arg_dist.cluster.child import SIGNALS, Child, adopt_orphans
-from arg_dist.cluster.line import main
-from arg_dist.cluster.network import interface_of, own_address
-from arg_dist.cluster.place import Place
-from arg_dist.cluster.presence import Node
-from arg_dist.cluster.watch import Watch
+from launchers.cluster import child as child_module
+from launchers.cluster import watch
+from launchers.cluster.child import SIGNALS, Child, adopt_orphans
+from launchers.cluster.line import main
+from launchers.cluster.network import interface_of, own_address
+from launchers.cluster.place import Place
+from launchers.cluster.presence import Node
+from launchers.cluster.watch import Watch
 
 pytestmark = pytest.mark.unit
 

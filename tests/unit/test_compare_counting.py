@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from arg_dist.compare.counting import Bytes, StateCount, count, tensors_in
-from arg_dist.compare.measuring import flap
-from arg_dist.compare.methods import PUBLISHED, Method
-from arg_dist.compare.optimizers import low_rank_matrices, prepare
 from arg_dist.config import rank_of
+from benchmarks.compare.counting import Bytes, StateCount, count, tensors_in
+from benchmarks.compare.measuring import flap
+from benchmarks.compare.methods import PUBLISHED, Method
+from benchmarks.compare.optimizers import low_rank_matrices, prepare
 
 
 class Holder:

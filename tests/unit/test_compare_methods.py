@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from arg_dist.compare import peers
-from arg_dist.compare.methods import RATES, choose, rates_of
-from arg_dist.lm import InputError
+from arg_dist.cli.parsing import InputError
+from benchmarks.compare import peers
+from benchmarks.compare.methods import RATES, choose, rates_of
 
 FAMILIES = ("adamw", "galore", "recommended")
 

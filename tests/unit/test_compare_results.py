@@ -6,14 +6,14 @@ import json
 import pytest
 from rich.console import Console
 
-from arg_dist.compare.methods import Method
-from arg_dist.compare.outcome import write_outcome
-from arg_dist.compare.pictures import CURVES, FRONTIER, RANKS, layer_of, mean_rank_at
-from arg_dist.compare.records import Records, Trial
-from arg_dist.compare.results import rows_of
-from arg_dist.compare.tables import markdown
-from arg_dist.lm import InputError
-from arg_dist.report.measures import LOSS, MEASURES
+from arg_dist.cli.parsing import InputError
+from benchmarks.compare.methods import Method
+from benchmarks.compare.outcome import write_outcome
+from benchmarks.compare.pictures import CURVES, FRONTIER, RANKS, layer_of, mean_rank_at
+from benchmarks.compare.records import Records, Trial
+from benchmarks.compare.results import rows_of
+from benchmarks.compare.tables import markdown
+from launchers.reporting.measures import LOSS, MEASURES
 
 MATRIX = "model.layers.3.mlp.up_proj.weight"
 RANKS_OF_A_RUN = {MATRIX: [[1, 8, 0.9], [30, 4, 0.9]], "model.layers.0.q.weight": [[10, 6, 0.9]]}

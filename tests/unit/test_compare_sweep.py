@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from arg_dist.compare.choice import Choice, best_rate, interleaved
-from arg_dist.compare.methods import Method, choose
-from arg_dist.compare.records import RUNS, Records, Trial
-from arg_dist.compare.sweep import Sweep
-from arg_dist.compare.task import Task
-from arg_dist.lm import InputError
-from arg_dist.report.measures import LOSS, MEASURES
+from arg_dist.cli.parsing import InputError
+from benchmarks.compare.choice import Choice, best_rate, interleaved
+from benchmarks.compare.methods import Method, choose
+from benchmarks.compare.records import RUNS, Records, Trial
+from benchmarks.compare.sweep import Sweep
+from benchmarks.compare.task import Task
+from launchers.reporting.measures import LOSS, MEASURES
 
 LOWER, HIGHER = MEASURES[LOSS], MEASURES["matthews"]
 A, B = Method("a", "adamw", {}), Method("b", "adamw", {})
@@ -197,7 +197,7 @@ def test_files_that_are_none_of_ours_are_told(tmp_path):
     ],
 )
 def test_the_command_line_tells_mistakes_in_one_line(words, told, tmp_path, monkeypatch, capsys):
-    from arg_dist.compare.line import main
+    from benchmarks.compare.line import main
 
     monkeypatch.chdir(tmp_path)
     try:
@@ -211,7 +211,7 @@ def test_the_command_line_tells_mistakes_in_one_line(words, told, tmp_path, monk
 
 def test_the_module_is_a_command():
     finished = subprocess.run(
-        [sys.executable, "-m", "arg_dist.compare", "report", "nowhere"],
+        [sys.executable, "-m", "benchmarks.compare", "report", "nowhere"],
         capture_output=True,
         text=True,
         timeout=50,
@@ -224,7 +224,7 @@ def test_the_module_is_a_command():
 def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
     import numpy as np
 
-    from arg_dist.compare.pretraining import PretrainingJob, pretrain
+    from benchmarks.compare.pretraining import PretrainingJob, pretrain
 
     for part, seed in (("training", 1), ("held_out", 2)):
         numbers = np.random.default_rng(seed).integers(0, 258, 4000).astype(np.uint16)
@@ -250,7 +250,7 @@ def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
 def test_a_run_that_diverges_says_at_which_step(tmp_path):
     import numpy as np
 
-    from arg_dist.compare.pretraining import PretrainingJob, pretrain
+    from benchmarks.compare.pretraining import PretrainingJob, pretrain
 
     for part in ("training", "held_out"):
         np.save(tmp_path / f"{part}.npy", np.arange(4000, dtype=np.uint16) % 258)

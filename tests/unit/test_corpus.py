@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from arg_dist.lm import InputError
-from arg_dist.lm.corpus import Corpus, distinct, installed_python_files, read_corpus, split
-from arg_dist.lm.tokens import ByteTokenizer, Sequences
+from arg_dist.cli.parsing import InputError
+from launchers.pretraining.corpus import (
+    Corpus,
+    distinct,
+    installed_python_files,
+    read_corpus,
+    split,
+)
+from launchers.pretraining.tokens import ByteTokenizer, Sequences
 
 pytestmark = pytest.mark.unit
 

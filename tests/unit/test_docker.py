@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from arg_dist.cluster.line import main
+from launchers.cluster.line import main
 
 pytestmark = pytest.mark.unit
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import arg_dist
 from arg_dist.checkpoint import index as index_of
-from arg_dist.command.line import main
+from arg_dist.cli.main import main
 
 TOKENS = torch.randint(0, 99, (2, 12), generator=torch.Generator().manual_seed(0))
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -280,7 +280,7 @@ def test_checkpoints_are_inspected(tmp_path, capsys):
 def test_a_checkpoint_that_is_removed_meanwhile_is_not_called_broken(tmp_path, capsys, monkeypatch):
     checkpoint = trained(gpt2(), tmp_path)
     gone = tmp_path / "step-00000001"
-    monkeypatch.setattr("arg_dist.command.inspection.checkpoints_at", lambda _: [gone, checkpoint])
+    monkeypatch.setattr("arg_dist.cli.inspection.checkpoints_at", lambda _: [gone, checkpoint])
     assert main(["inspect", str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from arg_dist.finetuning.arguments import (
+from arg_dist.cli.parsing import InputError
+from launchers.finetuning.arguments import (
     clipping,
     divide_batch,
     last_checkpoint,
@@ -18,10 +19,9 @@ from arg_dist.finetuning.arguments import (
     schedule_of,
     training_arguments,
 )
-from arg_dist.finetuning.metrics import classification_metrics, metrics_of_logits
-from arg_dist.finetuning.rows import Columns, Row, label_names, label_numbers, read_rows
-from arg_dist.finetuning.tasks import cross_entropy_share
-from arg_dist.lm import InputError
+from launchers.finetuning.metrics import classification_metrics, metrics_of_logits
+from launchers.finetuning.rows import Columns, Row, label_names, label_numbers, read_rows
+from launchers.finetuning.tasks import cross_entropy_share
 from tests.tolerances import ROUNDING
 
 pytestmark = pytest.mark.unit

@@ -1,4 +1,4 @@
-"""The scripts and YAML files for several machines say what arg_dist.cluster and others read."""
+"""The scripts and YAML files for several machines say what launchers.cluster and others read."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 import torch.distributed.run as torchrun
 import yaml
 
-from arg_dist.cluster.line import _parser, _read_job
-from arg_dist.cluster.place import Place, find_place
-from arg_dist.lm.options import parse_options
+from launchers.cluster.line import _parser, _read_job
+from launchers.cluster.place import Place, find_place
+from launchers.pretraining.options import parse_options
 
 pytestmark = pytest.mark.unit
 
@@ -178,7 +178,7 @@ def test_a_node_starts_by_one_command(programs: Path) -> None:
     finished = run(programs, "node.sh", "deepspeed", "train.py", "--steps", "3")
     assert finished.returncode == 0, finished.stderr
     given = (programs.parent / "given").read_text().split()
-    assert given[:2] == ["-m", "arg_dist.cluster"]
+    assert given[:2] == ["-m", "launchers.cluster"]
     options = _parser().parse_args(given[2:])
     assert (options.launcher, options.script) == ("deepspeed", "train.py")
     assert options.arguments == ["--steps", "3"]

@@ -3,10 +3,10 @@
 import pytest
 from rich.console import Console
 
-from arg_dist.network.bandwidth import name_of
-from arg_dist.network.hosts import NetworkError, read_traffic
-from arg_dist.network.results import cells, combine, markdown, print_table
-from arg_dist.network.trial import measured
+from benchmarks.network.bandwidth import name_of
+from benchmarks.network.results import cells, combine, markdown, print_table
+from benchmarks.network.trial import measured
+from tests.hosts.namespaces import NetworkError, read_traffic
 
 NOTES = [
     {"clock": 10.0, "waited": 4.0, "sent": 1000, "received": 5000},

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lockstep_steps import step_of
 
-from arg_dist.command.line import main
+from arg_dist.cli.main import main
+from arg_dist.cli.parsing import InputError
 from arg_dist.config import ConfigError, parse_config
-from arg_dist.lm import InputError
-from arg_dist.planning.cuts import ENGINES, lay_out
+from arg_dist.planning.choices import ENGINES
+from arg_dist.planning.cuts import lay_out
 from arg_dist.planning.figures import Plan, make_plan
 from arg_dist.planning.model import Model, describe, load_model
 from arg_dist.planning.requests import Sides, first, rounds_of, steady, taken

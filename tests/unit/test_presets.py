@@ -7,22 +7,16 @@ import json
 import pytest
 import torch
 
-from arg_dist.lm import InputError
-from arg_dist.lm.job_config import (
+from arg_dist.cli.parsing import InputError, parse_overrides
+from arg_dist.planning.llama import LLAMA_SIZES, model_config
+from launchers.pretraining.job_config import (
     choose_optimizer,
-    parse_overrides,
     read_deepspeed_config,
     set_batch,
     set_optimizer,
 )
-from arg_dist.lm.presets import (
-    LLAMA_SIZES,
-    build_model,
-    count_parameters,
-    model_config,
-    zero_stage,
-)
-from arg_dist.lm.schedule import warmup_cosine
+from launchers.pretraining.models import build_model, count_parameters, zero_stage
+from launchers.pretraining.schedule import warmup_cosine
 
 pytestmark = pytest.mark.unit
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from arg_dist.lm.rendezvous import agree_on_a_name, init_method
+from launchers.pretraining.rendezvous import agree_on_a_name, init_method
 
 pytestmark = pytest.mark.unit
 

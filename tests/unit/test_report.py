@@ -10,12 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from arg_dist.report import Earlier, OptimizerSample, RunRecord, run_facts, sample_optimizer
-from arg_dist.report.__main__ import main
-from arg_dist.report.charts import kind_of
-from arg_dist.report.files import read_metrics, read_report
-from arg_dist.report.tables import print_summary, size
+from arg_dist.config import in_bytes
 from arg_dist.telemetry import Numbers, merge
+from launchers.reporting import Earlier, OptimizerSample, RunRecord, run_facts, sample_optimizer
+from launchers.reporting.__main__ import main
+from launchers.reporting.charts import kind_of
+from launchers.reporting.files import read_metrics, read_report
+from launchers.reporting.tables import print_summary
 
 pytestmark = pytest.mark.unit
 
@@ -267,7 +268,7 @@ def test_the_table_is_narrow_enough_for_a_terminal(tmp_path):
     ("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**40, "3.0 TiB")]
 )
 def test_sizes_are_written_for_people(number, text):
-    assert size(number) == text
+    assert in_bytes(number) == text
 
 
 def test_a_matrix_is_named_by_its_kind():

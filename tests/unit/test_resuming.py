@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from arg_dist.checkpoint.index import INDEX_NAME, Index, index_bytes
-from arg_dist.lm import InputError
-from arg_dist.lm.corpus import Corpus
-from arg_dist.lm.deepspeed_engine import load_loss_scale_state, loss_scale_state
-from arg_dist.lm.identity import model_values, text_digest, token_digest
-from arg_dist.lm.presets import model_config
-from arg_dist.lm.resuming import (
+from arg_dist.cli.parsing import InputError
+from arg_dist.planning.llama import model_config
+from launchers.pretraining.corpus import Corpus
+from launchers.pretraining.deepspeed_engine import load_loss_scale_state, loss_scale_state
+from launchers.pretraining.identity import model_values, text_digest, token_digest
+from launchers.pretraining.resuming import (
     KEEP,
     Found,
     check_job,
@@ -24,8 +24,8 @@ from arg_dist.lm.resuming import (
     find_checkpoint,
     plan_checkpoints,
 )
-from arg_dist.lm.schedule import warmup_cosine_scheduler
-from arg_dist.lm.tokens import Sequences
+from launchers.pretraining.schedule import warmup_cosine_scheduler
+from launchers.pretraining.tokens import Sequences
 
 pytestmark = pytest.mark.unit
 

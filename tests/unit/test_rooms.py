@@ -1,10 +1,9 @@
-"""The rooms of the package, and who may know whom: imports run one way.
+"""The rooms of the checkout, and who may import whom: imports run one way.
 
-`bench` -> `compare` -> `finetuning`, `command`, `cluster`, `network` -> `planning` -> `lm` ->
-`report`, `integrations` -> `engines` -> `checkpoint` -> `core` (the optimizer) -> `sharding` ->
-`subspace` -> torch, and `config` knows none of them. A room is a folder of `arg_dist`; `core` is
-the files beside them; `__main__` stands before `command`.
-CONTRIBUTING.md gives the reasons.
+In the package: `cli` -> `planning`, `integrations` -> `engines` -> `checkpoint` -> `core` (the
+optimizer) -> `sharding` -> `subspace` -> torch, and `config` knows none of them. A room is a folder
+of `arg_dist`; `core` is the files beside them. Around it: `benchmarks` -> `launchers` -> package,
+and the package imports neither. CONTRIBUTING.md gives the reasons.
 """
 
 import ast
@@ -20,8 +19,13 @@ import pytest
 
 pytestmark = pytest.mark.unit
 
-PACKAGE = Path(__file__).resolve().parents[2] / "arg_dist"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "arg_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
+AROUND = sorted(
+    path for room in ("launchers", "benchmarks") for path in (ROOT / room).rglob("*.py")
+)
+RIG = ROOT / "tests/hosts/namespaces.py"
 LONGEST = 350
 
 MAY_IMPORT = {
@@ -33,26 +37,30 @@ MAY_IMPORT = {
     "engines": {"checkpoint", "config", "core", "sharding", "subspace"},
     "telemetry": {"sharding"},
     "integrations": {"config", "core", "engines", "telemetry"},
-    "lm": {"package", "checkpoint", "config", "engines", "integrations", "report", "telemetry"},
-    "cluster": {"package", "lm"},
-    "command": {"checkpoint", "config", "lm", "planning"},
-    "__main__": {"command"},
-    "compare": {"package", "config", "core", "finetuning", "integrations", "lm", "report"},
-    "finetuning": {"package", "config", "integrations", "lm", "report", "telemetry"},
-    "network": {"lm", "report"},
-    "bench": {"package", "compare", "lm", "network", "report", "sharding"},
-    "planning": {
-        "package",
-        "config",
-        "core",
-        "lm",
-        "report",
-        "sharding",
-        "subspace",
-        "telemetry",
-    },
-    "report": {"telemetry"},
+    "planning": {"config", "core", "sharding", "subspace", "telemetry"},
+    "cli": {"checkpoint", "config", "planning"},
+    "__main__": {"cli"},
     "package": {"checkpoint", "config", "core", "engines", "integrations", "sharding"},
+}
+PACKAGE_ROOMS = set(MAY_IMPORT)
+MAY_IMPORT |= {
+    "launchers.cluster": PACKAGE_ROOMS,
+    "launchers.reporting": PACKAGE_ROOMS,
+    "launchers.pretraining": PACKAGE_ROOMS | {"launchers.reporting"},
+    "launchers.finetuning": PACKAGE_ROOMS | {"launchers.pretraining", "launchers.reporting"},
+    "launchers": PACKAGE_ROOMS
+    | {"launchers.pretraining", "launchers.finetuning", "launchers.reporting"},
+}
+JOBS = {room for room in MAY_IMPORT if room.startswith("launchers.")}
+RIG_ROOM = "tests.hosts"
+MAY_IMPORT |= {
+    "benchmarks.compare": PACKAGE_ROOMS | JOBS,
+    "benchmarks.network": PACKAGE_ROOMS | JOBS | {RIG_ROOM},
+    "benchmarks.measuring": PACKAGE_ROOMS | JOBS | {"benchmarks.compare", RIG_ROOM},
+    "benchmarks": PACKAGE_ROOMS
+    | JOBS
+    | {"benchmarks.compare", "benchmarks.measuring", "benchmarks.network", RIG_ROOM},
+    RIG_ROOM: set(),
 }
 THIRD_PARTY = {
     "config": {"pydantic"},
@@ -61,6 +69,7 @@ THIRD_PARTY = {
     "core": {"torch"},
     "checkpoint": {"numpy", "pydantic", "safetensors", "torch"},
     "package": set(),
+    RIG_ROOM: set(),
 }
 """Rooms that are not listed may import any package."""
 PEERS = {"galore_torch", "apollo_torch", "fira", "peft"}
@@ -71,16 +80,16 @@ ENGINE_NAMES = re.compile(r"(?i:(?<![a-z])(deepspeed|fsdp\d?|accelerate|trainer)
 
 
 def room_of(module: str) -> str:
-    """The room of a dotted module of the package."""
-    _, _, inside = module.partition(".")
+    """The room of a dotted module of the checkout."""
+    top, _, inside = module.partition(".")
     first = inside.partition(".")[0]
-    if first in MAY_IMPORT:
-        return first
-    return "core" if first else "package"
+    if top == "arg_dist":
+        return first if first in PACKAGE_ROOMS else "core" if first else "package"
+    return f"{top}.{first}" if f"{top}.{first}" in MAY_IMPORT else top
 
 
 def module_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -96,14 +105,15 @@ def imports(path: Path) -> Iterator[str]:
 
 def full_name(module: str, name: str) -> str:
     """`module.name` where the name is a module itself, as in `from arg_dist import config`."""
-    path = PACKAGE.parent.joinpath(*module.split("."), name)
+    path = ROOT.joinpath(*module.split("."), name)
     is_module = path.is_dir() or path.with_suffix(".py").exists()
     return f"{module}.{name}" if is_module or module == "torch" else module
 
 
 def each(*, room: set[str] | None = None) -> list[object]:
-    chosen = [path for path in FILES if room is None or room_of(module_of(path)) in room]
-    return [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in chosen]
+    everything = [*FILES, *AROUND, RIG]
+    chosen = [path for path in everything if room is None or room_of(module_of(path)) in room]
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in chosen]
 
 
 @pytest.mark.parametrize("path", each())
@@ -111,7 +121,7 @@ def test_imports_run_one_way(path: Path) -> None:
     room = room_of(module_of(path))
     allowed = {room} | MAY_IMPORT[room]
     for name in imports(path):
-        if name.partition(".")[0] == "arg_dist":
+        if name.partition(".")[0] in ("arg_dist", "launchers", "benchmarks", "tests"):
             assert room_of(name) in allowed, f"{room} may not import {name}"
 
 
@@ -129,7 +139,7 @@ def test_other_optimizers_are_known_where_they_are_compared_alone(path: Path) ->
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= {node.value} & PEERS
-    assert not found or room_of(module_of(path)) == "compare", f"names {found}"
+    assert not found or room_of(module_of(path)) == "benchmarks.compare", f"names {found}"
 
 
 @pytest.mark.parametrize("path", each(room=WITHOUT_PROCESSES))

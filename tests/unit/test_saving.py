@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from arg_dist import AdaRankGrad, NoAnswerError
 from arg_dist.checkpoint import CheckpointError, Restored, SaveTimes
-from arg_dist.lm import InputError, saving
-from arg_dist.lm.processes import limit_waiting, no_answer
-from arg_dist.lm.resuming import CheckpointPlan
-from arg_dist.lm.saving import RunCheckpoints
-from arg_dist.report import Earlier
+from arg_dist.cli.parsing import InputError, saving
+from launchers.pretraining.processes import limit_waiting, no_answer
+from launchers.pretraining.resuming import CheckpointPlan
+from launchers.pretraining.saving import RunCheckpoints
+from launchers.reporting import Earlier
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import arg_dist
-from arg_dist.compare.measuring import RankHistory, flap
+from benchmarks.compare.measuring import RankHistory, flap
 
 pytestmark = pytest.mark.unit
 

@@ -1,1 +1,0 @@
-"""What a step costs: timings of the optimizer beside others and beside what no method can avoid."""

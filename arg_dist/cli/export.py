@@ -1,0 +1,207 @@
+"""From a checkpoint to a Hugging Face model directory, in one process without the engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from arg_dist.checkpoint.alone import newest_intact, whole_weight
+from arg_dist.checkpoint.files import sync_folder
+from arg_dist.checkpoint.index import CheckpointError, Index
+from arg_dist.checkpoint.slices import SliceReader
+from arg_dist.cli.parsing import InputError
+from arg_dist.planning.local_models import tokenizer_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported.
+
+    Attributes:
+        checkpoint: its folder.
+        step: optimizer steps of the job up to it.
+        architecture: the model's class.
+        parameters: their number.
+        passed_over: newer checkpoints that are broken, each with the reason.
+    """
+
+    checkpoint: Path
+    step: int
+    architecture: str
+    parameters: int
+    passed_over: list[str]
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    tokenizer: str | None = None,
+    architecture: str | None = None,
+) -> Exported:
+    """Writes the model of a checkpoint for ``from_pretrained``.
+
+    The checkpoint is verified first. `out` appears when everything in it is on the disk. Needs
+    memory for the model in `dtype`, and for one of its tensors besides.
+
+    Args:
+        checkpoint: the checkpoint's folder; or a folder of checkpoints, for the newest intact one.
+        out: the new directory; it may exist if it is empty.
+        dtype: of the weights: `float32`, as the checkpoint has them, `bfloat16` or `float16`.
+        tokenizer: a directory with a tokenizer that is to be put beside the model.
+        architecture: the model's class in transformers; None: the one that was trained.
+
+    Raises:
+        InputError: `out`, `dtype`, `tokenizer` or `architecture` cannot be used, or transformers is
+            not installed.
+        CheckpointError: the checkpoint is broken, or does not hold the model, or `out` cannot be
+            written.
+    """
+    out = Path(out).absolute()
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: exists and is not empty; give a new directory, or remove it")
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "transformers is needed to export; pip install 'arg-dist[transformers]'"
+        ) from None
+    transformers.utils.logging.disable_progress_bar()
+    words = None if tokenizer is None else tokenizer_at(tokenizer, "--tokenizer")
+    found, index, passed_over = newest_intact(Path(checkpoint))
+    model = _skeleton(found, index, architecture).to(DTYPES[dtype])
+    with SliceReader(found, index) as reader:
+        weights = _weights(found, reader, model, DTYPES[dtype])
+    _write(out, model, weights, words)
+    name = type(model).__name__
+    return Exported(found, index.step, name, model.num_parameters(), passed_over)
+
+
+def _skeleton(checkpoint: Path, index: Index, architecture: str | None) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    import transformers
+
+    if not index.weights:
+        raise CheckpointError(
+            f"{checkpoint}: holds the optimizer's state only; give one that was saved with weights"
+        )
+    values = index.model_config_values
+    if values is None:
+        raise CheckpointError(
+            f"{checkpoint}: holds no model configuration: it was saved without model=, or the "
+            "model is none of transformers; save with model= to export"
+        )
+    name: str = architecture or values["architectures"][0]
+    model_class: Any = getattr(transformers, name, None)
+    is_class = isinstance(model_class, type)
+    if not (is_class and issubclass(model_class, transformers.PreTrainedModel)):
+        told = InputError if architecture else CheckpointError
+        where = f"--architecture {name}" if architecture else f"{checkpoint}: it trained a {name}"
+        raise told(
+            f"{where}: transformers {transformers.__version__} has no such model; name one of its "
+            "classes with --architecture, such as LlamaForCausalLM"
+        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class(model_class.config_class.from_dict(values))
+            return model
+    except Exception as error:  # whatever its authors raise about a configuration
+        raise CheckpointError(
+            f"{checkpoint}: {name} cannot be built from its configuration: {error}"
+        ) from None
+
+
+def _weights(
+    checkpoint: Path, reader: SliceReader, model: PreTrainedModel, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The model's parameters and persistent buffers; of tied ones, one."""
+    stored = reader.index.weights
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    known = {name for aliases in names.values() for name in aliases}
+    kind = type(model).__name__
+    strange = sorted(stored.keys() - known)
+    if strange:
+        raise CheckpointError(f"{checkpoint}: holds {strange[0]!r}, which {kind} has not")
+    weights = {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for aliases in names.values():
+        held = [name for name in aliases if name in stored]
+        if not held:
+            raise CheckpointError(
+                f"{checkpoint}: has no {aliases[0]!r}, which {kind} needs; save it with model="
+            )
+        first = held[0]
+        if stored[first].shape != shapes[first]:
+            raise CheckpointError(
+                f"{checkpoint}: {first} has the shape {stored[first].shape}, and by the model's "
+                f"configuration {shapes[first]}"
+            )
+        values = whole_weight(reader, first)
+        for other in held[1:]:
+            if not torch.equal(values, whole_weight(reader, other)):
+                raise CheckpointError(
+                    f"{checkpoint}: {first} and {other} are one weight by the model's "
+                    "configuration, and differ"
+                )
+        weights[first] = _cast(checkpoint, first, values, dtype)
+    return weights
+
+
+def _cast(checkpoint: Path, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    if not values.is_floating_point():
+        return values
+    if dtype == torch.float16 and values.numel():
+        low, high = values.aminmax()
+        largest = torch.finfo(dtype).max
+        if max(-float(low), float(high)) > largest:
+            raise CheckpointError(
+                f"{checkpoint}: {name} has values beyond the largest of float16, {largest:g}; "
+                "export it with --dtype bfloat16"
+            )
+    return values.to(dtype)
+
+
+def _write(
+    out: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    words: PreTrainedTokenizerBase | None,
+) -> None:
+    """Saves into a folder beside `out`, forces everything to the disk, and only then names it."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial, state_dict=weights)
+        if words is not None:
+            words.save_pretrained(partial)
+        usual = partial.stat().st_mode & 0o666
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(usual)  # safetensors lets nobody else read what it writes
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        sync_folder(partial)
+        partial.rename(out)
+        sync_folder(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # not there any more if it has its name

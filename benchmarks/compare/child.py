@@ -1,0 +1,62 @@
+"""The process of one run: ``python -m benchmarks.compare.child TRIAL.json RESULT.json``.
+
+TRIAL.json has the keys ``kind``, ``job``, ``method``, ``lr``, ``seed``, ``data`` and ``parent``
+(the process that waits for the result, and with which this one ends).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.compare.methods import Method
+from benchmarks.compare.pretraining import PretrainingJob, pretrain
+from launchers.pretraining.environment import prepare_environment
+from launchers.reporting.files import write_json
+from launchers.reporting.summary import hardware
+
+
+def main(trial_path: str, result_path: str) -> int:
+    """Runs the trial at `trial_path` and leaves its results, as JSON, at `result_path`."""
+    trial = json.loads(Path(trial_path).read_text())
+    threading.Thread(target=_end_with, args=(trial["parent"],), daemon=True).start()
+    prepare_environment(world_of_one=False)
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    results = run(trial)
+    results |= {"total_seconds": time.perf_counter() - began, "hardware": hardware()}
+    write_json(Path(result_path), results)
+    return 0
+
+
+def run(trial: dict[str, Any]) -> dict[str, Any]:
+    """The results of `trial`."""
+    method, lr, seed = Method(**trial["method"]), trial["lr"], trial["seed"]
+    show = partial(print, flush=True)
+    if trial["kind"] == "pretrain":
+        job = PretrainingJob(**trial["job"])
+        tokens = Path(trial["data"])
+        return pretrain(job, method, lr=lr, seed=seed, tokens=tokens, show=show)
+    from benchmarks.compare.finetuning import finetune  # transformers' Trainer is slow to import
+    from benchmarks.compare.finetuning_setup import FinetuningJob
+
+    return finetune(FinetuningJob(**trial["job"]), method, lr=lr, seed=seed, show=show)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process once `parent` is gone: nobody would take its result."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

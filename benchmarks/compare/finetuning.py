@@ -1,0 +1,148 @@
+"""One fine-tuning run: a method, a learning rate, a seed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from transformers import TrainerCallback, set_seed
+
+from benchmarks.compare.finetuning_setup import FinetuningJob
+from benchmarks.compare.measuring import Measurements
+from benchmarks.compare.methods import Method
+from benchmarks.compare.optimizers import prepare
+from benchmarks.compare.pretraining import Diverged, check_finite
+from launchers.finetuning.arguments import (
+    divide_batch,
+    quiet_trainer,
+    schedule_of,
+    training_arguments,
+)
+from launchers.finetuning.job import trainer_of
+from launchers.reporting.measures import LOSS, MEASURES
+
+Show = Callable[[str], None]
+
+
+def finetune(
+    job: FinetuningJob, method: Method, *, lr: float, seed: int, show: Show
+) -> dict[str, Any]:
+    """Trains with the Trainer from `seed`, which decides about a new head, dropout and batches.
+
+    Args:
+        job: what is trained.
+        method: by which method.
+        lr: peak learning rate.
+        seed: of all that is drawn.
+        show: is told a line at each evaluation.
+
+    Returns:
+        The results as JSON; ``status`` is ``finished`` or ``diverged``.
+    """
+    quiet_trainer(with_deepspeed=False)
+    task = job.examples()
+    set_seed(seed)
+    training = prepare(method, task.build_model(), lr=lr, weight_decay=job.weight_decay)
+    watching = Watching(Measurements(training), show, task.measure)
+    status, why = "finished", None
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(
+            Path(folder),
+            None,
+            precision=None,
+            learning_rate=lr,
+            **divide_batch({}, job.batch_size, None),
+            **schedule_of(job.steps, job.epochs, None, None),
+            lr_scheduler_type="linear",
+            warmup_steps=job.warmup_ratio,
+            max_grad_norm=job.clip,
+            train_sampling_strategy="group_by_length",
+            report_to="none",
+            seed=seed,
+        )
+        (optimizer,) = training.optimizers
+        trainer = trainer_of(task, args, training.model, optimizers=(optimizer, None))
+        trainer.add_callback(watching)
+        try:
+            trainer.train()
+            if not watching.curve or watching.curve[-1][0] != watching.step:
+                trainer.evaluate()
+        except Diverged as error:
+            status, why = "diverged", str(error)
+        except (FloatingPointError, LinAlgError) as error:
+            status, why = "diverged", f"step {watching.step + 1}: {type(error).__name__}: {error}"
+    return {
+        "status": status,
+        "error": why,
+        "measure": task.measure,
+        "final": watching.curve[-1][2] if status == "finished" else None,
+        "final_measures": watching.last,
+        "steps": watching.step,
+        "parameters": training.elements,
+        "curve": watching.curve,
+        **watching.measured.as_json(trainer.state.max_steps),
+    }
+
+
+class Watching(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Measures the Trainer's steps, and ends a run that has diverged.
+
+    Attributes:
+        measured: what is measured of the optimizer.
+        curve: the step, the tokens seen and what judges the run, at each evaluation.
+        last: all numbers of the last evaluation.
+        step: steps that are done.
+    """
+
+    def __init__(self, measured: Measurements, show: Show, measure: str) -> None:
+        self.measured = measured
+        self.curve: list[tuple[int, int, float]] = []
+        self.last: dict[str, float] = {}
+        self.step = 0
+        self._show = show
+        self._measure = measure
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock of a step begins."""
+        self.measured.clock.begin_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock of the optimizer begins; gradients are clipped by now."""
+        self.measured.clock.begin_optimizer()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock of the optimizer ends."""
+        self.measured.clock.end_optimizer()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock of the step ends; looks at the optimizer."""
+        self.measured.clock.end_step()
+        self.step = state.global_step
+        self.measured.after_step(self.step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Looks whether the loss is finite.
+
+        Raises:
+            Diverged: it is not.
+        """
+        if "loss" in logs:
+            check_finite(float(logs["loss"]), state.global_step, "loss")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Takes the numbers of an evaluation.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        self.last = {key: metrics[f"eval_{key}"] for key in MEASURES if f"eval_{key}" in metrics}
+        self.last[LOSS] = metrics["eval_loss"]
+        check_finite(self.last[LOSS], self.step, "held-out loss")
+        value = self.last[self._measure]
+        self.curve.append((self.step, state.num_input_tokens_seen, value))
+        self._show(f"step {self.step}: {MEASURES[self._measure].title} {value:.4f}")

@@ -1,0 +1,199 @@
+"""The command line of comparisons.
+
+python -m benchmarks.compare pretrain --model pico --steps 400 --seeds 0 1 2 --jobs 2 --out DIR
+python -m benchmarks.compare finetune --model DIR --train FILE --eval FILE --jobs 2 --out DIR
+python -m benchmarks.compare report DIR
+
+A finished run is not repeated: the same command goes on with a comparison that was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from arg_dist.cli.parsing import (
+    BAD_INPUT,
+    InputError,
+    OneLineParser,
+    at_least,
+    complain,
+)
+from arg_dist.config import ConfigError
+from benchmarks.compare import finetuning_setup, pretraining_setup
+from benchmarks.compare.methods import (
+    FAMILIES,
+    PUBLISHED,
+    PUBLISHED_FINETUNING,
+    RATES,
+    RATES_FINETUNING,
+    choose,
+    rates_of,
+)
+from benchmarks.compare.outcome import write_outcome
+from benchmarks.compare.records import Records
+from benchmarks.compare.sweep import Sweep
+from benchmarks.compare.task import Task
+from launchers.pretraining.environment import prepare_environment
+from launchers.pretraining.interrupts import exit_code
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training that can be compared; `rates` go by method, `published` by family."""
+
+    methods: tuple[str, ...]
+    options: list[tuple[str, dict[str, Any]]]
+    prepare: Callable[[argparse.Namespace, Records], Task]
+    rates: Mapping[str, Sequence[float]]
+    published: Mapping[str, dict[str, Any]]
+    peer_rank: int | float
+
+
+KINDS = {
+    "pretrain": Kind(
+        tuple(name for name in FAMILIES if name != "lora"),
+        pretraining_setup.TASK_OPTIONS,
+        pretraining_setup.prepare_pretraining,
+        RATES,
+        PUBLISHED,
+        0.125,
+    ),
+    "finetune": Kind(
+        tuple(name for name in FAMILIES if name != "muon"),
+        finetuning_setup.TASK_OPTIONS,
+        finetuning_setup.prepare_finetuning,
+        RATES_FINETUNING,
+        PUBLISHED_FINETUNING,
+        8,
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    Args:
+        arguments: those of the process if None.
+    """
+    options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(exit_code(number)))
+    try:
+        prepare_environment(world_of_one=False)
+        if options.command == "report":
+            write_outcome(options.directory)
+        else:
+            _compare(options, KINDS[options.command])
+        return 0
+    except (InputError, ConfigError) as error:
+        complain(str(error))
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return exit_code(signal.SIGINT)
+
+
+def _compare(options: argparse.Namespace, kind: Kind) -> None:
+    methods = choose(
+        options.methods,
+        peer_rank=options.peer_rank,
+        overrides=options.overrides,
+        variants=options.variant,
+        known=kind.methods,
+        published=kind.published,
+    )
+    rates = rates_of(methods, dict(options.lrs), kind.rates)
+    records = Records(options.out)
+    with records.locked():
+        task = kind.prepare(options, records)
+        records.begin(
+            task.identity,
+            methods,
+            sweep_seed=options.seeds[0],
+            command="python -m benchmarks.compare " + shlex.join(sys.argv[1:]),
+            redo=options.redo,
+        )
+        Sweep(
+            records,
+            task=task,
+            methods=methods,
+            rates=rates,
+            seeds=list(dict.fromkeys(options.seeds)),
+            jobs=options.jobs,
+            all_seeds=options.all_seeds,
+            kind=options.command,
+            tell=partial(print, flush=True),
+        ).run()
+    write_outcome(options.out)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; see --help."""
+    whole = OneLineParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, kind in KINDS.items():
+        sub = commands.add_parser(name, help=f"compare methods to {name}")
+        for flag, settings in kind.options:
+            sub.add_argument(flag, **settings)
+        _add_sweep_options(sub, kind)
+    report = commands.add_parser("report", help="table and pictures anew, from the runs")
+    report.add_argument("directory", type=Path, metavar="DIR")
+    return whole
+
+
+def _add_sweep_options(sub: argparse.ArgumentParser, kind: Kind) -> None:
+    add, known = sub.add_argument, kind.methods
+    add("--out", type=Path, required=True, help="the comparison's directory")
+    add("--methods", nargs="+", default=list(known), metavar="NAME", help="of "
+        f"{', '.join(known)} (default: all)")  # fmt: skip
+    add("--lrs", nargs="+", type=_rates, default=[], action="extend", metavar="METHOD=A,B,...",
+        help="learning rates of a method, in place of its own four")  # fmt: skip
+    add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="the first one is the "
+        "sweep's (default: 0 1 2)")  # fmt: skip
+    add("--all-seeds", action="store_true", help="all learning rates on all seeds")
+    add("--peer-rank", type=_rank, default=kind.peer_rank, metavar="RANK", help="of the others' "
+        "low-rank matrices: a number, or a fraction of a matrix's shorter side (default: "
+        f"{kind.peer_rank})")  # fmt: skip
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="a setting of our own methods; may be repeated")  # fmt: skip
+    add("--variant", action="append", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"),
+        help="a further method: recommended with other settings, or another one (NAME fira "
+        "rank=0.05); may be repeated")  # fmt: skip
+    add("--jobs", type=at_least(1), default=1, help="runs at a time, one thread each (default: 1)")
+    add("--redo", nargs="+", default=[], metavar="NAME", help="methods whose runs, made with "
+        "other settings or versions, are set aside and made anew")  # fmt: skip
+
+
+def _rates(text: str) -> tuple[str, tuple[float, ...]]:
+    name, equals, rates = text.partition("=")
+    try:
+        numbers = tuple(float(rate) for rate in rates.split(","))
+    except ValueError:
+        numbers = ()
+    if not (name and equals and numbers and all(0 < rate < float("inf") for rate in numbers)):
+        raise argparse.ArgumentTypeError(f"METHOD=1e-3,2e-3,... is needed, got {text!r}")
+    return name, numbers
+
+
+def _rank(text: str) -> int | float:
+    try:
+        rank = float(text)
+    except ValueError:
+        rank = -1.0
+    if 0 < rank < 1:
+        return rank
+    if rank < 1 or rank != int(rank):
+        raise argparse.ArgumentTypeError(
+            f"a whole number of at least 1, or a fraction below 1, is needed, got {text!r}"
+        )
+    return int(rank)

@@ -1,0 +1,62 @@
+"""Optimizers as their authors published them, imported from where they are installed."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from arg_dist.cli.parsing import InputError
+
+PACKAGES = {
+    "galore": "galore-torch",
+    "apollo": "apollo-torch",
+    "fira": "fira",
+    "lora": "peft",
+}
+"""The distribution that a family of methods comes from; families that are not here need none."""
+
+_MODULES = {"galore-torch": "galore_torch", "apollo-torch": "apollo_torch"}
+
+
+def require(families: set[str]) -> None:
+    """Looks whether the packages of all `families` are installed.
+
+    Raises:
+        InputError: some are not; the message has the command that installs them.
+    """
+    wanted = sorted(PACKAGES[family] for family in families if family in PACKAGES)
+    missing = [name for name in wanted if find_spec(_MODULES.get(name, name)) is None]
+    if missing:
+        raise InputError(
+            f"--methods: {', '.join(missing)} not installed; run python -m pip install --no-deps "
+            f"{' '.join(missing)} (or bash benchmarks/setup_compare.sh), or leave the methods out"
+        )
+
+
+def version(family: str) -> dict[str, str]:
+    """The version of the distribution that `family` comes from, under its name."""
+    name = PACKAGES.get(family)
+    return {} if name is None else {name: metadata.version(name)}
+
+
+def published(package: str, module: str, name: str) -> Any:
+    """`name` of ``package.module``, without the package's ``__init__``.
+
+    Those of galore_torch and apollo_torch import bitsandbytes, which nothing here needs.
+
+    Args:
+        package: an installed package, see :func:`require`.
+        module: a module in it.
+        name: what to take from the module.
+    """
+    if package not in sys.modules:
+        spec = find_spec(package)
+        assert spec is not None and spec.submodule_search_locations is not None, package
+        bare = ModuleType(package)
+        bare.__spec__ = spec
+        bare.__path__ = list(spec.submodule_search_locations)
+        sys.modules[package] = bare
+    return getattr(import_module(f"{package}.{module}"), name)

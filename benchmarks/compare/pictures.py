@@ -1,0 +1,181 @@
+"""The pictures of a comparison: held-out values over training, the frontier, ranks by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from arg_dist.checkpoint.files import write_atomically
+from arg_dist.config import in_bytes
+from benchmarks.compare.results import Row, best_runs
+from launchers.reporting.charts import STYLE, cycle_of, new_figure
+from launchers.reporting.measures import Measure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Run = Mapping[str, Any]
+Ranks = Mapping[str, Sequence[Sequence[float]]]
+
+CURVES, FRONTIER, RANKS = "curves.png", "frontier.png", "ranks.png"
+
+
+def draw_all(
+    directory: Path, rows: Sequence[Row], runs: Sequence[Run], measure: Measure
+) -> list[Path]:
+    """Draws what there is to draw into `directory`; the paths of the pictures."""
+    from matplotlib import rc_context
+
+    shown = [row for row in rows if row.lr is not None]
+    ranked = [row for row in shown if _has_ranks(row, runs)]
+    drawn = []
+    with rc_context(STYLE):
+        if shown:
+            drawn.append(_save(directory / CURVES, _curves(shown, runs, measure)))
+            drawn.append(_save(directory / FRONTIER, _frontier(shown, measure)))
+        if ranked:
+            drawn.append(_save(directory / RANKS, _ranks(ranked, runs)))
+    return drawn
+
+
+def _save(path: Path, figure: Figure) -> Path:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    return path
+
+
+def _colors(rows: Sequence[Row]) -> list[Any]:
+    from matplotlib import colormaps
+
+    colors = colormaps["tab10" if len(rows) <= 10 else "tab20"].colors
+    return [color for _, color in zip(rows, cycle_of(colors), strict=False)]
+
+
+def _curves(rows: Sequence[Row], runs: Sequence[Run], measure: Measure) -> Figure:
+    """What the best rate of each method reached over training: the median, and all seeds' band."""
+    figure = new_figure(9, 5.5)
+    axes = figure.subplots()
+    late = []
+    for row, color in zip(rows, _colors(rows), strict=True):
+        curves = [run["curve"] for run in best_runs(row, runs)]
+        shared = min(map(len, curves))
+        values = [[curve[i][2] for curve in curves] for i in range(shared)]
+        seen = [curves[0][i][1] for i in range(shared)]
+        middle = [median(each) for each in values]
+        axes.plot(seen, middle, color=color, marker="o", markersize=3, label=_label(row))
+        axes.fill_between(
+            seen, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, lw=0
+        )
+        late += [value for each in values[shared // 3 :] for value in each]
+    # the first part of training is far away from what tells the methods apart
+    margin = 0.08 * (max(late) - min(late)) or 0.01
+    axes.set_ylim(min(late) - margin, max(late) + margin)
+    axes.set(title=f"{_title(measure)} (median; band: all seeds)", xlabel="tokens")
+    axes.xaxis.set_major_formatter(_tokens)
+    axes.legend()
+    return figure
+
+
+def _frontier(rows: Sequence[Row], measure: Measure) -> Figure:
+    """What is reached against what is kept: the median, and from the worst to the best seed."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure = new_figure(9, 5.5)
+    axes = figure.subplots()
+    for row, color in zip(rows, _colors(rows), strict=True):
+        values = [value for value in (row.by_seed or {}).values() if value is not None]
+        kept, middle = row.matrices, median(values)
+        if not kept or not kept["logical"]:
+            continue
+        x = kept["logical"]
+        low, high = middle - min(values), max(values) - middle
+        style = {"color": color, "fmt": "o", "capsize": 4}
+        axes.errorbar(x, middle, [[low], [high]], label=row.method, **style)
+        if kept["storage"] > 1.01 * x:  # what views keep alive
+            axes.plot([x, kept["storage"]], [middle] * 2, color=color, ls=":", lw=1)
+            axes.plot(kept["storage"], middle, "o", color=color, mfc="none")
+    axes.set_xscale("log")
+    axes.set(
+        title=f"{_title(measure)} against state (bars: all seeds)",
+        xlabel="optimizer state of the low-rank matrices, at the peak "
+        "(open circles: with the storages kept alive)",
+    )
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=10))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: in_bytes(value))
+    axes.margins(x=0.1, y=0.12)
+    axes.legend()
+    return figure
+
+
+def _ranks(rows: Sequence[Row], runs: Sequence[Run]) -> Figure:
+    """The rank of each layer, the mean over its matrices, in one run of each method."""
+    from matplotlib import colormaps
+
+    columns = min(3, len(rows))
+    lines = -(-len(rows) // columns)
+    figure = new_figure(5 * columns + 1, 4 * lines + 0.5)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
+    for panel, row in zip(panels, rows, strict=False):
+        run = best_runs(row, runs)[0]
+        per_step = run["curve"][-1][1] / run["curve"][-1][0]
+        steps = sorted({int(point[0]) for points in run["ranks"].values() for point in points})
+        steps.append(run["steps"])
+        layers = sorted({layer_of(name) for name in run["ranks"]})
+        for i, layer in enumerate(layers):
+            of_layer = {n: p for n, p in run["ranks"].items() if layer_of(n) == layer}
+            color = colormaps["viridis"](i / max(1, len(layers) - 1))
+            _draw_mean(panel, of_layer, steps, per_step, color=color, label=f"layer {layer}")
+        _draw_mean(panel, run["ranks"], steps, per_step, color="black", lw=2.2, label="all")
+        panel.set(title=f"{row.method}, lr {row.lr:g}", xlabel="tokens", ylabel="rank")
+        panel.set_ylim(bottom=0)
+        panel.xaxis.set_major_formatter(_tokens)
+        if len(layers) <= 8:
+            panel.legend(ncols=2, fontsize=8)
+    for panel in list(panels):
+        panel.set_axis_off()
+    return figure
+
+
+def _draw_mean(
+    panel: Axes, ranks: Ranks, steps: Sequence[int], per_step: float, **style: Any
+) -> None:
+    means = [mean_rank_at(ranks, step) for step in steps]
+    points = [(step * per_step, mean) for step, mean in zip(steps, means, strict=True) if mean]
+    panel.plot(*zip(*points, strict=True), drawstyle="steps-post", **style)
+
+
+def mean_rank_at(ranks: Ranks, step: int) -> float | None:
+    """The mean over the matrices of their ranks after `step`; None before the first basis."""
+    latest = [[point[1] for point in points if point[0] <= step] for points in ranks.values()]
+    known = [each[-1] for each in latest if each]
+    return fmean(known) if known else None
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a matrix belongs to: the first in its name, or 0."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found.group(1)) if found else 0
+
+
+def _has_ranks(row: Row, runs: Sequence[Run]) -> bool:
+    finished = best_runs(row, runs)
+    return bool(finished and finished[0]["ranks"] and finished[0]["curve"])
+
+
+def _label(row: Row) -> str:
+    return f"{row.method}, lr {row.lr:g}"
+
+
+def _title(measure: Measure) -> str:
+    return measure.title[0].upper() + measure.title[1:]
+
+
+def _tokens(value: float, _: int) -> str:
+    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:g}{unit}"
+    return f"{value:g}"

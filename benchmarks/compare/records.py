@@ -1,0 +1,206 @@
+"""The directory of a comparison: what it compares, and a line for each run that is over.
+
+``comparison.json`` has what all runs share and the definition of each method; ``runs.jsonl`` has
+the runs. Everything in one directory can be compared: another job, or another method under a name
+that has runs already, is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from arg_dist.checkpoint.files import write_atomically
+from arg_dist.cli.parsing import InputError
+from benchmarks.compare.methods import Method
+from launchers.reporting.files import write_json
+
+COMPARISON = "comparison.json"
+RUNS = "runs.jsonl"
+SET_ASIDE = "set_aside.jsonl"
+
+
+class Trial(NamedTuple):
+    """One run of a comparison: a method's name, its peak learning rate, a seed."""
+
+    method: str
+    lr: float
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """A name for files."""
+        return f"{self.method}-{self.lr!r}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``comparison.json`` says.
+
+    Attributes:
+        job: what decides about every run: the task's settings, the data, versions.
+        sweep_seed: the seed on which the learning rates are compared.
+        methods: definitions by name, in the order of tables.
+        commands: that have worked on it.
+    """
+
+    job: dict[str, Any]
+    sweep_seed: int
+    methods: dict[str, dict[str, Any]]
+    commands: list[str]
+
+
+class Records:
+    """Reads and writes the files of a comparison's directory; one process at a time writes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing here.
+
+        Raises:
+            InputError: another process does, or the directory cannot be made.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock: IO[str] = open(self.directory / ".lock", "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise InputError(f"--out {self.directory}: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"--out {self.directory}: another comparison is at work here; wait for it, "
+                    "or give another directory"
+                ) from None
+            yield
+
+    def comparison(self) -> Comparison | None:
+        """What is compared here; None before the first call.
+
+        Raises:
+            InputError: ``comparison.json`` cannot be read.
+        """
+        path = self.directory / COMPARISON
+        if not path.exists():
+            return None
+        try:
+            return Comparison(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: not a comparison's file: {error}") from None
+
+    def begin(
+        self,
+        job: dict[str, Any],
+        methods: Iterable[Method],
+        *,
+        sweep_seed: int,
+        command: str,
+        redo: Iterable[str] = (),
+    ) -> None:
+        """Writes down what is compared, after a look at what has been so far.
+
+        Runs of the methods `redo` whose definition has changed are set aside.
+
+        Raises:
+            InputError: the job is another one, or a method of the same name was.
+        """
+        job = _as_json(job)
+        before = self.comparison() or Comparison(job, sweep_seed, {}, [])
+        self._check_job(before.job, job)
+        if before.sweep_seed != sweep_seed:
+            raise InputError(
+                f"--seeds {sweep_seed} ...: the learning rates in {self.directory} are compared "
+                f"on seed {before.sweep_seed}; begin with that one, or give another --out"
+            )
+        definitions = {method.name: _as_json(method.definition()) for method in methods}
+        for name, now in definitions.items():
+            was = before.methods.get(name, now)
+            if was != now and any(run["method"] == name for run in self.runs()):
+                if name not in redo:
+                    raise InputError(
+                        f"--methods {name}: its runs in {self.directory} were made with "
+                        f"{_difference(was, now)}; run them anew with --redo {name}, or give "
+                        "another --out"
+                    )
+                self._set_aside(name)
+        commands = [*before.commands, command]
+        new = Comparison(job, sweep_seed, before.methods | definitions, commands)
+        write_json(self.directory / COMPARISON, asdict(new))
+
+    def _check_job(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        for key in before.keys() | now.keys():
+            if before.get(key) != now.get(key):
+                was, is_ = before.get(key), now.get(key)
+                if isinstance(was, dict) and isinstance(is_, dict):
+                    told = _difference(was, is_)
+                else:
+                    told = f"{was}, now {is_}"
+                raise InputError(
+                    f"--out {self.directory}: holds runs with other {key} ({told}); "
+                    "give what they had, or another --out"
+                )
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The lines of ``runs.jsonl``; of several for one trial the last."""
+        path = self.directory / RUNS
+        if not path.exists():
+            return []
+        try:
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            return list({_trial_of(line): line for line in lines}.values())
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: not a comparison's runs: {error!r}") from None
+
+    def done(self) -> dict[Trial, dict[str, Any]]:
+        """The runs that need not be repeated; one that was killed is worth another try."""
+        return {_trial_of(run): run for run in self.runs() if run["status"] != "failed"}
+
+    def add(self, trial: Trial, results: dict[str, Any]) -> dict[str, Any]:
+        """Adds the results of a run; a reader sees all of the line or nothing."""
+        run = _as_json({**trial._asdict(), **results})
+        self._write(RUNS, [*self.runs_but(trial), run])
+        return run
+
+    def runs_but(self, trial: Trial) -> list[dict[str, Any]]:
+        """All runs but those of `trial`."""
+        return [run for run in self.runs() if _trial_of(run) != trial]
+
+    def _set_aside(self, method: str) -> None:
+        runs = self.runs()
+        with open(self.directory / SET_ASIDE, "a") as file:
+            file.writelines(json.dumps(run) + "\n" for run in runs if run["method"] == method)
+        self._write(RUNS, [run for run in runs if run["method"] != method])
+
+    def _write(self, name: str, runs: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(run, allow_nan=False) + "\n" for run in runs)
+        write_atomically(self.directory / name, lambda temporary: temporary.write_text(text))
+
+
+def _trial_of(run: dict[str, Any]) -> Trial:
+    return Trial(run["method"], run["lr"], run["seed"])
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """``"energy=0.6, now 0.8"`` for all that differs, in sections below too."""
+    told = []
+    for key in before | now:
+        was, is_ = before.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_, dict):
+            told += [_difference(was, is_)] if was != is_ else []
+        elif was != is_:
+            told.append(f"{key}={was}, now {is_}")
+    return "; ".join(told)
+
+
+def _as_json(value: Any) -> Any:
+    """`value` as it comes back from a file; raises ValueError for numbers that JSON lacks."""
+    return json.loads(json.dumps(value, allow_nan=False))

@@ -1,0 +1,150 @@
+"""The table of a comparison, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from arg_dist.config import in_bytes
+from benchmarks.compare.results import Row
+from launchers.reporting.measures import Measure
+
+EDGE = "edge"
+"""Stands behind a best learning rate that is the lowest or the highest of those tried."""
+
+
+def columns(rows: Sequence[Row], measure: Measure) -> list[tuple[str, list[str]]]:
+    """Title and cells of each column."""
+    kept = "matrix state, of AdamW's"
+    return [
+        ("method", [row.method for row in rows]),
+        ("learning rates: " + measure.title, [_swept(row) for row in rows]),
+        ("best", [_best(row) for row in rows]),
+        ("seeds", [_seeds(row) for row in rows]),
+        ("median", [number(row.median) for row in rows]),
+        ("spread", [number(row.spread) for row in rows]),
+        (kept, [share(row.share("logical")) for row in rows]),
+        ("with storages", [share(row.share("storage")) for row in rows]),
+        ("all state", [in_bytes(row.state["storage"]) if row.state else "-" for row in rows]),
+        ("mean rank", [_ranks(row) for row in rows]),
+        ("flap", [share(row.flap) for row in rows]),
+        ("s/step", [_seconds(row, "step") for row in rows]),
+        ("of a core", [_seconds(row, "step_cpu") for row in rows]),
+        ("in the optimizer", [_seconds(row, "optimizer_mean") for row in rows]),
+    ]
+
+
+def notes(rows: Sequence[Row], measure: Measure) -> list[str]:
+    """What a reader of the table must know."""
+    better = "lower" if measure.lower_is_better else "higher"
+    lines = [
+        f"{measure.title[0].upper()}{measure.title[1:]} at the end: {better} is better. Every "
+        "learning rate was run on the first seed, the best one on the others; median and spread "
+        "(largest less smallest) are over the seeds.",
+        f'"{EDGE}": the best learning rate is the lowest or the highest that was tried.',
+        "State: bytes of all tensors in optimizer.state, at the peak of the run; of the matrices "
+        "that low-rank methods are for, as a share of AdamW's two fp32 moments of them, by "
+        "elements and by the storages that they keep alive. Seconds of a step: on the clock, of "
+        "processor time, and on the clock in the optimizer (the mean; else medians).",
+    ]
+    counts = {row.method: len(row.swept) for row in rows}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        lines.append(f"The sweeps differ in size: {told} learning rates.")
+    lines += [f"{row.method} at {_short(lost)}" for row in rows for lost in row.lost]
+    return lines
+
+
+def markdown(rows: Sequence[Row], measure: Measure) -> str:
+    """The table and its notes."""
+    cells = columns(rows, measure)
+    lines = [
+        _line([title for title, _ in cells]),
+        _line(["---"] + ["---:"] * (len(cells) - 1)),
+        *(_line([column[i] for _, column in cells]) for i in range(len(rows))),
+    ]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes(rows, measure)) + "\n"
+
+
+def print_rows(rows: Sequence[Row], measure: Measure, console: Console | None = None) -> None:
+    """Prints the learning rates, the methods, and the notes; a terminal's 80 columns suffice."""
+    console = console or Console()
+    rates = _table("learning rates", *[""] * max((len(row.swept) for row in rows), default=0))
+    for row in rows:
+        cells = [
+            f"[bold]{lr:g}: {number(value)}[/]" if lr == row.lr else f"{lr:g}: {number(value)}"
+            for lr, value in row.swept.items()
+        ]
+        rates.add_row(row.method, *cells)
+    titles = ("best lr", "median", "spread", "state", "stored", "rank", "flap", "s/step")
+    table = _table("method", *titles)
+    for row in rows:
+        table.add_row(
+            row.method,
+            _best(row),
+            number(row.median),
+            number(row.spread),
+            share(row.share("logical")),
+            share(row.share("storage")),
+            "-" if row.mean_rank is None else f"{row.mean_rank:.1f}",
+            share(row.flap),
+            _seconds(row, "step"),
+        )
+    for part in (rates, table):
+        console.print(part)
+        console.print()
+    for line in notes(rows, measure):
+        console.print(line, highlight=False, markup=False)
+
+
+def _table(first: str, *others: str) -> Table:
+    # nothing but a blank between columns, so that long names have room
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column(first, style="bold")
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def number(value: float | None) -> str:
+    """Four decimals, or a dash."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def share(value: float | None) -> str:
+    """``"12.3 %"``, or a dash."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _short(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _swept(row: Row) -> str:
+    return ", ".join(f"{lr:g}: {number(value)}" for lr, value in row.swept.items())
+
+
+def _best(row: Row) -> str:
+    if row.lr is None:
+        return "-"
+    return f"{row.lr:g} ({EDGE})" if row.edge else f"{row.lr:g}"
+
+
+def _seeds(row: Row) -> str:
+    return " ".join(number(value) for value in (row.by_seed or {}).values()) or "-"
+
+
+def _ranks(row: Row) -> str:
+    if row.mean_rank is None or row.final_rank is None:
+        return "-"
+    return f"{row.mean_rank:.1f}, end {row.final_rank:.1f}"
+
+
+def _seconds(row: Row, key: str) -> str:
+    return f"{row.seconds[key]:.3f}" if row.seconds else "-"

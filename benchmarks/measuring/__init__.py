@@ -1,0 +1,1 @@
+"""What the benchmarks share: optimizers in turns, fresh processes, memory, tables."""

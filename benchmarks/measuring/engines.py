@@ -1,0 +1,140 @@
+"""A language model under an engine, trained by one optimizer or another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import arg_dist
+from arg_dist.planning.llama import model_config
+from benchmarks.measuring.contenders import LEARNING_RATE, OURS, optimizers_of, own_settings
+from launchers.pretraining.models import build_model
+
+ZERO = {f"zero{stage}": stage for stage in (1, 2, 3)}
+ENGINES = ("none", "ddp", *ZERO, "fsdp2")
+"""``none`` is one process with nothing around the model."""
+
+VOCABULARY = 257
+BUCKET = 50_000_000
+"""Elements, as in ds_configs."""
+GAP = 2
+"""Steps from one basis to the next: some steps find one, some do not."""
+
+
+class Trained(NamedTuple):
+    """A model in training.
+
+    Attributes:
+        model: the model itself.
+        optimizers: without their wrappers.
+        train: one step on sequences, ``batch x length``, of tokens.
+    """
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    train: Callable[[Tensor], None]
+
+
+def build(
+    engine: str,
+    name: str,
+    model: str,
+    *,
+    rank: int,
+    length: int,
+    device: torch.device,
+    gap: int = GAP,
+) -> Trained:
+    """The model `model`, fresh, under `engine`; the processes of the job must have met.
+
+    Args:
+        engine: one of :data:`ENGINES`.
+        name: of the optimizer, one of ``contenders.NAMES``.
+        model: a size of ``LLAMA_SIZES``.
+        rank: of every low-rank method.
+        length: of sequences, in tokens.
+        device: where this process trains.
+        gap: steps from one basis to the next.
+    """
+    config = _deepspeed_config(engine)
+    shape = model_config(model, vocab_size=VOCABULARY, length=length)
+    fresh = build_model(model, shape, seed=0, deepspeed_config=config)
+    if engine in ZERO:
+        return _under_deepspeed(fresh, config, name, rank, gap)
+    return _under_torch(engine, fresh.to(device), name, rank, gap)
+
+
+def _under_torch(engine: str, model: nn.Module, name: str, rank: int, gap: int) -> Trained:
+    called: nn.Module = model
+    device = next(model.parameters()).device
+    if engine == "ddp":
+        called = DistributedDataParallel(model)
+    elif engine == "fsdp2":
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for part in (*model.model.layers, model):  # type: ignore[union-attr, misc]
+            fully_shard(part, mesh=mesh)
+    if name in OURS:
+        groups = arg_dist.param_groups(model)
+        settings = own_settings(name, rank, gap)
+        optimizers: list[Any] = [arg_dist.AdaRankGrad(groups, lr=LEARNING_RATE, **settings)]
+    else:
+        optimizers = optimizers_of(name, model, rank=rank, gap=gap)
+
+    def train(ids: Tensor) -> None:
+        called(input_ids=ids, labels=ids).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    return Trained(model, optimizers, train)
+
+
+def _under_deepspeed(
+    model: nn.Module, config: dict[str, Any], name: str, rank: int, gap: int
+) -> Trained:
+    import deepspeed
+
+    if name in OURS:
+        params = {"lr": LEARNING_RATE, **own_settings(name, rank, gap)}
+        config["optimizer"] = {"type": "AdaRankGrad", "params": params}
+        engine = arg_dist.initialize(model=model, config=config)[0]
+    elif name == "adamw":  # DeepSpeed builds it; torch_adam because its own has to be compiled
+        params = {"lr": LEARNING_RATE, "weight_decay": 0.0, "torch_adam": True}
+        config["optimizer"] = {"type": "AdamW", "params": params}
+        parameters = list(model.parameters())
+        engine = deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
+    else:
+        config["zero_allow_untested_optimizer"] = True
+        (client,) = optimizers_of(name, model, rank=rank, gap=gap)
+        engine = deepspeed.initialize(model=model, optimizer=client, config=config)[0]
+
+    def train(ids: Tensor) -> None:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+
+    return Trained(engine.module, [engine.basic_optimizer], train)
+
+
+def _deepspeed_config(engine: str) -> dict[str, Any]:
+    if engine not in ZERO:
+        return {}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {
+            "stage": ZERO[engine],
+            "reduce_bucket_size": BUCKET,
+            "overlap_comm": False,
+        },
+        "steps_per_print": 1_000_000,
+    }

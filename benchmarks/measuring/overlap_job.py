@@ -1,0 +1,86 @@
+"""A job's process: steps of one optimizer with its lanes taking turns, and with a single lane."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from arg_dist.sharding import lanes
+from arg_dist.sharding.local import local_part
+from benchmarks.measuring.contenders import NEVER
+from benchmarks.measuring.engines import build
+from benchmarks.measuring.timing import in_turns
+
+WAYS = {"one lane": 1, "in turns": lanes.AT_ONCE}
+"""How many lanes are under way at a time."""
+LENGTH = 64
+"""Tokens that the model could take; none are given to it."""
+
+
+def steps_in_turns(
+    *, engine: str, model: str, rank: int, device: str, rounds: int
+) -> dict[str, Any]:
+    """Times of a step without a new basis, by the ways of :data:`WAYS`, and what it sends.
+
+    Args:
+        engine: ``ddp`` or ``fsdp2``; the processes of the job have met.
+        model: a size of ``LLAMA_SIZES``.
+        rank: of all matrices.
+        device: where.
+        rounds: timed steps of each way.
+    """
+    steps: dict[str, Callable[[], None]] = {}
+    optimizers: dict[str, Any] = {}
+    place = torch.device(device)
+    for way, at_once in WAYS.items():
+        trained = build(
+            engine, "recommended", model, rank=rank, length=LENGTH, device=place, gap=NEVER
+        )
+        give_gradients(trained.model, same=engine == "ddp")
+        (optimizers[way],) = trained.optimizers
+        steps[way] = partial(_step, optimizers[way], at_once)
+        steps[way]()  # makes the state
+    sent = {way: _sent_in(steps[way], optimizers[way]) for way in WAYS}
+    times = in_turns(steps, rounds)
+    return {"seconds": {way: taken.as_json() for way, taken in times.items()}, "sent": sent}
+
+
+def give_gradients(model: nn.Module, *, same: bool) -> None:
+    """Gives every parameter a random gradient; the same on all processes, or parts of its own."""
+    seed = 0 if same else int(os.environ["RANK"])
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        part = local_part(parameter.grad)
+        part.copy_(torch.randn(part.shape, generator=generator))
+
+
+@contextmanager
+def lanes_at_once(count: int) -> Iterator[None]:
+    """Lets so many lanes be under way at a time."""
+    before, lanes.AT_ONCE = lanes.AT_ONCE, count
+    try:
+        yield
+    finally:
+        lanes.AT_ONCE = before
+
+
+def _step(optimizer: Any, at_once: int) -> None:
+    with lanes_at_once(at_once):
+        optimizer.step()
+
+
+def _sent_in(step: Callable[[], None], optimizer: Any) -> dict[str, int]:
+    """Bytes that this process sends in a step, and the step's collectives."""
+    sent, collectives = optimizer.comm_bytes(), optimizer.collectives()
+    step()
+    return {
+        "bytes": optimizer.comm_bytes() - sent,
+        "collectives": optimizer.collectives() - collectives,
+    }

@@ -1,0 +1,138 @@
+"""What a network costs: the main job on several hosts, whose links have one bandwidth or another.
+
+    sudo .venv/bin/python -m benchmarks.network --out runs/network
+
+The hosts are network namespaces of this machine (Linux, root and iproute2 are needed), which train
+through launchers.cluster, AdamW and AdaRankGrad in turn. Processors are shared, so a step's time
+without its waiting is not that of real hosts; bytes and the time that a link takes for them are.
+
+Leaves network.json (every run, its command, versions, hardware, date), network.md (the table) and
+network.png in --out. Options that are not listed here go to launchers/train_lm.py, for instance
+--set energy=0.9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+from arg_dist.cli.parsing import BAD_INPUT, InputError, OneLineParser, at_least, complain
+from arg_dist.config import ConfigError
+from benchmarks.network.bandwidth import bandwidth, name_of
+from benchmarks.network.results import (
+    JSON,
+    PICTURE,
+    TABLE,
+    combine,
+    draw,
+    markdown,
+    print_table,
+)
+from benchmarks.network.trial import Trial, run_trial
+from launchers.pretraining.environment import prepare_environment
+from launchers.pretraining.interrupts import exit_code
+from launchers.pretraining.job_config import OPTIMIZERS
+from launchers.reporting.files import write_json
+from launchers.reporting.summary import hardware, versions
+from tests.hosts.namespaces import NetworkError, obstacle
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def parse_options() -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the words that are for the job."""
+    parser = OneLineParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # or it would take what is the job's
+    )
+    add = parser.add_argument
+    add("--bandwidths", nargs="+", type=bandwidth, metavar="BITS", help="per second and direction "
+        "of a host's link (default: 100M 1G 10G unlimited)",
+        default=[1e8, 1e9, 1e10, None])  # fmt: skip
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "adarankgrad"])
+    add("--repeats", type=at_least(1), default=3, help="runs of each, in turn (default: 3)")
+    add("--steps", type=at_least(2), default=30, help="measured steps of a run (default: 30)")
+    add("--warmup-steps", type=at_least(1), default=5, help="steps before these (default: 5)")
+    add("--hosts", type=at_least(2), default=2, help="default: 2")
+    add("--processes-per-host", type=at_least(1), default=1, help="default: 1")
+    add("--model", default="nano", help="as in train_lm.py (default: nano)")
+    add("--batch-size", type=at_least(1), default=16, help="sequences per step (default: 16)")
+    add("--seq-len", type=at_least(2), default=128, help="tokens per sequence (default: 128)")
+    add("--deepspeed_config", type=Path, default=CHECKOUT / "ds_configs" / "zero2.json",
+        metavar="JSON", help="default: ds_configs/zero2.json")  # fmt: skip
+    add("--limit", type=at_least(1), default=1800, metavar="SECONDS", help="for one run "
+        "(default: 1800)")  # fmt: skip
+    add("--out", type=Path, default=Path("runs/network"), help="default: runs/network")
+    return parser.parse_known_args()
+
+
+def bench(options: argparse.Namespace, job: list[str]) -> None:
+    """Runs everything, and leaves the results after each run."""
+    if (why := obstacle()) is not None:
+        raise InputError(f"no hosts can be made here: {why}")
+    if (options.out / JSON).exists():
+        raise InputError(f"--out {options.out}: has results already; give another directory")
+    sizes = ("--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len))
+    config = ("--deepspeed_config", str(options.deepspeed_config.resolve()))
+    trial = Trial(
+        hosts=options.hosts,
+        processes=options.processes_per_host,
+        script=CHECKOUT / "launchers" / "train_lm.py",
+        words=(*config, "--model", options.model, *sizes, *job),
+        warmup=options.warmup_steps,
+        steps=options.steps,
+        limit=float(options.limit),
+    )
+    facts = {
+        "command": shlex.join(["python", "-m", "benchmarks.network", *sys.argv[1:]]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(),
+        "job": {"hosts": trial.hosts, "processes_per_host": trial.processes, "words": trial.words},
+    }
+    places = [(b, o) for b in options.bandwidths for o in options.optimizers]
+    runs = []
+    for number in range(options.repeats):
+        for bits, optimizer in places:
+            name = f"{optimizer}-{name_of(bits).replace(' ', '').replace('/', '-')}-{number + 1}"
+            began = time.monotonic()
+            found = run_trial(trial, optimizer, bits, (options.out / name).resolve())
+            runs.append({"optimizer": optimizer, "bits_per_second": bits, **found})
+            write_json(options.out / JSON, {**facts, "rows": combine(runs), "runs": runs})
+            print(
+                f"{len(runs)} of {options.repeats * len(places)}: {name}: "
+                f"{found['seconds']:.3f} s/step, {100 * found['waiting']:.0f} % waiting "
+                f"({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
+    rows = combine(runs)
+    (options.out / TABLE).write_text(markdown(rows))
+    draw(rows, options.out / PICTURE)
+    print_table(rows)
+    print(f"bytes are those of one host and step; {options.out / JSON}, {options.out / PICTURE}")
+
+
+def main() -> int:
+    """The benchmark, with what is wrong told in one line."""
+    options, job = parse_options()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(exit_code(number)))
+    try:
+        prepare_environment(world_of_one=False)
+        bench(options, job)
+        return 0
+    except (InputError, ConfigError, NetworkError) as error:
+        complain(str(error))
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return exit_code(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "network"  # the name under which mistakes are reported
+    sys.exit(main())

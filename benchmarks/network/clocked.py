@@ -1,0 +1,77 @@
+"""Runs a training script and notes what each of its steps took: ``clocked.py NOTES SCRIPT ARG...``
+
+Each process leaves NOTES/process-K.json, a list with an entry for each call of the engine's
+``train_step``, taken at its end: seconds by a clock that all processes of a machine share, seconds
+that this process has spent until then waiting for collectives, and bytes that its host's cable has
+carried. Everything else is as without it.
+
+Waiting is the time inside ``Work.wait``, through which every collective of ZeRO on CPUs goes: also
+the time in which the backend copies and adds, and in which the others are not yet there.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout
+
+from launchers.pretraining.training import Engine
+from launchers.reporting.files import write_json
+from tests.hosts.namespaces import INTERFACE, read_traffic
+
+
+class Notes:
+    """What this process has noted so far; `steps` has the entries, `waited` counts up."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self.steps: list[dict[str, float]] = []
+
+    def end_step(self) -> None:
+        """Notes the end of a step."""
+        traffic = read_traffic(Path("/proc/net/dev").read_text(), INTERFACE)
+        entry = {"clock": time.monotonic(), "waited": self.waited}
+        self.steps.append(entry | {"received": traffic.received, "sent": traffic.sent})
+
+    def listen(self) -> None:
+        """Hears of every wait and every step of this process from now on."""
+        wait, train_step = dist.Work.wait, Engine.train_step
+
+        def clocked_wait(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return wait(*arguments, **named)
+            finally:
+                self.waited += time.perf_counter() - began
+
+        def clocked_step(*arguments: Any, **named: Any) -> Any:
+            result = train_step(*arguments, **named)
+            self.end_step()
+            return result
+
+        dist.Work.wait = clocked_wait  # type: ignore[method-assign]
+        Engine.train_step = clocked_step  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """Runs the command line."""
+    folder, script = Path(sys.argv[1]), sys.argv[2]
+    notes = Notes()
+    notes.listen()
+    sys.argv = sys.argv[2:]
+    sys.path[0] = str(Path(script).resolve().parent)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        write_json(folder / f"process-{os.environ['RANK']}.json", notes.steps)
+
+
+if __name__ == "__main__":
+    main()

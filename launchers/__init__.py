@@ -1,0 +1,1 @@
+"""Training jobs and what starts them; beside the package, and not in its wheel."""

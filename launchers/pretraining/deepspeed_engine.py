@@ -1,0 +1,154 @@
+"""The job under DeepSpeed itself, from a JSON."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+import arg_dist
+from arg_dist.cli.parsing import InputError
+from arg_dist.integrations.accelerate import asks_for
+from launchers.pretraining.job_config import Batch, read_deepspeed_config
+from launchers.pretraining.models import zero_stage
+from launchers.pretraining.processes import from_first_process
+from launchers.pretraining.rendezvous import init_method
+from launchers.pretraining.training import Engine, Schedule, Setup, unusable_port
+
+LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scale changes in itself."""
+
+
+class DeepSpeedSetup(Setup):
+    """Reads the JSON at `path` and builds the engine with ``arg_dist.initialize``."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def connect(self, time_limit: timedelta | None) -> None:
+        """Joins the processes: NCCL on GPUs, gloo on CPUs."""
+        for engine in ("DEEPSPEED", "FSDP"):
+            if asks_for(engine):
+                raise InputError(
+                    f"--deepspeed_config {self._path}: given, and accelerate was told to use "
+                    f"{engine} too; leave this option out, or start with deepspeed or torchrun"
+                )
+        import deepspeed
+
+        accelerator = deepspeed.get_accelerator()
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        limit = {} if time_limit is None else {"timeout": time_limit}
+        try:
+            deepspeed.init_distributed(
+                accelerator.communication_backend_name(),
+                verbose=False,
+                init_method=init_method(),
+                **limit,
+            )
+        except dist.DistNetworkError:
+            raise unusable_port("--master_port") from None
+
+    def read_config(self) -> dict[str, Any]:
+        """The JSON, read by the first process for all of them."""
+        return from_first_process(lambda: read_deepspeed_config(self._path))
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Lets DeepSpeed read `config`."""
+        check_deepspeed_config(config)
+
+    def build(
+        self, model: nn.Module, config: dict[str, Any], batch: Batch, schedule: Schedule
+    ) -> Engine:
+        """The engine, by name from the JSON for AdaRankGrad, and with torch's AdamW."""
+        try:
+            if config["optimizer"]["type"] == "AdamW":
+                engine = _adamw_engine(model, config, schedule)
+            else:
+                engine = arg_dist.initialize(model=model, config=config, lr_scheduler=schedule)[0]
+        except ValueError as error:  # while an engine is built, these are about settings
+            raise InputError(str(error)) from None
+        return DeepSpeedTraining(f"ZeRO-{zero_stage(config)}", engine, batch)
+
+
+class DeepSpeedTraining(Engine):
+    """Training steps of a DeepSpeed engine, which clips, steps and schedules by itself."""
+
+    def __init__(self, name: str, engine: Any, batch: Batch) -> None:
+        super().__init__(
+            name,
+            engine,
+            engine.basic_optimizer,
+            batch,
+            model=engine.module,
+            scheduler=engine.lr_scheduler,
+            device=torch.device(engine.device),
+        )
+        self._engine = engine
+
+    def extra_state(self) -> dict[str, Any]:
+        """The dynamic loss scale, under fp16."""
+        return loss_scale_state(self._engine)
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Goes on with the loss scale of a checkpoint, if both have a dynamic one."""
+        load_loss_scale_state(self._engine, state)
+
+    def micro_step(self, ids: Tensor) -> Tensor:
+        """Forward, backward, and DeepSpeed's step."""
+        loss: Tensor = self._engine(input_ids=ids, labels=ids).loss
+        self._engine.backward(loss)
+        self._engine.step()
+        return loss
+
+
+def loss_scale_state(engine: Any) -> dict[str, Any]:
+    """State of a DeepSpeed engine's dynamic loss scale, as JSON; nothing where it has none."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    return {"loss_scale": {key: getattr(scaler, key) for key in LOSS_SCALE_KEYS}}
+
+
+def load_loss_scale_state(engine: Any, state: dict[str, Any]) -> None:
+    """Puts back :func:`loss_scale_state`, where the engine has a dynamic loss scale too."""
+    if "loss_scale" in state and loss_scale_state(engine):
+        for key, value in state["loss_scale"].items():
+            setattr(engine.optimizer.loss_scaler, key, value)
+
+
+def check_deepspeed_config(config: dict[str, Any]) -> None:
+    """Lets DeepSpeed read `config` before a model is built for it.
+
+    Raises:
+        InputError: DeepSpeed refuses it.
+    """
+    from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        path = ".".join(map(str, fault["loc"]))
+        raise InputError(
+            f"DeepSpeed JSON, {error.title}, {path}: {fault['msg']}, got {fault['input']!r}"
+        ) from None
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        raise InputError("DeepSpeed JSON: " + " ".join(str(error).split())) from None
+
+
+def _adamw_engine(model: nn.Module, config: dict[str, Any], schedule: Schedule) -> Any:
+    import deepspeed
+
+    settings = config["optimizer"]["params"]
+    rest = {key: value for key, value in config.items() if key != "optimizer"}
+    return deepspeed.initialize(
+        model=model,
+        config=rest,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, **settings),
+        lr_scheduler=schedule,
+    )[0]

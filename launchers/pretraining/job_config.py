@@ -1,0 +1,133 @@
+"""The DeepSpeed JSON of a job: read, then completed by the command line."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from arg_dist.cli.parsing import InputError
+from arg_dist.config import ConfigError, parse_config
+from arg_dist.engines.deepspeed_config import load_deepspeed_config
+
+ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
+OPTIMIZERS = ("adarankgrad", "adamw")
+
+
+class Batch(NamedTuple):
+    """Sequences of a step: all, those a process has in work at once, and how often it has some."""
+
+    total: int
+    micro: int
+    accumulation: int
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """The JSON at `path`, without the values that it leaves to others (``"auto"``).
+
+    Raises:
+        InputError: there is no such file, or it is not a JSON object.
+    """
+    try:
+        return without_auto(load_deepspeed_config(path))
+    except ConfigError as error:
+        raise InputError(str(error)) from None
+
+
+def without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `section` without what it leaves to others, in sections below it too."""
+    return {
+        key: without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def choose_optimizer(config: dict[str, Any], wanted: str | None) -> str:
+    """`wanted`, or the optimizer that the JSON names, or AdaRankGrad."""
+    named = wanted or str(config.get("optimizer", {}).get("type", "adarankgrad")).lower()
+    if named not in OPTIMIZERS:
+        raise InputError(
+            f"optimizer.type: this job knows {' and '.join(OPTIMIZERS)}, got {named!r}; "
+            "choose one with --optimizer"
+        )
+    return named
+
+
+def set_optimizer(
+    config: dict[str, Any], name: str, overrides: dict[str, Any], lr: float | None
+) -> dict[str, Any]:
+    """Puts `overrides` and `lr` into the ``optimizer`` section and returns all its settings.
+
+    For ``adamw`` the section keeps what AdamW has too, so one JSON serves both optimizers; what it
+    leaves open has AdaRankGrad's defaults, so that the two runs differ in the method alone.
+
+    Raises:
+        InputError: the optimizer does not know a key, or refuses its value.
+    """
+    params = dict(config.get("optimizer", {}).get("params", {}))
+    if name == "adamw":
+        for key in overrides:
+            if key not in ADAMW_KEYS:
+                raise InputError(f"--set {key}: adamw knows only {', '.join(ADAMW_KEYS)}")
+        params = {key: value for key, value in params.items() if key in ADAMW_KEYS}
+    params |= overrides
+    if lr is not None:
+        params["lr"] = lr
+    try:
+        settings = parse_config(params, where="optimizer.params").model_dump(mode="json")
+    except ConfigError as error:
+        raise InputError(str(error)) from None
+    if name == "adamw":
+        params = settings = {key: settings[key] for key in ADAMW_KEYS}
+    type_name = {"adarankgrad": "AdaRankGrad", "adamw": "AdamW"}[name]
+    config["optimizer"] = {"type": type_name, "params": params}
+    return settings
+
+
+def set_batch(config: dict[str, Any], wanted: int | None, world_size: int) -> Batch:
+    """Settles the batch for `world_size` processes and writes it down in `config`.
+
+    `wanted` replaces the JSON's ``train_batch_size``. What the JSON leaves open follows; a given
+    micro batch is kept, because it is what fits into memory.
+
+    Raises:
+        InputError: the numbers do not multiply up.
+    """
+    total = config.get("train_batch_size") if wanted is None else wanted
+    micro = config.get("train_micro_batch_size_per_gpu")
+    accumulation = config.get("gradient_accumulation_steps")
+    for key, value in (
+        ("train_batch_size", total),
+        ("train_micro_batch_size_per_gpu", micro),
+        ("gradient_accumulation_steps", accumulation),
+    ):
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"{key}: a whole number of at least 1 is needed, got {value!r}")
+    if total is None:
+        if micro is None:
+            raise InputError("no batch size: give --batch-size, or train_batch_size in the JSON")
+        total = micro * (accumulation or 1) * world_size
+    if total % world_size:
+        raise InputError(
+            f"the batch of {total} sequences cannot be divided among {world_size} processes; "
+            f"give a multiple of {world_size} with --batch-size"
+        )
+    share = total // world_size
+    if micro is None:
+        micro, rest = divmod(share, accumulation or 1)
+    elif accumulation is None or wanted is not None:
+        rest = share % micro
+    else:
+        rest = share - micro * accumulation
+    if rest or micro < 1:
+        raise InputError(
+            f"the batch of {total} sequences on {world_size} processes does not fit micro batches "
+            f"of {config.get('train_micro_batch_size_per_gpu', 'any size')} and "
+            f"{accumulation} accumulation steps"
+        )
+    accumulation = share // micro
+    config |= {
+        "train_batch_size": total,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+    }
+    return Batch(total, micro, accumulation)

@@ -1,0 +1,82 @@
+"""The files of a run directory, written so that a reader never meets half of one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from arg_dist.checkpoint.files import write_atomically
+
+METRICS = "metrics.jsonl"
+REPORT = "report.json"
+PICTURE = "report.png"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as JSON; numbers that JSON does not have (NaN, infinity) become null."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return content
+
+
+class MetricsLog:
+    """Appends one JSON line per step to ``metrics.jsonl`` and keeps them for the report.
+
+    Each line reaches the operating system at once, so a killed run keeps all its finished steps.
+    The file begins with the lines `earlier`, whatever it held before.
+    """
+
+    def __init__(self, directory: Path, earlier: Sequence[dict[str, Any]] = ()) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in (REPORT, PICTURE):  # an earlier run's would seem to belong to these metrics
+            (directory / stale).unlink(missing_ok=True)
+        self.lines = list(earlier)
+        text = "".join(map(_json_line, self.lines))
+        # at no moment, not even that of a crash, are the earlier lines nowhere
+        write_atomically(directory / METRICS, lambda temporary: temporary.write_text(text))
+        self._file = open(directory / METRICS, "a")  # noqa: SIM115 - open for the whole run
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Writes one step; what was not measured at it is absent."""
+        line = _finite(line)
+        self.lines.append(line)
+        self._file.write(_json_line(line))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; the lines stay readable here."""
+        self._file.close()
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The steps of a run; the last line may be cut off if the machine died while it was written."""
+    lines = (directory / METRICS).read_text().splitlines()
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise
+    return steps
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The ``report.json`` of a run."""
+    return json.loads((directory / REPORT).read_text())
