@@ -1,7 +1,7 @@
-"""Every setting of AdaRankGrad, in one validated model.
+"""All settings of AdaRankGrad, in one validated model.
 
-The same model checks Python keywords, parameter groups, and the ``optimizer.params`` section of a
-DeepSpeed JSON, so a typing error gets the same one-line answer at every front door.
+The same model validates Python keyword arguments, parameter groups and the ``optimizer.params``
+section of a DeepSpeed JSON, so a typo raises the same one-line error at every entry point.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pydantic import (
 
 
 def _as_number(size: Any) -> Any:
-    """``"1e9"`` as a number, which ByteSize does not read; a truth value is no size."""
+    """Converts ``"1e9"``, which ByteSize does not parse, to a number; rejects booleans."""
     if isinstance(size, bool):
-        raise ValueError("a size is no truth value")
+        raise ValueError("a size cannot be a boolean")
     with contextlib.suppress(ValueError, TypeError):
         return float(size)
     return size
@@ -37,11 +37,11 @@ Bytes = Annotated[ByteSize, Field(ge=1), BeforeValidator(_as_number), AfterValid
 """A size in bytes, at least 1: ``"2GiB"``, ``"1.5 GB"``, ``"1e9"``, or a number."""
 
 Rank = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1, strict=True)]
-"""A rank: a whole number, or a fraction of the matrix's shorter dimension (0 < x < 1)."""
+"""A rank: an integer, or a fraction of the matrix's shorter dimension (0 < x < 1)."""
 
 
 class ConfigError(ValueError):
-    """A setting is unknown, ill-typed, out of range, or contradicts another one."""
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another one."""
 
 
 PAPER: dict[str, Any] = {
@@ -55,122 +55,182 @@ PAPER: dict[str, Any] = {
     "power_passes": 2,
     "transport": "paper",
 }
-"""``preset="paper"``: arXiv 2410.17881 to the letter where it is known, else its official code.
+"""``preset="paper"``: arXiv 2410.17881 where it specifies a value, else its official code.
 
-The code bounds the un-squared share of what is discarded by 0.2 (`energy`) and finds bases with
-``svd_lowrank`` (`power_passes`). The inner loop ends after 200 steps, since its other end, a
-projected gradient with a norm below 1e-4, is not met in training (`decay`). The bounds of the rank
-are nowhere told; the upper one is GaLore's.
+The code limits the un-squared share of the discarded energy to 0.2 (`energy`) and computes bases
+with ``svd_lowrank`` (`power_passes`). The inner loop ends after 200 steps, because its other exit,
+a projected gradient with a norm below 1e-4, is not reached in training (`decay`). Neither source
+specifies the bounds of the rank; the upper one is GaLore's.
 """
 
 
 class AdaRankGradConfig(BaseModel):
-    """Settings of :class:`arg_dist.AdaRankGrad`; each may be overridden per parameter group.
+    """Settings of :class:`arg_dist.AdaRankGrad`; a parameter group may override them.
 
     Raises:
-        ConfigError: through :func:`parse_config`, naming the key and the nearest valid one.
+        ConfigError: from :func:`parse_config`, naming the key and the nearest valid one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     preset: Literal["recommended", "paper"] = Field(
         "recommended",
-        description="defaults of all other settings: what the comparison supports, or the paper's",
+        description="where the defaults of all other settings come from: `recommended` is the "
+        "configuration that the benchmarks support, `paper` follows arXiv 2410.17881 and its "
+        "official code",
     )
     lr: float = Field(1e-3, ge=0, description="learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="decay of the first and the second moment"
+        (0.9, 0.999), description="decay rates of the first and second moments"
     )
-    eps: float = Field(1e-8, ge=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
+    eps: float = Field(
+        1e-8,
+        ge=0,
+        description="constant added to the square root of the second moment to avoid division by "
+        "zero",
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, description="coefficient of decoupled weight decay, as in AdamW; 0 disables it"
+    )
 
-    low_rank: bool = Field(True, description="False: plain full-rank Adam for this group")
-    max_rank: Rank = Field(0.25, description="largest rank, or a fraction of the shorter dimension")
-    min_rank: Rank = Field(4, description="smallest rank, or a fraction of the shorter dimension")
+    low_rank: bool = Field(
+        True,
+        description="whether the matrices of a parameter group are trained in low rank; if false, "
+        "the whole group is trained with full-rank Adam",
+    )
+    max_rank: Rank = Field(
+        0.25,
+        description="largest rank: an integer, or a fraction of the matrix's shorter dimension "
+        "(0 < x < 1). A matrix whose shorter dimension does not exceed it is trained with "
+        "full-rank Adam",
+    )
+    min_rank: Rank = Field(
+        4,
+        description="smallest rank: an integer, or a fraction of the matrix's shorter dimension "
+        "(0 < x < 1). A gradient of lower numerical rank gets only the directions it has",
+    )
     energy: float = Field(
-        0.8, gt=0, le=1, description="share of ||G||_F^2 to keep: 1 - eta_th of the paper"
+        0.8,
+        gt=0,
+        le=1,
+        description="share of the gradient's energy ||G||_F^2 that a basis must keep, which "
+        "determines the rank at each refresh; it is 1 - eta_th of the paper",
     )
     hysteresis: float = Field(
         0.05,
         ge=0,
         lt=1,
-        description="how far the share that a rank keeps may be from `energy` before it changes",
+        description="tolerance around `energy`: at a refresh the rank changes only if the share "
+        "of the energy that it keeps is outside `energy` +/- `hysteresis`, and only as far as "
+        "necessary to get inside. 0 always selects the smallest rank that keeps `energy`",
     )
-    scale: float = Field(0.25, gt=0, description="factor of the low-rank update (GaLore's alpha)")
+    scale: float = Field(
+        0.25, gt=0, description="factor of the update of low-rank matrices (alpha in GaLore)"
+    )
     residual: Literal["matched", "scaled", "none"] = Field(
         "matched",
-        description="the part of the gradient outside the basis: followed, row by row, each "
-        "direction as far as one inside (matched) or in proportion to its gradient (scaled, as in "
-        "Fira), or dropped",
+        description="what to do, row by row, with the part of the gradient outside the basis: "
+        "`matched` moves each direction outside as far as one inside moves on average, `scaled` "
+        "moves in proportion to the gradient (as in Fira), `none` drops this part",
     )
     residual_growth: float = Field(
-        1.01, ge=1, description="largest growth of a `scaled` residual's norm in one step"
+        1.01,
+        ge=1,
+        description="largest factor by which the residual's norm may grow in one step, used with "
+        '`residual="scaled"` only',
     )
     side: Literal["auto", "left", "right"] = Field(
-        "auto", description="the dimension the basis spans; auto: the shorter one"
+        "auto",
+        description="dimension of the matrix that the basis spans: `left` the rows, `right` the "
+        "columns, `auto` the shorter of the two",
     )
     view: Literal["auto", "stack", "flatten"] = Field(
         "auto",
-        description="tensors of 3 and more dimensions: a stack of matrices, or flattened to "
-        "`first x rest`; auto: stack for 3 dimensions, flatten beyond",
+        description="how a tensor of three or more dimensions is treated: `stack` as a stack of "
+        "matrices, `flatten` as one matrix of shape `first x rest`, `auto` as a stack if it has "
+        "three dimensions and flattened if it has more",
     )
 
-    max_gap: int = Field(200, ge=1, description="most steps between two refreshes of a basis")
-    min_gap: int = Field(20, ge=1, description="fewest steps between two refreshes of a basis")
+    max_gap: int = Field(
+        200, ge=1, description="maximum number of steps between two refreshes of a basis"
+    )
+    min_gap: int = Field(
+        20, ge=1, description="minimum number of steps between two refreshes of a basis"
+    )
     first_gap: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="steps until the second basis; the gap doubles from there up to `max_gap`; "
-        "default: `min_gap`",
+        description="number of steps from a matrix's first basis to its second, before refreshes "
+        "are staggered; the gap then doubles at each refresh, up to `max_gap`. If not set, "
+        "`min_gap`",
     )
     decay: float = Field(
         0.5,
         ge=0,
         lt=1,
-        description="refresh early, within `min_gap` steps, once ||P||_F is below this share of "
-        "its value at the refresh; 0: never early",
+        description="threshold of early refreshes: if, at least `min_gap` steps after a refresh, "
+        "||P||_F is below this share of its value at the refresh, the next refresh follows within "
+        "`min_gap` steps. 0 disables early refreshes",
     )
-    oversample: int = Field(8, ge=0, description="extra columns of the sketch")
-    power_passes: int = Field(1, ge=0, description="power iterations of the range finder")
+    oversample: int = Field(
+        8, ge=0, description="columns of the range finder's sketch in addition to the largest rank"
+    )
+    power_passes: int = Field(
+        1, ge=0, description="number of power iterations of the randomized range finder"
+    )
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest",
-        description="of the two products of each step, in torch's words: highest is fp32, high "
-        "TF32 on GPUs, medium bf16 on CPUs that have it; sums and refreshes are always fp32",
+        description="precision of the two matrix products of each step, named as in "
+        "torch.set_float32_matmul_precision: `highest` is fp32, `high` is TF32 on GPUs, `medium` "
+        "is bf16 on CPUs that support it. Sums and refreshes always use fp32",
     )
     transport: Literal["squared", "paper", "ldadam", "none"] = Field(
-        "squared", description="how the second moment follows the basis"
+        "squared",
+        description="how the second moment is carried over to a new basis: `squared` by the "
+        "squared entries of the rotation, `paper` by the absolute value of the rotated moment "
+        "(arXiv 2410.17881), `ldadam` as in arXiv 2410.16103; `none` leaves both moments as they "
+        "are, as in GaLore",
     )
 
     state_budget: Bytes | None = Field(
         None,
-        description='bytes of optimizer state on all processes together (`"2GiB"`, or a number): '
-        "ranks are distributed by energy per byte, so that the sum fits",
+        description="limit on the optimizer state of all processes together, in bytes or as a "
+        'string such as `"2GiB"`: ranks are distributed by energy per byte so that the total '
+        "fits. If not set, there is no limit",
     )
     bucket_size: Bytes = Field(
         2**30,
-        description='bytes of fp32 weights of the matrices that are under way at a time (`"1GiB"`, '
-        "or a number), in two halves that take turns: one computes while the other's messages "
-        "travel. Smaller ones need less memory beside the state, and more collectives",
+        description="limit on the fp32 size of the weights processed at a time, in bytes or as a "
+        'string such as `"1GiB"`. They are split into two lanes that alternate: one computes while '
+        "the messages of the other are in flight. Smaller values need less temporary memory and "
+        "more collectives",
     )
     shard_basis: bool | None = Field(
         None,
-        description="keep each basis once over the processes (default), or whole on every owner",
+        description="whether each basis is sharded over the processes that share the matrix (the "
+        "default) or, if false, stored whole on each of them",
     )
     nonfinite: Literal["error", "skip"] = Field(
-        "error", description="a NaN or infinite gradient: raise, naming it, or skip the step"
+        "error",
+        description="what to do if a gradient is NaN or infinite: `error` raises and names the "
+        "parameter, `skip` skips the step",
     )
     time_limit: float = Field(
         1800.0,
         gt=0,
         le=1e7,
         description="seconds that a process waits for the others in one of the optimizer's "
-        "collectives before it ends with an error",
+        "collectives before it raises an error",
     )
-    seed: int = Field(0, ge=0, description="seed of the sketches")
+    seed: int = Field(0, ge=0, description="seed of the random sketches")
     targets: tuple[str, ...] | None = Field(
-        None, description="module-name patterns of the low-rank matrices; default: linear layers"
+        None,
+        description="glob patterns of the names of modules whose matrices are trained in low rank; "
+        "if not set, all linear layers except output heads",
     )
     exclude: tuple[str, ...] | None = Field(
-        None, description="module-name patterns kept full-rank; default: embeddings and head"
+        None,
+        description="glob patterns of the names of modules that stay full-rank even if `targets` "
+        "matches them; if not set, output heads. Embeddings always stay full-rank",
     )
 
     @model_validator(mode="before")
@@ -207,7 +267,7 @@ class AdaRankGradConfig(BaseModel):
 
     @property
     def gap_to_second(self) -> int:
-        """Steps from the first basis of a matrix to its second, before they are staggered."""
+        """Steps from a matrix's first basis to its second, before refreshes are staggered."""
         return self.min_gap if self.first_gap is None else self.first_gap
 
     def rank_bounds(self, short: int) -> tuple[int, int]:
@@ -217,26 +277,26 @@ class AdaRankGradConfig(BaseModel):
 
 
 def rank_of(rank: int | float, short: int) -> int:
-    """A rank for a matrix whose shorter dimension is `short`, given as a number or a fraction."""
+    """Resolves a rank, given as an integer or a fraction of the shorter dimension `short`."""
     return min(rank, short) if isinstance(rank, int) else max(1, round(rank * short))
 
 
 def in_bytes(number: float) -> str:
-    """A number of bytes for people: ``"0 B"``, ``"1.5 KiB"``, ``"12.3 MiB"``."""
+    """Formats a number of bytes: ``"0 B"``, ``"1.5 KiB"``, ``"12.3 MiB"``."""
     return ByteSize(round(number)).human_readable(separator=" ")
 
 
 def nearest(key: str, valid: Mapping[str, Any] | list[str]) -> str:
-    """`"; did you mean 'max_rank'?"`, or nothing if no valid name is near."""
+    """Returns `"; did you mean 'max_rank'?"`, or an empty string if no valid name is close."""
     close = difflib.get_close_matches(key, list(valid), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def parse_config(settings: Mapping[str, Any], where: str = "AdaRankGrad") -> AdaRankGradConfig:
-    """Validates `settings`; `where` (for instance ``optimizer.params``) leads every message.
+    """Validates `settings`; every message starts with `where`, e.g. ``optimizer.params``.
 
     Raises:
-        ConfigError: one line per fault, each with the key's path and what is needed.
+        ConfigError: one line per error, each with the key's path and what is needed.
     """
     try:
         return AdaRankGradConfig.model_validate(dict(settings))

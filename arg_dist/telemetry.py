@@ -1,4 +1,4 @@
-"""What the optimizer holds and sends, asked of all processes."""
+"""State sizes, ranks and traffic of the optimizer, gathered from all processes."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ ADAMW_BYTES_PER_ELEMENT = 8
 
 @runtime_checkable
 class ReportsItself(Protocol):
-    """An optimizer that knows its own numbers, as :class:`arg_dist.AdaRankGrad` does."""
+    """An optimizer that reports its own figures, as :class:`arg_dist.AdaRankGrad` does."""
 
     def stats(self) -> list[dict[str, Any]]:
-        """Per matrix that this process holds a part of: name, rank, energy and more."""
+        """Name, rank, energy and more of each matrix that this process holds a part of."""
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this process."""
 
     def comm_bytes(self) -> int:
-        """Bytes this process's optimizer has sent so far."""
+        """Bytes sent so far by this process's optimizer."""
 
     def collectives(self) -> int:
-        """Collectives in which this process's optimizer has taken part so far."""
+        """Collectives in which this process's optimizer has participated so far."""
 
     def held_elements(self) -> int:
-        """Parameter elements this process's optimizer is in charge of."""
+        """Parameter elements that this process's optimizer is responsible for."""
 
 
 class Numbers(NamedTuple):
-    """What one process says of its optimizer: as :class:`ReportsItself` does, and AdamW's bytes."""
+    """Figures of one process: those of :class:`ReportsItself`, and AdamW's state bytes."""
 
     stats: list[dict[str, Any]]
     state_bytes: int
@@ -50,11 +50,11 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class OptimizerSample:
-    """The optimizer over all processes at one moment; the lists go by process index.
+    """The optimizer over all processes at one step; lists are indexed by process.
 
     `low_rank_bytes` is the state of the low-rank matrices on all processes together, and
-    `low_rank_adamw_bytes` what AdamW keeps for them. `collectives` are those of the
-    process that has taken part in most.
+    `low_rank_adamw_bytes` what AdamW would keep for them. `collectives` is the maximum over the
+    processes.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
@@ -68,18 +68,18 @@ class OptimizerSample:
 
     @property
     def mean_rank(self) -> float | None:
-        """The mean over the low-rank matrices, if there are any."""
+        """Mean rank of the low-rank matrices; None if there are none."""
         return fmean(self.ranks.values()) if self.ranks else None
 
     @property
     def largest_share(self) -> float | None:
-        """State as a share of AdamW's on the process where that share is largest."""
+        """State as a share of AdamW's, on the process where that share is largest."""
         pairs = zip(self.state_bytes, self.adamw_bytes, strict=True)
         return max((own / adamw for own, adamw in pairs if adamw), default=None)
 
 
 def sample_optimizer(optimizer: Optimizer) -> OptimizerSample:
-    """Asks `optimizer` on all processes; each of them must call this at the same step."""
+    """Gathers the figures of `optimizer`; a collective: all processes call it at the same step."""
     own = _own_numbers(optimizer)
     gathered: list[Any] = [own]
     if dist.is_initialized():
@@ -107,25 +107,25 @@ def _own_numbers(optimizer: Optimizer) -> Numbers:
 
 
 def merge(gathered: Sequence[Numbers]) -> OptimizerSample:
-    """One sample out of what the processes said.
+    """Combines the figures of all processes into one sample.
 
-    A matrix that is cut between processes is told by each of them; its rank and energy are theirs
-    in common, so the first one's word is enough.
+    Each process that holds a part of a matrix reports it. Its rank and energy are the same on all
+    of them, so the first report is used.
     """
     matrices: dict[str, dict[str, Any]] = {}
-    for said in gathered:
-        for matrix in said.stats:
+    for numbers in gathered:
+        for matrix in numbers.stats:
             matrices.setdefault(matrix["name"], matrix)
-    # A matrix without a basis yet (before the first refresh) has no rank to tell.
+    # before its first refresh a matrix has no rank
     known = {name: matrix for name, matrix in sorted(matrices.items()) if matrix["rank"]}
     return OptimizerSample(
         ranks={name: matrix["rank"] for name, matrix in known.items()},
         energy={name: matrix["energy"] for name, matrix in known.items()},
-        state_bytes=[said.state_bytes for said in gathered],
-        adamw_bytes=[said.adamw_bytes for said in gathered],
-        sent_bytes=[said.sent_bytes for said in gathered],
-        collectives=max(said.collectives for said in gathered),
-        low_rank_bytes=sum(part["state_bytes"] for said in gathered for part in said.stats),
+        state_bytes=[numbers.state_bytes for numbers in gathered],
+        adamw_bytes=[numbers.adamw_bytes for numbers in gathered],
+        sent_bytes=[numbers.sent_bytes for numbers in gathered],
+        collectives=max(numbers.collectives for numbers in gathered),
+        low_rank_bytes=sum(part["state_bytes"] for numbers in gathered for part in numbers.stats),
         low_rank_adamw_bytes=ADAMW_BYTES_PER_ELEMENT
         * sum(prod(matrix["shape"]) for matrix in matrices.values()),
     )
