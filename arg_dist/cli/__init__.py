@@ -1,1 +1,1 @@
-"""The command ``arg-dist``: what one does with a checkpoint outside of training."""
+"""The ``arg-dist`` command: exports and inspects checkpoints, and plans runs."""

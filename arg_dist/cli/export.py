@@ -1,4 +1,4 @@
-"""From a checkpoint to a Hugging Face model directory, in one process without the engine."""
+"""Export a checkpoint to a Hugging Face model directory, in one process without the engine."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported.
+    """The result of an export.
 
     Attributes:
-        checkpoint: its folder.
-        step: optimizer steps of the job up to it.
-        architecture: the model's class.
-        parameters: their number.
+        checkpoint: directory of the exported checkpoint.
+        step: optimizer steps the job had taken at the checkpoint.
+        architecture: name of the model class.
+        parameters: number of parameters.
         passed_over: newer checkpoints that are broken, each with the reason.
     """
 
@@ -52,75 +52,76 @@ def export(
     tokenizer: str | None = None,
     architecture: str | None = None,
 ) -> Exported:
-    """Writes the model of a checkpoint for ``from_pretrained``.
+    """Write the model of a checkpoint in the format that ``from_pretrained`` reads.
 
-    The checkpoint is verified first. `out` appears when everything in it is on the disk. Needs
-    memory for the model in `dtype`, and for one of its tensors besides.
+    The checkpoint is verified first. `out` is renamed into place once all files are on disk. Peak
+    memory is the model in `dtype` plus one tensor.
 
     Args:
-        checkpoint: the checkpoint's folder; or a folder of checkpoints, for the newest intact one.
-        out: the new directory; it may exist if it is empty.
-        dtype: of the weights: `float32`, as the checkpoint has them, `bfloat16` or `float16`.
-        tokenizer: a directory with a tokenizer that is to be put beside the model.
-        architecture: the model's class in transformers; None: the one that was trained.
+        checkpoint: a checkpoint directory, or a directory of checkpoints, of which the newest
+            intact one is exported.
+        out: output directory; must be new or empty.
+        dtype: data type of the weights: `float32` (as stored), `bfloat16` or `float16`.
+        tokenizer: directory of a tokenizer to save with the model.
+        architecture: model class in transformers; None for the class that was trained.
 
     Raises:
-        InputError: `out`, `dtype`, `tokenizer` or `architecture` cannot be used, or transformers is
+        InputError: `out`, `dtype`, `tokenizer` or `architecture` is invalid, or transformers is
             not installed.
-        CheckpointError: the checkpoint is broken, or does not hold the model, or `out` cannot be
+        CheckpointError: the checkpoint is broken or does not contain the model, or `out` cannot be
             written.
     """
     out = Path(out).absolute()
     if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+        raise InputError(f"--dtype {dtype}: unknown; choose from {', '.join(DTYPES)}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: exists and is not empty; give a new directory, or remove it")
+        raise InputError(f"{out}: exists and is not empty; choose a new directory, or remove it")
     try:
         import transformers
     except ImportError:
         raise InputError(
-            "transformers is needed to export; pip install 'arg-dist[transformers]'"
+            "export requires transformers; run pip install 'arg-dist[transformers]'"
         ) from None
     transformers.utils.logging.disable_progress_bar()
-    words = None if tokenizer is None else tokenizer_at(tokenizer, "--tokenizer")
+    loaded_tokenizer = None if tokenizer is None else tokenizer_at(tokenizer, "--tokenizer")
     found, index, passed_over = newest_intact(Path(checkpoint))
     model = _skeleton(found, index, architecture).to(DTYPES[dtype])
     with SliceReader(found, index) as reader:
         weights = _weights(found, reader, model, DTYPES[dtype])
-    _write(out, model, weights, words)
+    _write(out, model, weights, loaded_tokenizer)
     name = type(model).__name__
     return Exported(found, index.step, name, model.num_parameters(), passed_over)
 
 
 def _skeleton(checkpoint: Path, index: Index, architecture: str | None) -> PreTrainedModel:
-    """The model without memory for its weights."""
+    """The model on the meta device, without memory for its weights."""
     import transformers
 
     if not index.weights:
         raise CheckpointError(
-            f"{checkpoint}: holds the optimizer's state only; give one that was saved with weights"
+            f"{checkpoint}: contains optimizer state only; use one that was saved with weights"
         )
     values = index.model_config_values
     if values is None:
         raise CheckpointError(
-            f"{checkpoint}: holds no model configuration: it was saved without model=, or the "
-            "model is none of transformers; save with model= to export"
+            f"{checkpoint}: contains no model configuration: it was saved without model=, or the "
+            "model is not a transformers model; save with model= to export"
         )
     name: str = architecture or values["architectures"][0]
     model_class: Any = getattr(transformers, name, None)
     is_class = isinstance(model_class, type)
     if not (is_class and issubclass(model_class, transformers.PreTrainedModel)):
-        told = InputError if architecture else CheckpointError
-        where = f"--architecture {name}" if architecture else f"{checkpoint}: it trained a {name}"
-        raise told(
-            f"{where}: transformers {transformers.__version__} has no such model; name one of its "
-            "classes with --architecture, such as LlamaForCausalLM"
+        error_class = InputError if architecture else CheckpointError
+        where = f"--architecture {name}" if architecture else f"{checkpoint}: trained as {name}"
+        raise error_class(
+            f"{where}: transformers {transformers.__version__} has no such model class; pass one "
+            "with --architecture, such as LlamaForCausalLM"
         )
     try:
         with torch.device("meta"):
             model: PreTrainedModel = model_class(model_class.config_class.from_dict(values))
             return model
-    except Exception as error:  # whatever its authors raise about a configuration
+    except Exception as error:  # model code may raise anything about a configuration
         raise CheckpointError(
             f"{checkpoint}: {name} cannot be built from its configuration: {error}"
         ) from None
@@ -129,7 +130,7 @@ def _skeleton(checkpoint: Path, index: Index, architecture: str | None) -> PreTr
 def _weights(
     checkpoint: Path, reader: SliceReader, model: PreTrainedModel, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The model's parameters and persistent buffers; of tied ones, one."""
+    """The model's parameters and persistent buffers; one entry per set of tied weights."""
     stored = reader.index.weights
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -138,27 +139,27 @@ def _weights(
     kind = type(model).__name__
     strange = sorted(stored.keys() - known)
     if strange:
-        raise CheckpointError(f"{checkpoint}: holds {strange[0]!r}, which {kind} has not")
+        raise CheckpointError(f"{checkpoint}: contains {strange[0]!r}, which {kind} does not have")
     weights = {}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for aliases in names.values():
         held = [name for name in aliases if name in stored]
         if not held:
             raise CheckpointError(
-                f"{checkpoint}: has no {aliases[0]!r}, which {kind} needs; save it with model="
+                f"{checkpoint}: missing {aliases[0]!r}, which {kind} requires; save it with model="
             )
         first = held[0]
         if stored[first].shape != shapes[first]:
             raise CheckpointError(
-                f"{checkpoint}: {first} has the shape {stored[first].shape}, and by the model's "
-                f"configuration {shapes[first]}"
+                f"{checkpoint}: {first} has shape {stored[first].shape}, but the model's "
+                f"configuration implies {shapes[first]}"
             )
         values = whole_weight(reader, first)
         for other in held[1:]:
             if not torch.equal(values, whole_weight(reader, other)):
                 raise CheckpointError(
-                    f"{checkpoint}: {first} and {other} are one weight by the model's "
-                    "configuration, and differ"
+                    f"{checkpoint}: {first} and {other} are tied in the model's configuration, "
+                    "but their values differ"
                 )
         weights[first] = _cast(checkpoint, first, values, dtype)
     return weights
@@ -172,8 +173,8 @@ def _cast(checkpoint: Path, name: str, values: Tensor, dtype: torch.dtype) -> Te
         largest = torch.finfo(dtype).max
         if max(-float(low), float(high)) > largest:
             raise CheckpointError(
-                f"{checkpoint}: {name} has values beyond the largest of float16, {largest:g}; "
-                "export it with --dtype bfloat16"
+                f"{checkpoint}: {name} has values beyond the float16 maximum, {largest:g}; "
+                "export with --dtype bfloat16"
             )
     return values.to(dtype)
 
@@ -182,20 +183,20 @@ def _write(
     out: Path,
     model: PreTrainedModel,
     weights: dict[str, Tensor],
-    words: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Saves into a folder beside `out`, forces everything to the disk, and only then names it."""
+    """Save to a sibling directory of `out`, fsync everything, then rename it to `out`."""
     partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
         partial.mkdir(parents=True)
         model.save_pretrained(partial, state_dict=weights)
-        if words is not None:
-            words.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
         usual = partial.stat().st_mode & 0o666
         for path in partial.rglob("*"):
             if path.is_file():
-                path.chmod(usual)  # safetensors lets nobody else read what it writes
+                path.chmod(usual)  # safetensors creates files readable by the owner only
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         sync_folder(partial)
@@ -204,4 +205,4 @@ def _write(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: cannot be written ({error})") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # not there any more if it has its name
+        shutil.rmtree(partial, ignore_errors=True)  # no-op after a successful rename

@@ -1,4 +1,4 @@
-"""What is in checkpoints, and whether they are as they were written."""
+"""List the contents of checkpoints and verify their integrity."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ TITLES = (
 
 
 def inspect(path: Path, output: TextIO) -> bool:
-    """Verifies checkpoints and writes a table of them, the newest last.
+    """Verify checkpoints and print a table of them, newest last.
 
     Args:
-        path: the folder of one, or a folder of them.
-        output: where to; the reasons why any are broken follow the table, a line each.
+        path: a checkpoint directory, or a directory of checkpoints.
+        output: receives the table, then one line for each broken checkpoint with the reason.
 
     Returns:
         Whether all of them are intact.
 
     Raises:
-        CheckpointError: there is no checkpoint, or its index cannot be read.
+        CheckpointError: no checkpoint was found, or the index of the only one cannot be read.
     """
     faults: list[str] = []
     rows: list[tuple[str, ...]] = [TITLES]
     found = checkpoints_at(path)
     for checkpoint in found:
-        index, fault = _look_at(checkpoint)
+        index, fault = _verify(checkpoint)
         if index is None and found == [path]:
             raise CheckpointError(fault)
         if not checkpoint.exists():
-            continue  # the run that writes here has removed it just now: it keeps the last few
+            continue  # removed meanwhile by the run that writes here, which keeps only the last few
         faults += [] if fault is None else [fault]
         rows.append(_row(checkpoint, index, "intact" if fault is None else "broken"))
     output.writelines(f"{line}\n" for line in _aligned(rows))
@@ -46,8 +46,8 @@ def inspect(path: Path, output: TextIO) -> bool:
     return not faults
 
 
-def _look_at(checkpoint: Path) -> tuple[Index | None, str | None]:
-    """Its index, if it can be read; and what is wrong with it."""
+def _verify(checkpoint: Path) -> tuple[Index | None, str | None]:
+    """The index, or None if it cannot be read; and the fault, or None if there is none."""
     index = None
     try:
         index = read_index(checkpoint)
@@ -75,14 +75,14 @@ def _row(checkpoint: Path, index: Index | None, condition: str) -> tuple[str, ..
         f"{size / 2**20:.1f}",
         condition,
         architecture,
-        str(parameters) if index.weights else "-",  # the optimizer alone was saved
+        str(parameters) if index.weights else "-",  # saved without weights
         str(len(matrices)),
         f"{mean(ranks):.1f}" if ranks else "-",
     )
 
 
 def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Lines of a table: texts to the left, numbers to the right."""
+    """Lines of a table: text left-aligned, numbers right-aligned."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     texts = {TITLES.index(title) for title in ("checkpoint", "state", "model")}

@@ -1,6 +1,6 @@
-"""``arg-dist``: exports and inspects checkpoints, and plans runs.
+"""``arg-dist``: export and inspect checkpoints, plan runs.
 
-What one subcommand alone needs (transformers, rich, numpy) is imported when it runs.
+Dependencies of a single subcommand (transformers, rich, numpy) are imported when it runs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from arg_dist.config import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
-        arguments: those of the process if None.
+        arguments: command-line arguments; None for those of the process.
 
     Returns:
-        The exit code: 0, 1 if a checkpoint is broken or cannot be exported, 2 if the command line
-        cannot be used. A wrong option ends the process with 2.
+        The exit code: 0 on success, 1 if a checkpoint is broken or cannot be exported, 2 if the
+        command line is invalid. An unknown or malformed option exits the process with 2.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -61,24 +61,35 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="arg-dist", description="Plans and checkpoints of AdaRankGrad.")
+    parser = OneLineParser(
+        prog="arg-dist", description="Plan AdaRankGrad runs; export and inspect their checkpoints."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="export|inspect|plan")
     out = commands.add_parser(
-        "export", help="write a Hugging Face model directory, for from_pretrained"
+        "export", help="write a Hugging Face model directory for from_pretrained"
     )
-    either = "a checkpoint's folder, or a folder of checkpoints"
-    out.add_argument("checkpoint", type=Path, help=f"{either}: the newest intact one")
-    out.add_argument("out", type=Path, help="the new directory")
-    out.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights")
-    out.add_argument("--tokenizer", metavar="DIR", help="a tokenizer to be put beside the model")
+    either = "a checkpoint directory, or a directory of checkpoints"
+    out.add_argument("checkpoint", type=Path, help=f"{either} (exports the newest intact one)")
+    out.add_argument("out", type=Path, help="output directory; must be new or empty")
     out.add_argument(
-        "--architecture", metavar="CLASS", help="of transformers; default: the one that was trained"
+        "--dtype",
+        choices=list(DTYPES),
+        default="float32",
+        help="data type of the weights (default: float32)",
+    )
+    out.add_argument("--tokenizer", metavar="DIR", help="tokenizer to save with the model")
+    out.add_argument(
+        "--architecture",
+        metavar="CLASS",
+        help="model class in transformers (default: the class that was trained)",
     )
     out.set_defaults(run=_export)
     look = commands.add_parser("inspect", help="verify checkpoints and list their contents")
-    look.add_argument("path", type=Path, help=f"{either}: all of them")
+    look.add_argument("path", type=Path, help=f"{either} (lists all of them)")
     look.set_defaults(run=_inspect)
-    plans = commands.add_parser("plan", help="memory and bytes sent of a run, before it starts")
+    plans = commands.add_parser(
+        "plan", help="estimate the memory and communication of a run before starting it"
+    )
     plan.add_options(plans)
     plans.set_defaults(run=plan.run)
     return parser

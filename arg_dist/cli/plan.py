@@ -1,4 +1,4 @@
-"""``arg-dist plan``: what a run would take, before it."""
+"""``arg-dist plan``: estimate the memory and communication of a run before starting it."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from arg_dist.planning.llama import LLAMA_SIZES
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``arg-dist plan``."""
+    """Add the options of ``arg-dist plan`` to `parser`."""
     add = parser.add_argument
     add("--model", required=True, metavar="NAME|PATH",
-        help=f"{'|'.join(LLAMA_SIZES)}, or a Hugging Face directory or config.json")  # fmt: skip
+        help=f"{'|'.join(LLAMA_SIZES)}, or the path of a Hugging Face directory or "
+        "config.json")  # fmt: skip
     add("--engine", required=True, metavar="ENGINE", help="|".join(ENGINES))
-    add("--world-size", type=at_least(1), default=1, metavar="N", help="processes (default: 1)")
-    add("--rank", type=_rank, metavar="RANK", help="max_rank: a number, or a fraction of the "
-        "shorter side (default: the optimizer's)")  # fmt: skip
+    add("--world-size", type=at_least(1), default=1, metavar="N",
+        help="number of processes (default: 1)")  # fmt: skip
+    add("--rank", type=_rank, metavar="RANK", help="max_rank: an integer, or a fraction of the "
+        "shorter dimension (default: the optimizer's)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="an optimizer setting, e.g. --set state_budget=2GiB; may be repeated")  # fmt: skip
     add("--dtype", choices=list(DTYPES), default="fp32",
-        help="of the weights that the model computes with (default: fp32)")  # fmt: skip
+        help="data type of the weights used in forward and backward (default: fp32)")  # fmt: skip
     add("--vocab-size", type=at_least(1), metavar="N",
-        help=f"tokens of a model by name (default: {VOCABULARY})")  # fmt: skip
+        help=f"vocabulary size of a named model (default: {VOCABULARY})")  # fmt: skip
     add("--reduce-bucket-size", type=at_least(1), default=BUCKET, metavar="ELEMENTS",
-        help="of DeepSpeed's JSON (default: its own, 500000000)")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write all figures there, too")
+        help="reduce_bucket_size in DeepSpeed's JSON (default: 500000000, as in "
+        "DeepSpeed)")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="also write all figures to this file")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the plan, and writes it where ``--json`` says; returns the exit code.
+    """Print the plan, write it to ``--json`` if given, and return the exit code.
 
     Raises:
-        InputError: the file cannot be written, or ``--rank`` is given twice.
-        ConfigError: the model, the engine or a setting cannot be used.
+        InputError: the file cannot be written, or both ``--rank`` and ``--set max_rank`` are given.
+        ConfigError: the model, the engine or a setting is invalid.
     """
     from rich.console import Console
 
@@ -68,13 +71,13 @@ def _settings(options: argparse.Namespace) -> AdaRankGradConfig:
     settings: dict[str, Any] = parse_overrides(options.overrides)
     if options.rank is not None:
         if "max_rank" in settings:
-            raise InputError("--rank: given, and --set max_rank too; leave one out")
+            raise InputError("--rank: conflicts with --set max_rank; leave one out")
         settings["max_rank"] = options.rank
     return parse_config(settings, "--set")
 
 
 def _rank(text: str) -> int | float:
-    """An argparse type: a whole number from 1 on, or a fraction."""
+    """An argparse type: an integer of at least 1, or a fraction."""
     try:
         rank = json.loads(text)
         if type(rank) in (int, float) and (rank >= 1 if type(rank) is int else 0 < rank < 1):
@@ -82,5 +85,5 @@ def _rank(text: str) -> int | float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(
-        f"a whole number of at least 1, or a fraction between 0 and 1, is needed, got {text!r}"
+        f"expected an integer of at least 1, or a fraction between 0 and 1, got {text!r}"
     )

@@ -1,1 +1,1 @@
-"""What a run would take, by arithmetic: memory and bytes sent, before anything is started."""
+"""Estimates the memory and communication of a run by arithmetic, before anything is started."""

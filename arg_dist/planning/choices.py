@@ -1,4 +1,4 @@
-"""What a plan may be asked for; nothing here needs more than Python."""
+"""Values that the options of a plan accept; depends on nothing but the standard library."""
 
 ENGINES: dict[str, str] = {
     "none": "one process",
@@ -9,10 +9,10 @@ ENGINES: dict[str, str] = {
     "zero3": "ZeRO-3",
     "fsdp2": "FSDP2",
 }
-"""Engines by the name that an option takes, and what they are called."""
+"""Display names of engines, by the value of ``--engine``."""
 DTYPES = {"fp32": 4, "bf16": 2}
-"""Bytes of a weight that the model computes with."""
+"""Bytes per element of the weights used in forward and backward."""
 BUCKET = 500_000_000
-"""Elements of DeepSpeed's `reduce_bucket_size` unless its JSON has another."""
+"""DeepSpeed's default for `reduce_bucket_size`, in elements."""
 VOCABULARY = 32000
-"""Tokens of a model by name, as in the papers that the sizes are from."""
+"""Vocabulary size of a named model, as in the papers that define the sizes."""

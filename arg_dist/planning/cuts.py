@@ -1,6 +1,6 @@
-"""Which elements of which parameter each process would hold: the engines' rules, on paper.
+"""The sharding rules of the engines: which elements of each parameter each process would hold.
 
-The adapters in :mod:`arg_dist.engines` find the same in running engines.
+The adapters in :mod:`arg_dist.engines` read the same layout from running engines.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from arg_dist.sharding.layout import Ranges
 
 EngineName = Literal["none", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
 REPLICATED = ("none", "ddp", "zero0")
-"""Every process holds all parameters; AdaRankGrad shares its work and its state out."""
+"""Engines that replicate all parameters; AdaRankGrad still shards its work and its state."""
 SUB_GROUP = 10**9
-"""Elements of a process after which stage 3 closes a sub-group (`sub_group_size`)."""
+"""Elements per process after which ZeRO-3 closes a sub-group (`sub_group_size`)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A parameter over the processes that hold a part of it.
+    """The shards of one parameter.
 
     Attributes:
-        parameter: which one.
-        owners: the processes, by their indexes in the job.
-        ranges: the elements of each owner; all of them for everyone where it is replicated.
+        parameter: the parameter.
+        owners: process indexes of those that hold a shard.
+        ranges: element range of each owner; the whole parameter where it is replicated.
     """
 
     parameter: Parameter
@@ -43,12 +43,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model under an engine.
+    """The layout of a model under an engine.
 
     Attributes:
         engine: one of :data:`ENGINES`.
-        processes: how many there are.
-        calls: the parameters of each call of the optimizer's ``step()``, in their order.
+        processes: number of processes.
+        calls: parameters of each call to the optimizer's ``step()``, in order.
     """
 
     engine: str
@@ -62,12 +62,12 @@ class Layout:
 
     @property
     def part(self) -> int:
-        """Elements of a process's part of the flat tensor, with padding, at stages 1 and 2."""
+        """Elements of a process's partition of the flat tensor, with padding (ZeRO-1 and -2)."""
         total = sum(p.numel for call in self.calls for p in call)
         return -(-total // (2 * self.processes)) * 2
 
     def pieces(self, call: Sequence[Parameter]) -> Iterator[Piece]:
-        """Who holds which elements of the parameters of a call."""
+        """The shards of each parameter of a call."""
         offset = 0
         for parameter in call:
             if self.engine in ("zero1", "zero2"):
@@ -82,7 +82,7 @@ class Layout:
                 yield Piece(parameter, np.arange(len(ranges)), ranges)
 
     def chunk(self, parameter: Parameter) -> int:
-        """Elements that each process gets at most where every parameter is cut by itself."""
+        """Largest number of elements per process where each parameter is sharded on its own."""
         if self.engine == "fsdp2":
             rows = parameter.shape[0] if parameter.shape else 1
             return -(-rows // self.processes) * (parameter.numel // rows)
@@ -90,20 +90,20 @@ class Layout:
 
 
 def lay_out(model: Model, engine: str, processes: int) -> Layout:
-    """The layout of `model` over `processes` by an engine as its users mostly start it.
+    """Lay out `model` over `processes` by an engine in its usual setup.
 
-    Under DeepSpeed the optimizer is named in the JSON, so that the parameters are one group in the
-    model's order; elsewhere they are grouped by :func:`arg_dist.param_groups`.
+    Under DeepSpeed the optimizer is assumed to be named in the JSON, so the parameters form one
+    group in the model's order; elsewhere they are grouped by :func:`arg_dist.param_groups`.
 
     Raises:
-        ConfigError: an engine that is not known, or several processes without one.
+        ConfigError: the engine is unknown, or is ``none`` with several processes.
     """
     if engine not in ENGINES:
-        raise ConfigError(f"--engine {engine}: one of {', '.join(ENGINES)} is needed")
+        raise ConfigError(f"--engine {engine}: unknown; choose from {', '.join(ENGINES)}")
     if engine == "none" and processes != 1:
         raise ConfigError(
-            f"--world-size {processes}: --engine none is one process on its own; choose one of "
-            f"{', '.join(name for name in ENGINES if name != 'none')}, or leave it out"
+            f"--world-size {processes}: --engine none runs a single process; choose one of "
+            f"{', '.join(name for name in ENGINES if name != 'none')}, or leave --world-size out"
         )
     order = model.parameters if engine.startswith("zero") else model.by_group
     layout = Layout(engine, processes, (order,))
@@ -125,7 +125,7 @@ def _sub_groups(layout: Layout) -> Iterator[tuple[Parameter, ...]]:
 
 
 def _flat_piece(parameter: Parameter, offset: int, part: int) -> Piece:
-    """The pieces of a parameter that lies at `offset` of a flat tensor, cut into equal parts."""
+    """The shards of a parameter at `offset` in a flat tensor partitioned into equal parts."""
     end = offset + parameter.numel
     owners = range(offset // part, math.ceil(end / part))
     ranges = tuple(

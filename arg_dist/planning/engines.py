@@ -1,6 +1,6 @@
-"""What an engine itself keeps and sends, whatever the optimizer: DeepSpeed 0.19, torch 2.13.
+"""Memory and traffic of the engine itself, without the optimizer: DeepSpeed 0.19, torch 2.13.
 
-Sent bytes are estimates: as if all collectives went around a ring.
+Sent bytes are estimates that assume ring collectives.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ FP32 = 4
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """Bytes that each process keeps for the engine, at the moment of the optimizer's step.
+    """Bytes that the engine holds on each process at the time of the optimizer step.
 
     Attributes:
-        weights: those that the model computes with.
-        masters: the engine's own fp32 weights beside them.
-        gradients: all of them, the engine's fp32 copies included.
-        buffers: kept over the whole run, empty or full.
-        trained: elements that the optimizer is given, with padding.
-        trained_bytes: bytes of such an element.
+        weights: weights used in forward and backward.
+        masters: the engine's fp32 master weights.
+        gradients: all gradients, including the engine's fp32 copies.
+        buffers: buffers allocated for the whole run, empty or full.
+        trained: elements that the optimizer receives, with padding.
+        trained_bytes: bytes per element the optimizer receives.
     """
 
     weights: Counts
@@ -38,11 +38,11 @@ class Held:
 
 
 def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
-    """What each process keeps under an engine.
+    """The memory that an engine holds on each process.
 
     Args:
-        layout: the model under its engine.
-        dtype: one of :data:`DTYPES`, of the weights that the model computes with.
+        layout: the model's layout under the engine.
+        dtype: data type of the weights used in forward and backward, one of :data:`DTYPES`.
         bucket: DeepSpeed's `reduce_bucket_size`.
     """
     size, processes = DTYPES[dtype], layout.processes
@@ -57,7 +57,7 @@ def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
         return Held(
             alike(size * whole),
             alike(FP32 * part),
-            alike(FP32 * part),  # the flat fp32 copy; the ones before it are gone by then
+            alike(FP32 * part),  # the flat fp32 copy; the original gradients are freed by then
             nothing,
             alike(part),
             FP32,
@@ -68,7 +68,7 @@ def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
         return Held(
             alike(size * part),
             alike(FP32 * part),
-            alike(size * part + FP32 * max(calls)),  # of the sub-group that is stepped
+            alike(size * part + FP32 * max(calls)),  # fp32 copy of the sub-group being stepped
             alike(size * bucket),
             alike(part),
             FP32,
@@ -92,17 +92,17 @@ def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
 
 
 def engine_sent(layout: Layout, dtype: str) -> Counts:
-    """Bytes of weights and gradients that each process sends in a step of one micro-batch."""
+    """Bytes of weights and gradients that each process sends per step of one micro-batch."""
     processes = layout.processes
     size = DTYPES[dtype] * sum(parameter.numel for call in layout.calls for parameter in call)
     once = size * (processes - 1) / processes  # a reduce-scatter, or an all-gather
     times = {
         "none": 0,
-        "ddp": 2,  # an all-reduce of gradients
+        "ddp": 2,  # all-reduce of gradients
         "zero0": 2,
-        "zero1": 3,  # the same, and the weights
+        "zero1": 3,  # all-reduce of gradients, all-gather of weights
         "zero2": 3,
-        "zero3": 3,  # weights for the forward and for the backward pass; gradients
+        "zero3": 3,  # all-gather of weights in forward and backward, reduce-scatter of gradients
         "fsdp2": 3,
     }
     return np.full(processes, round(times[layout.engine] * once), np.int64)

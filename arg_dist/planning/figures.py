@@ -1,4 +1,4 @@
-"""All figures of a plan, for AdaRankGrad and for those that it is held against."""
+"""All figures of a plan, for AdaRankGrad and the optimizers it is compared with."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ KEPT = (
     "projectors",
     "full_rank_state",
 )
-"""What lies in memory at every step, one key each."""
+"""Keys of what is held in memory at every step."""
 AGREED = 2 * FP64
-"""Bytes of the agreement before a step for each matrix or tensor."""
+"""Bytes per matrix or tensor in the agreement before a step."""
 
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """What training by one optimizer takes; bytes, for each process.
+    """Memory and traffic of training with one optimizer, in bytes per process.
 
     Attributes:
-        kept: by the keys of :data:`KEPT`.
-        step_temporaries: beyond that, in a step without a refresh.
-        refresh_temporaries: in a step in which all matrices find a basis, as in the first one.
-        engine_sent: by the engine, in a step.
-        step_sent: by the optimizer, in a step without a refresh.
-        refresh_sent: by the optimizer, in the first step.
-        step_collectives: of the optimizer, in a step without a refresh.
-        refresh_collectives: of the optimizer, in the first step.
+        kept: memory held at every step, by the keys of :data:`KEPT`.
+        step_temporaries: temporaries in a step without a refresh, in addition to `kept`.
+        refresh_temporaries: temporaries in a step that refreshes all matrices, as the first does.
+        engine_sent: bytes the engine sends per step.
+        step_sent: bytes the optimizer sends in a step without a refresh.
+        refresh_sent: bytes the optimizer sends in the first step.
+        step_collectives: collectives of the optimizer in a step without a refresh.
+        refresh_collectives: collectives of the optimizer in the first step.
     """
 
     kept: Mapping[str, Counts]
@@ -73,7 +73,7 @@ class Figures:
 
     @property
     def peak(self) -> Counts:
-        """All that is kept, and the temporaries of the worst step."""
+        """Everything kept, plus the larger of the two temporaries."""
         return self._sum(*KEPT) + np.maximum(self.step_temporaries, self.refresh_temporaries)
 
     def arrays(self) -> dict[str, Counts]:
@@ -90,7 +90,7 @@ class Figures:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Every figure on the fullest process, on the median one, and over all."""
+        """Every figure as the maximum and median over processes, and the total."""
         return {
             **{
                 key: {"largest": int(a.max()), "median": int(np.median(a)), "total": int(a.sum())}
@@ -107,17 +107,17 @@ class Figures:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on paper.
+    """The plan of a run.
 
     Attributes:
-        model: what is trained.
+        model: the model to train.
         engine: one of ``ENGINES``.
-        processes: how many.
-        dtype: of the weights that the model computes with.
-        settings: AdaRankGrad's.
-        ranks: that are counted, by the matrices' names.
-        figures: by the optimizers' names; GaLore's are those of one process where it does not run.
-        galore_runs: whether it runs under the engine.
+        processes: number of processes.
+        dtype: data type of the weights used in forward and backward.
+        settings: AdaRankGrad's settings.
+        ranks: rank assumed for each matrix, by name.
+        figures: figures by optimizer; GaLore's are for one process where the engine rules it out.
+        galore_runs: whether GaLore runs under the engine.
     """
 
     model: Model
@@ -130,7 +130,7 @@ class Plan:
     galore_runs: bool = True
 
     def as_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole plan as JSON."""
         return {
             "model": self.model.name,
             "parameters": self.model.elements,
@@ -153,18 +153,18 @@ def make_plan(
     dtype: str = "fp32",
     reduce_bucket: int = BUCKET,
 ) -> Plan:
-    """Reckons what a run would take.
+    """Compute the memory and traffic of a run.
 
     Args:
-        model: what is trained.
-        settings: AdaRankGrad's.
+        model: the model to train.
+        settings: AdaRankGrad's settings.
         engine: one of ``ENGINES``.
-        processes: how many.
-        dtype: of the weights that the model computes with, one of ``DTYPES``.
+        processes: number of processes.
+        dtype: data type of the weights used in forward and backward, one of ``DTYPES``.
         reduce_bucket: DeepSpeed's `reduce_bucket_size`, in elements.
 
     Raises:
-        ConfigError: the engine is not known, or is none for several processes.
+        ConfigError: the engine is unknown, or is ``none`` with several processes.
         ConfigError: `state_budget` is too small.
     """
     layout = lay_out(model, engine, processes)
@@ -234,15 +234,19 @@ def _ours(
 
 
 def _agreeing(cut: list[list[Unit]], processes: int) -> int:
-    """Bytes that each process sends before a step: norms, and two numbers and rounds of itself."""
-    told = FP64 * (2 + len(cut))
-    return (processes - 1) * (AGREED * sum(map(len, cut)) + told)
+    """Bytes that each process sends in the agreement before a step.
+
+    These are the norms of every matrix and tensor, and for the process itself two numbers and the
+    rounds of each lane.
+    """
+    own = FP64 * (2 + len(cut))
+    return (processes - 1) * (AGREED * sum(map(len, cut)) + own)
 
 
 def _collectives(
     cut: list[list[Unit]], settings: AdaRankGradConfig, processes: int
 ) -> tuple[int, int]:
-    """Of one call of ``step()``, without a refresh and with one of all matrices."""
+    """Collectives of one call to ``step()``: without a refresh, and refreshing all matrices."""
     if processes == 1:
         return 0, 0
     steady, refreshing = 1, 1

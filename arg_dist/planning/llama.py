@@ -1,4 +1,4 @@
-"""Llama models by name, in the sizes of the GaLore and Llama papers; or any model from a path."""
+"""Llama models by name, in the sizes of the GaLore and Llama papers, or any model from a path."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LlamaSize:
-    """Dimensions of a Llama without its vocabulary."""
+    """Dimensions of a Llama model, except its vocabulary size."""
 
     hidden: int
     intermediate: int
@@ -28,7 +28,7 @@ class LlamaSize:
 
     @property
     def key_value_width(self) -> int:
-        """Rows of the matrices of keys and values; fewer than `hidden` where heads share them."""
+        """Rows of the key and value projections; fewer than `hidden` with grouped-query heads."""
         return self.hidden // self.heads * (self.key_value_heads or self.heads)
 
 
@@ -49,8 +49,8 @@ def model_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig
     """The configuration of a size in :data:`LLAMA_SIZES`, or the one at a path.
 
     Raises:
-        ConfigError: neither; or the model at the path has fewer tokens than `vocab_size`, or
-            fewer positions than `length`.
+        ConfigError: `name` is neither, or the model at the path has a vocabulary smaller than
+            `vocab_size` or fewer positions than `length`.
     """
     from transformers import LlamaConfig
 
@@ -74,22 +74,22 @@ def model_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig
     text = config.get_text_config()
     if text.vocab_size < vocab_size:
         raise ConfigError(
-            f"--model {name} knows {text.vocab_size} tokens and the tokenizer has {vocab_size}: "
-            "give the model's own with --tokenizer"
+            f"--model {name}: has {text.vocab_size} tokens, but the tokenizer has {vocab_size}; "
+            "pass the model's own with --tokenizer"
         )
     check_positions(name, config, length, "--seq-len")
     return config
 
 
 def skeleton(size: LlamaSize, vocab_size: int) -> nn.Module:
-    """The parameters of transformers' Llama, under its names and in its order, without weights.
+    """The parameters of transformers' Llama, with the same names and order, without weights.
 
     Args:
         size: dimensions of the model.
-        vocab_size: tokens.
+        vocab_size: size of the vocabulary.
 
     Returns:
-        Modules on the ``meta`` device that cannot compute; a plan needs no transformers for them.
+        Modules on the ``meta`` device that have no forward; they need no transformers.
     """
     with torch.device("meta"):
         model = nn.ModuleDict(

@@ -1,4 +1,4 @@
-"""A model's parameters by name and shape, without a weight: built on the ``meta`` device."""
+"""A model's parameters by name and shape, built on the ``meta`` device without weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Parameter:
     """One trained parameter.
 
     Attributes:
-        name: as the model has it.
+        name: name in the model.
         shape: its shape.
-        views: the low-rank matrices in it; none where it is left to full-rank Adam.
+        views: the low-rank matrices in it; empty if full-rank Adam trains it.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Model:
-    """What a plan must know of a model.
+    """The description of a model that a plan is computed from.
 
     Attributes:
-        name: as it was asked for.
-        parameters: in the model's order.
-        by_group: the same in the order of :func:`arg_dist.param_groups`.
+        name: name or path as given by the user.
+        parameters: parameters in the model's order.
+        by_group: the same parameters in the order of :func:`arg_dist.param_groups`.
     """
 
     name: str
@@ -63,16 +63,16 @@ class Model:
 
 
 def load_model(name: str, settings: AdaRankGradConfig, *, vocab_size: int | None = None) -> Model:
-    """The parameters of a size in ``LLAMA_SIZES``, or of the configuration at a path.
+    """Load the parameters of a size in ``LLAMA_SIZES``, or of the configuration at a path.
 
     Args:
         name: a size, a Hugging Face directory, or its ``config.json``; no weights are read.
-        settings: the optimizer's, which say what is low-rank.
-        vocab_size: tokens of a size by name; default: :data:`VOCABULARY`.
+        settings: the optimizer's settings, which decide what is low-rank.
+        vocab_size: vocabulary of a named size; default: :data:`VOCABULARY`.
 
     Raises:
-        ConfigError: there is no such model, or it is no language model of transformers.
-        ConfigError: `targets` or `exclude` have a pattern that matches nothing.
+        ConfigError: the model was not found, or is not a causal language model of transformers.
+        ConfigError: `targets` or `exclude` has a pattern that matches nothing.
     """
     model = _built(name, vocab_size)
     groups = param_groups(model, targets=settings.targets, exclude=settings.exclude)
@@ -86,13 +86,13 @@ def load_model(name: str, settings: AdaRankGradConfig, *, vocab_size: int | None
 
 
 def _built(name: str, vocab_size: int | None) -> nn.Module:
-    """The model on the ``meta`` device; transformers is needed for a path alone."""
+    """The model on the ``meta`` device; only a path requires transformers."""
     if size := LLAMA_SIZES.get(name):
         return skeleton(size, vocab_size or VOCABULARY)
     if vocab_size is not None:
         raise ConfigError(
-            f"--vocab-size {vocab_size}: given, and --model {name} has a vocabulary of its own; "
-            f"it is for {', '.join(LLAMA_SIZES)}"
+            f"--vocab-size {vocab_size}: --model {name} has a vocabulary of its own; use it only "
+            f"with {', '.join(LLAMA_SIZES)}"
         )
     config = model_config(name, vocab_size=0, length=1)
     from transformers import AutoModelForCausalLM
@@ -109,7 +109,7 @@ def describe(
     settings: AdaRankGradConfig,
     low_rank: Mapping[str, bool] | None = None,
 ) -> tuple[Parameter, ...]:
-    """Parameters of the given shapes, by name; where `low_rank` says no, they are Adam's."""
+    """Parameters of the given shapes, by name; those with `low_rank` False are left to Adam."""
     return tuple(
         Parameter(name, shape, views_of(name, shape, settings, (low_rank or {}).get(name, True)))
         for name, shape in shapes.items()
@@ -119,7 +119,7 @@ def describe(
 def views_of(
     name: str, shape: tuple[int, ...], settings: AdaRankGradConfig, low_rank: bool
 ) -> tuple[MatrixView, ...]:
-    """The low-rank matrices in a parameter, none where it is left to Adam."""
+    """The low-rank matrices in a parameter; empty if Adam trains it."""
     return tuple(trained_views(name, shape, settings)) if low_rank else ()
 
 

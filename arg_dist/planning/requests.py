@@ -1,4 +1,4 @@
-"""What a matrix asks of other processes in a step, in the order of :mod:`arg_dist.algorithm`."""
+"""Data that a matrix requests from other processes, in the order of :mod:`arg_dist.algorithm`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from arg_dist.planning.rows import Counts, Spans, sent
 from arg_dist.subspace.spread import Spread
 
 FP32, FP64 = 4, 8
-"""Bytes of a number."""
+"""Bytes per number."""
 
 
 class Request(NamedTuple):
-    """Rows that processes have and want, the bytes of a row of each tensor that is sent, and
-    whether partial results are added up; else rows are gathered.
+    """Rows that processes have and want, and the bytes per row of each tensor sent.
+
+    Partial results are summed if `adds`; otherwise rows are gathered.
     """
 
     have: Spans
@@ -29,10 +30,10 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """A spread as arrays; the rows at home are for one process, the whole ones for all owners.
+    """The row intervals of a spread as arrays over the matrix's owners.
 
     Attributes:
-        spread: as :func:`arg_dist.sharding.layout.matrix_spread` makes it, of owners alone.
+        spread: from :func:`arg_dist.sharding.layout.matrix_spread`, restricted to owners.
     """
 
     spread: Spread
@@ -57,29 +58,29 @@ class Sides:
 
     @property
     def processes(self) -> int:
-        """Owners."""
+        """Number of owners."""
         return self.spread.processes
 
     def whole(self, size: int) -> Spans:
-        """All rows for everyone."""
+        """All rows on every owner."""
         return Spans.whole(self.processes, size)
 
     def at(self, home: int, size: int) -> Spans:
-        """All rows at the process called `home`."""
+        """All rows on the process `home`."""
         return Spans.at(home, self.processes, size)
 
     def relay(self, home: int, size: int) -> Spans:
-        """Who passes on which rows on their way to or from the process called `home`."""
+        """The rows that each owner relays to or from the process `home`."""
         if self.spread.is_relayed:
             return Spans.evenly(self.processes, size)
         return self.at(home, size)
 
 
 def projection(sides: Sides, settings: AdaRankGradConfig, rank: int) -> Iterator[Request]:
-    """Of a step, once the basis is there: P, the residual's norm, N."""
+    """Requests of a step once the basis is available: P, the residual's norm, N."""
     followed = settings.residual != "none"
-    beside = (FP32,) if followed else ()  # one number for each row
-    columns = (FP32 * rank, *beside)
+    norms = (FP32,) if followed else ()  # one number per row
+    columns = (FP32 * rank, *norms)
     yield Request(sides.moment_touch, sides.moment_keep, columns, adds=True)
     if settings.residual == "scaled":
         yield Request(sides.whole(1), sides.whole(1), (FP64,), adds=True)
@@ -87,19 +88,19 @@ def projection(sides: Sides, settings: AdaRankGradConfig, rank: int) -> Iterator
 
 
 def steady(sides: Sides, settings: AdaRankGradConfig, rank: int) -> Iterator[Request]:
-    """Of a step without a refresh, on a basis of `rank` directions."""
+    """Requests of a step without a refresh, with a basis of `rank` columns."""
     yield Request(sides.store, sides.basis_touch, (FP32 * rank,))
     yield from projection(sides, settings, rank)
 
 
 def first(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> Iterator[Request]:
-    """Of the first step, which finds a basis of `rank` directions for moments that are zero.
+    """Requests of the first step, which refreshes the basis to `rank` columns; moments are zero.
 
     Args:
-        sides: how the matrix lies.
+        sides: how the matrix is sharded.
         settings: its settings.
-        rank: of the basis that is found.
-        home: its home process, counted among the owners.
+        rank: rank of the new basis.
+        home: its home process, as an index into the owners.
     """
     width, size = sketch_width(sides.spread, settings), sides.spread.basis.size
     columns, squares = (FP32 * width,), (FP64 * width,)
@@ -128,13 +129,13 @@ def first(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> It
 
 
 def sketch_width(spread: Spread, settings: AdaRankGradConfig) -> int:
-    """Columns of the sketch of a matrix."""
+    """Number of columns in the sketch of a matrix."""
     short = min(spread.basis.size, spread.moment.size)
     return min(settings.rank_bounds(short)[1] + settings.oversample, short)
 
 
 class Moved(NamedTuple):
-    """Bytes that each owner sends to others in a round, gets from them, and makes of it."""
+    """Bytes per owner in a round: sent to others, received from them, and the resulting tensors."""
 
     sent: Counts
     received: Counts
@@ -142,11 +143,11 @@ class Moved(NamedTuple):
 
 
 Rounds = list[Moved | None]
-"""What each request of a matrix moves; None: it would move nothing, and takes no round."""
+"""What each request of a matrix transfers; None: nothing, so it takes no round."""
 
 
 def rounds_of(requests: Iterable[Request]) -> Rounds:
-    """What the requests of a matrix move."""
+    """What the requests of a matrix transfer."""
     rounds: Rounds = []
     for have, want, row_bytes, adds in requests:
         if want.are_within(have) and not (adds and sent(have, want, 1).any()):
@@ -160,5 +161,5 @@ def rounds_of(requests: Iterable[Request]) -> Rounds:
 
 
 def taken(rounds: Rounds) -> list[Moved]:
-    """The rounds that are taken."""
+    """The rounds in which something is transferred."""
     return [moved for moved in rounds if moved is not None]

@@ -1,6 +1,6 @@
-"""Rows of a tall matrix over thousands of processes, as arrays, and what exchanges of them send.
+"""Row intervals of a tall matrix over thousands of processes, as arrays, and their exchange volume.
 
-The counterpart of :mod:`arg_dist.subspace.exchange` on paper: a process sends what
+The planning counterpart of :mod:`arg_dist.subspace.exchange`: a process sends what
 :class:`arg_dist.sharding.communicator.Communicator` would pack for the others.
 """
 
@@ -15,16 +15,16 @@ from arg_dist.sharding.messages import ALIGNMENT
 from arg_dist.subspace.exchange import Rows
 
 Counts = npt.NDArray[np.int64]
-"""One whole number for each process."""
+"""One integer per process."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """Half-open intervals of rows, one for each process; where both ends are equal there are none.
+    """Half-open intervals of rows, one per process; empty where both ends are equal.
 
     Attributes:
         low: first row of each process.
-        high: one past its last row.
+        high: one past the last row of each process.
     """
 
     low: Counts
@@ -38,19 +38,19 @@ class Spans:
 
     @staticmethod
     def whole(processes: int, size: int) -> Spans:
-        """All rows for everyone."""
+        """All rows on every process."""
         return Spans(np.zeros(processes, np.int64), np.full(processes, size, np.int64))
 
     @staticmethod
     def at(process: int, processes: int, size: int) -> Spans:
-        """All rows for one process, none for the others."""
+        """All rows on one process, none on the others."""
         high = np.zeros(processes, np.int64)
         high[process] = size
         return Spans(np.zeros(processes, np.int64), high)
 
     @staticmethod
     def evenly(processes: int, size: int) -> Spans:
-        """The rows cut as :func:`arg_dist.subspace.exchange.even_rows` cuts them."""
+        """Rows split evenly, as by :func:`arg_dist.subspace.exchange.even_rows`."""
         cuts = size * np.arange(processes + 1, dtype=np.int64) // processes
         return Spans(cuts[:-1], cuts[1:])
 
@@ -60,20 +60,21 @@ class Spans:
         return counts
 
     def are_within(self, others: Spans) -> bool:
-        """Whether every process's rows are among those that it has in `others`."""
+        """Whether every process's rows are a subset of its rows in `others`."""
         inside = (others.low <= self.low) & (self.high <= others.high)
         return bool(np.all(inside | (self.low >= self.high)))
 
 
 def sent(have: Spans, want: Spans, row_bytes: int) -> Counts:
-    """Bytes that each process sends to others: its rows of `have` that they `want`, padded.
+    """Padded bytes that each process sends: its rows in `have` that other processes `want`.
 
-    Within `have`, and within `want`, two intervals are equal, or start and end in the same order.
+    Any two intervals within `have`, or within `want`, must be equal or start and end in the same
+    order.
     """
     mine, place = _distinct(have)
     theirs, theirs_place = _distinct(want)
     wanting = np.bincount(theirs_place[theirs_place >= 0], minlength=len(theirs.low))
-    # those that meet an interval are neighbours in the order of rows
+    # the intervals that overlap a given one are consecutive in row order
     first = np.searchsorted(theirs.high, mine.low, side="right")
     last = np.maximum(np.searchsorted(theirs.low, mine.high, side="left"), first)
     length = last - first
@@ -81,24 +82,24 @@ def sent(have: Spans, want: Spans, row_bytes: int) -> Counts:
     target = np.arange(length.sum()) - np.repeat(length.cumsum() - length, length) + first[source]
     common = np.minimum(mine.high[source], theirs.high[target])
     common -= np.maximum(mine.low[source], theirs.low[target])
-    total = np.zeros(len(mine.low) + 1, np.int64)  # the last one for those without any rows
+    total = np.zeros(len(mine.low) + 1, np.int64)  # the last entry is for processes without rows
     np.add.at(total, source, padded(common * row_bytes) * wanting[target])
     return total[place] - padded(_common(have, want) * row_bytes)
 
 
 def padded(size: Counts) -> Counts:
-    """Bytes that tensors of so many bytes take in a message."""
+    """Bytes that tensors of `size` bytes occupy in a message."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _common(have: Spans, want: Spans) -> Counts:
-    """Rows that each process has, and wants itself."""
+    """Number of rows that each process both has and wants."""
     rows: Counts = np.minimum(have.high, want.high) - np.maximum(have.low, want.low)
     return rows.clip(0)
 
 
 def _distinct(spans: Spans) -> tuple[Spans, Counts]:
-    """The intervals that there are, in order, and which of them each process has; -1: none."""
+    """The distinct non-empty intervals, sorted, and each process's index into them (-1: none)."""
     some = np.flatnonzero(spans.low < spans.high)
     low, high = spans.low[some], spans.high[some]
     _, which, inverse = np.unique(

@@ -1,4 +1,4 @@
-"""The ranks that matrices may reach, and what sharing out a budget for the state sends."""
+"""The ranks that matrices may reach, and the traffic of distributing a state budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from arg_dist.subspace.budget import Claim, allowed_ranks
 
 
 def planned_ranks(calls: list[list[Unit]], settings: AdaRankGradConfig) -> dict[str, int]:
-    """The largest rank of each matrix; with a `state_budget` those that the first step allows.
+    """The largest rank of each matrix; with a `state_budget`, the rank allowed in the first step.
 
     Raises:
         ConfigError: the budget is too small for the smallest ranks.
@@ -30,7 +30,7 @@ def planned_ranks(calls: list[list[Unit]], settings: AdaRankGradConfig) -> dict[
 
 
 def budget_sent(calls: list[list[Unit]], settings: AdaRankGradConfig, processes: int) -> int:
-    """Bytes that each process sends in the first step for the ranks to be shared out."""
+    """Bytes that each process sends in the first step to distribute the ranks."""
     if settings.state_budget is None or processes == 1:
         return 0
     fixed: Counts = np.zeros(processes, np.int64)
@@ -41,8 +41,8 @@ def budget_sent(calls: list[list[Unit]], settings: AdaRankGradConfig, processes:
         home = int(matrix.owners[matrix.home])
         fixed[home] += _scalars(matrix)
         claims.setdefault(home, []).append(_claim(matrix))
-    spoken = [(int(fixed[home]), theirs) for home, theirs in claims.items()]
-    longest = max((len(pickle.dumps(each)) for each in spoken), default=0)
+    messages = [(int(fixed[home]), theirs) for home, theirs in claims.items()]
+    longest = max((len(pickle.dumps(each)) for each in messages), default=0)
     return (processes - 1) * (longest + SIZE_BYTES)
 
 

@@ -1,4 +1,4 @@
-"""A plan for the terminal, with what its figures hold and what they do not."""
+"""Print a plan as a table, with notes on what its figures include and exclude."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ ROWS = {
     "weights": "weights",
     "master_weights": "fp32 master weights",
     "gradients": "gradients",
-    "engine_buffers": "engine's buffers",
+    "engine_buffers": "engine buffers",
     "optimizer_state": "optimizer state",
     "low_rank_moments": "  low-rank moments",
     "projectors": "  bases, projectors",
     "full_rank_state": "  full-rank Adam",
     "step_temporaries": "temporaries",
-    "refresh_temporaries": "  with new bases",
+    "refresh_temporaries": "  with refresh",
     "peak": "peak",
     "engine_sent_per_step": "sent by the engine",
     "sent_per_step": "sent by the optimizer",
-    "sent_in_first_step": "  with new bases",
+    "sent_in_first_step": "  with refresh",
 }
-"""The rows of the table, by the figures' names."""
+"""Row titles, by figure name."""
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Prints the table, and what must be known to read it."""
+    """Print the table and its notes."""
     table = Table(title=title(plan), title_justify="left", box=box.ROUNDED)
     table.add_column("")
     columns = {name: figures.arrays() for name, figures in plan.figures.items()}
@@ -45,14 +45,14 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(row, *cells, style=bold)
     every = plan.figures.values()
     table.add_row("collectives", *(str(each.step_collectives or "-") for each in every))
-    table.add_row("  with new bases", *(str(each.refresh_collectives or "-") for each in every))
+    table.add_row("  with refresh", *(str(each.refresh_collectives or "-") for each in every))
     console.print(table)
     for note in notes(plan):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def title(plan: Plan) -> str:
-    """Model, engine and processes in one line."""
+    """One line with the model, the engine and the number of processes."""
     processes = "1 process" if plan.processes == 1 else f"{plan.processes} processes"
     where = "" if plan.engine == "none" else f", {ENGINES[plan.engine]}"
     millions = f"{plan.model.elements / 1e6:.1f}M parameters"
@@ -60,7 +60,7 @@ def title(plan: Plan) -> str:
 
 
 def cell(counts: Counts) -> str:
-    """The fullest process's bytes, and the median one's where it has others."""
+    """The maximum over processes, and the median where it differs."""
     largest, median = int(counts.max()), float(np.median(counts))
     if not largest:
         return "-"
@@ -69,44 +69,44 @@ def cell(counts: Counts) -> str:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What the figures hold, and what they do not."""
+    """Notes on what the figures include and exclude."""
     found = [
-        "One step of the fullest process. Peak: all rows above it at the optimizer's step, and the "
-        "larger of the temporaries. It does not hold activations, nor what the engine takes for a "
-        "while in the forward and backward passes (gathered layers, buckets).",
+        "Figures are per step, for the process with the most. Peak: everything above it at the "
+        "optimizer step, with the larger of the temporaries; excludes activations and the engine's "
+        "transient memory in forward and backward (gathered layers, buckets).",
         _ranks(plan),
-        "New bases: of all matrices in one step, as in the first one; later they are staggered. "
-        "The engine's bytes are estimates for rings, with one micro-batch per step; the "
-        "optimizer's are those that it counts.",
+        "With refresh: all matrices refresh in one step, as in the first; later refreshes are "
+        "staggered. Engine traffic is estimated for ring collectives, with one micro-batch per "
+        "step; optimizer traffic is exact.",
     ]
     if plan.engine == "zero3":
         found.append(
-            "The engine's buffer is DeepSpeed's reduce_bucket_size; give that of your JSON with "
-            "--reduce-bucket-size."
+            "Engine buffers follow DeepSpeed's reduce_bucket_size; pass the value in your JSON "
+            "with --reduce-bucket-size."
         )
     if plan.dtype != "fp32" and plan.engine in ("none", "ddp", "fsdp2"):
         found.append(
-            f"{ENGINES[plan.engine]} trains the {plan.dtype} weights themselves; for mixed "
-            "precision, where the weights are in fp32, give --dtype fp32."
+            f"{ENGINES[plan.engine]} updates the {plan.dtype} weights directly; for mixed "
+            "precision with fp32 weights, pass --dtype fp32."
         )
     rank = plan.settings.max_rank
-    galore = f"GaLore at rank {rank}, as galore-torch 1.0 keeps it"
+    galore = f"GaLore: galore-torch 1.0 at rank {rank}"
     if not plan.galore_runs:
         galore = (
             f"(*) GaLore does not run under {ENGINES[plan.engine]}, where no process has whole "
-            f"gradients; the figures are those of one process without an engine. {galore}"
+            f"gradients; its figures are for one process without an engine. {galore}"
         )
-    return [*found, f"{galore}; its temporaries are at least these."]
+    return [*found, f"{galore}; its temporaries are lower bounds."]
 
 
 def _ranks(plan: Plan) -> str:
-    """What the state is counted at."""
+    """A note on the ranks assumed for the state."""
     if plan.settings.state_budget is None:
         return (
-            "State is counted at the largest ranks that matrices may take (max_rank "
-            f"{plan.settings.max_rank}); where the gradient's energy asks for less, less is kept."
+            f"State assumes the largest ranks allowed (max_rank {plan.settings.max_rank}); it is "
+            "smaller where the gradient's energy needs fewer directions."
         )
     return (
-        "State is counted at the ranks that state_budget allows in the first step; whatever the "
-        f"ranks, all processes together keep at most {in_bytes(plan.settings.state_budget)}."
+        "State assumes the ranks that state_budget allows in the first step; at any ranks, all "
+        f"processes together keep at most {in_bytes(plan.settings.state_budget)}."
     )

@@ -1,8 +1,7 @@
-"""The most that one step of AdaRankGrad allocates beyond what it keeps, by what its code does.
+"""Peak temporary memory of one AdaRankGrad step, modelled on its implementation.
 
-Matrices that one process holds whole are taken one after the other. Those of a lane that are shared
-go through the rounds together, so that what each of them has in hand adds up, and two lanes are
-under way at a time.
+Matrices that one process holds whole are processed one at a time. The shared matrices of a lane go
+through the rounds together, so their temporaries add up, and two lanes are in flight at a time.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from arg_dist.subspace.norms import RUN
 
 
 class Moment(NamedTuple):
-    """What a matrix has in hand at one moment on each owner, and what passes on the way to it."""
+    """Temporaries of a matrix on each owner at one point, and the transient excess before it."""
 
     held: Counts
     passing: Counts | int = 0
 
 
 Moments = Sequence[Moment]
-"""Those at which a matrix makes its requests, in their order, and the end of its computation."""
+"""The points at which a matrix issues its requests, in order, and the end of its computation."""
 
 
 def temporaries(
@@ -39,14 +38,14 @@ def temporaries(
     *,
     is_first: bool,
 ) -> Counts:
-    """Bytes of one call of ``step()`` on each process.
+    """Peak temporary bytes of one call to ``step()`` on each process.
 
     Args:
-        lanes: the matrices and tensors of the call, by what goes through the rounds together.
-        ranks: of the matrices, by name.
-        size: bytes of an element of the weights and gradients that the optimizer is given.
-        processes: how many there are.
-        is_first: the first step, in which all matrices find a basis; else none does.
+        lanes: the matrices and tensors of the call, grouped by lane.
+        ranks: rank of each matrix, by name.
+        size: bytes per element of the weights and gradients that the optimizer receives.
+        processes: number of processes.
+        is_first: whether this is the first step, which refreshes all matrices; else none is.
     """
     always, squaring = np.zeros(processes, np.int64), np.zeros(processes, np.int64)
     peaks = [_Lane(processes) for _ in lanes]
@@ -61,17 +60,17 @@ def temporaries(
                     peak.add(unit, _first(unit, rank, size), unit.first_rounds(rank))
                 else:
                     peak.add(unit, _steady(unit, rank, size), unit.steady_rounds(rank))
-                # the squares of the gradient's rows
+                # squared norms of the gradient's rows
                 always[unit.owners] += FP32 * unit.sides.moment_touch.counts()
     total: Counts = always + np.maximum(squaring, _most(peaks, processes))
     return total
 
 
 class _Lane:
-    """What the matrices and tensors of a lane take, turn by turn.
+    """Temporaries of a lane's matrices and tensors in each of its turns.
 
     Attributes:
-        rounds: how often any of them asks.
+        rounds: the largest number of requests of any of them.
     """
 
     def __init__(self, processes: int) -> None:
@@ -83,7 +82,7 @@ class _Lane:
         self._ending: list[Counts] = []
 
     def add(self, unit: Unit, moments: Moments, rounds: Rounds) -> None:
-        """Counts a matrix or tensor."""
+        """Add a matrix or tensor."""
         *through, (end, _) = _merged(moments, rounds)
         if not unit.is_shared:
             np.maximum.at(self._alone, unit.owners, end.held + end.passing)
@@ -101,17 +100,17 @@ class _Lane:
         self._ending[len(through)][unit.owners] += end.held
 
     def waiting(self, turn: int) -> Counts:
-        """In hand and in messages while those of a turn are under way."""
+        """Bytes held, messages included, while the collectives of a turn are in flight."""
         return _at(self._waiting, turn, self._nothing)
 
     def most(self, turn: int) -> Counts:
-        """In a turn."""
-        going_on = self.waiting(turn) + _at(self._ending, turn, self._nothing) + self._passing
+        """Peak bytes in a turn."""
+        after = self.waiting(turn) + _at(self._ending, turn, self._nothing) + self._passing
         before = self.waiting(0) + self._alone
         if turn:
             answers = _at(self._answers, turn - 1, self._nothing)
             before = self.waiting(turn - 1) + answers + self._passing
-        most: Counts = np.maximum(going_on, before)
+        most: Counts = np.maximum(after, before)
         return most
 
 
@@ -120,7 +119,7 @@ def _at(numbers: Sequence[Counts], turn: int, nothing: Counts) -> Counts:
 
 
 def _most(lanes: Sequence[_Lane], processes: int) -> Counts:
-    """The most that lanes take together, as they take turns."""
+    """Peak bytes of all lanes together, as they alternate."""
     most = np.zeros(processes, np.int64)
     waiting: dict[int, Counts] = {}
     for number, turn in turns([lane.rounds for lane in lanes]):
@@ -133,7 +132,7 @@ def _most(lanes: Sequence[_Lane], processes: int) -> Counts:
 
 
 def _merged(moments: Moments, rounds: Rounds) -> list[tuple[Moment, Moved | None]]:
-    """The moments at which something is sent, and the end; the others pass on the way to them."""
+    """The points at which something is sent, and the end; the others are folded into the next."""
     found: list[tuple[Moment, Moved | None]] = []
     passed: Counts | int = 0
     for moment, moved in zip_longest(moments, rounds):
@@ -148,7 +147,7 @@ def _merged(moments: Moments, rounds: Rounds) -> list[tuple[Moment, Moved | None
 
 def _adam(unit: TensorUnit, size: int) -> Moments:
     direction = FP32 * unit.kept
-    copies = FP32 * unit.held if size < FP32 else 0  # of the gradient, then of the weights
+    copies = FP32 * unit.held if size < FP32 else 0  # fp32 copy of gradient, then of weights
     end = FP32 * unit.held if unit.is_shared else direction
     return [Moment(direction, copies), Moment(end, copies)]
 
@@ -156,7 +155,7 @@ def _adam(unit: TensorUnit, size: int) -> Moments:
 def _steady(unit: MatrixUnit, rank: int, size: int) -> Moments:
     rounds = unit.steady_rounds(rank)
     basis = FP32 * rank * unit.sides.basis_touch.counts()
-    in_hand = 0 * basis if rounds[0] is None else basis  # else the one in the state
+    in_hand = 0 * basis if rounds[0] is None else basis  # None: the basis in the state is used
     return [Moment(0 * basis), *_projection(unit, rank, size, in_hand, rounds)]
 
 
@@ -166,11 +165,11 @@ def _first(unit: MatrixUnit, rank: int, size: int) -> Moments:
     reach, home = column * sides.basis_touch.counts(), column * unit.home_rows()
     copy = _copy(unit, size)
     relay = sides.relay(unit.home, sides.spread.basis.size).counts()
-    share = column * relay * sides.spread.is_relayed  # passed on; else it goes straight
-    omega, sorting = touch, 3 * home  # QR: a copy, and Q
+    share = column * relay * sides.spread.is_relayed  # zero where rows are sent directly
+    omega, sorting = touch, 3 * home  # QR: a copy and Q
     moments = [Moment(omega + reach, copy), Moment(omega + share)]
     for _ in range(unit.settings.power_passes):
-        apart = omega + home + np.maximum(reach, home)  # the sketch, and what QR made of it
+        apart = omega + home + np.maximum(reach, home)  # the sketch and its Q factor
         moments += [
             Moment(omega + 2 * home, sorting),
             Moment(omega + 2 * home + share),
@@ -188,11 +187,11 @@ def _first(unit: MatrixUnit, rank: int, size: int) -> Moments:
         Moment(omega + np.maximum(reach, home) + touch, copy),
         Moment(ordering, keep + FP64 * unit.width**2),
         Moment(ordering + part * sides.spread.is_relayed),
-        Moment(ordering, 5 * home + 3 * gram),  # ordered in fp64
+        Moment(ordering, 5 * home + 3 * gram),  # directions sorted by energy in fp64
         Moment(omega + home),
         Moment(omega + home + share),
     ]
-    # without others, the basis is a view of all directions that were found
+    # with a single owner, the basis is a view of all directions found
     basis = FP32 * rank * sides.basis_touch.counts() if unit.is_shared else home
     return [*moments, *_projection(unit, rank, size, basis, unit.first_rounds(rank))]
 
@@ -200,7 +199,7 @@ def _first(unit: MatrixUnit, rank: int, size: int) -> Moments:
 def _projection(
     unit: MatrixUnit, rank: int, size: int, basis: Counts, rounds: Rounds
 ) -> Iterator[Moment]:
-    """From a basis in hand to the update."""
+    """The points from the basis to the update."""
     row, sides = FP32 * rank, unit.sides
     direction = row * sides.moment_keep.counts()
     product = basis + row * sides.moment_touch.counts()
@@ -215,13 +214,13 @@ def _projection(
 
 
 def _copy(unit: MatrixUnit, size: int) -> Counts:
-    """An fp32 copy of the gradient's rows, where it has another type, or cuts rows."""
+    """Bytes of the fp32 copy of the gradient's rows: needed for other dtypes and split rows."""
     block = unit.sides.moment_touch.counts() * unit.sides.basis_touch.counts()
     return FP32 * block * np.where(size < FP32, 1, unit.cuts_rows)
 
 
 def _update(unit: MatrixUnit, size: int) -> Counts:
-    """What applying the update takes where it cannot be written into the weights in place."""
+    """Bytes needed to apply the update where the weights cannot be updated in place."""
     block = FP32 * unit.sides.moment_update.counts() * unit.sides.basis_touch.counts()
     apart = block * np.where(size < FP32, 1, unit.cuts_rows)
     gradient = apart if unit.settings.residual != "none" else 0 * apart

@@ -1,4 +1,4 @@
-"""Every matrix and tensor of a model under an engine: who keeps what of it, and what is sent.
+"""Memory and traffic of every matrix and tensor of a model under an engine.
 
 All numbers are per process, in the order of a unit's owners.
 """
@@ -37,13 +37,13 @@ from arg_dist.sharding.layout import (
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What every matrix and tensor has.
+    """Common to matrices and tensors.
 
     Attributes:
         name: its name.
-        elements: how many it has.
-        owners: the processes that hold a part of it.
-        held: elements that each of them holds.
+        elements: number of elements.
+        owners: the processes that hold a fragment of it.
+        held: elements that each owner holds.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Unit:
 
     @property
     def is_shared(self) -> bool:
-        """Whether its step needs several processes."""
+        """Whether its step involves several processes."""
         raise NotImplementedError
 
 
@@ -62,7 +62,7 @@ class TensorUnit(Unit):
     """A tensor that full-rank Adam trains.
 
     Attributes:
-        kept: elements whose moments each owner keeps.
+        kept: elements whose moments each owner stores.
         rounds: what its step sends.
     """
 
@@ -71,12 +71,12 @@ class TensorUnit(Unit):
 
     @property
     def is_shared(self) -> bool:
-        """Whether its step needs several processes."""
+        """Whether its step involves several processes."""
         return any(self.rounds)
 
     @property
     def moment_bytes(self) -> Counts:
-        """Of both moments."""
+        """Bytes of both moments."""
         return 2 * FP32 * self.kept
 
 
@@ -85,12 +85,12 @@ class MatrixUnit(Unit):
     """A low-rank matrix.
 
     Attributes:
-        sides: how it lies over its owners.
-        home: its home process, counted among them.
-        cuts_rows: whether each of them holds parts of rows.
-        settings: the optimizer's.
-        smallest: the least rank that it may take.
-        largest: the largest.
+        sides: how it is sharded over its owners.
+        home: its home process, as an index into the owners.
+        cuts_rows: for each owner, whether it holds partial rows.
+        settings: the optimizer's settings.
+        smallest: smallest rank allowed.
+        largest: largest rank allowed.
     """
 
     sides: Sides
@@ -102,20 +102,20 @@ class MatrixUnit(Unit):
 
     @property
     def is_shared(self) -> bool:
-        """Whether its step needs several processes."""
+        """Whether its step involves several processes."""
         return len(self.owners) > 1
 
     @property
     def width(self) -> int:
-        """Columns of its sketch."""
+        """Number of columns in its sketch."""
         return sketch_width(self.sides.spread, self.settings)
 
     def basis_bytes(self, rank: int) -> Counts:
-        """Of the basis."""
+        """Bytes of the basis."""
         return FP32 * rank * self.sides.store.counts()
 
     def moment_bytes(self, rank: int) -> Counts:
-        """Of both moments."""
+        """Bytes of both moments."""
         return 2 * FP32 * rank * self.sides.moment_keep.counts()
 
     def steady_rounds(self, rank: int) -> Rounds:
@@ -127,16 +127,16 @@ class MatrixUnit(Unit):
         return _first(self.sides, self.settings, rank, self.home)
 
     def home_rows(self) -> Counts:
-        """The basis's rows for the home process, none for the other owners."""
+        """Number of rows of the basis for the home process, 0 for the other owners."""
         return self.sides.at(self.home, self.sides.spread.basis.size).high
 
 
 def units_of(layout: Layout, settings: AdaRankGradConfig) -> list[list[Unit]]:
-    """The matrices and tensors of each call of ``step()``, in the order of the sharding plan.
+    """The matrices and tensors of each call to ``step()``, in the order of the sharding plan.
 
     Args:
-        layout: the model under its engine.
-        settings: the optimizer's.
+        layout: the model's layout under the engine.
+        settings: the optimizer's settings.
     """
     calls = []
     for call in layout.calls:
@@ -151,7 +151,7 @@ def units_of(layout: Layout, settings: AdaRankGradConfig) -> list[list[Unit]]:
 
 
 def lanes(units: list[Unit], settings: AdaRankGradConfig) -> list[list[Unit]]:
-    """The matrices and tensors of a call that go through the rounds together."""
+    """Group the matrices and tensors of a call into lanes, whose collectives are batched."""
     cuts = lanes_of([FP32 * unit.elements for unit in units], settings.bucket_size)
     return [[units[i] for i in cut] for cut in cuts]
 
@@ -162,7 +162,7 @@ def matrices(calls: list[list[Unit]]) -> Iterator[MatrixUnit]:
 
 
 def tensors(calls: list[list[Unit]]) -> Iterator[TensorUnit]:
-    """All that is left to full-rank Adam."""
+    """All tensors that full-rank Adam trains."""
     return (unit for units in calls for unit in units if isinstance(unit, TensorUnit))
 
 
@@ -203,7 +203,7 @@ def _tensor(piece: Piece, layout: Layout) -> TensorUnit:
 
 @lru_cache(maxsize=512)
 def _owned(ranges: Ranges, offset: int, numel: int) -> tuple[list[int], Ranges]:
-    """Who holds anything of a part of a parameter, and which of its elements."""
+    """The owners of a slice of a parameter, and the elements of the slice that each holds."""
     clipped = clip_ranges(ranges, offset, numel)
     some = [i for i, (start, stop) in enumerate(clipped) if start < stop]
     return some, tuple(clipped[i] for i in some)

@@ -207,7 +207,7 @@ MAINS = {"step": step.main, "refresh": refresh.main, "memory": memory.main}
             "--rank 128 --seq-len 64",
             "--seq-len 64, --batch-size 1: 64 .* rank 64 at most",
         ),
-        ("step", "--rounds 0", "--rounds: a whole number of at least 1 is needed"),
+        ("step", "--rounds 0", "--rounds: expected an integer of at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(

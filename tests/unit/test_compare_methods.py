@@ -43,7 +43,7 @@ def test_a_variant_is_recommended_or_another_method_with_other_settings():
         (["adamw"], {"variants": [["energy=1"]]}, "a name of letters"),
         (["adamw"], {"variants": [["v", "sgd"]]}, "--variant v sgd: not known"),
         (["adamw"], {"variants": [["v", "galore", "gap=3"]]}, "galore knows update_proj_gap"),
-        (["adamw"], {"variants": [["v", "galore", "gap"]]}, "key=value is needed"),
+        (["adamw"], {"variants": [["v", "galore", "gap"]]}, "expected key=value"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_runs(names, more, told):

@@ -123,7 +123,7 @@ def test_what_float16_cannot_hold_is_told(tmp_path, capsys):
         model.transformer.wte.weight[3, 3] = -7e4
     checkpoint = trained(model, tmp_path)
     line = told(capsys, "export", checkpoint, tmp_path / "out", "--dtype", "float16", code=1)
-    assert "transformer.wte.weight has values beyond the largest of float16, 65504" in line
+    assert "transformer.wte.weight has values beyond the float16 maximum, 65504" in line
     assert {path.name for path in tmp_path.iterdir()} == {checkpoint.name}
 
 
@@ -137,7 +137,7 @@ def test_a_tokenizer_is_put_beside_the_model(tmp_path, capsys):
     checkpoint = trained(gpt2(), tmp_path)
     out = tmp_path / "out"
     line = told(capsys, "export", checkpoint, out, "--tokenizer", tmp_path, code=2)
-    assert f"--tokenizer {tmp_path}: holds no Hugging Face tokenizer" in line
+    assert f"--tokenizer {tmp_path}: no Hugging Face tokenizer found" in line
     assert main(["export", str(checkpoint), str(out), "--tokenizer", str(tmp_path / "words")]) == 0
     assert transformers.AutoTokenizer.from_pretrained(out)("yes")["input_ids"] == [1]
     assert transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -175,13 +175,13 @@ def of_another_configuration(checkpoint: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("kept", "changes", "words"),
     [
-        ({"model": None}, {}, "holds no model configuration: it was saved without model="),
-        ({"weights": False}, {}, "holds the optimizer's state only"),
-        ({}, {"architectures": ["Mine"]}, "it trained a Mine: transformers"),
+        ({"model": None}, {}, "contains no model configuration: it was saved without model="),
+        ({"weights": False}, {}, "contains optimizer state only"),
+        ({}, {"architectures": ["Mine"]}, "trained as Mine: transformers"),
         ({}, {"n_head": 5}, "GPT2LMHeadModel cannot be built from its configuration"),
-        ({}, {"n_positions": 16}, "transformer.wpe.weight has the shape (32, 32), and by"),
-        ({}, {"n_layer": 3}, "has no 'transformer.h.2."),
-        ({}, {"n_layer": 1}, "holds 'transformer.h.1.attn.c_attn.bias', which GPT2LMHeadModel"),
+        ({}, {"n_positions": 16}, "transformer.wpe.weight has shape (32, 32), but the"),
+        ({}, {"n_layer": 3}, "missing 'transformer.h.2."),
+        ({}, {"n_layer": 1}, "contains 'transformer.h.1.attn.c_attn.bias', which GPT2LMHeadModel"),
     ],
 )
 def test_a_checkpoint_that_is_no_whole_model_is_told_by_name(
@@ -209,7 +209,7 @@ def test_weights_that_an_engine_has_untied_must_be_equal(tmp_path, capsys):
     different = trained(model, tmp_path, step=2)
     of_another_configuration(different, tie_word_embeddings=True)
     line = told(capsys, "export", different, tmp_path / "other", code=1)
-    assert "transformer.wte.weight and lm_head.weight are one weight" in line
+    assert "transformer.wte.weight and lm_head.weight are tied" in line
 
 
 def test_the_class_can_be_named(tmp_path, capsys):

@@ -265,9 +265,12 @@ def test_one_process_sends_nothing():
             ["--model", "8b", "--engine", "zero3"],
             "--model 8b: neither a path nor one of pico, nano",
         ),
-        (["--model", "nano", "--engine", "zero4"], "--engine zero4: one of none, ddp, zero0"),
+        (
+            ["--model", "nano", "--engine", "zero4"],
+            "--engine zero4: unknown; choose from none, ddp, zero0",
+        ),
         (["--model", "nano", "--engine", "none", "--world-size", "2"], "--world-size 2: --engine"),
-        (["--model", "nano", "--engine", "ddp", "--rank", "1.5"], "a whole number of at least 1"),
+        (["--model", "nano", "--engine", "ddp", "--rank", "1.5"], "an integer of at least 1"),
         (["--model", "nano", "--engine", "ddp", "--set", "max_rnk=3"], "did you mean 'max_rank'"),
         (["--model", "nano", "--engine", "ddp", "--rank", "8", "--set", "max_rank=8"], "leave one"),
         (["--model", "nano", "--engine", "ddp", "--set", "state_budget=1KiB"], "give at least"),
@@ -285,5 +288,5 @@ def test_what_cannot_be_planned_is_told_in_one_line(words, told, capsys):
 
 
 def test_an_unknown_engine_is_an_error_of_the_function_too():
-    with pytest.raises(InputError, match="fsdp2 is needed"):
+    with pytest.raises(InputError, match="--engine fsdp3: unknown; choose from .*fsdp2$"):
         plan("fsdp3", 2)

@@ -57,9 +57,9 @@ def test_a_checkpoint_directory_brings_its_weights(tmp_path):
     config = model_config(str(tmp_path), vocab_size=258, length=64)
     loaded = build_model(str(tmp_path), config, seed=0, deepspeed_config={})
     assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight)
-    with pytest.raises(InputError, match="knows 258 tokens and the tokenizer has 300"):
+    with pytest.raises(InputError, match="has 258 tokens, but the tokenizer has 300"):
         model_config(str(tmp_path), vocab_size=300, length=64)
-    with pytest.raises(InputError, match=r"--seq-len 65: .* has 64 positions"):
+    with pytest.raises(InputError, match=r"--seq-len 65: .* has only 64 positions"):
         model_config(str(tmp_path), vocab_size=258, length=65)
 
 
@@ -130,7 +130,7 @@ def test_overrides_are_json_or_text():
     assert parse_overrides(["energy=0.8", "side=left", "betas=[0.9,0.95]"]) == {
         "energy": 0.8, "side": "left", "betas": [0.9, 0.95],
     }  # fmt: skip
-    with pytest.raises(InputError, match="--set energy: key=value is needed"):
+    with pytest.raises(InputError, match="--set energy: expected key=value"):
         parse_overrides(["energy"])
 
 
