@@ -1,9 +1,9 @@
-"""Checkpoints that any engine, on any number of processes, can go on from.
+"""Checkpoints from which any engine, on any number of processes, can resume.
 
-A checkpoint is a folder: an index in JSON, and one safetensors file for each process that wrote it,
-with what that process owned: weights (the fp32 master weights, where the engine keeps them), bases,
-moments. Nothing in it is code. It appears under its name when it is complete and on the disk, and
-is verified before anything is taken from it.
+A checkpoint is a folder with a JSON index and one safetensors file per process that wrote it. The
+file contains what that process owned: weights (the fp32 master weights, where the engine keeps
+them), bases and moments. A checkpoint contains no code. It appears under its name once it is
+complete and synced to disk, and is verified before anything is loaded from it.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ def save(
     """Writes one checkpoint; every process must call it. For a series, see :class:`Checkpoints`.
 
     Args:
-        directory: its folder, which must not exist, on a file system that all processes share.
-        optimizer: the AdaRankGrad itself, without wrappers, once the engine has taken it over.
-        model: gives what the optimizer does not train, and the model's configuration.
-        scheduler: the learning-rate scheduler, or anything with ``state_dict`` (of plain data) and
-            ``load_state_dict``.
+        directory: folder of the checkpoint, which must not exist yet, on a file system shared by
+            all processes.
+        optimizer: the AdaRankGrad itself, without wrappers, after the engine has taken it over.
+        model: the model, to save its configuration and what the optimizer does not train.
+        scheduler: the learning-rate scheduler, or any object with ``state_dict`` (of plain data)
+            and ``load_state_dict``.
         step: optimizer steps of the job so far.
-        job: plain data to be given back by :func:`load`, such as where the data has been read to.
-        weights: save the weights too, not the optimizer alone.
+        job: plain data that :func:`load` returns, such as the position in the data.
+        weights: whether to save the weights in addition to the optimizer's state.
 
     Raises:
         CheckpointError: on every process; nothing is left in `directory`.
@@ -71,22 +72,22 @@ def load(
     scheduler: Any = None,
     weights: bool = True,
 ) -> Restored:
-    """Brings back what :func:`save` wrote, under any engine and on any number of processes.
+    """Loads what :func:`save` wrote, under any engine and on any number of processes.
 
-    Each process reads the rows that it keeps. Settings of the optimizer (learning rate, energy and
-    so on) come from the checkpoint; a warning names those that were others.
+    Each process reads only the rows that it holds. The optimizer's settings (learning rate, energy
+    and so on) are restored from the checkpoint; a warning lists those that differ.
 
     Args:
-        directory: the checkpoint's folder.
-        optimizer: the AdaRankGrad itself, built for the same model with the same names, once the
+        directory: folder of the checkpoint.
+        optimizer: the AdaRankGrad itself, built for the same model with the same names, after the
             engine has taken it over.
-        model: gets back what the optimizer does not train.
-        scheduler: gets back its state.
-        weights: load the weights too, not the optimizer alone.
+        model: the model, to restore what the optimizer does not train.
+        scheduler: the scheduler whose state to restore.
+        weights: whether to load the weights in addition to the optimizer's state.
 
     Raises:
-        CheckpointError: on every process, before anything is changed: a file is missing or damaged,
-            or the checkpoint is one of another model.
+        CheckpointError: on every process, before anything is changed: a file is missing or
+            damaged, or the checkpoint belongs to another model.
     """
     processes = job_communicator(optimizer.process_group, optimizer.bind())
     path = Path(directory)

@@ -1,4 +1,4 @@
-"""A checkpoint without an optimizer and processes: found, verified, its weights put together."""
+"""Find, verify and assemble checkpoints without an optimizer or a process group."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from arg_dist.sharding.communicator import Communicator
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoints in a folder of them, the newest last; else `path`, as one checkpoint's."""
+    """Lists the checkpoints in a folder, newest last; else `path`, as a checkpoint's own folder."""
     found = checkpoints_in(path) if path.is_dir() else []
     return found or [path]
 
 
 def verified_alone(checkpoint: Path) -> Index:
-    """The index of a checkpoint whose files are all as they were written.
+    """Verifies all files of a checkpoint and returns its index.
 
     Raises:
-        CheckpointError: names the file that is not.
+        CheckpointError: a file is missing or damaged; the message names it.
     """
     return verified_index(checkpoint, Communicator(None))
 
 
 def newest_intact(path: Path) -> tuple[Path, Index, list[str]]:
-    """The newest checkpoint in a folder that is intact; or `path`, where it is a checkpoint's.
+    """Finds the newest intact checkpoint in a folder, which may be a checkpoint itself.
 
     Returns:
-        Its folder, its index, and what is wrong with the newer ones, a line for each.
+        Its folder, its index, and one line for each newer checkpoint that is not intact.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no intact checkpoint was found.
     """
     passed_over: list[str] = []
     for checkpoint in reversed(checkpoints_at(path)):
@@ -50,10 +50,10 @@ def newest_intact(path: Path) -> tuple[Path, Index, list[str]]:
 
 
 def whole_weight(reader: SliceReader, name: str) -> Tensor:
-    """A parameter or buffer, in the model's shape and as it was stored, on the CPU.
+    """Reads a parameter or buffer in the model's shape and its stored type, on the CPU.
 
     Raises:
-        CheckpointError: a slice is not where the index says, or is missing.
+        CheckpointError: a slice is missing, or not where the index places it.
     """
     weight = reader.index.weights[name]
     everything = (0, math.prod(weight.shape))

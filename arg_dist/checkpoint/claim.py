@@ -1,4 +1,4 @@
-"""A folder of checkpoints is one job's at a time, and all processes of the job see the same one."""
+"""Exclusive use of a folder of checkpoints by one job, whose processes all see the same folder."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from arg_dist.sharding.communicator import Communicator
 
 CLAIM_NAME = ".claim"
 WAIT_SECONDS = 120.0
-"""How long a job waits for the one before it, which may be ending. Where the machine of that one is
-gone, network file systems find out after a while (NFS 4 after 90 seconds)."""
+"""How long a job waits for the previous one, which may be exiting. If the machine of that job has
+failed, a network file system releases its lock only after a while (NFS 4 after 90 seconds)."""
 QUIET_SECONDS = 2.0
 
 log = logging.getLogger("arg_dist")
 
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 _held: weakref.WeakValueDictionary[tuple[int, int], Claim] = weakref.WeakValueDictionary()
-"""By device and inode: closing a file once would give up all locks that this process has on it."""
+"""By device and inode: closing one descriptor of a file releases all locks of the process on it."""
 
 
 class Claim:
-    """A lock on a file, which ends with this object or the process, however that ends.
+    """A lock on a file, released with this object or when the process exits, however it does.
 
     Args:
         descriptor: of the open file.
 
     Attributes:
-        token: what the file holds, found nowhere else.
+        token: unique content of the file.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -48,18 +48,18 @@ class Claim:
 
 
 def claim(folder: Path, processes: Communicator, time_limit: float) -> Claim | None:
-    """Makes the folder if need be, and keeps other jobs from saving in it; for all processes.
+    """Creates the folder if necessary and locks it against other jobs; a collective.
 
     Args:
         folder: the folder.
-        processes: of the job.
+        processes: the processes of the job.
         time_limit: seconds that they wait for each other.
 
     Returns:
-        On the first process, the claim: it lasts as long as somebody keeps it.
+        On the first process, the claim, which is held as long as it is referenced.
 
     Raises:
-        CheckpointError: on every process: the folder cannot be written to, is another job's, or
+        CheckpointError: on every process: the folder is not writable, is in use by another job, or
             is not the same on all processes.
     """
     own: list[Claim] = []
@@ -75,8 +75,8 @@ def claim(folder: Path, processes: Communicator, time_limit: float) -> Claim | N
         found = "" if own else _read(folder / CLAIM_NAME)
         if not own and found != token:
             raise CheckpointError(
-                f"{folder}: is not the folder that process 0 has under this name; checkpoints "
-                "must lie on a file system that all processes share"
+                f"{folder}: is not the folder that process 0 sees under this name; checkpoints "
+                "must be on a file system that all processes share"
             )
 
     on_all(processes, compare)
@@ -110,8 +110,8 @@ def _take(folder: Path, seconds: float) -> Claim:
 
 
 def _lock(descriptor: int, folder: Path, seconds: float) -> None:
-    # a lock of the process, not of the open file: processes forked from this one must not have it
-    began, told = time.monotonic(), False
+    # a lock of the process, not of the open file, so that forked processes do not inherit it
+    began, warned = time.monotonic(), False
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,13 +123,13 @@ def _lock(descriptor: int, folder: Path, seconds: float) -> None:
         holder = os.pread(descriptor, 500, 0).decode(errors="replace").rpartition(" ")[0]
         if waited > seconds:
             raise CheckpointError(
-                f"{folder}: another job saves its checkpoints here ({holder}); end it, or give "
-                "this job a folder of its own; if that machine is gone, remove "
+                f"{folder}: another job saves its checkpoints here ({holder}); stop it, or give "
+                "this job its own folder; if that machine no longer exists, remove "
                 f"{folder / CLAIM_NAME}"
             )
-        if waited > QUIET_SECONDS and not told:
-            told = True
-            log.warning("%s: waiting up to %.0f s for %s to leave it", folder, seconds, holder)
+        if waited > QUIET_SECONDS and not warned:
+            warned = True
+            log.warning("%s: waiting up to %.0f s for %s to release it", folder, seconds, holder)
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""What a process puts into a checkpoint: its slices of the optimizer's state and of the weights."""
+"""What one process writes to a checkpoint: its slices of the optimizer's state and the weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Contents:
     """What one process writes.
 
     Attributes:
-        states: entries of the index, with this process's slices only.
-        weights: the same.
+        states: index entries of the optimizer's state, with this process's slices only.
+        weights: index entries of the weights, likewise.
         tensors: the slices, by their names in the file; views of the optimizer's and the engine's
             tensors where possible.
     """
@@ -39,7 +39,7 @@ class Contents:
     def slice_of(
         self, key: str, process: int, rows: Interval, shape: tuple[int, ...], values: Tensor
     ) -> SlicedTensor:
-        """Notes `values` as rows `rows` of a tensor of that shape."""
+        """Registers `values` as rows `rows` of a tensor of that shape."""
         slices = []
         if rows[0] < rows[1]:
             self.tensors[key] = values
@@ -47,7 +47,7 @@ class Contents:
         return SlicedTensor(shape=shape, dtype=dtype_name(values.dtype), slices=slices)
 
     def on_host(self) -> Contents:
-        """A copy that training can no longer change, in the host's memory."""
+        """Returns a copy in host memory, which training cannot modify."""
         tensors = {
             key: value.detach().to("cpu", copy=True).contiguous()
             for key, value in self.tensors.items()
@@ -58,7 +58,7 @@ class Contents:
 def add_states(
     contents: Contents, plan: Plan, states: Iterable[tuple[Shard, State]], process: int
 ) -> None:
-    """Adds this process's part of the state of each shard of a plan; each row is written once."""
+    """Adds this process's part of each shard's state; each row is written by one process only."""
     for shard, state in states:
         if not state:
             continue
@@ -87,7 +87,7 @@ def add_trained_weights(contents: Contents, plan: Plan, process: int) -> None:
     for fragment in plan.held:
         held = fragment.start, fragment.stop
         written = held
-        if plan.replicated:  # everyone has everything: a cut for each
+        if plan.replicated:  # every process holds everything and writes an even part of it
             numel = held[1] - held[0]
             written = even_rows(numel, plan.communicator.size)[plan.communicator.me]
         values = local_values(fragment).reshape(-1)[written[0] - held[0] : written[1] - held[0]]
@@ -100,7 +100,7 @@ def add_untrained_weights(
     buffers: Iterable[tuple[str, Tensor]],
     job: Communicator,
 ) -> None:
-    """Adds what no optimizer trains; what every process has whole, the first alone writes."""
+    """Adds what no optimizer trains; replicated tensors are written by the first process only."""
     for kind, named in (("frozen", parameters), ("buffer", buffers)):
         for name, tensor in named:
             holding = held_untrained(name, tensor)
@@ -116,7 +116,7 @@ def add_untrained_weights(
 
 
 def held_untrained(name: str, tensor: Tensor) -> Holding:
-    """What this process holds of a parameter or buffer that no optimizer trains."""
+    """Returns this process's part of a parameter or buffer that no optimizer trains."""
     for adapter in ADAPTERS:
         holding = adapter.untrained(name, tensor)
         if holding is not None:
@@ -126,12 +126,12 @@ def held_untrained(name: str, tensor: Tensor) -> Holding:
 
 
 def local_values(fragment: Fragment) -> Tensor:
-    """The values that a process holds of a fragment, in its row-major order."""
+    """Returns the local values of a fragment, in its row-major order."""
     return fragment.view(fragment.target.detach())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As the index has it: ``float32``."""
+    """Name of a type as the index stores it, e.g. ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 

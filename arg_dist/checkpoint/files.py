@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written, forced to the disk, and only then named."""
+"""Atomic files: written and synced to disk under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ T = TypeVar("T")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Writes tensors to a new file, forces it to the disk, and says what must be found in it.
+    """Writes tensors to a new file, syncs it to disk, and returns its size and checksum.
 
     Args:
         path: the file.
-        tensors: contiguous, in the host's memory.
+        tensors: contiguous, in host memory.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: the file cannot be written.
     """
     try:
         save_file(dict(tensors), path)
-        path.chmod(path.parent.stat().st_mode & 0o666)  # it is made for its owner alone
+        path.chmod(path.parent.stat().st_mode & 0o666)  # save_file restricts it to its owner
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         return describe(path)
@@ -41,16 +41,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary neighbour of `path`, then renames it into place.
+    """Calls `write` on a temporary file next to `path`, then renames it to `path`.
 
-    Readers see what was there before, or all of the new content, also after a crash.
+    Readers see either the old content or all of the new content, even after a crash.
 
     Args:
         path: the file.
-        write: takes the temporary file's path, whose suffix says nothing of the format.
+        write: receives the temporary file's path, whose suffix does not reflect the format.
 
     Raises:
-        OSError: it could not be written; what was there before is untouched.
+        OSError: the file cannot be written; the old content is untouched.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -65,10 +65,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """:func:`write_atomically` for a small file of a checkpoint.
+    """Writes a small file of a checkpoint atomically; see :func:`write_atomically`.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: the file cannot be written.
     """
     try:
         write_atomically(path, lambda partial: partial.write_bytes(content))
@@ -77,7 +77,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to the disk."""
+    """Syncs the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,28 +86,28 @@ def sync_folder(folder: Path) -> None:
 
 
 def describe(path: Path) -> FileEntry:
-    """Size and sha256 of a file as it is."""
+    """Returns the current size and sha256 of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileEntry(bytes=path.stat().st_size, sha256=digest)
 
 
 def verify(path: Path, expected: FileEntry) -> None:
-    """Reads a file to its end and compares it with what was written.
+    """Reads a whole file and compares its size and sha256 with those recorded when written.
 
     Raises:
-        CheckpointError: it is not there, or is another one.
+        CheckpointError: the file is missing, unreadable or different.
     """
     try:
         size = path.stat().st_size
         if size != expected.bytes:
             raise CheckpointError(
-                f"{path}: has {size} bytes where {expected.bytes} were written; use another "
-                "checkpoint"
+                f"{path}: damaged (has {size} bytes where {expected.bytes} were written); use "
+                "another checkpoint"
             )
         if describe(path) != expected:
             raise CheckpointError(
-                f"{path}: damaged (its sha256 is not the one that was written); use another "
+                f"{path}: damaged (its sha256 differs from the one in the index); use another "
                 "checkpoint"
             )
     except FileNotFoundError:
@@ -117,11 +117,11 @@ def verify(path: Path, expected: FileEntry) -> None:
 
 
 def on_all(communicator: Communicator, work: Callable[[], T]) -> list[T]:
-    """Does `work` on every process; what each of them returned, or an error on all of them.
+    """Runs `work` on every process; returns all results, or raises an error on all processes.
 
     Raises:
-        CheckpointError: the first process's that failed. An error that is no fault of files or
-            settings is its cause on the process that raised it.
+        CheckpointError: with the message of the first process that failed. An unexpected error
+            (one not about files or settings) is its cause on the process where it occurred.
     """
     result: T | None = None
     fault, unexpected = None, None
@@ -129,7 +129,7 @@ def on_all(communicator: Communicator, work: Callable[[], T]) -> list[T]:
         result = work()
     except (CheckpointError, ConfigError, OSError) as error:
         fault = str(error)
-    except Exception as error:  # whatever it is, the others must not wait for this process
+    except Exception as error:  # any error: the other processes must not wait for this one
         fault, unexpected = f"{type(error).__name__}: {error}", error
     outcomes = communicator.gather_objects((fault, result), "saving or loading a checkpoint")
     for process, (other, _) in enumerate(outcomes):
@@ -140,9 +140,9 @@ def on_all(communicator: Communicator, work: Callable[[], T]) -> list[T]:
 
 
 def cannot_write(path: Path, error: Exception) -> CheckpointError:
-    """What is said of a file or folder that the system did not let be written."""
+    """Error for a file or folder that cannot be written."""
     cause = error.strerror if isinstance(error, OSError) and error.strerror else error
     return CheckpointError(
-        f"{path}: cannot be written ({cause}); make room or give a folder that every process may "
-        "write to; checkpoints written before are as they were"
+        f"{path}: cannot be written ({cause}); free disk space, or give a folder that every "
+        "process may write to; earlier checkpoints are unchanged"
     )

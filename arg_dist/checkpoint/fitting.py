@@ -1,4 +1,4 @@
-"""Whether a checkpoint is one of this model, and which settings come back with it."""
+"""Check that a checkpoint fits the model, and restore the optimizer's settings from it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ OF_THE_JOB = {
     "state_budget",
     "bucket_size",
 }
-"""Settings that say how the groups are made up, how they lie, or what this job has room for; they
-stay as they are now."""
+"""Settings of the current job that are not restored: how groups are composed and sharded, and how
+much memory and time the job may use."""
 
 
 def check_model(checkpoint: Path, index: Index, optimizer: AdaRankGrad, *, weights: bool) -> None:
-    """Checks that a checkpoint has the parameters that the optimizer has.
+    """Checks that a checkpoint has the same parameters as the optimizer.
 
     Raises:
-        CheckpointError: naming the first difference.
+        CheckpointError: they differ; the message names the first difference.
     """
     if weights and not index.weights:
         raise CheckpointError(
-            f"{checkpoint}: holds the optimizer's state only; load the model by other means and "
-            "give weights=False"
+            f"{checkpoint}: contains the optimizer's state only; load the model separately and "
+            "pass weights=False"
         )
     saved = {name for group in index.groups for name in group.names}
     ours = {name for group in optimizer.param_groups for name in group["param_names"]}
@@ -43,19 +43,19 @@ def check_model(checkpoint: Path, index: Index, optimizer: AdaRankGrad, *, weigh
         missing = sorted(mine - other)
         if missing:
             raise CheckpointError(
-                f"{checkpoint}: a checkpoint of another model: {who} has no {missing[0]!r}"
+                f"{checkpoint}: belongs to another model: {who} has no {missing[0]!r}"
                 + (f" (nor {len(missing) - 1} others)" if len(missing) > 1 else "")
-                + "; build the model and the optimizer as they were"
+                + "; build the model and the optimizer as when it was saved"
             )
     for group in optimizer.param_groups:
         _settings_for(checkpoint, index, group)
 
 
 def check_plans(checkpoint: Path, index: Index, plans: Iterable[Plan], *, weights: bool) -> None:
-    """Checks that every matrix and tensor is what it was.
+    """Checks that every matrix and tensor has the kind and shape of the checkpoint.
 
     Raises:
-        CheckpointError: naming the first that is not.
+        CheckpointError: one differs; the message names the first.
     """
     for plan in plans:
         for fragment in plan.held if weights else ():
@@ -64,30 +64,30 @@ def check_plans(checkpoint: Path, index: Index, plans: Iterable[Plan], *, weight
             if stored is None or stored.shape != shape:
                 has = "no such parameter" if stored is None else f"one of shape {stored.shape}"
                 raise CheckpointError(
-                    f"{checkpoint}: a checkpoint of another model: {fragment.name} has the shape "
-                    f"{shape}, and the checkpoint {has}"
+                    f"{checkpoint}: belongs to another model: {fragment.name} has the shape "
+                    f"{shape}, and the checkpoint has {has}"
                 )
         for shard in plan.shards:
             entry = index.states.get(shard.name)
             if entry is not None and _kind(shard) != (entry.kind, entry.side):
                 raise CheckpointError(
-                    f"{checkpoint}: {shard.name} is {_in_words(*_kind(shard))} now, and was "
-                    f"{_in_words(entry.kind, entry.side)}; give the optimizer the settings "
-                    "(low_rank, targets, exclude, view, side) that it had"
+                    f"{checkpoint}: {shard.name} is {_in_words(*_kind(shard))} now, but was "
+                    f"{_in_words(entry.kind, entry.side)} when saved; use the settings of that "
+                    "job (low_rank, targets, exclude, view, side)"
                 )
             if isinstance(shard, MatrixShard) and entry is not None and entry.shape != shard.shape:
                 raise CheckpointError(
-                    f"{checkpoint}: {shard.name} has the shape {shard.shape}, and in the "
-                    f"checkpoint {entry.shape}; view decides it"
+                    f"{checkpoint}: {shard.name} has the shape {shard.shape}, but "
+                    f"{entry.shape} in the checkpoint; use the view setting of that job"
                 )
 
 
 def put_back_settings(optimizer: AdaRankGrad, index: Index) -> list[str]:
-    """Gives the optimizer's groups the settings that were saved.
+    """Restores the saved settings of the optimizer's groups.
 
     Returns:
-        What is different now from what was given, in words; the learning rate, which a scheduler
-        moves, is not mentioned.
+        A description of each setting that changed, except the learning rate, which a scheduler
+        changes anyway.
     """
     different = {}
     for group in optimizer.param_groups:
@@ -103,13 +103,13 @@ def put_back_settings(optimizer: AdaRankGrad, index: Index) -> list[str]:
 
 
 def saved_settings(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The settings of the optimizer's groups, to be put back."""
+    """Returns the settings of the optimizer's groups, so that they can be restored."""
     keys = (*SETTINGS, "initial_lr")
     return [{key: group[key] for key in keys if key in group} for group in groups]
 
 
 def _settings_for(checkpoint: Path, index: Index, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What was saved for a group's parameters, which may have been in several groups."""
+    """Returns the settings saved for a group's parameters, which may span several saved groups."""
     names = set(group["param_names"])
     found: Group | None = None
     for saved in index.groups:
@@ -119,8 +119,8 @@ def _settings_for(checkpoint: Path, index: Index, group: Mapping[str, Any]) -> d
             keys = [k for k, v in _comparable(found).items() if _comparable(saved).get(k) != v]
             raise CheckpointError(
                 f"{checkpoint}: {found.names[0]} and {saved.names[0]} were in parameter groups "
-                f"with different settings ({', '.join(keys)}), and are in one now; build the "
-                "optimizer with the groups that it had"
+                f"with different settings ({', '.join(keys)}) and are now in one; build the "
+                "optimizer with the parameter groups of the checkpoint"
             )
         found = saved
     return {} if found is None else _comparable(found)
@@ -135,4 +135,4 @@ def _kind(shard: Shard) -> tuple[str, str | None]:
 
 
 def _in_words(kind: str, side: str | None) -> str:
-    return "left to full-rank Adam" if kind == "tensor" else f"a matrix with a {side} basis"
+    return "trained with full-rank Adam" if kind == "tensor" else f"a matrix with a {side} basis"

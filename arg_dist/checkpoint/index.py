@@ -1,8 +1,8 @@
-"""A checkpoint's index: what it holds, and in which rows of which file each part of it lies.
+"""A checkpoint's index: what the checkpoint contains, and which rows of it are in which file.
 
-A checkpoint is a folder: ``index.json``, and one safetensors file for each process that wrote it.
-The index speaks of matrices, tensors and parameters as the model has them; engines and the number
-of processes show only in the slices, which any reader puts together as it needs them.
+A checkpoint is a folder with ``index.json`` and one safetensors file per process that wrote it. The
+index describes matrices, tensors and parameters as they are in the model. The engine and the number
+of processes affect only the slices, which any reader assembles as needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INDEX_NAME = "index.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names the file and what to do."""
+    """A checkpoint cannot be written or read; the message names the file and the remedy."""
 
 
 class _Part(BaseModel):
@@ -28,17 +28,16 @@ class _Part(BaseModel):
 
 
 Slice = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
-"""Rows ``[start, stop)`` that a process wrote: process, start, stop."""
+"""Process, start and stop: the process wrote the rows ``[start, stop)``."""
 
 
 class SlicedTensor(_Part):
-    """A tensor that the processes wrote in slices of its rows.
+    """A tensor written by several processes, in slices of its rows.
 
     Attributes:
-        shape: of the whole.
-        dtype: as torch calls it, e.g. ``float32``.
-        slices: disjoint, together all rows; in the file of the process they are called
-            :func:`tensor_key`.
+        shape: of the whole tensor.
+        dtype: as torch names it, e.g. ``float32``.
+        slices: disjoint, together all rows; :func:`tensor_key` names them in the process's file.
     """
 
     shape: tuple[int, ...]
@@ -47,18 +46,18 @@ class SlicedTensor(_Part):
 
 
 class StateEntry(_Part):
-    """Optimizer state of one matrix, or of one tensor that full-rank Adam trains.
+    """Optimizer state of one matrix, or of one tensor trained with full-rank Adam.
 
     Attributes:
         kind: ``matrix`` or ``tensor``.
-        shape: as the model has it.
-        transposed: the moments of a tensor are in column-major order.
+        shape: as in the model.
+        transposed: whether the moments of a tensor are in column-major order.
         side: the side that the basis spans, `right` or `left`; None for a tensor.
-        numbers: rank, step, gap and the like; see :mod:`arg_dist.algorithm`.
-        lists: lists of such numbers.
+        numbers: scalars such as rank, step and gap; see :mod:`arg_dist.algorithm`.
+        lists: lists of numbers.
         tensors: basis, exp_avg, exp_avg_sq; of a matrix, exp_avg is ``long x rank``.
-        kept_sq: ``||P||^2`` of the last step, as a sum over slices of exp_avg: process, first row,
-            value.
+        kept_sq: ``||P||^2`` of the last step, as terms of a sum over slices of exp_avg: process,
+            first row, value.
     """
 
     kind: Literal["matrix", "tensor"]
@@ -72,11 +71,11 @@ class StateEntry(_Part):
 
 
 class Weight(_Part):
-    """One parameter or buffer of the model, stored as its elements in a row.
+    """One parameter or buffer of the model, stored flattened.
 
     Attributes:
-        shape: as the model has it.
-        transposed: the elements are in column-major order.
+        shape: as in the model.
+        transposed: whether the elements are in column-major order.
         elements: ``numel``, in slices.
         kind: ``trained`` by the optimizer (the fp32 master weights, where the engine keeps them),
             ``frozen``, or ``buffer``.
@@ -89,35 +88,35 @@ class Weight(_Part):
 
 
 class FileEntry(_Part):
-    """What a file must be: its size in bytes, and its sha256 in hexadecimal."""
+    """Expected size of a file in bytes, and its expected sha256 in hexadecimal."""
 
     bytes: int
     sha256: str
 
 
 class Group(_Part):
-    """One of the optimizer's parameter groups: its settings, and its parameters' names."""
+    """One parameter group of the optimizer: names of its parameters, and settings."""
 
     names: list[str]
     settings: dict[str, Any]
 
 
 class Index(_Part):
-    """Everything about a checkpoint that is no tensor.
+    """Everything in a checkpoint except the tensors.
 
     Attributes:
         step: optimizer steps of the job so far.
         world_size: number of processes that wrote it.
         calls: calls of the optimizer's ``step()``.
-        skipped_steps: of them, those that a gradient that was not finite ended.
+        skipped_steps: how many of these calls skipped the step because of a non-finite gradient.
         groups: the optimizer's parameter groups.
         states: the optimizer's state, by matrix or tensor.
-        weights: by name; empty where only the optimizer was saved.
-        random_states: names of the states of random number generators, which each process wrote.
+        weights: by name; empty if only the optimizer was saved.
+        random_states: names of the random number generator states that each process wrote.
         scheduler: state of the learning-rate scheduler.
-        job: whatever the training job wants back: data position, its own settings.
-        model_config_values: the model's own configuration, where it has one (Hugging Face).
-        files: by name.
+        job: data of the training job, such as its position in the data and its own settings.
+        model_config_values: configuration of the model, where it has one (Hugging Face).
+        files: size and checksum of each file, by name.
     """
 
     step: int
@@ -135,20 +134,20 @@ class Index(_Part):
 
 
 def file_name(process: int, world_size: int) -> str:
-    """Name of the file of one of `world_size` processes."""
+    """Returns the name of the file that one of `world_size` processes writes."""
     return f"process-{process:05d}-of-{world_size:05d}.safetensors"
 
 
 def tensor_key(section: Literal["state", "weight", "random"], name: str, part: str = "") -> str:
-    """What a slice is called in the file of the process that wrote it."""
+    """Returns the name of a slice in the file of the process that wrote it."""
     return "/".join(each for each in (section, name, part) if each)
 
 
 def read_index(checkpoint: Path) -> Index:
-    """The index of the checkpoint in a folder.
+    """Reads the index of the checkpoint in a folder.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it was written by a later version.
+        CheckpointError: the index is missing or damaged, or of another schema version.
     """
     path = checkpoint / INDEX_NAME
     try:
@@ -160,24 +159,24 @@ def read_index(checkpoint: Path) -> Index:
         ) from None
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); give every process the right to read it, "
-            "or use another checkpoint"
+            f"{path}: cannot be read ({error.strerror}); make it readable for every process, or "
+            "use another checkpoint"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from None
     if not isinstance(envelope, dict) or envelope.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: damaged, or not the index of a checkpoint of arg_dist; use another one"
+            f"{path}: damaged, or not the index of an arg_dist checkpoint; use another checkpoint"
         )
     version = envelope.get("schema_version")
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{path}: written with schema version {version!r} by {envelope.get('written_by')}; "
-            f"this arg_dist reads version {SCHEMA_VERSION}; use the arg_dist that wrote it"
+            f"this arg_dist reads version {SCHEMA_VERSION}; use the version that wrote it"
         )
     content = envelope.get("content")
     if envelope.get("sha256") != _digest(content):
-        raise CheckpointError(f"{path}: damaged (sha256 of its content); use another checkpoint")
+        raise CheckpointError(f"{path}: damaged (sha256 mismatch); use another checkpoint")
     try:
         return Index.model_validate(content)
     except ValidationError as error:
@@ -189,7 +188,7 @@ def read_index(checkpoint: Path) -> Index:
 
 
 def index_bytes(index: Index, written_by: str) -> bytes:
-    """The index as it is written, by a software of that name and version."""
+    """Serializes an index; `written_by` is the name and version of the writing software."""
     content = index.model_dump(mode="json")
     envelope = {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""The random number generators of a process, as tensors."""
+"""States of a process's random number generators, as tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 def random_states() -> dict[str, Tensor]:
-    """The states of the generators of torch (host and accelerator), Python and NumPy."""
-    version, words, gauss = random.getstate()
+    """Returns the states of torch's generators (CPU and device), Python's and NumPy's."""
+    version, internal, gauss = random.getstate()
     states = {
         "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words]),
+        "python": torch.tensor([version, *internal]),
         "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
     }
     if "numpy" in sys.modules:
@@ -31,11 +31,11 @@ def random_states() -> dict[str, Tensor]:
 
 
 def restore_random_states(states: Mapping[str, Tensor]) -> None:
-    """Sets the generators to what :func:`random_states` gave; one that is not there is left."""
+    """Restores what :func:`random_states` returned; a generator without a state is unchanged."""
     torch.set_rng_state(states["torch"])
-    version, *words = states["python"].tolist()
+    version, *internal = states["python"].tolist()
     gauss = states["python_gauss"].item()
-    random.setstate((version, tuple(words), None if math.isnan(gauss) else gauss))
+    random.setstate((version, tuple(internal), None if math.isnan(gauss) else gauss))
     if "numpy" in states:
         import numpy
 

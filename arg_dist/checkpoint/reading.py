@@ -1,4 +1,4 @@
-"""Reading: a checkpoint is verified and compared with the model, then each takes its slices."""
+"""Read a checkpoint: verify it, check it against the model, then load each process's slices."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint has brought back.
+    """What was restored from a checkpoint.
 
     Attributes:
-        path: its folder.
-        step: optimizer steps of the job up to it.
+        path: folder of the checkpoint.
+        step: optimizer steps of the job up to the checkpoint.
         world_size: number of processes that wrote it.
-        job: what the training job had given.
-        random_states: whether random number generators go on where they were, which they can with
-            as many processes as there were.
-        passed_over: newer checkpoints that are broken, each with the reason.
+        job: data that the training job passed when saving.
+        random_states: whether random number generators were restored, which requires the number of
+            processes that wrote the checkpoint.
+        passed_over: why each newer checkpoint, which is damaged, was not loaded.
     """
 
     path: Path
@@ -55,12 +55,12 @@ class Restored:
 
 
 def verified_index(checkpoint: Path, communicator: Communicator) -> Index:
-    """The index of a checkpoint whose files are all as they were written.
+    """Verifies all files of a checkpoint and returns its index; a collective.
 
-    Each process reads its share of the files; they decide together.
+    Each process verifies a share of the files; the result is the same on all of them.
 
     Raises:
-        CheckpointError: on every process; names the file.
+        CheckpointError: on every process; a file is missing or damaged, and the message names it.
     """
     read: list[Index] = []
 
@@ -76,8 +76,8 @@ def verified_index(checkpoint: Path, communicator: Communicator) -> Index:
     for process, digest in enumerate(digests):
         if digest != digests[0]:
             raise CheckpointError(
-                f"{checkpoint}: process {process} finds another checkpoint there than process 0; "
-                "checkpoints must lie on a file system that all processes share"
+                f"{checkpoint}: process {process} finds another checkpoint here than process 0; "
+                "checkpoints must be on a file system that all processes share"
             )
     return read[0]
 
@@ -91,7 +91,7 @@ def restore(
     scheduler: Any,
     weights: bool,
 ) -> Restored:
-    """Brings back what a verified checkpoint holds; see :func:`arg_dist.checkpoint.load`."""
+    """Loads a verified checkpoint; see :func:`arg_dist.checkpoint.load`."""
     job = job_communicator(optimizer.process_group, optimizer.bind())
     on_all(job, lambda: check_model(checkpoint, index, optimizer, weights=weights))
     before = saved_settings(optimizer.param_groups)
@@ -105,7 +105,7 @@ def restore(
         raise
     if different and job.me == 0:
         warnings.warn(
-            f"{checkpoint}: the optimizer goes on with the checkpoint's settings: "
+            f"{checkpoint}: the optimizer continues with the checkpoint's settings: "
             + "; ".join(different),
             stacklevel=4,
         )
@@ -142,7 +142,7 @@ def restore(
 
 
 def _state(reader: SliceReader, shard: Shard) -> State:
-    """This process's part of the state of a matrix or tensor, on the device of its weights."""
+    """Reads this process's part of the state of a matrix or tensor, to the weights' device."""
     entry = reader.index.states[shard.name]
     device = shard.fragment.target.device
     state: State = {**entry.numbers, **entry.lists}
@@ -165,7 +165,7 @@ def _state(reader: SliceReader, shard: Shard) -> State:
 
 
 def _read_weight(reader: SliceReader, fragment: Fragment) -> None:
-    """Puts the stored values of a fragment where the engine keeps them."""
+    """Copies the stored values of a fragment into the engine's tensor."""
     weight = reader.index.weights[fragment.name]
     values = reader.elements(
         weight,

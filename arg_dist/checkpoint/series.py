@@ -1,4 +1,4 @@
-"""A run's checkpoints: saved while training goes on, the last few kept, the newest intact found."""
+"""A series of checkpoints: saved in the background, rotated, and resumed from the newest intact."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ log = logging.getLogger("arg_dist")
 
 
 class SaveTimes(NamedTuple):
-    """What one save has cost this process.
+    """Cost of one save on this process.
 
     Attributes:
-        step: optimizer steps of the job up to it.
-        stall_seconds: how long training stood still: waiting for the save before it, and copying.
-        write_seconds: until the checkpoint was complete, beside training.
-        bytes: written by this process.
+        step: optimizer steps of the job up to the checkpoint.
+        stall_seconds: how long training was blocked by waiting for the previous save and copying.
+        write_seconds: time to complete the checkpoint, in the background unless disabled.
+        bytes: bytes written by this process.
     """
 
     step: int
@@ -47,29 +47,30 @@ class SaveTimes(NamedTuple):
 
 
 class Checkpoints:
-    """A folder of checkpoints, ``step-00000100`` and so on, and ``latest``, the newest one's name.
+    """A folder of checkpoints ``step-00000100`` etc.; the file ``latest`` names the newest.
 
-    Every process of the job makes one and calls its methods at the same steps. While there is one,
-    no other job can have the folder. A job that went on from an older checkpoint than the newest
-    puts ``.abandoned`` to the names of those after its first one; as it passes them, they go.
+    Every process of the job creates one and calls its methods at the same steps. While it exists,
+    no other job can use the folder. If a job resumes from an older checkpoint than the newest, its
+    first save appends ``.abandoned`` to the names of the later ones; each of them is removed once
+    the job has passed its step.
 
     Args:
-        folder: where they are, on a file system that all processes share.
-        optimizer: the AdaRankGrad itself, without wrappers, once the engine has taken it over.
-        model: gives what the optimizer does not train, and the model's configuration.
-        scheduler: the learning-rate scheduler, or anything with ``state_dict`` (of plain data) and
-            ``load_state_dict``.
-        keep: how many checkpoints to keep.
-        background: write in a thread, while training goes on.
+        folder: folder of the checkpoints, on a file system shared by all processes.
+        optimizer: the AdaRankGrad itself, without wrappers, after the engine has taken it over.
+        model: the model, to save its configuration and what the optimizer does not train.
+        scheduler: the learning-rate scheduler, or any object with ``state_dict`` (of plain data)
+            and ``load_state_dict``.
+        keep: number of checkpoints to keep.
+        background: whether to write in a thread, overlapped with training.
         time_limit: seconds that one process waits for the others.
 
     Attributes:
-        times: of the saves that are complete.
+        times: cost of each completed save.
 
     Raises:
         ValueError: `keep` is below 1.
-        CheckpointError: on every process: the folder cannot be written to, is another job's, or is
-            not the same on all processes.
+        CheckpointError: on every process: the folder is not writable, is in use by another job, or
+            is not the same on all processes.
     """
 
     def __init__(
@@ -97,15 +98,15 @@ class Checkpoints:
         on_all(self._processes, self._clear_leftovers)
 
     def save(self, step: int, job: Mapping[str, Any] | None = None) -> None:
-        """Saves; with `background`, returns as soon as everything is copied to the host's memory.
+        """Saves; with `background`, returns once everything is copied to host memory.
 
         Args:
             step: optimizer steps of the job so far.
-            job: plain data to be given back by :meth:`load`.
+            job: plain data that :meth:`load` returns.
 
         Raises:
-            CheckpointError: on every process: this one, or the one before it, could not be
-                written. Those that were there before are as they were.
+            CheckpointError: on every process: this checkpoint or the previous one could not be
+                written. Earlier checkpoints are unchanged.
         """
         began = time.perf_counter()
         self.wait()
@@ -129,24 +130,24 @@ class Checkpoints:
         """Waits until the last save is complete.
 
         Raises:
-            CheckpointError: on every process: it could not be written.
+            CheckpointError: on every process: the checkpoint could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             self.times.append(pending.result())
 
     def load(self, which: str | Path = "auto") -> Restored | None:
-        """Brings back the newest checkpoint that is intact, or a certain one.
+        """Loads the newest intact checkpoint, or a given one.
 
         Args:
             which: `auto`, or the folder of a checkpoint.
 
         Returns:
-            What it was; with `auto` None if there are no checkpoints.
+            What was restored; with `auto`, None if there are no checkpoints.
 
         Raises:
-            CheckpointError: on every process: the checkpoint is broken, or is one of another
-                model; with `auto`, all of them are broken.
+            CheckpointError: on every process: the checkpoint is damaged or belongs to another
+                model; with `auto`, all checkpoints are damaged.
         """
         self.wait()
         if which != "auto":
@@ -167,7 +168,7 @@ class Checkpoints:
         return None
 
     def found(self) -> list[Path]:
-        """The checkpoints in the folder as its first process sees them, the newest last."""
+        """Lists the checkpoints in the folder as the first process sees them, newest last."""
         return on_all(self._processes, self._found)[0]
 
     def _load(self, checkpoint: Path, index: Any = None) -> Restored:
@@ -183,7 +184,7 @@ class Checkpoints:
     def _write_beside(self, prepared: Draft, stall: float) -> SaveTimes:
         try:
             return self._write(prepared, stall)
-        except Exception as error:  # raised at the next call, which may be long after, or never
+        except Exception as error:  # raised at the next call, which may come late or never
             if self._processes.me == 0:
                 log.error("the checkpoint of step %d was not saved: %s", prepared.index.step, error)
             raise
@@ -198,7 +199,7 @@ class Checkpoints:
         written = sum(tensor.nbytes for tensor in prepared.tensors.values())
         return SaveTimes(step, stall, time.perf_counter() - began, written)
 
-    # -- what the first process does in the folder -----------------------------------------------
+    # -- operations of the first process in the folder -------------------------------------------
 
     def _found(self) -> list[Path]:
         if self._processes.me != 0 or not self.folder.is_dir():
@@ -206,12 +207,12 @@ class Checkpoints:
         return checkpoints_in(self.folder)
 
     def _set_aside(self, checkpoint: Path) -> None:
-        """A checkpoint of the same step; if this save fails, it still is the one of this step."""
+        """Renames a checkpoint of the same step, so that it survives if this save fails."""
         if self._processes.me != 0 or not checkpoint.exists():
             return
         latest = self.folder / LATEST_NAME
         named = latest.exists() and latest.read_text().strip() == checkpoint.name
-        if named:  # it never names what is not there
+        if named:  # `latest` never names a checkpoint that does not exist
             others = [path for path in checkpoints_in(self.folder) if path != checkpoint]
             self._write_latest(others[-1] if others else None)
         replaced = _put_away(checkpoint, ".replaced")
@@ -219,7 +220,7 @@ class Checkpoints:
             self._write_latest(replaced)
 
     def _point_to(self, checkpoint: Path) -> None:
-        """Writes ``latest``, and removes what is not to be kept."""
+        """Updates ``latest`` and removes the checkpoints that are not kept."""
         if self._processes.me != 0:
             return
         self._write_latest(checkpoint)
@@ -244,7 +245,7 @@ class Checkpoints:
             write_bytes(path, f"{checkpoint.name}\n".encode())
 
     def _clear_leftovers(self) -> None:
-        """Of runs that were killed while they saved."""
+        """Removes incomplete files of runs that were killed during a save."""
         if self._processes.me == 0 and self.folder.is_dir():
             for path in self.folder.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
@@ -252,12 +253,12 @@ class Checkpoints:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """By step; of two of one step, the one that was replaced comes first, and abandoned ones do."""
+    """Lists checkpoints by step, a replaced one before its successor, after all abandoned ones."""
     return list(_order(folder))
 
 
 class _Order(NamedTuple):
-    """What a checkpoint's name tells, as they are sorted."""
+    """Sort key of a checkpoint, from its name."""
 
     current: bool
     step: int
@@ -275,7 +276,7 @@ def _order(folder: Path) -> dict[Path, _Order]:
 
 
 def _put_away(checkpoint: Path, suffix: str) -> Path:
-    """Gives a checkpoint another name, in the place of what has it, and returns that."""
+    """Renames a checkpoint, replacing any that has the new name; returns the new path."""
     aside = checkpoint.with_name(checkpoint.name.partition(".")[0] + suffix)
     _remove(aside)
     checkpoint.rename(aside)
@@ -284,7 +285,7 @@ def _put_away(checkpoint: Path, suffix: str) -> Path:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint so that at no moment a part of it stands under its name."""
+    """Removes a checkpoint without ever leaving a part of it under its name."""
     if checkpoint.exists():
         removed = checkpoint.with_name(f".{checkpoint.name}.removed")
         try:
@@ -294,6 +295,6 @@ def _remove(checkpoint: Path) -> None:
             shutil.rmtree(removed)
         except OSError as error:
             raise CheckpointError(
-                f"{removed}: an old checkpoint cannot be removed ({error.strerror}); remove it; "
-                "the newer ones are complete"
+                f"{removed}: this old checkpoint cannot be removed ({error.strerror}); remove it "
+                "by hand; the newer checkpoints are complete"
             ) from None

@@ -1,4 +1,4 @@
-"""Reading: any rows of a tensor, out of the slices in which other processes wrote it."""
+"""Read any rows of a tensor from the slices that several processes wrote."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from arg_dist.checkpoint.index import (
 from arg_dist.subspace.exchange import Interval, intersect
 
 BLOCK_ELEMENTS = 1 << 18
-"""What is turned from one order to the other at a time; more would need more memory."""
+"""Elements transposed at a time, which limits the temporary memory."""
 
 
 class SliceReader:
-    """The files of one checkpoint, opened as they are needed; a context manager."""
+    """Reads the files of one checkpoint, opened on demand; a context manager."""
 
     def __init__(self, checkpoint: Path, index: Index) -> None:
         self.index = index
@@ -48,15 +48,15 @@ class SliceReader:
         self._stack.close()
 
     def rows(self, sliced: SlicedTensor, key: str, wanted: Interval) -> Tensor:
-        """Rows `wanted` of a tensor, on the CPU.
+        """Reads rows `wanted` of a tensor, to the CPU.
 
         Args:
-            sliced: where its slices are.
-            key: what they are called in their files.
+            sliced: the tensor's slices.
+            key: name of the slices in their files.
             wanted: ``[start, stop)``.
 
         Raises:
-            CheckpointError: a slice is not where the index says, or rows are missing.
+            CheckpointError: a slice is not where the index places it, or rows are missing.
         """
         start, stop = wanted
         count = max(0, stop - start)
@@ -71,7 +71,7 @@ class SliceReader:
         if filled != count:
             raise CheckpointError(
                 f"{self._checkpoint}: {key} has {filled} of the {count} rows {start} to {stop}; "
-                "its index does not fit its files"
+                "its index does not match its files; use another checkpoint"
             )
         return rows
 
@@ -79,21 +79,21 @@ class SliceReader:
         self, entry: StateEntry | Weight, sliced: SlicedTensor, key: str, wanted: Interval, *,
         transposed: bool,
     ) -> Tensor:  # fmt: skip
-        """Elements `wanted` of a tensor that is stored as a row of its elements.
+        """Reads elements `wanted` of a tensor that is stored flattened, to the CPU.
 
         Args:
-            entry: what the tensor is.
-            sliced: where its slices are.
-            key: what they are called in their files.
+            entry: the tensor's entry in the index.
+            sliced: the tensor's slices.
+            key: name of the slices in their files.
             wanted: ``[start, stop)``.
-            transposed: count the elements column by column.
+            transposed: whether `wanted` counts the elements in column-major order.
         """
         if entry.transposed == transposed:
             return self.rows(sliced, key, wanted)
         start, stop = wanted
         if start >= stop:
             return self.rows(sliced, key, (0, 0))
-        # count x length as it was stored, length x count as it is wanted
+        # stored as count x length, requested as length x count
         count, length = entry.shape[::-1] if entry.transposed else entry.shape
         first, last = start // count, -(-stop // count)
         rows = torch.empty((last - first, count), dtype=getattr(torch, sliced.dtype))
@@ -106,7 +106,7 @@ class SliceReader:
         return values if values.numel() == rows.numel() else values.clone()
 
     def random_states(self, process: int) -> dict[str, Tensor]:
-        """The states of random number generators that a process wrote."""
+        """Reads the random number generator states that a process wrote."""
         keys = {name: tensor_key("random", name) for name in self.index.random_states}
         return {name: self._slice(process, key)[:] for name, key in keys.items()}
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every process what it owns, and the name only when everything is there."""
+"""Write a checkpoint: each process writes what it owns, and the last step renames the folder."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ from arg_dist.sharding.plan import Plan
 
 @dataclass(frozen=True)
 class Draft:
-    """What one process is going to write, in the host's memory.
+    """What one process will write, in host memory.
 
     Attributes:
-        index: of this process's slices.
+        index: index of this process's slices only.
         tensors: the slices, by their names in the file.
     """
 
@@ -68,11 +68,11 @@ def draft(
     job: Mapping[str, Any] | None,
     weights: bool,
 ) -> Draft:
-    """Copies what this process has to write; training may go on afterwards.
+    """Copies what this process will write, so that training can continue meanwhile.
 
     Raises:
-        CheckpointError: on every process: state of the scheduler or the job is no JSON, or
-            a process could not copy what it has.
+        CheckpointError: on every process: the scheduler's state or `job` cannot be written as
+            JSON, or a process could not copy its part.
     """
     plans = optimizer.bind()
     communicator = job_communicator(optimizer.process_group, plans)
@@ -83,7 +83,8 @@ def draft(
         _check_json(scheduler, job)
         contents = Contents()
         for plan in plans:
-            if has_first_process(plan.communicator, communicator):  # else others write the same
+            # other replicas hold the same
+            if has_first_process(plan.communicator, communicator):
                 states = ((shard, optimizer.state_of(shard)) for shard in plan.shards)
                 add_states(contents, plan, states, me)
                 if weights:
@@ -116,15 +117,15 @@ def draft(
 
 
 def write(draft: Draft, directory: Path, communicator: Communicator) -> None:
-    """Writes drafts of all processes into a new folder, which appears with its last file.
+    """Writes the drafts of all processes to a new folder, which appears once it is complete.
 
     Args:
-        draft: this process's.
-        directory: the folder; it must not exist.
+        draft: this process's draft.
+        directory: the folder, which must not exist.
         communicator: the processes.
 
     Raises:
-        CheckpointError: on every process; what was written is gone again.
+        CheckpointError: on every process; what was written is removed.
     """
     me, size = communicator.me, communicator.size
     partial = directory.with_name(f".{directory.name}.partial")
@@ -161,7 +162,7 @@ def write(draft: Draft, directory: Path, communicator: Communicator) -> None:
 def untrained_parameters(
     optimizer: AdaRankGrad, model: nn.Module, plans: Iterable[Plan]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters that the optimizer does not train, with their names."""
+    """Yields the model's parameters that the optimizer does not train, with their names."""
     trained = {fragment.name for plan in plans for fragment in plan.held}
     names = optimizer.parameter_names()
     for name, parameter in named_parameters(model):
@@ -170,7 +171,7 @@ def untrained_parameters(
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that belong into the model's checkpoints, with their names."""
+    """Yields the model's persistent buffers, with their names."""
     for prefix, module in unwrapped(model).named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -178,13 +179,13 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _model_config_values(model: nn.Module) -> dict[str, Any] | None:
-    """The model's own configuration, which names its class: that of its code, not an engine's."""
+    """Returns the model's configuration, with the class of its code rather than an engine's."""
     own = unwrapped(model)
     config: Any = getattr(own, "config", None)
     if not hasattr(config, "to_dict"):
         return None
-    # an engine's class is made up at run time; and what the configuration names may be another
-    # class, of the model that these weights were once taken from
+    # engines create classes at run time, and the configuration may name the class of the model
+    # from which these weights were initialized
     classes = (each for each in type(own).__mro__ if issubclass(each, nn.Module))
     name = next(
         each.__name__
@@ -208,15 +209,15 @@ def _check_json(scheduler: Any, job: Mapping[str, Any] | None) -> None:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{what}: its state cannot be written as JSON ({error}); a checkpoint holds "
-                "numbers, texts, lists and dictionaries of them"
+                f"{what}: its state cannot be written as JSON ({error}); use only numbers, "
+                "strings, and lists and dictionaries of them"
             ) from None
 
 
 def _make(partial: Path, directory: Path) -> None:
     if directory.exists():
-        raise CheckpointError(f"{directory}: exists; give a new folder, or remove it")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        raise CheckpointError(f"{directory}: exists already; give a new folder, or remove it")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -226,14 +227,14 @@ def _make(partial: Path, directory: Path) -> None:
 def _within(partial: Path) -> Path:
     if not partial.is_dir():
         raise CheckpointError(
-            f"{partial}: process 0 has made this folder, but it is not there; checkpoints must lie "
-            "on a file system that all processes share"
+            f"{partial}: process 0 has created this folder, but it does not exist here; "
+            "checkpoints must be on a file system that all processes share"
         )
     return partial
 
 
 def _merge(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The entries of all processes, each with everybody's slices."""
+    """Merges the entries of all processes, each with the slices of all of them."""
     merged: dict[str, Any] = {}
     for part in parts:
         for name, entry in part.items():
@@ -250,8 +251,8 @@ def _join(name: str, known: StateEntry | Weight, other: StateEntry | Weight) -> 
     assert isinstance(known, StateEntry) and isinstance(other, StateEntry)
     if (known.numbers, known.lists) != (other.numbers, other.lists):
         raise CheckpointError(
-            f"{name}: the processes disagree about it ({known.numbers}, {other.numbers}); their "
-            "training has come apart, and nothing was written"
+            f"{name}: its state differs between processes ({known.numbers}, {other.numbers}): "
+            "training has diverged, and nothing was written; resume from an earlier checkpoint"
         )
     tensors = {
         part: sliced.model_copy(update={"slices": sliced.slices + other.tensors[part].slices})

@@ -86,7 +86,7 @@ def test_a_full_disk_is_told_to_all_and_leaves_what_was_there(
         assert len(said) == (2 if background else 1)
         for i, words in enumerate(said):
             assert f"process {who}: {folder}/.step-0000000{i + 2}.partial/{file}: cannot" in words
-            assert "make room" in words and "are as they were" in words
+            assert "free disk space" in words and "earlier checkpoints are unchanged" in words
         assert len(logged) == (len(said) if background and process == 0 else 0)
         assert left == [".claim", "latest", "step-00000001"]
 
