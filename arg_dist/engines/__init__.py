@@ -1,7 +1,6 @@
-"""Adapters: which fragment of which parameter a process holds, one file an engine.
+"""Engine adapters, one file per engine: which fragment of which parameter a process holds.
 
-Importing this package registers every adapter beside this file. None of them imports its engine
-before it is in use.
+Importing this package registers all of them. No adapter imports its engine before it is in use.
 """
 
 import pkgutil

@@ -1,9 +1,9 @@
-"""DeepSpeed ZeRO: which fragment of which parameter lies in the flat tensors it hands an optimizer.
+"""DeepSpeed ZeRO: locate the parameters' fragments in the flat tensors passed to the optimizer.
 
-Stage 0 trains the parameters themselves or fp32 copies of them, and needs no adapter of its own
-(``replicated.py``). Stages 1 and 2 lay a group's parameters end to end and give each process an
-equal cut; stage 3 cuts every parameter by itself and lays the pieces of a sub-group end to end. The
-positions used here are those of DeepSpeed 0.19.
+Stage 0 trains the parameters themselves, or fp32 copies of them, and needs no adapter of its own
+(``replicated.py``). Stages 1 and 2 concatenate the parameters of a group and give each process an
+equal partition. Stage 3 partitions each parameter separately and concatenates the partitions of a
+sub-group. The offsets used here are those of DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from arg_dist.sharding.fragment import (
 
 
 class FlatPartitionAdapter(Adapter):
-    """Stages 1 and 2: the parameters are views of one long tensor, the target is a cut of it.
+    """Stages 1 and 2: the parameters are views of one flat tensor, the target is a partition of it.
 
-    A parameter's storage offset *is* its place in the long tensor, also with
-    ``round_robin_gradients``, where DeepSpeed's own map is wrong, and with ``parameter_alignment``.
+    A parameter's storage offset is its position in the flat tensor. This also holds with
+    ``parameter_alignment`` and with ``round_robin_gradients``, where DeepSpeed's own map is wrong.
     """
 
     def recognizes(self, group: ParameterGroup) -> bool:
-        """Whether the group holds one flat tensor that is a cut of another."""
+        """Whether the group holds one flat tensor that is a partition of another."""
         return _is_flat(group) and any(hasattr(p, "_dp_group") for _, p in group.alive())
 
     def on_construction(self, optimizer: Any) -> None:
-        """Lets DeepSpeed, if it is or will be in use, know the optimizer."""
+        """Registers the optimizer with DeepSpeed, if that is or will be in use."""
         from arg_dist.engines.deepspeed_guard import expect, introduce
 
         expect(optimizer)
-        # accelerate and the Trainer import DeepSpeed late, and say before that they will
+        # accelerate and the Trainer announce DeepSpeed in the environment and import it later
         if "deepspeed" in sys.modules or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             introduce(type(optimizer))
 
     def hold(self, group: ParameterGroup) -> Holding:
-        """The part of each parameter that falls into this process's cut.
+        """Returns the part of each parameter that is in this process's partition.
 
         Raises:
-            RuntimeError: the cut does not hold the parameters' values.
+            RuntimeError: the partition does not hold the parameters' values.
         """
         flat = group.targets[0]
-        # which parameters it trains, DeepSpeed chose at its start, whatever is frozen now
+        # DeepSpeed chose the trained parameters at initialization; requires_grad may differ now
         members = [(name, p) for name, p in group.alive() if hasattr(p, "_dp_group")]
         process_group = members[0][1]._dp_group
         first = dist.get_rank(process_group) * flat.numel()
@@ -72,36 +72,36 @@ class FlatPartitionAdapter(Adapter):
         return Holding(fragments, process_group)
 
     def step_calls(self, groups: Sequence[ParameterGroup]) -> list[StepCall] | None:
-        """One group at a time."""
+        """DeepSpeed steps one group at a time."""
         if not any(self.recognizes(group) for group in groups):
             return None
         return [[(i, group.targets)] for i, group in enumerate(groups)]
 
     def weights_loaded(self, optimizer: Any) -> None:
-        """The weights that the model computes with follow the fp32 ones."""
+        """Copies the fp32 master weights to the weights that the model computes with."""
         from arg_dist.engines.deepspeed_guard import wrapper_of
 
         wrapper = wrapper_of(optimizer)
         if hasattr(wrapper, "update_lp_params"):
             wrapper.update_lp_params()
-        elif hasattr(wrapper, "fp32_groups"):  # stage 0 with copies
+        elif hasattr(wrapper, "fp32_groups"):  # stage 0 with fp32 copies
             for copies, originals in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
                 for copy, original in zip(copies, originals, strict=True):
                     original.data.copy_(copy.data)
 
 
 class PartitionedParametersAdapter(Adapter):
-    """Stage 3: process `i` holds the `i`-th of N equal pieces of each parameter, padded."""
+    """Stage 3: process `i` holds the `i`-th of N equal partitions of each parameter, padded."""
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the group holds one flat tensor, and its parameters are partitioned."""
         return _is_flat(group) and any(hasattr(p, "_z3_optimizer") for _, p in group.alive())
 
     def hold(self, group: ParameterGroup) -> Holding:
-        """This process's piece of each parameter of the sub-group.
+        """Returns this process's partition of each parameter of the sub-group.
 
         Raises:
-            RuntimeError: the flat tensor is none of DeepSpeed's sub-groups.
+            RuntimeError: the flat tensor does not belong to a sub-group of DeepSpeed's.
         """
         flat = group.targets[0]
         names = {id(parameter): name for name, parameter in group.alive()}
@@ -110,9 +110,9 @@ class PartitionedParametersAdapter(Adapter):
         place = next((i for i, tensor in enumerate(flats) if tensor is flat), None)
         if place is None:
             raise RuntimeError(
-                f"a flat tensor of {flat.numel()} elements was found in the parameter group "
-                "that is none of DeepSpeed's sub-groups; this version of DeepSpeed is not "
-                "supported (tested: 0.19.8)"
+                f"a flat tensor of {flat.numel()} elements in the parameter group does not belong "
+                "to any of DeepSpeed's sub-groups; this version of DeepSpeed is not supported "
+                "(tested: 0.19.8)"
             )
         members = zero.fp16_groups[place]
         process_group = members[0].ds_process_group
@@ -128,7 +128,7 @@ class PartitionedParametersAdapter(Adapter):
         return Holding(fragments, process_group)
 
     def step_calls(self, groups: Sequence[ParameterGroup]) -> list[StepCall] | None:
-        """One sub-group at a time; between the calls, the groups are empty."""
+        """DeepSpeed steps one sub-group at a time and leaves the groups empty between calls."""
         zero = next(
             (p._z3_optimizer for g in groups for _, p in g.alive() if hasattr(p, "_z3_optimizer")),
             None,
@@ -139,7 +139,7 @@ class PartitionedParametersAdapter(Adapter):
         return [[(zero.sub_group_to_group_id[i], [flat])] for i, flat in enumerate(flats)]
 
     def untrained(self, name: str, parameter: Tensor) -> Holding | None:
-        """This process's piece."""
+        """Returns this process's partition."""
         if not hasattr(parameter, "ds_tensor"):
             return None
         partitioned: Any = parameter
@@ -151,7 +151,7 @@ class PartitionedParametersAdapter(Adapter):
         return Holding([piece_held], partitioned.ds_process_group)
 
     def weights_loaded(self, optimizer: Any) -> None:
-        """The pieces that the model computes with follow the fp32 ones."""
+        """Copies the fp32 master weights to the partitions that the model computes with."""
         from arg_dist.engines.deepspeed_guard import wrapper_of
 
         zero = wrapper_of(optimizer)
@@ -173,14 +173,14 @@ def _is_flat(group: ParameterGroup) -> bool:
 def _fragment(
     name: str, shape: tuple[int, ...], start: int, stop: int, flat: Tensor, position: int
 ) -> Fragment:
-    """Elements ``[start, stop)`` of a parameter, found at `position` of the flat tensor."""
+    """Describes elements ``[start, stop)`` of a parameter, at `position` in the flat tensor."""
     numel = stop - start
     position = position if numel else 0
     return Fragment(name, shape, start, stop, flat, lambda t: t.narrow(0, position, numel))
 
 
 def _check_values(fragment: Fragment, parameter: Tensor) -> None:
-    """The fp32 values must be the parameter's own: DeepSpeed's layout is not ours to trust."""
+    """Checks that the fp32 values equal the parameter's, as DeepSpeed's layout is not public."""
     ours = fragment.view(fragment.target.data).to(parameter.device, parameter.dtype)
     theirs = parameter.data.reshape(-1)[fragment.start : fragment.stop]
     if not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):

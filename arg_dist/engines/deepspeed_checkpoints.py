@@ -1,12 +1,14 @@
-"""DeepSpeed's own checkpoints, on as many processes and, by its universal checkpoint, on others.
+"""DeepSpeed's own checkpoints: native ones, and universal ones for another number of processes.
 
-At stage 0 DeepSpeed saves the first process's state for all of them, so it is put together there.
+At stage 0 DeepSpeed saves the first process's state for all processes, so the state is consolidated
+there first.
 
-At stages 1 to 3 it pickles the state of each process, with which as many processes can go on. For
-another number, its converter makes a universal checkpoint, and knows of Adam's two moments in flat
-tensors only. So it is shown moments of zeros, which take no room, and the state itself lies beside
-DeepSpeed's files in a checkpoint of our own, from which each process of the new job takes its part.
-The converter copies no file of ours, but keeps a note of where that checkpoint is.
+At stages 1 to 3 it pickles the state of each process, from which the same number of processes can
+resume. For another number, its converter creates a universal checkpoint, but supports only Adam's
+two moments in flat tensors. It therefore receives moments of zeros, which take no space, and the
+actual state is stored next to DeepSpeed's files in an arg_dist checkpoint, from which each process
+of the new job reads its part. The converter does not copy that checkpoint, but preserves a note of
+its location.
 """
 
 from __future__ import annotations
@@ -31,31 +33,31 @@ from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.job import job_communicator
 
 STATE_FOLDER = "adarankgrad"
-"""Folder of a DeepSpeed checkpoint in which the optimizer's state lies, in our own format."""
+"""Folder inside a DeepSpeed checkpoint for the optimizer's state, in arg_dist's format."""
 
 NOTE = "adarankgrad_state"
-"""Key of DeepSpeed's client state that tells where this folder is, and what must be in it."""
+"""Key in DeepSpeed's client state for the location and checksum of this folder."""
 
 OTHER_NUMBER = (
-    "To go on with another number of processes, convert the checkpoint: python -m "
+    "To resume on another number of processes, convert the checkpoint with python -m "
     "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder DIR/TAG "
-    '--output_folder DIR/TAG_universal, and load that with "checkpoint": {"load_universal": true} '
+    '--output_folder DIR/TAG_universal, and load it with "checkpoint": {"load_universal": true} '
     "in the JSON. Checkpoints of arg_dist.checkpoint.save need no conversion."
 )
 
 
 def follow_checkpoints(engine: Any, optimizer: AdaRankGrad) -> None:
-    """Lets an engine's ``save_checkpoint`` and ``load_checkpoint`` take along what they would lose.
+    """Makes an engine's ``save_checkpoint`` and ``load_checkpoint`` include the optimizer's state.
 
     Args:
-        engine: DeepSpeed's, which is about to wrap the optimizer.
-        optimizer: its optimizer.
+        engine: DeepSpeed's engine, before it wraps the optimizer.
+        optimizer: the optimizer of the engine.
     """
     if not engine.zero_optimization():
         engine.save_checkpoint = _consolidating(engine.save_checkpoint, optimizer)
         return
-    # DeepSpeed 0.19.8 converts from wrong places of the weights where they were dealt around; the
-    # converter stops (KeyError: 'exp_avg') instead
+    # with round_robin_gradients DeepSpeed 0.19.8 converts from wrong offsets of the weights;
+    # without the moments the converter stops (KeyError: 'exp_avg') instead
     if engine.zero_optimization_stage() == 3 or not engine.zero_round_robin_gradients():
         optimizer.register_state_dict_post_hook(_add_zero_moments)
     engine.save_checkpoint = _saving_state(engine.save_checkpoint, engine, optimizer)
@@ -63,7 +65,7 @@ def follow_checkpoints(engine: Any, optimizer: AdaRankGrad) -> None:
 
 
 def _consolidating(save: Callable[..., Any], optimizer: AdaRankGrad) -> Callable[..., Any]:
-    """`save`, after the state was put together on the process that will write it."""
+    """Wraps `save` so that it first consolidates the state on the process that writes it."""
 
     @functools.wraps(save)
     def consolidate_and_save(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +76,7 @@ def _consolidating(save: Callable[..., Any], optimizer: AdaRankGrad) -> Callable
 
 
 def _saving_state(save: Callable[..., Any], engine: Any, optimizer: AdaRankGrad) -> Any:
-    """`save`, which also writes the optimizer's state into a folder of the checkpoint."""
+    """Wraps `save` so that it also writes the optimizer's state to a folder of the checkpoint."""
     signature = inspect.signature(save)
 
     @functools.wraps(save)
@@ -82,7 +84,7 @@ def _saving_state(save: Callable[..., Any], engine: Any, optimizer: AdaRankGrad)
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        # node-local checkpoints are for the same processes on the same nodes, which need no folder
+        # node-local checkpoints are loaded by the same processes on the same nodes only
         if given["save_dir"] and not engine.use_node_local_storage():
             tag = given["tag"]
             given["tag"] = f"global_step{engine.global_steps}" if tag is None else str(tag)
@@ -95,7 +97,7 @@ def _saving_state(save: Callable[..., Any], engine: Any, optimizer: AdaRankGrad)
 
 
 def _write_state(folder: Path, optimizer: AdaRankGrad, step: int) -> dict[str, str]:
-    """Writes the state, in the place of what was saved under the same tag; returns the note."""
+    """Writes the state, replacing that of an earlier save with the same tag; returns the note."""
     processes = _processes_of(optimizer)
 
     def remove() -> None:
@@ -109,7 +111,7 @@ def _write_state(folder: Path, optimizer: AdaRankGrad, step: int) -> dict[str, s
 
 
 def _loading_state(load: Callable[..., Any], engine: Any, optimizer: AdaRankGrad) -> Any:
-    """`load`, which after a universal checkpoint brings back the optimizer's state."""
+    """Wraps `load` so that it restores the optimizer's state after a universal checkpoint."""
     signature = inspect.signature(load)
 
     @functools.wraps(load)
@@ -129,7 +131,8 @@ def _loading_state(load: Callable[..., Any], engine: Any, optimizer: AdaRankGrad
         if path is None or not engine.load_universal_checkpoint():
             return path, client_state
         _drop_zero_moments(engine, optimizer)
-        for group, own in zip(groups, before, strict=True):  # stage 3 puts the first one's into all
+        # stage 3 copies the settings of the first group to all of them
+        for group, own in zip(groups, before, strict=True):
             group.update(own)
         if given["load_optimizer_states"] and not given["load_module_only"]:
             _read_state(Path(path).parent, note, optimizer)
@@ -139,10 +142,10 @@ def _loading_state(load: Callable[..., Any], engine: Any, optimizer: AdaRankGrad
 
 
 def _read_state(checkpoint: Path, note: Mapping[str, str] | None, optimizer: AdaRankGrad) -> None:
-    """Brings back the state that belongs to a universal checkpoint.
+    """Restores the optimizer's state that belongs to a universal checkpoint.
 
     Raises:
-        CheckpointError: on every process: it is not to be found, or is damaged.
+        CheckpointError: on every process: the state is not found, or is damaged.
     """
     processes = _processes_of(optimizer)
     [folder, *_] = on_all(processes, lambda: _find_state(checkpoint, note))
@@ -152,11 +155,11 @@ def _read_state(checkpoint: Path, note: Mapping[str, str] | None, optimizer: Ada
 
 
 def _find_state(checkpoint: Path, note: Mapping[str, str] | None) -> Path:
-    """Where the state of a universal checkpoint lies."""
+    """Returns the folder that contains the optimizer's state of a universal checkpoint."""
     if note is None:
         raise CheckpointError(
-            f"{checkpoint}: it was not saved with AdaRankGrad, or the checkpoint was on node-local "
-            "storage; give load_optimizer_states=False to go on with the weights alone"
+            f"{checkpoint}: was not saved with AdaRankGrad, or was saved to node-local storage; "
+            "pass load_optimizer_states=False to resume with the weights only"
         )
     places = [
         checkpoint / STATE_FOLDER,
@@ -168,18 +171,18 @@ def _find_state(checkpoint: Path, note: Mapping[str, str] | None) -> Path:
         if describe(place / INDEX_NAME).sha256 == note["sha256"]:
             return place
     raise CheckpointError(
-        f"{checkpoint}: the optimizer's state does not lie beside it: "
-        + (f"{found[0]} is that of a later save; " if found else "")
-        + f"copy the folder {STATE_FOLDER} of the checkpoint that it was converted from "
+        f"{checkpoint}: the optimizer's state was not found: "
+        + (f"{found[0]} is from a later save; " if found else "")
+        + f"copy the folder {STATE_FOLDER} of the checkpoint from which it was converted "
         f"({note['folder']}) into it"
     )
 
 
-# -- what the converter asks for -----------------------------------------------------------------
+# -- what the converter requires -----------------------------------------------------------------
 
 
 def _add_zero_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Adds Adam's state of every flat tensor: one zero that counts as many, and a step."""
+    """Adds Adam's state for every flat tensor: a step, and moments expanded from a single zero."""
     assert isinstance(optimizer, AdaRankGrad)
     for index, target in enumerate(members(optimizer.param_groups)):
         zeros = torch.zeros(1).expand(target.numel())
@@ -188,7 +191,7 @@ def _add_zero_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
 
 
 def _drop_zero_moments(engine: Any, optimizer: AdaRankGrad) -> None:
-    """Frees the moments of zeros, by now as large as the weights."""
+    """Frees the moments of zeros, which are as large as the weights after loading."""
     for target, units in optimizer.state.items():
         optimizer.state[target] = {k: v for k, v in units.items() if isinstance(v, Mapping)}
     for parameter in engine.module.parameters():

@@ -1,7 +1,7 @@
-"""What AdaRankGrad reads in a DeepSpeed config, and what it refuses there.
+"""Read and validate a DeepSpeed config for AdaRankGrad.
 
-Pure functions on a dictionary: neither DeepSpeed nor a process group is needed, so a config can be
-checked before anything is launched. Key names and defaults are those of DeepSpeed 0.19.8.
+Pure functions on dictionaries: they need neither DeepSpeed nor a process group, so a config can be
+checked before a launch. Key names and defaults are those of DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.engines.deepspeed_rules import RULES, read_facts, shown, value
 
 OPTIMIZER_TYPE = "AdaRankGrad"
-"""The name in ``optimizer.type``, in this spelling: DeepSpeed lower-cases only its own names and
-looks every other one up in ``torch.optim`` as it stands."""
+"""Value of ``optimizer.type``. It is case-sensitive: DeepSpeed lower-cases only its own names and
+looks up any other in ``torch.optim`` unchanged."""
 
 FOREIGN_PARAMS = {
     "max_grad_norm": "set the top-level key 'gradient_clipping'",
     "torch_adam": "remove it",
     "adam_w_mode": "remove it: the weight decay is decoupled, as in AdamW",
 }
-"""Keys of ``optimizer.params`` that users carry over from DeepSpeed's Adam, and what to do."""
+"""Keys of ``optimizer.params`` left over from DeepSpeed's Adam, and the remedy for each."""
 
 KNOWN_KEYS = frozenset(
     """
@@ -41,14 +41,15 @@ KNOWN_KEYS = frozenset(
     zero_optimization
     """.split()
 )
-"""Top-level keys that DeepSpeed reads; it ignores every other one without a word."""
+"""Top-level keys that DeepSpeed reads; it silently ignores any other."""
 
 
 def load_deepspeed_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a config from a path, a JSON text (a string that begins with `{`), or a mapping.
+    """Reads a config from a path, a JSON string (beginning with `{`), or a mapping.
 
     Raises:
-        ConfigError: the file cannot be read, is not JSON, names a key twice, or holds no object.
+        ConfigError: the file cannot be read, is not valid JSON, contains a duplicate key, or is
+            not an object.
     """
     if isinstance(config, Mapping):
         return dict(config)
@@ -77,16 +78,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ConfigError(f"key '{key}' is given twice; keep one of them")
+            raise ConfigError(f"key '{key}' is given twice; remove one of them")
     return dict(pairs)
 
 
 def optimizer_settings(config: Mapping[str, Any]) -> AdaRankGradConfig:
-    """The settings in the config's ``optimizer`` section, validated.
+    """Returns the validated settings of the config's ``optimizer`` section.
 
     Raises:
-        ConfigError: the section is missing, names another type, or ``optimizer.params`` has an
-            unknown, ill-typed, contradictory or still unfilled (``"auto"``) value.
+        ConfigError: the section is missing or names another type, or ``optimizer.params`` has an
+            unknown key or a value that is ill-typed, contradictory or still ``"auto"``.
     """
     section = config.get("optimizer")
     if not isinstance(section, Mapping):
@@ -104,7 +105,7 @@ def optimizer_settings(config: Mapping[str, Any]) -> AdaRankGradConfig:
         raise ConfigError(f"optimizer.params: got {shown(params)}; an object is needed")
     lines = [
         f'optimizer.params.{key}: got "auto", which only the Trainer of transformers and '
-        "accelerate fill in; give a number"
+        "accelerate replace with a value; give a number"
         for key in ("lr", "betas", "eps", "weight_decay")
         if params.get(key) == "auto"
     ]
@@ -119,19 +120,19 @@ def optimizer_settings(config: Mapping[str, Any]) -> AdaRankGradConfig:
 
 
 def refuse_unsupported(config: Mapping[str, Any], *, cuda: bool) -> None:
-    """Refuses every setting that AdaRankGrad cannot work with, and misspelled top-level keys.
+    """Refuses settings that AdaRankGrad does not support, and misspelled top-level keys.
 
     Args:
-        config: a DeepSpeed config; values still ``"auto"`` count as not given, as in DeepSpeed.
-        cuda: whether the training runs on a CUDA device.
+        config: a DeepSpeed config; a value of ``"auto"`` counts as not given, as in DeepSpeed.
+        cuda: whether training runs on a CUDA device.
 
     Raises:
-        ConfigError: one line per fault: the key's path, what was given, why, and what to do.
+        ConfigError: one line per error: the key's path, what was given, the reason and the remedy.
     """
     facts = read_facts(config, cuda=cuda)
     lines = [
         f"{key}: unknown key, which DeepSpeed would ignore; did you mean '{near[0]}'? "
-        "(a section of your own needs a name less alike)"
+        "(for a section of your own, use a less similar name)"
         for key in config
         if key not in KNOWN_KEYS
         and (near := difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.8))
@@ -147,11 +148,13 @@ def refuse_unsupported(config: Mapping[str, Any], *, cuda: bool) -> None:
 
 
 def warn_defaults(config: Mapping[str, Any]) -> list[str]:
-    """One line for each setting left at a DeepSpeed default that few expect."""
+    """Returns one line for each setting that is left at a surprising default of DeepSpeed."""
     lines = []
     if "gradient_clipping" not in config:
-        lines.append("gradient_clipping: not set; DeepSpeed clips at 1.0; set it (0 for none)")
+        lines.append(
+            "gradient_clipping: not set; DeepSpeed clips at 1.0; set it (0 disables clipping)"
+        )
     zero = config.get("zero_optimization", {})
     if isinstance(zero, Mapping) and "stage" not in zero:
-        lines.append("zero_optimization.stage: not set; DeepSpeed takes 0, which shards nothing")
+        lines.append("zero_optimization.stage: not set; DeepSpeed uses 0, which shards nothing")
     return lines

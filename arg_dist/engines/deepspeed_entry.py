@@ -1,6 +1,6 @@
-"""The ways into DeepSpeed: by name from the JSON, by :func:`initialize`, or as a client optimizer.
+"""Entry points for DeepSpeed: the JSON's optimizer name, :func:`initialize`, a client optimizer.
 
-All three pass the same guard (``deepspeed_guard.py``).
+All three are checked by the same guard (``deepspeed_guard.py``).
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ def initialize(
     mesh_param: Any = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` for AdaRankGrad: same arguments, same four values returned.
+    """``deepspeed.initialize`` for AdaRankGrad, with the same arguments and return values.
 
-    Checks the whole configuration first, on every process and before any of them waits for another;
-    then compares it across the processes. Embeddings, output heads, norms and biases are left to
-    full-rank Adam; ``targets`` and ``exclude`` in ``optimizer.params`` choose otherwise.
+    Validates the whole configuration on every process before any communication, then checks that
+    all processes have the same one. Embeddings, output heads, norms and biases are trained with
+    full-rank Adam unless ``targets`` and ``exclude`` in ``optimizer.params`` select otherwise.
 
     Args:
         args: as in DeepSpeed; ``args.deepspeed_config`` is used if `config` is not given.
         model: the model.
-        optimizer: as in DeepSpeed; None to build the one that the configuration names.
-        model_parameters: as in DeepSpeed; None for all trainable parameters.
+        optimizer: as in DeepSpeed; None builds the one named in the configuration.
+        model_parameters: as in DeepSpeed; None means all trainable parameters.
         training_data: as in DeepSpeed.
         lr_scheduler: as in DeepSpeed.
         distributed_port: as in DeepSpeed.
         mpu: as in DeepSpeed; model-parallel groups are refused.
         dist_init_required: as in DeepSpeed.
         collate_fn: as in DeepSpeed.
-        config: path, or dictionary.
+        config: path or dictionary.
         mesh_param: as in DeepSpeed.
-        config_params: another name of `config`.
+        config_params: alias of `config`.
 
     Returns:
         engine, optimizer, dataloader, learning-rate scheduler.
 
     Raises:
-        ConfigError: a setting is unknown, ill-typed or cannot work; the message has its path.
-        RuntimeError: on every process, if they were given different configurations.
+        ConfigError: a setting is unknown, ill-typed or not supported; the message names its path.
+        RuntimeError: on every process: the processes have different configurations.
     """
     args, loaded = _one_config(args, config if config is not None else config_params)
     if optimizer is None:
@@ -84,7 +84,7 @@ def initialize(
     introduce(AdaRankGrad)
     if not dist.is_initialized():
         deepspeed.init_distributed(distributed_port=distributed_port)
-    if "LOCAL_RANK" in os.environ:  # else every process would compare through the first device
+    if "LOCAL_RANK" in os.environ:  # else all would communicate on device 0
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     _compare_across_processes(loaded)
     if dist.get_rank() == 0:
@@ -110,19 +110,19 @@ def initialize(
 def _one_config(
     args: Any, config: str | Path | Mapping[str, Any] | None
 ) -> tuple[Any, dict[str, Any]]:
-    """The configuration, whichever way it was given, and `args` without it."""
+    """Returns `args` without the configuration, and the configuration, however it was given."""
     named = getattr(args, "deepspeed_config", None)
     if named is None:
         return args, load_deepspeed_config(config if config is not None else {})
     if config is not None:
-        raise ConfigError(f"config: given, and args.deepspeed_config ({named}) too; leave one out")
+        raise ConfigError(f"config: given, and args.deepspeed_config ({named}) too; remove one")
     args = copy.copy(args)
     args.deepspeed_config = None
     return args, load_deepspeed_config(named)
 
 
 def from_json(params: Iterable[Any], **settings: Any) -> AdaRankGrad:
-    """What ``"optimizer": {"type": "AdaRankGrad"}`` builds.
+    """Builds the optimizer for ``"optimizer": {"type": "AdaRankGrad"}``.
 
     Raises:
         ConfigError: one line per unknown or ill-typed key, with its path.
@@ -144,8 +144,8 @@ def _compare_across_processes(config: Mapping[str, Any]) -> None:
     if different:
         raise RuntimeError(
             "the processes were started with different DeepSpeed configurations: that of "
-            f"process {', '.join(map(str, different))} is not that of process 0; start all of "
-            "them with the same file"
+            f"process {', '.join(map(str, different))} differs from that of process 0; start all "
+            "processes with the same file"
         )
 
 

@@ -1,7 +1,7 @@
-"""The guard that DeepSpeed runs into after it was given an optimizer and before it wraps it.
+"""The guard that DeepSpeed calls after receiving an optimizer and before wrapping it.
 
-Settings that cannot work are refused there, the optimizer learns the model's names, and an
-optimizer that somebody put into the place of AdaRankGrad is found out.
+It refuses unsupported settings, passes the model's parameter names to the optimizer, and detects an
+optimizer that has replaced AdaRankGrad.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from arg_dist.groups import classify, named_parameters
 from arg_dist.optimizer import AdaRankGrad
 
 MOE = (
-    "model: got DeepSpeed MoE layers, whose experts are reduced over groups of their own; "
-    "AdaRankGrad does not follow these groups; use a model without deepspeed.moe layers, or AdamW"
+    "model: got DeepSpeed MoE layers, whose experts are reduced over separate process groups; "
+    "AdaRankGrad does not support these groups; use a model without deepspeed.moe layers, or AdamW"
 )
 
 _EXPECTED: Any = WeakIdKeyDictionary()
-"""Parameters for which an AdaRankGrad was built that has not made a step yet."""
+"""Parameters of each AdaRankGrad that has been built but has not stepped yet."""
 
 
 _ENGINES: weakref.WeakKeyDictionary[AdaRankGrad, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-"""The DeepSpeed engine that each optimizer was given to."""
+"""The DeepSpeed engine of each optimizer."""
 
 
 def wrapper_of(optimizer: AdaRankGrad) -> Any:
-    """What DeepSpeed has put around an optimizer; None if it knows nothing of it."""
+    """Returns DeepSpeed's wrapper of an optimizer; None if DeepSpeed does not use it."""
     engine = _ENGINES[optimizer]() if optimizer in _ENGINES else None
     return None if engine is None else engine.optimizer
 
 
 def expect(optimizer: AdaRankGrad) -> None:
-    """Remembers, up to its first step, for which parameters an optimizer was built.
+    """Records the parameters for which an optimizer was built, until its first step.
 
-    The optimizer itself may be gone by the time that another one is handed to DeepSpeed for them.
+    The optimizer may no longer exist when another one is passed to DeepSpeed for these parameters.
     """
     built = object()
     for group in optimizer.param_groups:
@@ -54,7 +54,7 @@ def expect(optimizer: AdaRankGrad) -> None:
 
     def forget(*_: Any) -> None:
         nonlocal first
-        # it is not removed: torch would be amidst the hooks, and fail if the user has others
+        # the hook is not removed: torch iterates over the hooks here, and would fail with others
         if first:
             for parameter in [each for each, whose in _EXPECTED.items() if whose is built]:
                 del _EXPECTED[parameter]
@@ -64,10 +64,10 @@ def expect(optimizer: AdaRankGrad) -> None:
 
 
 def introduce(optimizer_class: type) -> None:
-    """Makes DeepSpeed accept the optimizer, and pass the guard before wrapping one; once.
+    """Makes DeepSpeed accept the optimizer class and call the guard; idempotent.
 
     Raises:
-        RuntimeError: this version of DeepSpeed has no place for the guard.
+        RuntimeError: this version of DeepSpeed does not have the method that the guard wraps.
     """
     from deepspeed.runtime import engine as engine_module
     from deepspeed.runtime.zero import utils as zero_utils
@@ -96,19 +96,19 @@ def _guard(check: Callable[..., Any], engine: Any, basic_optimizer: Any) -> Any:
 
 
 def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:
-    """Gives bare parameters their names in `model`, and keeps embeddings and head full-rank.
+    """Names bare parameters as in `model`, and keeps embeddings and output heads full-rank.
 
-    An optimizer whose groups say which matrices are low-rank keeps them as they are.
+    If the optimizer's groups already specify which matrices are low-rank, they are unchanged.
 
     Raises:
-        ConfigError: a pattern of ``targets`` or ``exclude`` matches nothing, or comes beside groups
-            that say it already.
+        ConfigError: a pattern of ``targets`` or ``exclude`` matches nothing, or is given although
+            the groups already specify which matrices are low-rank.
     """
     patterns = {key: optimizer.defaults[key] for key in ("targets", "exclude")}
     if optimizer.is_classified and any(patterns.values()):
         raise ConfigError(
-            "targets, exclude: the parameter groups already say which matrices are low-rank; give "
-            "the patterns to arg_dist.param_groups instead"
+            "targets, exclude: the parameter groups already specify which matrices are low-rank; "
+            "pass the patterns to arg_dist.param_groups instead"
         )
     names = {id(parameter): name for name, parameter in named_parameters(model)}
     renamed = {
@@ -124,26 +124,26 @@ def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:
 
 
 def _refuse_model(engine: Any) -> None:
-    """Refuses what no configuration shows: models that are cut over processes by themselves."""
+    """Refuses what the configuration does not show: models that are themselves distributed."""
     if engine.has_moe_layers:
         raise ConfigError(MOE)
     if engine.pipeline_parallelism:
         raise ConfigError(
-            "model: got a PipelineModule; AdaRankGrad has not been made to work with DeepSpeed's "
-            "pipeline stages; use ZeRO stages 0-3 without it"
+            "model: got a PipelineModule; AdaRankGrad does not support DeepSpeed's pipeline "
+            "stages; use ZeRO stages 0-3 without them"
         )
     if engine.mp_world_size > 1:
         raise ConfigError(
             f"mpu: got {engine.mp_world_size} model-parallel processes; AdaRankGrad needs whole "
-            "matrices within a data-parallel group; leave mpu out"
+            "matrices within a data-parallel group; remove mpu"
         )
 
 
 def _refuse_replacement(engine: Any, trains: Any) -> None:
-    """Refuses an optimizer for parameters that were given to an AdaRankGrad.
+    """Refuses another optimizer for parameters for which an AdaRankGrad was built.
 
     Raises:
-        ConfigError: with the usual causes.
+        ConfigError: another optimizer would train them; the message gives the likely cause.
     """
     name = next((name for name, p in named_parameters(engine.module) if p in _EXPECTED), None)
     if name is None:
@@ -151,7 +151,7 @@ def _refuse_replacement(engine: Any, trains: Any) -> None:
     kind = type(trains).__name__
     if kind.startswith("DeepSpeedCPU"):
         cause = (
-            "where the JSON has offload_optimizer, accelerate replaces every optimizer; set "
+            "accelerate replaces every optimizer if the JSON has offload_optimizer; set "
             '"zero_force_ds_cpu_optimizer": false in it'
         )
     else:

@@ -1,15 +1,15 @@
-"""Every DeepSpeed setting that AdaRankGrad cannot work with, one rule each.
+"""Every DeepSpeed setting that AdaRankGrad does not support, one rule each.
 
-What an optimizer needs from DeepSpeed is that `step()` is called on every process, on partitions
-whose gradients are final, and that its `state_dict()` is saved. Each rule names a setting under
-which one of these fails, or DeepSpeed's own error would not say what to do. Places in comments are
-relative to the package of DeepSpeed 0.19.8.
+The optimizer requires DeepSpeed to call `step()` on every process, on partitions whose gradients
+are final, and to save its `state_dict()`. Each rule names a setting that breaks one of these, or
+whose error in DeepSpeed does not state the remedy. Source locations in comments are relative to the
+package of DeepSpeed 0.19.8.
 
-Left alone, because the optimizer's view stays the same: clipping, the scaling and the type of the
+Allowed, because they do not change what the optimizer receives: clipping, scaling and type of the
 gradient reduction, bf16, buckets, `round_robin_gradients`, hpZ, parameter offload, DeepCompile,
-hybrid engine, data efficiency, schedulers. Keys that DeepSpeed has removed (`amp`,
-`sparse_gradients`, `mics_shard_size`, ...) it refuses by itself. Pipeline and Megatron parallelism
-and DeepSpeed's own MoE layers belong to the model, not to the config.
+hybrid engine, data efficiency, schedulers. DeepSpeed itself refuses the keys that it has removed
+(`amp`, `sparse_gradients`, `mics_shard_size`, ...). Pipeline and Megatron parallelism and
+DeepSpeed's own MoE layers belong to the model, not to the config.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _BRAIN = ("bf16", "bfloat16", "torch.bfloat16")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rule may ask beside the value of its own key."""
+    """What a rule may check in addition to the value of its own key."""
 
     config: Mapping[str, Any]
     stage: int
     offload: str
-    """Where the optimizer state lives: ``none``, ``cpu`` or ``nvme``."""
+    """Device to which the optimizer state is offloaded: ``none``, ``cpu`` or ``nvme``."""
     dtype: str
     """The weights' type: ``fp32``, ``fp16`` or ``bf16``."""
     cuda: bool
 
     def on(self, path: str) -> bool:
-        """Whether the flag at a dotted path is set."""
+        """Whether the flag at a dotted path is true."""
         return on(value(self.config, path))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One setting that cannot work: where it stands, when it is refused, why, what to do."""
+    """One unsupported setting: its path, when it is refused, the reason and the remedy."""
 
     path: str
     refuses: Callable[[Any, Facts], bool]
@@ -59,39 +59,39 @@ def _set_on(given: Any, facts: Facts) -> bool:
 
 
 RULES = (
-    # engine.py:3372 scales the loss for a ZeROOptimizer only, FP16_UnfusedOptimizer unscales.
+    # engine.py:3372 scales the loss for a ZeROOptimizer only; FP16_UnfusedOptimizer unscales it.
     Rule(
         "fp16.enabled",
         lambda given, facts: on(given) and facts.stage == 0,
-        "at stage 0 DeepSpeed divides gradients by a loss scale that it never applied",
+        "at stage 0 DeepSpeed divides the gradients by a loss scale that it never applied",
         "use bf16, or zero_optimization.stage 1, 2 or 3",
     ),
     # stage_1_and_2.py:2976, stage3.py:1240: GradScaler.step looks for infinities in this process's
-    # partition only. Stage 0 (engine.py:3513) looks at gradients that are equal everywhere.
+    # partition only. Stage 0 (engine.py:3513) checks gradients that are equal on all processes.
     Rule(
         "torch_autocast.dtype",
         lambda given, facts: (
             given in _HALF and facts.on("torch_autocast.enabled") and facts.stage > 0
         ),
-        "one process may skip a step that the others take, and the training would hang",
+        "one process may skip a step that the others take, and training would hang",
         "use bfloat16, or fp16.enabled without torch_autocast",
     ),
     # engine.py:2323 raises NotImplementedError("unsupported mix").
     Rule(
         "data_types.grad_accum_dtype",
         lambda given, facts: given and facts.stage == 0 and _dtype(given) != facts.dtype,
-        "at stage 0 DeepSpeed cannot accumulate gradients in another type than the weights'",
+        "at stage 0 DeepSpeed can accumulate gradients in the type of the weights only",
         "remove it, or use zero_optimization.stage 1, 2 or 3",
     ),
     # stage_1_and_2.py:3358 saves the flat tensors of optimizer.state instead of state_dict().
     Rule(
         "zero_optimization.elastic_checkpoint",
         lambda given, facts: on(given) and facts.stage in (1, 2),
-        "AdaRankGrad's state would silently not be saved",
+        "AdaRankGrad's state would silently be left out of checkpoints",
         "set it to false",
     ),
-    # stage_1_and_2.py:824 links weights to the places that they would have without round robin, and
-    # universal checkpoints are read into those.
+    # stage_1_and_2.py:824 links weights to the offsets that they would have without round robin,
+    # and loads universal checkpoints there.
     Rule(
         "checkpoint.load_universal",
         lambda given, facts: (
@@ -99,18 +99,18 @@ RULES = (
             and facts.stage in (1, 2)
             and facts.on("zero_optimization.round_robin_gradients")
         ),
-        "with round_robin_gradients DeepSpeed puts the weights of universal checkpoints into wrong "
-        "places",
+        "with round_robin_gradients DeepSpeed loads the weights of universal checkpoints to wrong "
+        "offsets",
         "set zero_optimization.round_robin_gradients to false",
     ),
-    # swap_tensor/optimizer_utils.py:493 swaps tensors of optimizer.state one by one, as Adam's.
+    # swap_tensor/optimizer_utils.py:493 swaps each tensor of optimizer.state as if it were Adam's.
     Rule(
         "zero_optimization.offload_optimizer.device",
         lambda given, facts: facts.offload == "nvme",
-        "DeepSpeed's NVMe swapper handles only states as large as the weights",
+        "DeepSpeed's NVMe swapper supports only states as large as the weights",
         'use "cpu": a low-rank state is small',
     ),
-    # stage3.py:314: the share on the accelerator is stepped by a second optimizer, AdamW.
+    # stage3.py:314: a second optimizer, AdamW, steps the share on the accelerator.
     Rule(
         "zero_optimization.offload_optimizer.ratio",
         lambda given, facts: facts.offload != "none" and _number(given) < 1,
@@ -122,29 +122,29 @@ RULES = (
     Rule(
         "zero_optimization.offload_optimizer.super_offload",
         _set_on,
-        "SuperOffload replaces the optimizer by an Adam of its own",
+        "SuperOffload replaces the optimizer with its own Adam",
         "set it to false",
     ),
-    # zenflow/zenflow_stage_1_and_2.py and engine_stage3.py step selected columns by themselves.
+    # zenflow/zenflow_stage_1_and_2.py and engine_stage3.py step selected columns themselves.
     Rule(
         "zero_optimization.zenflow",
         lambda given, facts: given is not None,
-        "ZenFlow replaces the optimizer by a selective Adam of its own",
+        "ZenFlow replaces the optimizer with its own selective Adam",
         "remove the section",
     ),
-    # engine.py:2344 raises for an optimizer object; accelerate replaces it, without a word. An
-    # optimizer named in the JSON passes neither place.
+    # engine.py:2344 raises for an optimizer object, and accelerate silently replaces it. Neither
+    # applies to an optimizer named in the JSON.
     Rule(
         "zero_force_ds_cpu_optimizer",
         lambda given, facts: (
             on(given) and facts.offload != "none" and value(facts.config, "optimizer.type") is None
         ),
-        "with offload_optimizer the optimizer would be refused or replaced by DeepSpeedCPUAdam",
+        "with offload_optimizer the optimizer would be refused, or replaced with DeepSpeedCPUAdam",
         "set it to false",
         default=True,
     ),
-    # base_optimizer.py:484: both need type(optimizer) == DeepSpeedCPUAdam, except bf16 weights
-    # with bf16 states that stay on the accelerator.
+    # base_optimizer.py:484: both require type(optimizer) == DeepSpeedCPUAdam, except bf16 weights
+    # with bf16 states on the accelerator.
     Rule(
         "fp16.fp16_master_weights_and_grads",
         _set_on,
@@ -156,30 +156,30 @@ RULES = (
         lambda given, facts: (
             on(given) and not (facts.on("bf16.bf16_optimizer_states") and facts.offload == "none")
         ),
-        "DeepSpeed allows it for DeepSpeedCPUAdam only",
+        "DeepSpeed allows bf16 master weights for DeepSpeedCPUAdam only",
         "set it to false, or set bf16.bf16_optimizer_states to true and do not offload",
     ),
     # compile/passes/offload_adam_states.py moves exp_avg and exp_avg_sq by name.
     Rule(
         "compile.offload_opt_states",
         _set_on,
-        "DeepCompile moves the state of Adam only",
+        "DeepCompile can offload the state of Adam only",
         "set it to false",
     ),
     # runtime/tensor_parallel: a parameter becomes this process's slice of the matrix, and the
-    # data-parallel group joins only the processes that hold the same slice.
+    # data-parallel group contains only the processes with the same slice.
     Rule(
         "tensor_parallel.autotp_size",
         lambda given, facts: _number(given) > 1,
-        "AdaRankGrad would see each slice as a matrix of its own",
+        "AdaRankGrad would treat each slice as a separate matrix",
         "set it to 1 and shard with ZeRO",
         default=0,
     ),
-    # engine.py:2228: experts are partitioned over smaller groups, one for each set of experts.
+    # engine.py:2228: each set of experts is partitioned over a smaller process group.
     Rule(
         "expert_parallel.autoep_size",
         lambda given, facts: _number(given) > 1 and facts.on("expert_parallel.enabled"),
-        "each process would hold other experts under the same parameter names",
+        "processes would hold different experts under the same parameter names",
         "set it to 1",
         default=1,
     ),
@@ -201,10 +201,10 @@ RULES = (
 
 
 def read_facts(config: Mapping[str, Any], *, cuda: bool) -> Facts:
-    """What the rules need to know about `config`.
+    """Extracts from `config` what the rules check.
 
     Raises:
-        ConfigError: ``zero_optimization`` or its stage is not what DeepSpeed knows.
+        ConfigError: ``zero_optimization`` or its stage is not valid in DeepSpeed.
     """
     offload = value(config, "zero_optimization.offload_optimizer.device", "none")
     if offload == "none" and on(value(config, "zero_optimization.cpu_offload")):
@@ -227,13 +227,13 @@ def _stage(config: Mapping[str, Any]) -> int:
     if not isinstance(section, Mapping):
         raise ConfigError(f"zero_optimization: got {shown(section)}; an object is needed")
     stage = section.get("stage", 0)
-    if type(stage) is not int or stage not in range(4):  # DeepSpeed takes "auto" for 0
+    if type(stage) is not int or stage not in range(4):  # DeepSpeed treats "auto" as 0
         raise ConfigError(f"zero_optimization.stage: got {shown(stage)}; 0, 1, 2 or 3 is needed")
     return stage
 
 
 def value(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
-    """The value at a dotted path; `default` if it or a section on the way is not given."""
+    """Returns the value at a dotted path; `default` if it or one of its sections is missing."""
     found: Any = config
     for key in path.split("."):
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -241,12 +241,12 @@ def value(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
 
 
 def on(given: Any) -> bool:
-    """Whether a flag is set, in one of the spellings that pydantic, hence DeepSpeed, accepts."""
+    """Whether a flag is true, in any spelling that pydantic, and so DeepSpeed, accepts."""
     return str(given).lower() in ("true", "1", "yes", "on", "t", "y")
 
 
 def _number(given: Any) -> float:
-    """`given` as a number; not-a-number, which no rule refuses, if it is DeepSpeed's to refuse."""
+    """Converts to a number; NaN, which no rule refuses, if DeepSpeed will refuse the value."""
     try:
         return float(given)
     except (TypeError, ValueError):
@@ -254,10 +254,10 @@ def _number(given: Any) -> float:
 
 
 def _dtype(name: str) -> str:
-    """DeepSpeed's spellings of a type, as one of ``fp32``, ``fp16``, ``bf16``."""
+    """Normalizes DeepSpeed's spellings of a type to ``fp32``, ``fp16`` or ``bf16``."""
     return "fp16" if name in _HALF else "bf16" if name in _BRAIN else "fp32"
 
 
 def shown(given: Any) -> str:
-    """`given` as it stands in a JSON file, for error messages."""
+    """Formats `given` as JSON, for error messages."""
     return "nothing" if given is None else json.dumps(given, default=repr)

@@ -1,4 +1,4 @@
-"""FSDP2 (``fully_shard``): whole rows, or whole columns, of every parameter on each process."""
+"""FSDP2 (``fully_shard``): each process holds whole rows or whole columns of every parameter."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from arg_dist.sharding.fragment import ADAPTERS, Adapter, Fragment, Holding, Par
 
 
 class ShardedTensorAdapter(Adapter):
-    """DTensors cut along one dimension of one mesh axis; other axes must hold copies (HSDP)."""
+    """DTensors sharded in one dimension over one mesh axis, replicated over the others (HSDP)."""
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether any of the group's tensors is a DTensor."""
         return any(hasattr(target, "placements") for target in group.targets)
 
     def hold(self, group: ParameterGroup) -> Holding:
-        """This process's rows (or columns) of each trainable parameter.
+        """Returns this process's rows (or columns) of each trainable parameter.
 
         Raises:
-            RuntimeError: a parameter is cut along two mesh axes, or cut in a way that is unknown.
+            RuntimeError: a parameter is sharded over two mesh axes, or in an unsupported way.
         """
         fragments, process_group = [], None
         for name, target in zip(group.names, group.targets, strict=True):
@@ -39,7 +39,7 @@ class ShardedTensorAdapter(Adapter):
         )
 
     def untrained(self, name: str, parameter: Tensor) -> Holding | None:
-        """This process's rows or columns."""
+        """Returns this process's rows or columns."""
         if not hasattr(parameter, "placements"):
             return None
         axis, dimension = _cut(name, parameter)
@@ -48,14 +48,14 @@ class ShardedTensorAdapter(Adapter):
 
 
 def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
-    """A ``shard_placement_fn`` for ``fully_shard`` that leaves nothing to send between refreshes.
+    """A ``shard_placement_fn`` for ``fully_shard`` that avoids communication between refreshes.
 
-    Matrices wider than tall are cut along their columns, on whose side their moments lie; with
-    ``shard_basis=False`` a step without a refresh then sends no low-rank factor at all. PyTorch
-    cuts columns only where they divide evenly; other matrices keep their rows.
+    Shards matrices with more columns than rows by columns, the dimension of their moments. With
+    ``shard_basis=False`` a step without a refresh then sends no low-rank factor. PyTorch shards
+    columns only if they divide evenly; other matrices are sharded by rows.
 
     Args:
-        processes: number of processes that share a parameter.
+        processes: number of processes over which a parameter is sharded.
     """
     from torch.distributed.tensor import Shard
 
@@ -67,9 +67,9 @@ def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
 
 
 def first_process_saves() -> bool:
-    """Whether accelerate, or the Trainer, is set to gather checkpoints on the first process.
+    """Whether accelerate or the Trainer is configured to gather checkpoints on the first process.
 
-    Then all processes ask for their state dictionaries, and that of the first one is written.
+    If so, all processes create their state dictionaries, and that of the first one is written.
     """
     accelerate = sys.modules.get("accelerate.state")
     shared = accelerate.AcceleratorState._shared_state if accelerate else {}
@@ -78,19 +78,19 @@ def first_process_saves() -> bool:
 
 
 def _cut(name: str, target: Any) -> tuple[int, int]:
-    """Mesh axis and dimension along which a DTensor is cut."""
+    """Returns the mesh axis and the dimension over which a DTensor is sharded."""
     if not hasattr(target, "placements"):
         raise RuntimeError(
-            f"{name}: a plain tensor among DTensors (ignored_params?); shard it too, or give it an "
-            "optimizer of its own"
+            f"{name}: a plain tensor among DTensors (ignored_params?); shard it as well, or give "
+            "it a separate optimizer"
         )
     cuts = [(axis, p.dim) for axis, p in enumerate(target.placements) if p.is_shard()]
     plain = all(p.is_shard() or p.is_replicate() for p in target.placements)
     if len(cuts) != 1 or not plain or (cuts[0][1] != 0 and (cuts[0][1], target.ndim) != (1, 2)):
         raise RuntimeError(
             f"{name}: its placements are {tuple(target.placements)}; AdaRankGrad needs parameters "
-            "that fully_shard has cut along one dimension (0, or 1 of a matrix) of one mesh axis; "
-            "tensor parallelism is not supported"
+            "that fully_shard has sharded in one dimension (0, or 1 of a matrix) over one mesh "
+            "axis; tensor parallelism is not supported"
         )
     return cuts[0]
 

@@ -1,4 +1,4 @@
-"""A library's method with something of ours around it, where the library has no better place."""
+"""Wrap a library's method where the library offers no hook."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _WRAPPED = "wrapped_by_arg_dist"
 def wrap_method(
     owner: type, name: str, around: Callable[..., Any], *, library: str, tested: str
 ) -> None:
-    """Lets calls of ``owner.name`` go through ``around(method, self, ...)``; once for each method.
+    """Routes calls of ``owner.name`` through ``around(method, self, ...)``; idempotent.
 
     Args:
         owner: a class of the library.
-        name: the method.
-        around: is given the library's method first, then what the caller gave, `self` included.
-        library: its name, for the error.
-        tested: the library's version with which this is tested.
+        name: name of the method.
+        around: receives the library's method, then the caller's arguments including `self`.
+        library: name of the library, for the error.
+        tested: version of the library with which the wrapper is tested.
 
     Raises:
-        RuntimeError: this version of the library has no such method.
+        RuntimeError: the installed version of the library has no such method.
     """
     method = getattr(owner, name, None)
     if method is None:

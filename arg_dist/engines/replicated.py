@@ -1,4 +1,4 @@
-"""One process, or several that each hold the whole model and the same averaged gradient."""
+"""One process, or several that each hold the whole model and the same averaged gradient (DDP)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from arg_dist.sharding.fragment import ADAPTERS, Adapter, Fragment, Holding, Par
 
 
 class ReplicatedAdapter(Adapter):
-    """Plain tensors: everyone holds everything, so the work and the state are shared out.
+    """Plain tensors: each process holds all of them, so work and state are distributed.
 
-    Also serves engines that train fp32 copies of the parameters: same number, shapes and order.
+    Also supports engines that train fp32 copies of the parameters, of the same shapes and order.
     """
 
     def recognizes(self, group: ParameterGroup) -> bool:
@@ -20,11 +20,11 @@ class ReplicatedAdapter(Adapter):
         return len(group.targets) == len(_trainable(group)) or _are_originals(group)
 
     def hold(self, group: ParameterGroup) -> Holding:
-        """Every process holds all of every trainable parameter.
+        """Returns each trainable parameter as a whole.
 
         Raises:
-            RuntimeError: a parameter is cut by FSDP1, is not contiguous, or not where its copy
-                should be.
+            RuntimeError: a parameter is sharded by FSDP1 or not contiguous, or its copy has another
+                shape.
         """
         if _are_originals(group):
             pairs = [
@@ -42,13 +42,13 @@ class ReplicatedAdapter(Adapter):
         for name, target in pairs:
             if getattr(target, "_is_flat_param", False) or hasattr(target, "_fsdp_flattened"):
                 raise RuntimeError(
-                    f"{name}: it is cut by FSDP1 (FullyShardedDataParallel), not supported; "
-                    "use FSDP2 (torch.distributed.fsdp.fully_shard)"
+                    f"{name}: it is cut by FSDP1 (FullyShardedDataParallel), which is not "
+                    "supported; use FSDP2 (torch.distributed.fsdp.fully_shard)"
                 )
             if not target.is_contiguous():
                 raise RuntimeError(
                     f"{name}: its memory is not contiguous (shape {tuple(target.shape)}, strides "
-                    f"{target.stride()}); use parameter.data = parameter.data.contiguous()"
+                    f"{target.stride()}); set parameter.data = parameter.data.contiguous()"
                 )
             shape = tuple(target.shape)
             fragments.append(Fragment(name, shape, 0, target.numel(), target, _itself))
@@ -72,7 +72,7 @@ def _are_originals(group: ParameterGroup) -> bool:
 
 
 def _check_copy(name: str, original: Tensor, copy: Tensor) -> bool:
-    """Whether a copy may be trained for its original; raises if not, whoever let it pass."""
+    """Returns True if a copy can be trained in place of its original; raises otherwise."""
     if original.dtype == torch.float16:
         raise ConfigError(
             "fp16.enabled: got true at stage 0; DeepSpeed does not scale the loss there but "
@@ -80,8 +80,8 @@ def _check_copy(name: str, original: Tensor, copy: Tensor) -> bool:
         )
     if original.shape != copy.shape:
         raise RuntimeError(
-            f"{name}: a parameter of shape {tuple(original.shape)} was expected in its place in "
-            f"the parameter group, found {tuple(copy.shape)}; an engine has reordered them"
+            f"{name}: expected shape {tuple(original.shape)} at its position in the parameter "
+            f"group, found {tuple(copy.shape)}: an engine has reordered the parameters"
         )
     return True
 

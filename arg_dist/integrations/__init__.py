@@ -1,1 +1,1 @@
-"""The doors of other training libraries: what their users write, and what they are spared."""
+"""Entry points for other training libraries, and checks against their pitfalls."""

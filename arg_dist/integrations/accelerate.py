@@ -1,4 +1,4 @@
-"""What accelerate does without a word, caught before the first step."""
+"""accelerate: prepare AdaRankGrad, and detect silent changes to the setup before the first step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def prepare(accelerator: Accelerator, model: Any, optimizer: Any, *more: Any) -> Any:
-    """``accelerator.prepare`` for AdaRankGrad: same arguments, same values returned.
+    """``accelerator.prepare`` for AdaRankGrad, with the same arguments and return values.
 
-    Refuses what would train otherwise than it seems, and lets ``accelerator.save_state`` save all
-    of the optimizer's state, which under DDP is shared out over the processes.
+    Refuses setups that would not train as configured, and makes ``accelerator.save_state`` save all
+    of the optimizer's state, which under DDP is distributed over the processes.
 
     Args:
         accelerator: the accelerator.
         model: the model.
-        optimizer: an AdaRankGrad, or the ``DummyOptim`` that stands for the DeepSpeed JSON's.
-        *more: data loaders, schedulers.
+        optimizer: an AdaRankGrad, or the ``DummyOptim`` in place of the DeepSpeed JSON's optimizer.
+        *more: data loaders and schedulers.
 
     Raises:
         ConfigError: see :func:`check_accelerator` and :func:`check_optimizer`.
@@ -37,16 +37,16 @@ def prepare(accelerator: Accelerator, model: Any, optimizer: Any, *more: Any) ->
 
 
 def check_optimizer(prepared: Any) -> AdaRankGrad:
-    """The AdaRankGrad inside what ``accelerator.prepare`` returned for the optimizer.
+    """Returns the AdaRankGrad inside the optimizer that ``accelerator.prepare`` returned.
 
-    accelerate hands DeepSpeed another optimizer than it was given if the JSON offloads the
-    optimizer, and says nothing. So call this between ``prepare`` and the first step.
+    If the DeepSpeed JSON offloads the optimizer, accelerate silently passes another one to
+    DeepSpeed. Call this between ``prepare`` and the first step to detect that.
 
     Args:
-        prepared: the prepared optimizer, with the wrappers of accelerate and DeepSpeed around it.
+        prepared: the prepared optimizer, including the wrappers of accelerate and DeepSpeed.
 
     Raises:
-        ConfigError: another optimizer trains; the message has its name and what to do.
+        ConfigError: another optimizer trains; the message names it and the remedy.
     """
     inner = innermost(prepared)
     if isinstance(inner, AdaRankGrad):
@@ -54,24 +54,24 @@ def check_optimizer(prepared: Any) -> AdaRankGrad:
     name = type(inner).__name__
     if not isinstance(inner, Optimizer):
         raise ConfigError(
-            f"check_optimizer: got {name}, which is no optimizer; give it the optimizer that "
+            f"check_optimizer: got {name}, which is not an optimizer; pass the optimizer that "
             "accelerator.prepare(model, optimizer) returned"
         )
     if name.startswith("DeepSpeedCPU"):
         raise ConfigError(
             f"the optimizer that trains is {name}, not AdaRankGrad: with offload_optimizer "
-            "accelerate replaces every optimizer, without a word; set "
+            "accelerate silently replaces every optimizer; set "
             '"zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON'
         )
     raise ConfigError(
-        f"the optimizer that trains is {name}, not AdaRankGrad; give accelerator.prepare an "
-        'arg_dist.AdaRankGrad, or name it in the DeepSpeed JSON ("optimizer": {"type": '
-        '"AdaRankGrad", ...}) and give accelerator.prepare a DummyOptim'
+        f"the optimizer that trains is {name}, not AdaRankGrad; pass an arg_dist.AdaRankGrad to "
+        'accelerator.prepare, or name it in the DeepSpeed JSON ("optimizer": {"type": '
+        '"AdaRankGrad", ...}) and pass a DummyOptim'
     )
 
 
 def innermost(prepared: Any) -> Any:
-    """The optimizer inside the wrappers of accelerate and DeepSpeed (their ``.optimizer``)."""
+    """Returns the optimizer inside the wrappers of accelerate and DeepSpeed (``.optimizer``)."""
     inner = prepared
     while (below := getattr(inner, "optimizer", None)) is not None:
         inner = below
@@ -79,54 +79,54 @@ def innermost(prepared: Any) -> Any:
 
 
 def check_environment() -> None:
-    """Refuses what ``accelerate launch`` was told and AdaRankGrad cannot do; starts nothing.
+    """Refuses settings of ``accelerate launch`` that AdaRankGrad does not support; starts nothing.
 
     Raises:
-        ConfigError: FSDP1 was asked for.
+        ConfigError: FSDP1 was requested.
     """
     version = os.environ.get("FSDP_VERSION", "1")
     if asks_for("FSDP") and version != "2":
         raise ConfigError(
             f"fsdp_version: got {version}, accelerate's default; AdaRankGrad does not support "
-            'FSDP1; write "fsdp_version: 2" below fsdp_config, or give --fsdp_version 2'
+            'FSDP1; set "fsdp_version: 2" in fsdp_config, or pass --fsdp_version 2'
         )
 
 
 def check_accelerator(accelerator: Accelerator) -> None:
-    """Refuses an accelerator that trains otherwise than it was told, or in an unknown way.
+    """Refuses an accelerator that deviates from its configuration or has an unsupported engine.
 
     Raises:
-        ConfigError: FSDP was asked for and turned off, or is FSDP1; or the processes do not know
-            of each other; or the engine is not one that AdaRankGrad works with.
+        ConfigError: FSDP was requested but turned off, or is FSDP1; or the processes would not
+            communicate; or AdaRankGrad does not support the engine.
     """
     kind = accelerator.distributed_type.value
     if asks_for("FSDP") and kind != "FSDP":
         raise ConfigError(
-            f"use_fsdp: accelerate was told to shard with FSDP and turned it off without a word "
-            f"(distributed type {kind}): it knows FSDP on GPUs and their like only, and found "
-            f"{accelerator.device.type}; use DDP (launchers/accelerate/cpu.yaml) or DeepSpeed here"
+            f"use_fsdp: accelerate was told to shard with FSDP but silently turned it off "
+            f"(distributed type {kind}): it supports FSDP only on GPUs and similar devices, and "
+            f"found {accelerator.device.type}; use DDP (launchers/accelerate/cpu.yaml) or DeepSpeed"
         )
     if kind == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ConfigError(
             f"fsdp_version: got {accelerator.state.fsdp_plugin.fsdp_version}; AdaRankGrad does "
-            "not support FSDP1; give FullyShardedDataParallelPlugin(fsdp_version=2)"
+            "not support FSDP1; pass FullyShardedDataParallelPlugin(fsdp_version=2)"
         )
     if kind not in ("NO", "FSDP", "DEEPSPEED") and not kind.startswith("MULTI_"):
         raise ConfigError(
-            f"distributed_type: got {kind}; AdaRankGrad works with accelerate's MULTI_CPU, "
+            f"distributed_type: got {kind}; AdaRankGrad supports accelerate's MULTI_CPU, "
             "MULTI_GPU, DEEPSPEED and FSDP (fsdp_version: 2)"
         )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise ConfigError(
             f"accelerate counts {accelerator.num_processes} process(es) where {started} were "
-            "started, so each of them would train alone; on CPUs give Accelerator "
-            'kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]'
+            "started, so each of them would train separately; on CPUs pass "
+            'kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator'
         )
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """What trains under an accelerator: ``"ZeRO-2"``, ``"FSDP2"``, ``"DDP"``, ``"PyTorch"``."""
+    """Returns an accelerator's engine: ``"ZeRO-2"``, ``"FSDP2"``, ``"DDP"`` or ``"PyTorch"``."""
     kind = accelerator.distributed_type.value
     if kind == "DEEPSPEED":
         return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
@@ -134,5 +134,5 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def asks_for(engine: str) -> bool:
-    """Whether ``accelerate launch`` was told to use `engine`: ``"FSDP"`` or ``"DEEPSPEED"``."""
+    """Whether ``accelerate launch`` requested `engine`: ``"FSDP"`` or ``"DEEPSPEED"``."""
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"

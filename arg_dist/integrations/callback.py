@@ -1,4 +1,4 @@
-"""The optimizer's numbers in the logs of ``transformers.Trainer``, wherever they are reported."""
+"""Optimizer metrics in the logs of ``transformers.Trainer``, for every reporting integration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from arg_dist.telemetry import OptimizerSample, sample_optimizer
 
 
 class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Adds ranks, energy and sizes to the Trainer's training logs, before anything reports them.
+    """Adds ranks, energy and sizes to the Trainer's training logs before they are reported.
 
     ``Trainer(..., callbacks=[AdaRankGradCallback()])``
 
@@ -29,20 +29,21 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
     ``rank_mean``, ``rank_min`` over the low-rank matrices of the model
     and ``rank_max``
     ``energy_mean``             mean share of the gradients' energy kept at the last refreshes
-    ``optimizer_state_bytes``   on the process with most
+    ``optimizer_state_bytes``   optimizer state on the process that has most
     ``optimizer_state_share``   as a share of AdamW's, on the process where it is largest
-    ``optimizer_sent_bytes``    by the optimizer, per step since the last log, on the process that
-                                sends most
-    ``optimizer_collectives``   of the optimizer, per step since the last log
-    ``rank/NAME``               rank of each matrix, if asked for
+    ``optimizer_sent_bytes``    sent by the optimizer per step since the last log, on the process
+                                that sends most
+    ``optimizer_collectives``   collectives of the optimizer per step since the last log
+    ``rank/NAME``               rank of each matrix, with `matrices`
     =========================== ====================================================================
 
-    They are in ``trainer.state.log_history`` too. Each process asks the others, so all of them need
-    the callback. When training begins it makes sure that AdaRankGrad is what trains.
+    They are also in ``trainer.state.log_history``. Gathering them is a collective, so every process
+    needs the callback. When training begins, it checks that AdaRankGrad is the optimizer.
 
     Args:
-        every: fewest steps between two logs with these numbers; None for all training logs.
-        matrices: whether to log the rank of each matrix too.
+        every: minimum number of steps between two logs with these metrics; None adds them to every
+            training log.
+        matrices: whether to log the rank of each matrix as well.
 
     Raises:
         ConfigError: `every` is not a positive whole number.
@@ -50,7 +51,9 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
 
     def __init__(self, every: int | None = None, *, matrices: bool = False) -> None:
         if every is not None and (not isinstance(every, int) or every < 1):
-            raise ConfigError(f"every: got {every!r}; a whole number of steps, 1 or more, or None")
+            raise ConfigError(
+                f"every: got {every!r}; a whole number of steps (at least 1) or None is needed"
+            )
         self.every = every
         self.matrices = matrices
         self._optimizer: Optimizer | None = None
@@ -59,11 +62,11 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         _introduce()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Makes sure that AdaRankGrad is what trains, and that the processes train together.
+        """Checks that AdaRankGrad is the optimizer, and that the processes train together.
 
         Raises:
-            ConfigError: another optimizer trains; the message has its name, and the usual causes.
-                Or the Trainer does not know how many processes there are.
+            ConfigError: another optimizer trains (the message names it and the likely causes), or
+                the Trainer's number of processes is wrong.
         """
         check_processes(args)
         self._optimizer = _adarankgrad_in(kwargs.get("optimizer"))
@@ -71,14 +74,14 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         self._sampled = sample_optimizer(self._optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lets go of the optimizer."""
+        """Releases the optimizer."""
         self._optimizer = None
 
     def add_numbers(self, logs: dict[str, Any], state: Any, control: Any) -> None:
-        """Adds the numbers to `logs` if they are due; a collective.
+        """Adds the metrics to `logs` if they are due; a collective.
 
-        ``should_log`` tells the Trainer's own training log, for which all processes come together
-        anyway, from what somebody logs on one process alone.
+        ``should_log`` distinguishes the Trainer's own training log, which is made on all processes,
+        from logs made on a single process.
         """
         steps = state.global_step - self._sampled_step
         if self._optimizer is None or not control.should_log or "loss" not in logs:
@@ -90,7 +93,7 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         self._sampled_step, self._sampled = state.global_step, sample
         logs.update(numbers)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(numbers)  # the Trainer put a copy of `logs` there
+            state.log_history[-1].update(numbers)  # it is a copy of `logs`
 
     def _numbers(self, sample: OptimizerSample, steps: int) -> dict[str, float]:
         numbers: dict[str, float] = {}
@@ -111,27 +114,27 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
 
 
 def _adarankgrad_in(prepared: Any) -> AdaRankGrad:
-    """The optimizer inside what the Trainer trains with."""
+    """Returns the AdaRankGrad inside the Trainer's optimizer."""
     inner = innermost(prepared)
     if not isinstance(inner, AdaRankGrad):
         raise ConfigError(
-            f"optimizer: {type(inner).__name__} trains this model, not AdaRankGrad. Give the "
-            "Trainer optimizer_cls_and_kwargs=arg_dist.for_trainer(args), not `optimizers=`, which "
-            "it drops under DeepSpeed; or name AdaRankGrad in the DeepSpeed JSON. If that offloads "
-            'the optimizer, set "zero_force_ds_cpu_optimizer": false there: otherwise accelerate '
-            "puts DeepSpeedCPUAdam in the place of every other optimizer"
+            f"optimizer: {type(inner).__name__} trains this model, not AdaRankGrad. Pass "
+            "optimizer_cls_and_kwargs=arg_dist.for_trainer(args) to the Trainer, not "
+            "`optimizers=`, which it drops under DeepSpeed; or name AdaRankGrad in the DeepSpeed "
+            'JSON. If the JSON offloads the optimizer, set "zero_force_ds_cpu_optimizer": false '
+            "in it: otherwise accelerate replaces every other optimizer with DeepSpeedCPUAdam"
         )
     return inner
 
 
 def _introduce() -> None:
-    """Lets callbacks of this class add to the logs before any callback sees them; once.
+    """Makes callbacks of this class extend the logs before any callback reads them; idempotent.
 
-    The Trainer hands its logs to one callback after the other, those that report (to TensorBoard
-    and others) before those that a user gives, and tells no callback of the others.
+    The Trainer passes its logs to one callback after another. Callbacks that report (to TensorBoard
+    and others) precede the user's, and a callback has no access to the others.
 
     Raises:
-        RuntimeError: this version of transformers has no place for it.
+        RuntimeError: this version of transformers does not have the method to be wrapped.
     """
     wrap_method(CallbackHandler, "on_log", _on_log, library="transformers", tested="5.23.0")
 

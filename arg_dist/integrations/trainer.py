@@ -1,4 +1,4 @@
-"""The line that a user of ``transformers.Trainer`` writes."""
+"""``transformers.Trainer``: build AdaRankGrad through ``optimizer_cls_and_kwargs``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from arg_dist.optimizer import AdaRankGrad
 
 
 class OptimizerFactory:
-    """Builds the optimizer once the Trainer has its model: with names, and with its weight decay.
+    """Builds the optimizer from the Trainer's model, with parameter names and weight decay groups.
 
-    The Trainer calls ``OptimizerFactory()(model, **settings)`` for a class that is no optimizer.
+    The Trainer calls ``OptimizerFactory()(model, **settings)`` if the class is not an optimizer.
     """
 
     def __call__(self, model: nn.Module, **settings: Any) -> AdaRankGrad:
-        """The optimizer of `model`; norms and biases are not decayed, as is the Trainer's way."""
+        """Builds the optimizer of `model`, without weight decay for norms and biases."""
         consolidate_before_saving()
         chosen = {key: settings.pop(key) for key in CHOICES if key in settings}
         groups = param_groups(model, decay_vectors=False, **chosen)
@@ -31,10 +31,10 @@ class OptimizerFactory:
 
 
 def consolidate_before_saving() -> None:
-    """Lets the Trainer put sharded state together before its first process alone saves it; once.
+    """Makes the Trainer consolidate sharded state before its first process saves it; idempotent.
 
     Raises:
-        RuntimeError: this version of transformers has no place for it.
+        RuntimeError: this version of transformers does not have the method to be wrapped.
     """
     from transformers import Trainer
 
@@ -66,30 +66,30 @@ def for_trainer(
     convolutions: bool = False,
     **settings: Any,
 ) -> tuple[type[OptimizerFactory], dict[str, Any]]:
-    """What ``Trainer(optimizer_cls_and_kwargs=...)`` needs to train with AdaRankGrad.
+    """Returns the ``optimizer_cls_and_kwargs`` with which the Trainer trains with AdaRankGrad.
 
     ``Trainer(model, args, optimizer_cls_and_kwargs=arg_dist.for_trainer(args, max_rank=0.25))``
 
     Args:
-        args: the ``TrainingArguments``: learning rate, betas, epsilon and weight decay are theirs
-            where `settings` has none.
+        args: the ``TrainingArguments``, which provide learning rate, betas, epsilon and weight
+            decay unless `settings` does.
         targets: see :func:`arg_dist.param_groups`.
         exclude: see :func:`arg_dist.param_groups`.
         convolutions: see :func:`arg_dist.param_groups`.
         **settings: fields of :class:`arg_dist.AdaRankGradConfig`.
 
     Raises:
-        ConfigError: a setting is unknown or out of range, or the DeepSpeed JSON names an optimizer
-            too, which the Trainer would prefer, or the processes do not know of each other.
+        ConfigError: a setting is unknown or out of range, or the DeepSpeed JSON also names an
+            optimizer, which the Trainer would prefer, or the processes would train separately.
     """
     check_processes(args)
-    # made from the arguments, or from what accelerate's launcher was told
+    # from the arguments, or from the settings of accelerate's launcher
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None and "optimizer" in plugin.deepspeed_config:
         raise ConfigError(
-            "optimizer: the DeepSpeed JSON has this section, and the Trainer would build the "
-            "optimizer from it and drop this one; remove the section, or put AdaRankGrad's "
-            "settings into it and leave optimizer_cls_and_kwargs out"
+            "optimizer: the DeepSpeed JSON has this section, from which the Trainer would build "
+            "the optimizer instead of this one; remove the section, or move AdaRankGrad's "
+            "settings into it and do not pass optimizer_cls_and_kwargs"
         )
     given = {
         "lr": args.learning_rate,
@@ -104,7 +104,7 @@ def for_trainer(
 
 
 def check_processes(args: Any) -> None:
-    """Refuses processes that do not know of each other: each would train on all of the data.
+    """Refuses processes that would train separately, each on all of the data.
 
     Args:
         args: the ``TrainingArguments``.
@@ -118,8 +118,9 @@ def check_processes(args: Any) -> None:
     if args.world_size != started:
         raise ConfigError(
             f"the Trainer counts {args.world_size} process(es) where {started} were started, so "
-            "each of them would train on all of the data. accelerate knows DeepSpeed on GPUs and "
-            "their like only; on CPUs, before the TrainingArguments are made, set the environment "
-            'variable ACCELERATE_USE_DEEPSPEED=true and call accelerate.PartialState(backend="gloo'
-            '"), and give them accelerator_config={"use_configured_state": True}'
+            "each of them would train on all of the data. accelerate detects DeepSpeed only on "
+            "GPUs and similar devices; on CPUs, before creating the TrainingArguments, set the "
+            "environment variable ACCELERATE_USE_DEEPSPEED=true and call "
+            'accelerate.PartialState(backend="gloo"), and pass them '
+            'accelerator_config={"use_configured_state": True}'
         )

@@ -56,7 +56,7 @@ def test_fsdp1_is_refused_by_name(version: str | None, monkeypatch: pytest.Monke
     monkeypatch.delenv("FSDP_VERSION", raising=False)
     if version:
         monkeypatch.setenv("FSDP_VERSION", version)
-    with pytest.raises(ConfigError, match=r"fsdp_version: got 1, .*FSDP1; write .fsdp_version: 2"):
+    with pytest.raises(ConfigError, match=r"fsdp_version: got 1, .*FSDP1; set .fsdp_version: 2"):
         check_environment()
     monkeypatch.setenv("FSDP_VERSION", "2")
     check_environment()

@@ -141,7 +141,7 @@ def test_it_is_found_in_the_converted_one(tmp_path: Path) -> None:
 def test_that_of_a_later_save_is_not_taken(tmp_path: Path) -> None:
     note = saved(tmp_path / "t")
     (tmp_path / "t" / STATE_FOLDER / "index.json").write_text("second")
-    with pytest.raises(CheckpointError, match=r"t_uni: .*is that of a later save; copy the folder"):
+    with pytest.raises(CheckpointError, match=r"t_uni: .*is from a later save; copy the folder"):
         _find_state(tmp_path / "t_uni", note)
 
 
