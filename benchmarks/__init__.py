@@ -1,1 +1,1 @@
-"""What arg_dist costs and achieves beside its rivals: ``python -m benchmarks.step`` and others."""
+"""Cost and quality of arg_dist next to other optimizers: ``python -m benchmarks.step`` etc."""

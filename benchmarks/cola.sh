@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# AdamW, GaLore, LoRA and AdaRankGrad fine-tune an encoder on CoLA (Corpus of Linguistic
-# Acceptability): four learning rates each, three seeds of the best, a table of Matthews correlations.
+# Fine-tunes an encoder on CoLA (Corpus of Linguistic Acceptability) with AdamW, GaLore, LoRA and
+# AdaRankGrad: four learning rates each, three seeds of the best, a table of Matthews correlations.
 #   bash benchmarks/cola.sh MODEL DATA OUT
-# MODEL is a Hugging Face directory, DATA that of the raw corpus (in_domain_train.tsv,
-# in_domain_dev.tsv, out_of_domain_dev.tsv). Further arguments go to
-# `python -m benchmarks.compare finetune` and overrule what is given here: --jobs 4 --seeds 0 1 2 3 4
+# MODEL is a Hugging Face directory, DATA the directory of the raw corpus (in_domain_train.tsv,
+# in_domain_dev.tsv, out_of_domain_dev.tsv). Further arguments are passed to
+# `python -m benchmarks.compare finetune` and override those below: --jobs 4 --seeds 0 1 2 3 4
 set -euo pipefail
 
 if (($# < 3)); then
-    echo "cola: three directories are needed: bash benchmarks/cola.sh MODEL DATA OUT" >&2
+    echo "cola: expected three directories: bash benchmarks/cola.sh MODEL DATA OUT" >&2
     exit 2
 fi
 model=$1 data=$2 out=$3

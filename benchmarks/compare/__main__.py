@@ -5,5 +5,5 @@ import sys
 from benchmarks.compare.line import main
 
 if __name__ == "__main__":
-    sys.argv[0] = "compare"  # the name under which mistakes are told
+    sys.argv[0] = "compare"  # the prefix of error messages
     sys.exit(main())

@@ -1,7 +1,7 @@
 """The process of one run: ``python -m benchmarks.compare.child TRIAL.json RESULT.json``.
 
 TRIAL.json has the keys ``kind``, ``job``, ``method``, ``lr``, ``seed``, ``data`` and ``parent``
-(the process that waits for the result, and with which this one ends).
+(id of the process that waits for the result; this process exits when it does).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from launchers.reporting.summary import hardware
 
 
 def main(trial_path: str, result_path: str) -> int:
-    """Runs the trial at `trial_path` and leaves its results, as JSON, at `result_path`."""
+    """Run the trial at `trial_path` and write its results as JSON to `result_path`."""
     trial = json.loads(Path(trial_path).read_text())
     threading.Thread(target=_end_with, args=(trial["parent"],), daemon=True).start()
     prepare_environment(world_of_one=False)
@@ -38,7 +38,7 @@ def main(trial_path: str, result_path: str) -> int:
 
 
 def run(trial: dict[str, Any]) -> dict[str, Any]:
-    """The results of `trial`."""
+    """Run `trial` and return its results."""
     method, lr, seed = Method(**trial["method"]), trial["lr"], trial["seed"]
     show = partial(print, flush=True)
     if trial["kind"] == "pretrain":
@@ -52,7 +52,7 @@ def run(trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process once `parent` is gone: nobody would take its result."""
+    """Exit once `parent` no longer exists, since nothing would read the result."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Which learning rate of a method is the best, by what its runs have reached."""
+"""Select the best learning rate of a method from the results of its runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ class Choice:
     """The best learning rate of a method.
 
     Attributes:
-        lr: the rate.
-        edge: whether it is the lowest or the highest of several, so that a better one may lie
-            outside.
-        seeds: the seeds by whose median it was chosen.
+        lr: the learning rate.
+        edge: whether it is the lowest or highest of several, so a better one may be out of range.
+        seeds: the seeds whose median selected it.
     """
 
     lr: float
@@ -29,15 +28,15 @@ class Choice:
 
 
 def best_rate(runs: Iterable[Run], sweep_seed: int, measure: Measure) -> Choice | None:
-    """The best learning rate of one method; None if no run came to its end.
+    """The best learning rate of one method; None if no run finished.
 
-    It is judged on the sweep's seed, and where every rate was run on the same further seeds, by
-    the median over all of them. A run that diverged or was killed is worse than any other.
+    Rates are ranked by the sweep's seed or, if every rate was run on the same further seeds, by the
+    median over all of them. A run that diverged or was killed ranks below any other.
 
     Args:
-        runs: of one method.
+        runs: runs of one method.
         sweep_seed: the seed on which all rates were run.
-        measure: what judges them.
+        measure: the measure that ranks the runs.
     """
     by_rate: dict[float, dict[int, float]] = {}
     for run in runs:
@@ -56,13 +55,13 @@ def best_rate(runs: Iterable[Run], sweep_seed: int, measure: Measure) -> Choice 
 
 
 def value_of(run: Run, measure: Measure) -> float:
-    """What a run has reached; the worst possible if it did not come to its end."""
+    """The final value of a run; the worst possible if it did not finish."""
     if run["status"] == "finished" and run["final"] is not None:
         return float(run["final"])
     return float("inf") if measure.lower_is_better else float("-inf")
 
 
 def interleaved(rows: Sequence[Sequence[Any]]) -> list[Any]:
-    """The first of each row, then the second of each, and so on, until all are empty."""
+    """The first item of each row, then the second of each, and so on (round robin)."""
     longest = max(map(len, rows), default=0)
     return [row[i] for i in range(longest) for row in rows if i < len(row)]

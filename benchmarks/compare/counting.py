@@ -1,4 +1,4 @@
-"""How much an optimizer keeps, counted by one rule for all: the tensors in ``optimizer.state``."""
+"""Size of an optimizer's state, by one rule for all: the tensors in ``optimizer.state``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 ADAMW_BYTES_PER_ELEMENT = 8
-"""AdamW's two fp32 moments: what every method is held against."""
+"""Bytes of AdamW's two fp32 moments, the baseline of every method."""
 
 
 class Bytes(NamedTuple):
-    """Bytes of tensors: `logical` of their elements, `storage` of the memory they keep alive.
+    """Bytes of tensors: `logical` of their elements, `storage` of the storages they keep alive.
 
     They differ where a tensor is a view of a larger one.
     """
@@ -23,7 +23,7 @@ class Bytes(NamedTuple):
     storage: int = 0
 
     def most(self, other: Bytes) -> Bytes:
-        """The larger of each number."""
+        """The elementwise maximum."""
         return Bytes(max(self.logical, other.logical), max(self.storage, other.storage))
 
 
@@ -31,10 +31,10 @@ NOTHING = Bytes()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor that can be reached from `value`, once.
+    """Every tensor reachable from `value`, once.
 
-    Looks into mappings, lists, tuples, sets, and into the attributes of objects, such as the
-    projector that some optimizers keep.
+    Traverses mappings, lists, tuples, sets and object attributes, such as the projectors that some
+    optimizers keep.
     """
     seen: set[int] = set()
     waiting = [value]
@@ -60,7 +60,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def count(value: Any) -> Bytes:
-    """The bytes of all tensors in `value`: every tensor once, and every storage once."""
+    """Bytes of all tensors in `value`, counting every tensor and every storage once."""
     logical, storages = 0, {}
     for tensor in tensors_in(value):
         logical += tensor.numel() * tensor.element_size()
@@ -71,14 +71,14 @@ def count(value: Any) -> Bytes:
 
 @dataclass
 class StateCount:
-    """The state of a run's optimizers: now, and the most at any step that was looked at.
+    """State size of a run's optimizers: current, and the maximum over all samples.
 
     Attributes:
-        counted: the parameters whose state stands for the low-rank matrices.
+        counted: the parameters whose state counts as that of the low-rank matrices.
         now: bytes of the matrices' state.
-        peak: the most of it.
+        peak: maximum of `now`.
         now_all: bytes of all state.
-        peak_all: the most of it.
+        peak_all: maximum of `now_all`.
     """
 
     counted: list[Tensor]
@@ -88,7 +88,7 @@ class StateCount:
     peak_all: Bytes = NOTHING
 
     def look(self, optimizers: Iterable[Optimizer]) -> None:
-        """Counts what `optimizers` keep now."""
+        """Sample the current state of `optimizers`."""
         states = [optimizer.state for optimizer in optimizers]
         self.now_all = count(states)
         self.now = count([state[p] for p in self.counted for state in states if p in state])
@@ -96,7 +96,7 @@ class StateCount:
         self.peak_all = self.peak_all.most(self.now_all)
 
     def as_json(self, *, matrix_elements: int, elements: int) -> dict[str, Any]:
-        """What a record keeps, beside what AdamW keeps of the matrices and of all parameters."""
+        """The counts as JSON, with AdamW's state for the matrices and for all parameters."""
         return {
             "matrices": {
                 "peak": self.peak._asdict(),

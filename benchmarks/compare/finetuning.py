@@ -30,14 +30,14 @@ Show = Callable[[str], None]
 def finetune(
     job: FinetuningJob, method: Method, *, lr: float, seed: int, show: Show
 ) -> dict[str, Any]:
-    """Trains with the Trainer from `seed`, which decides about a new head, dropout and batches.
+    """Fine-tune with the Trainer.
 
     Args:
-        job: what is trained.
-        method: by which method.
+        job: the settings shared by all runs.
+        method: the method to train with.
         lr: peak learning rate.
-        seed: of all that is drawn.
-        show: is told a line at each evaluation.
+        seed: seeds the new head, dropout and the order of batches.
+        show: called with one line at each evaluation.
 
     Returns:
         The results as JSON; ``status`` is ``finished`` or ``diverged``.
@@ -88,13 +88,13 @@ def finetune(
 
 
 class Watching(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Measures the Trainer's steps, and ends a run that has diverged.
+    """Measures the Trainer's steps, and stops a run that diverges.
 
     Attributes:
-        measured: what is measured of the optimizer.
-        curve: the step, the tokens seen and what judges the run, at each evaluation.
-        last: all numbers of the last evaluation.
-        step: steps that are done.
+        measured: measurements of the optimizer.
+        curve: step, tokens seen and value of the measure at each evaluation.
+        last: all metrics of the last evaluation.
+        step: number of completed steps.
     """
 
     def __init__(self, measured: Measurements, show: Show, measure: str) -> None:
@@ -106,25 +106,25 @@ class Watching(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
         self._measure = measure
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock of a step begins."""
+        """Start the step's clock."""
         self.measured.clock.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock of the optimizer begins; gradients are clipped by now."""
+        """Start the optimizer's clock; gradients are already clipped."""
         self.measured.clock.begin_optimizer()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock of the optimizer ends."""
+        """Stop the optimizer's clock."""
         self.measured.clock.end_optimizer()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock of the step ends; looks at the optimizer."""
+        """Stop the step's clock and sample the optimizer."""
         self.measured.clock.end_step()
         self.step = state.global_step
         self.measured.after_step(self.step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Looks whether the loss is finite.
+        """Check that the loss is finite.
 
         Raises:
             Diverged: it is not.
@@ -135,7 +135,7 @@ class Watching(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """Takes the numbers of an evaluation.
+        """Record the metrics of an evaluation.
 
         Raises:
             Diverged: the loss is not finite.

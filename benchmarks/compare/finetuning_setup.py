@@ -1,4 +1,4 @@
-"""What the runs of a fine-tuning comparison share: options, files, identity."""
+"""Shared setup of the runs in a fine-tuning comparison: options, files, identity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launchers.reporting.measures import MEASURES
 
 @dataclass(frozen=True)
 class FinetuningJob:
-    """All that the runs of a comparison have in common."""
+    """Settings shared by all runs of a comparison."""
 
     model: str
     train: list[str]
@@ -35,10 +35,10 @@ class FinetuningJob:
     weight_decay: float
 
     def examples(self) -> tasks.Task:
-        """Reads checkpoint and data.
+        """Read the checkpoint and the data.
 
         Raises:
-            InputError: they cannot be used.
+            InputError: the checkpoint or the data is invalid.
         """
         return tasks.text_classification(
             self.model,
@@ -53,29 +53,34 @@ TASK_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--model", {"required": True, "metavar": "DIR", "help": "a Hugging Face checkpoint"}),
     ("--train", {"nargs": "+", "required": True, "metavar": "FILE", "help": ".csv, .tsv, .jsonl"}),
     ("--eval", {"nargs": "+", "required": True, "metavar": "FILE", "help": "held-out files"}),
-    ("--text-key", {"default": "text", "metavar": "COLUMN", "help": "header name or jsonl key; a "
-        "number, from 1, for files without a header (default: text)"}),
-    ("--pair-key", {"metavar": "COLUMN", "help": "of a second text, for pairs"}),
-    ("--label-key", {"default": "label", "metavar": "COLUMN", "help": "(default: label)"}),
-    ("--max-length", {"type": at_least(2), "default": 128, "metavar": "TOKENS"}),
+    ("--text-key", {"default": "text", "metavar": "COLUMN", "help": "text column: header name, "
+        "jsonl key, or 1-based number for files without a header (default: text)"}),
+    ("--pair-key", {"metavar": "COLUMN", "help": "column of the second text, for pairs"}),
+    ("--label-key", {"default": "label", "metavar": "COLUMN", "help": "label column (default: "
+        "label)"}),
+    ("--max-length", {"type": at_least(2), "default": 128, "metavar": "TOKENS",
+        "help": "truncate examples to this length (default: 128)"}),
     ("--epochs", {"type": not_negative, "default": 3.0, "help": "(default: 3)"}),
-    ("--steps", {"type": at_least(1), "help": "instead of --epochs"}),
-    ("--batch-size", {"type": at_least(1), "default": 32, "help": "examples (default: 32)"}),
-    ("--warmup-ratio", {"type": share, "default": 0.06, "help": "share of the steps until the "
-        "peak, from which the rate falls linearly (default: 0.06)"}),
-    ("--clip", {"type": not_negative, "default": 1.0, "help": "the gradient's largest norm"}),
-    ("--weight-decay", {"type": not_negative, "default": 0.0, "help": "not of norms and biases"}),
+    ("--steps", {"type": at_least(1), "help": "number of steps; overrides --epochs"}),
+    ("--batch-size", {"type": at_least(1), "default": 32, "help": "examples per step (default: "
+        "32)"}),
+    ("--warmup-ratio", {"type": share, "default": 0.06, "help": "fraction of steps for warm-up, "
+        "before linear decay (default: 0.06)"}),
+    ("--clip", {"type": not_negative, "default": 1.0, "help": "maximum gradient norm (default: "
+        "1)"}),
+    ("--weight-decay", {"type": not_negative, "default": 0.0, "help": "decoupled weight decay, "
+        "except for norms and biases (default: 0)"}),
 ]  # fmt: skip
 
 
 def prepare_finetuning(options: argparse.Namespace, records: Records) -> Task:
-    """Looks whether checkpoint and files can be used.
+    """Check that the checkpoint and the files can be used.
 
     Raises:
         InputError: they cannot.
     """
     if options.epochs == 0:
-        raise InputError("--epochs: a number above 0 is needed, got 0")
+        raise InputError("--epochs: expected a number above 0, got 0")
     job = FinetuningJob(
         model=str(Path(options.model).resolve()),
         train=[str(Path(path).resolve()) for path in options.train],

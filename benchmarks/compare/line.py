@@ -1,10 +1,10 @@
-"""The command line of comparisons.
+"""Compare AdaRankGrad with other optimizers.
 
 python -m benchmarks.compare pretrain --model pico --steps 400 --seeds 0 1 2 --jobs 2 --out DIR
 python -m benchmarks.compare finetune --model DIR --train FILE --eval FILE --jobs 2 --out DIR
 python -m benchmarks.compare report DIR
 
-A finished run is not repeated: the same command goes on with a comparison that was cut off.
+Finished runs are not repeated: the same command resumes an interrupted comparison.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from launchers.pretraining.interrupts import exit_code
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of training that can be compared; `rates` go by method, `published` by family."""
+    """A kind of training to compare; `rates` is keyed by method, `published` by family."""
 
     methods: tuple[str, ...]
     options: list[tuple[str, dict[str, Any]]]
@@ -78,10 +78,10 @@ KINDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code.
+    """Run the command line and return its exit code.
 
     Args:
-        arguments: those of the process if None.
+        arguments: command-line arguments; None for those of the process.
     """
     options = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(exit_code(number)))
@@ -134,7 +134,7 @@ def _compare(options: argparse.Namespace, kind: Kind) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser; see --help."""
+    """Build the argument parser."""
     whole = OneLineParser(
         prog="python -m benchmarks.compare",
         description=__doc__,
@@ -142,36 +142,36 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, kind in KINDS.items():
-        sub = commands.add_parser(name, help=f"compare methods to {name}")
+        sub = commands.add_parser(name, help=f"compare methods on a {name} job")
         for flag, settings in kind.options:
             sub.add_argument(flag, **settings)
         _add_sweep_options(sub, kind)
-    report = commands.add_parser("report", help="table and pictures anew, from the runs")
-    report.add_argument("directory", type=Path, metavar="DIR")
+    report = commands.add_parser("report", help="rebuild the table and plots from the runs")
+    report.add_argument("directory", type=Path, metavar="DIR", help="directory of the comparison")
     return whole
 
 
 def _add_sweep_options(sub: argparse.ArgumentParser, kind: Kind) -> None:
     add, known = sub.add_argument, kind.methods
-    add("--out", type=Path, required=True, help="the comparison's directory")
-    add("--methods", nargs="+", default=list(known), metavar="NAME", help="of "
+    add("--out", type=Path, required=True, help="directory of the comparison")
+    add("--methods", nargs="+", default=list(known), metavar="NAME", help="methods to compare: "
         f"{', '.join(known)} (default: all)")  # fmt: skip
     add("--lrs", nargs="+", type=_rates, default=[], action="extend", metavar="METHOD=A,B,...",
-        help="learning rates of a method, in place of its own four")  # fmt: skip
-    add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="the first one is the "
-        "sweep's (default: 0 1 2)")  # fmt: skip
-    add("--all-seeds", action="store_true", help="all learning rates on all seeds")
-    add("--peer-rank", type=_rank, default=kind.peer_rank, metavar="RANK", help="of the others' "
-        "low-rank matrices: a number, or a fraction of a matrix's shorter side (default: "
+        help="learning rates of a method, instead of its four defaults")  # fmt: skip
+    add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="seeds; all learning rates "
+        "run on the first, the best also on the others (default: 0 1 2)")  # fmt: skip
+    add("--all-seeds", action="store_true", help="run all learning rates on all seeds")
+    add("--peer-rank", type=_rank, default=kind.peer_rank, metavar="RANK", help="rank of the other "
+        "low-rank methods: an integer, or a fraction of a matrix's shorter side (default: "
         f"{kind.peer_rank})")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="a setting of our own methods; may be repeated")  # fmt: skip
+        help="an AdaRankGrad setting, for all its methods; may be repeated")  # fmt: skip
     add("--variant", action="append", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"),
-        help="a further method: recommended with other settings, or another one (NAME fira "
+        help="an additional method: recommended with other settings, or another method (NAME fira "
         "rank=0.05); may be repeated")  # fmt: skip
-    add("--jobs", type=at_least(1), default=1, help="runs at a time, one thread each (default: 1)")
-    add("--redo", nargs="+", default=[], metavar="NAME", help="methods whose runs, made with "
-        "other settings or versions, are set aside and made anew")  # fmt: skip
+    add("--jobs", type=at_least(1), default=1, help="concurrent runs, one thread each (default: 1)")
+    add("--redo", nargs="+", default=[], metavar="NAME", help="methods to run again; their runs "
+        "with other settings or versions are moved to set_aside.jsonl")  # fmt: skip
 
 
 def _rates(text: str) -> tuple[str, tuple[float, ...]]:
@@ -181,7 +181,7 @@ def _rates(text: str) -> tuple[str, tuple[float, ...]]:
     except ValueError:
         numbers = ()
     if not (name and equals and numbers and all(0 < rate < float("inf") for rate in numbers)):
-        raise argparse.ArgumentTypeError(f"METHOD=1e-3,2e-3,... is needed, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected METHOD=1e-3,2e-3,..., got {text!r}")
     return name, numbers
 
 
@@ -194,6 +194,6 @@ def _rank(text: str) -> int | float:
         return rank
     if rank < 1 or rank != int(rank):
         raise argparse.ArgumentTypeError(
-            f"a whole number of at least 1, or a fraction below 1, is needed, got {text!r}"
+            f"expected an integer of at least 1, or a fraction below 1, got {text!r}"
         )
     return int(rank)

@@ -1,4 +1,4 @@
-"""What is measured of every run in the same way: state, times, ranks."""
+"""Measurements common to all runs: state, times, ranks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from benchmarks.compare.counting import StateCount
 from benchmarks.compare.optimizers import Training
 
 RankHistory = dict[str, list[tuple[int, int, float]]]
-"""For each matrix its refreshes: the step, the rank, the share of the gradient's energy kept."""
+"""For each matrix, its refreshes: step, rank, share of the gradient's energy kept."""
 
 
 @dataclass
 class Clock:
-    """The seconds of each step, and in it those of the optimizer alone.
+    """Seconds of each step, and of the optimizer alone.
 
-    `step_cpu` is the time that this process has had of a core: where other work runs beside it,
-    it is what the step takes on a machine that has nothing else to do.
+    `step_cpu` is the CPU time of this process: on a busy machine it approximates the time that the
+    step takes on an idle one.
     """
 
     step: list[float] = field(default_factory=list)
@@ -34,28 +34,28 @@ class Clock:
     _optimizer_began: float = 0.0
 
     def begin_step(self) -> None:
-        """A step begins."""
+        """Mark the start of a step."""
         _wait_for_device()
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def end_step(self) -> None:
-        """It ends."""
+        """Mark the end of a step."""
         _wait_for_device()
         self.step.append(time.perf_counter() - self._began)
         self.step_cpu.append(time.process_time() - self._cpu_began)
 
     def begin_optimizer(self) -> None:
-        """The optimizer's part of a step begins."""
+        """Mark the start of the optimizer's part of a step."""
         _wait_for_device()
         self._optimizer_began = time.perf_counter()
 
     def end_optimizer(self) -> None:
-        """It ends."""
+        """Mark the end of the optimizer's part of a step."""
         _wait_for_device()
         self.optimizer.append(time.perf_counter() - self._optimizer_began)
 
     def as_json(self) -> dict[str, float | None]:
-        """Medians, and the mean of the optimizer's seconds: new bases come in few steps."""
+        """Medians, and the mean of the optimizer's seconds, since few steps refresh."""
         if not self.step:
             return {}
         return {
@@ -78,7 +78,7 @@ class Measurements:
         self._mean_ranks: list[float] = []
 
     def after_step(self, step: int) -> None:
-        """Looks at the optimizers after `step`, counted from 1."""
+        """Sample the optimizers after `step`, counted from 1."""
         self._count.look(self._training.optimizers)
         for optimizer in self._training.optimizers:
             if isinstance(optimizer, arg_dist.AdaRankGrad):
@@ -96,7 +96,7 @@ class Measurements:
             self._mean_ranks.append(fmean(matrix["rank"] for matrix in known))
 
     def as_json(self, steps: int) -> dict[str, Any]:
-        """What a record keeps; `steps` is the length of the run."""
+        """The measurements of a run of `steps` steps, as JSON."""
         ranks, training = self._mean_ranks, self._training
         return {
             "state": self._count.as_json(
@@ -111,10 +111,10 @@ class Measurements:
 
 
 def flap(ranks: RankHistory, steps: int) -> float | None:
-    """How much ranks move from one refresh to the next once a run is under way.
+    """How much ranks change between refreshes in the second half of a run.
 
-    The mean of ``|new - old| / old`` over the refreshes of a matrix in the second half of `steps`;
-    of that the median over the matrices. None if there are no two refreshes to compare.
+    The mean of ``|new - old| / old`` over a matrix's refreshes in the second half of `steps`, then
+    the median over matrices. None if no matrix has two refreshes to compare.
     """
     means = []
     for points in ranks.values():

@@ -1,4 +1,4 @@
-"""The methods that are compared: what each of them is, and where its learning rates lie."""
+"""The methods to compare: their definitions and default learning rates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAMILIES = {
     "recommended": OURS,
     "paper": OURS,
 }
-"""Each method's family, which says how its optimizer is built."""
+"""Each method's family, which determines how its optimizer is built."""
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "galore": {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
@@ -39,11 +39,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "muon": {"adjust_lr_fn": "match_rms_adamw"},
     "lora": {"alpha": 2, "dropout": 0.0},
 }  # fmt: skip
-"""Settings of the low-rank matrices, as each method's authors give them for pre-training; the rank
-comes to it. LoRA's alpha is in ranks."""
+"""Settings for the low-rank matrices, as published by each method's authors for pre-training; the
+rank is added. LoRA's alpha is a multiple of the rank."""
 
 PUBLISHED_FINETUNING = {**PUBLISHED, "galore": {**PUBLISHED["galore"], "scale": 4.0}}
-"""The same for fine-tuning: GaLore's runs on GLUE have another scale."""
+"""The same for fine-tuning: GaLore's GLUE runs use a different scale."""
 
 WITH_RANK = {"galore", "apollo", "fira", "lora"}
 
@@ -56,7 +56,7 @@ RATES = {
     "recommended": (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
     "paper": (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
 }
-"""Four learning rates for pre-training, a factor of two apart, by method."""
+"""Default learning rates for pre-training by method: four, a factor of two apart."""
 
 RATES_FINETUNING = {
     **dict.fromkeys(RATES, (2.5e-5, 5e-5, 1e-4, 2e-4)),
@@ -67,14 +67,15 @@ RATES_FINETUNING = {
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train.
+    """A training method.
 
     Attributes:
-        name: its name in tables; a variant has a name of its own.
-        family: how its optimizer is built.
-        settings: of the low-rank matrices (or of the whole optimizer, for our own); the learning
-            rate comes to it. `rank` is a number, or a fraction of a matrix's shorter side.
-        of: the method that it is a variant of; its own name for one that is none.
+        name: name in tables; variants have their own.
+        family: determines how its optimizer is built.
+        settings: settings of the low-rank matrices (for AdaRankGrad, of the whole optimizer),
+            without the learning rate. `rank` is an integer, or a fraction of a matrix's shorter
+            side.
+        of: the method it is a variant of; its own name if it is not a variant.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Method:
     of: str = ""
 
     def definition(self) -> dict[str, Any]:
-        """All that makes this method what it is, versions included, as JSON."""
+        """Everything that defines the method, including versions, as JSON."""
         definition: dict[str, Any] = {"family": self.family, "settings": self.settings}
         if self.family == OURS:
             every = parse_config(self.settings).model_dump(mode="json", exclude={"lr"})
@@ -100,33 +101,34 @@ def choose(
     known: Collection[str] = tuple(FAMILIES),
     published: Mapping[str, dict[str, Any]] = PUBLISHED,
 ) -> list[Method]:
-    """The methods by their names, then their variants.
+    """Resolve the methods by name, followed by the variants.
 
     Args:
-        names: of methods.
-        peer_rank: the rank of GaLore, APOLLO, Fira and LoRA.
-        overrides: ``key=value`` for each of our own methods.
-        variants: a new name each, then that of a method (without it, ``recommended``), then
-            ``key=value``.
-        known: methods that can be asked for.
+        names: names of methods.
+        peer_rank: rank of GaLore, APOLLO, Fira and LoRA.
+        overrides: ``key=value`` settings for all AdaRankGrad methods.
+        variants: for each, a new name, optionally a method's name (default ``recommended``), then
+            ``key=value`` settings.
+        known: names of the available methods.
         published: settings by family.
 
     Raises:
-        InputError: a name is not known or occurs twice, a package is not installed, or a setting
-            is refused.
+        InputError: a name is unknown or duplicate, a package is not installed, or a setting is
+            invalid.
     """
     own = parse_overrides(overrides)
 
     def method(name: str, of: str, option: str, more: dict[str, Any]) -> Method:
         if of not in known:
-            raise InputError(f"{option}: not known; there are {', '.join(known)}")
+            raise InputError(f"{option}: unknown method; choose from {', '.join(known)}")
         family = FAMILIES[of]
         settings = {"preset": of} | own if family == OURS else dict(published.get(family, {}))
         if family in WITH_RANK:
             settings["rank"] = peer_rank
         if unknown := more.keys() - settings.keys() if family != OURS else set():
             raise InputError(
-                f"--variant {name} {unknown.pop()}=...: {of} knows {', '.join(settings) or 'none'}"
+                f"--variant {name} {unknown.pop()}=...: unknown setting; {of} accepts "
+                f"{', '.join(settings) or 'none'}"
             )
         return Method(name, family, settings | more, of)
 
@@ -134,8 +136,8 @@ def choose(
     for name, *rest in variants:
         if not re.fullmatch(r"[\w.+-]+", name):
             raise InputError(
-                f"--variant {name}: a name of letters, digits and . + - _ is needed first, then "
-                "perhaps a method's, then settings (KEY=VALUE)"
+                f"--variant {name}: expected a name of letters, digits and . + - _, optionally the "
+                "name of a method, then settings (KEY=VALUE)"
             )
         of = rest.pop(0) if rest and "=" not in rest[0] else "recommended"
         methods.append(method(name, of, f"--variant {name} {of}", parse_overrides(rest)))
@@ -148,15 +150,15 @@ def rates_of(
     given: Mapping[str, Sequence[float]],
     defaults: Mapping[str, Sequence[float]] = RATES,
 ) -> dict[str, tuple[float, ...]]:
-    """The learning rates of each method, ascending, by its name.
+    """The learning rates of each method by name, ascending.
 
     Args:
-        methods: what is compared.
-        given: rates by a method's name, in place of the defaults.
-        defaults: rates by method.
+        methods: the methods to compare.
+        given: rates by method name, overriding the defaults.
+        defaults: default rates by method.
 
     Raises:
-        InputError: `given` names no method of `methods`; or the methods have not the same number
+        InputError: a name in `given` is not among `methods`, or the methods have different numbers
             of rates, which would favour some.
     """
     names = [method.name for method in methods]
@@ -179,7 +181,7 @@ def _check(methods: Sequence[Method]) -> None:
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"--methods, --variant: two methods have the name {name}")
+            raise InputError(f"--methods, --variant: two methods are named {name}")
     peers.require({method.family for method in methods})
     for method in methods:
         if method.family == OURS:
@@ -190,10 +192,10 @@ def _check(methods: Sequence[Method]) -> None:
 
 
 def _own_code() -> str:
-    """The first digits of the sha256 of the optimizer's code; comments do not count."""
+    """Leading digits of the sha256 of the optimizer's code, ignoring comments and docstrings."""
     package = Path(arg_dist.__file__).parent
-    rooms = (package, package / "subspace", package / "sharding")
-    files = [file for room in rooms for file in room.glob("*.py")]
+    folders = (package, package / "subspace", package / "sharding")
+    files = [file for folder in folders for file in folder.glob("*.py")]
     whole = hashlib.sha256()
     for file in sorted(files):
         whole.update(ast.dump(_without_docstrings(ast.parse(file.read_text()))).encode())

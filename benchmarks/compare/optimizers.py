@@ -1,4 +1,4 @@
-"""The optimizer of a method, for a model: the same matrices are low-rank for all of them."""
+"""Build the optimizers of a method; the same matrices are low-rank for all methods."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Training:
-    """A model that a method is ready to train.
+    """A model with the optimizers that train it.
 
     Attributes:
-        model: what is trained.
-        optimizers: that together train it; Muon needs two.
-        counted: the parameters whose state stands for the low-rank matrices: the matrices
-            themselves, or LoRA's adapters of them.
-        matrix_elements: elements of the low-rank matrices.
-        elements: elements of all parameters that full training moves.
+        model: the model.
+        optimizers: the optimizers that together train it; Muon needs two.
+        counted: the parameters whose state counts as that of the low-rank matrices: the matrices
+            themselves, or their LoRA adapters.
+        matrix_elements: number of elements in the low-rank matrices.
+        elements: number of elements in all parameters that full training updates.
     """
 
     model: nn.Module
@@ -40,16 +40,16 @@ class Training:
 
 
 def prepare(method: Method, model: nn.Module, *, lr: float, weight_decay: float) -> Training:
-    """Makes the optimizers, and for LoRA the adapters.
+    """Create the optimizers, and for LoRA the adapters.
 
     Args:
-        method: which one.
-        model: a fresh model; LoRA changes it.
+        method: the method.
+        model: a fresh model; LoRA modifies it.
         lr: learning rate of all parameters.
-        weight_decay: decoupled; norms and biases are not decayed.
+        weight_decay: decoupled weight decay; not applied to norms and biases.
 
     Raises:
-        ConfigError: our own optimizer refuses a setting.
+        ConfigError: an AdaRankGrad setting is invalid.
     """
     matrices = low_rank_matrices(model)
     matrix_elements = sum(matrix.numel() for matrix in matrices.values())
@@ -64,7 +64,7 @@ def prepare(method: Method, model: nn.Module, *, lr: float, weight_decay: float)
 
 
 def low_rank_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """The matrices that low-rank methods are for, as :func:`arg_dist.param_groups` tells them."""
+    """The matrices that low-rank methods train, as selected by :func:`arg_dist.param_groups`."""
     return {
         name: parameter
         for group in arg_dist.param_groups(model)
@@ -101,7 +101,7 @@ def _build(
 
 
 def _by_decay(parameters: Iterable[Tensor]) -> Groups:
-    """Matrices, and norms and biases, which are not decayed."""
+    """Two groups: matrices, and norms and biases, which are not decayed."""
     given = list(parameters)
     groups: Groups = [
         {"params": [p for p in given if p.ndim >= 2]},
@@ -111,7 +111,7 @@ def _by_decay(parameters: Iterable[Tensor]) -> Groups:
 
 
 def _by_rank(matrices: list[Tensor], settings: dict[str, Any]) -> Groups:
-    """A group for each rank: a fraction is another number for matrices of another size."""
+    """One group per rank: a fractional rank depends on the size of the matrix."""
     groups: dict[int, dict[str, Any]] = {}
     for matrix in matrices:
         rank = rank_of(settings["rank"], min(matrix.shape))
@@ -122,9 +122,9 @@ def _by_rank(matrices: list[Tensor], settings: dict[str, Any]) -> Groups:
 def _with_adapters(
     model: nn.Module, matrices: dict[str, Tensor], settings: dict[str, Any]
 ) -> nn.Module:
-    """`model` with LoRA's adapters at its low-rank matrices, and its head trained in full.
+    """Add LoRA adapters to the low-rank matrices of `model`; its head is trained in full.
 
-    ``alpha`` is a multiple of the rank, so that it means the same at every rank.
+    ``alpha`` is a multiple of the rank, so its effect is independent of the rank.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -145,7 +145,7 @@ def _with_adapters(
 
 
 def _heads(model: nn.Module) -> list[str]:
-    """The names of the outermost modules that are output heads."""
+    """Names of the outermost modules that are output heads."""
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)

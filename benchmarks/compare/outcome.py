@@ -1,4 +1,4 @@
-"""The files that tell what a comparison has found: ``results.json``, ``table.md``, pictures."""
+"""Write the results of a comparison: ``results.json``, ``table.md``, plots."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from launchers.reporting.files import write_json
 
 
 def write_outcome(directory: Path, console: Console | None = None) -> None:
-    """Writes the files into `directory`, from its runs, and prints the table.
+    """Write the result files into `directory` from its runs, and print the table.
 
     Raises:
-        InputError: there are no runs in it.
+        InputError: it contains no runs.
     """
     records = Records(directory)
     comparison, runs = records.comparison(), records.runs()
     if comparison is None or not runs:
-        raise InputError(f"{directory}: holds no runs of a comparison")
+        raise InputError(f"{directory}: contains no comparison runs")
     rows, measure = rows_of(comparison, runs), measure_of(runs)
     write_json(directory / "results.json", results_json(comparison, runs))
     text = markdown(rows, measure)
@@ -33,5 +33,5 @@ def write_outcome(directory: Path, console: Console | None = None) -> None:
     drawn = draw_all(directory, rows, runs, measure)
     names = ["table.md", "results.json", *(path.name for path in drawn)]
     (console or Console()).print(
-        f"written into {directory}: {', '.join(names)}", highlight=False, soft_wrap=True
+        f"wrote to {directory}: {', '.join(names)}", highlight=False, soft_wrap=True
     )

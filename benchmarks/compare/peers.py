@@ -1,4 +1,4 @@
-"""Optimizers as their authors published them, imported from where they are installed."""
+"""Import the other optimizers from their authors' installed packages."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ PACKAGES = {
     "fira": "fira",
     "lora": "peft",
 }
-"""The distribution that a family of methods comes from; families that are not here need none."""
+"""The distribution that provides a family of methods; other families need none."""
 
 _MODULES = {"galore-torch": "galore_torch", "apollo-torch": "apollo_torch"}
 
 
 def require(families: set[str]) -> None:
-    """Looks whether the packages of all `families` are installed.
+    """Check that the packages of all `families` are installed.
 
     Raises:
-        InputError: some are not; the message has the command that installs them.
+        InputError: some are not; the message includes the command that installs them.
     """
     wanted = sorted(PACKAGES[family] for family in families if family in PACKAGES)
     missing = [name for name in wanted if find_spec(_MODULES.get(name, name)) is None]
     if missing:
         raise InputError(
             f"--methods: {', '.join(missing)} not installed; run python -m pip install --no-deps "
-            f"{' '.join(missing)} (or bash benchmarks/setup_compare.sh), or leave the methods out"
+            f"{' '.join(missing)} (or bash benchmarks/setup_compare.sh), or omit the methods"
         )
 
 
 def version(family: str) -> dict[str, str]:
-    """The version of the distribution that `family` comes from, under its name."""
+    """Name and version of the distribution that provides `family`; empty if it needs none."""
     name = PACKAGES.get(family)
     return {} if name is None else {name: metadata.version(name)}
 
 
 def published(package: str, module: str, name: str) -> Any:
-    """`name` of ``package.module``, without the package's ``__init__``.
+    """Import `name` from ``package.module`` without running the package's ``__init__``.
 
-    Those of galore_torch and apollo_torch import bitsandbytes, which nothing here needs.
+    The ``__init__`` of galore_torch and apollo_torch imports bitsandbytes, which is not used here.
 
     Args:
         package: an installed package, see :func:`require`.
         module: a module in it.
-        name: what to take from the module.
+        name: the attribute to return.
     """
     if package not in sys.modules:
         spec = find_spec(package)

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: held-out values over training, the frontier, ranks by layer."""
+"""Plots of a comparison: held-out values over training, the frontier, ranks by layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CURVES, FRONTIER, RANKS = "curves.png", "frontier.png", "ranks.png"
 def draw_all(
     directory: Path, rows: Sequence[Row], runs: Sequence[Run], measure: Measure
 ) -> list[Path]:
-    """Draws what there is to draw into `directory`; the paths of the pictures."""
+    """Draw the available plots into `directory` and return their paths."""
     from matplotlib import rc_context
 
     shown = [row for row in rows if row.lr is not None]
@@ -55,7 +55,7 @@ def _colors(rows: Sequence[Row]) -> list[Any]:
 
 
 def _curves(rows: Sequence[Row], runs: Sequence[Run], measure: Measure) -> Figure:
-    """What the best rate of each method reached over training: the median, and all seeds' band."""
+    """Held-out value over training at each method's best rate: median and range over seeds."""
     figure = new_figure(9, 5.5)
     axes = figure.subplots()
     late = []
@@ -70,17 +70,17 @@ def _curves(rows: Sequence[Row], runs: Sequence[Run], measure: Measure) -> Figur
             seen, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, lw=0
         )
         late += [value for each in values[shared // 3 :] for value in each]
-    # the first part of training is far away from what tells the methods apart
+    # early values are far from the range in which the methods differ
     margin = 0.08 * (max(late) - min(late)) or 0.01
     axes.set_ylim(min(late) - margin, max(late) + margin)
-    axes.set(title=f"{_title(measure)} (median; band: all seeds)", xlabel="tokens")
+    axes.set(title=f"{_title(measure)} (median; band: range over seeds)", xlabel="tokens")
     axes.xaxis.set_major_formatter(_tokens)
     axes.legend()
     return figure
 
 
 def _frontier(rows: Sequence[Row], measure: Measure) -> Figure:
-    """What is reached against what is kept: the median, and from the worst to the best seed."""
+    """Final value against state size: median, and range over seeds."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = new_figure(9, 5.5)
@@ -94,14 +94,14 @@ def _frontier(rows: Sequence[Row], measure: Measure) -> Figure:
         low, high = middle - min(values), max(values) - middle
         style = {"color": color, "fmt": "o", "capsize": 4}
         axes.errorbar(x, middle, [[low], [high]], label=row.method, **style)
-        if kept["storage"] > 1.01 * x:  # what views keep alive
+        if kept["storage"] > 1.01 * x:  # views keep larger storages alive
             axes.plot([x, kept["storage"]], [middle] * 2, color=color, ls=":", lw=1)
             axes.plot(kept["storage"], middle, "o", color=color, mfc="none")
     axes.set_xscale("log")
     axes.set(
-        title=f"{_title(measure)} against state (bars: all seeds)",
-        xlabel="optimizer state of the low-rank matrices, at the peak "
-        "(open circles: with the storages kept alive)",
+        title=f"{_title(measure)} vs. state (bars: range over seeds)",
+        xlabel="peak optimizer state of the low-rank matrices "
+        "(open circles: including storages kept alive)",
     )
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=10))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -112,7 +112,7 @@ def _frontier(rows: Sequence[Row], measure: Measure) -> Figure:
 
 
 def _ranks(rows: Sequence[Row], runs: Sequence[Run]) -> Figure:
-    """The rank of each layer, the mean over its matrices, in one run of each method."""
+    """Rank of each layer, averaged over its matrices, in one run of each method."""
     from matplotlib import colormaps
 
     columns = min(3, len(rows))
@@ -149,14 +149,14 @@ def _draw_mean(
 
 
 def mean_rank_at(ranks: Ranks, step: int) -> float | None:
-    """The mean over the matrices of their ranks after `step`; None before the first basis."""
+    """Mean rank over the matrices after `step`; None before the first refresh."""
     latest = [[point[1] for point in points if point[0] <= step] for points in ranks.values()]
     known = [each[-1] for each in latest if each]
     return fmean(known) if known else None
 
 
 def layer_of(name: str) -> int:
-    """The number of the layer that a matrix belongs to: the first in its name, or 0."""
+    """Layer index of a matrix: the first number in its name, or 0."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found.group(1)) if found else 0
 

@@ -27,7 +27,7 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PretrainingJob:
-    """All that the runs of a comparison have in common; `device` is a torch device's type."""
+    """Settings shared by all runs of a comparison; `device` is a torch device type."""
 
     model: str
     vocab_size: int
@@ -44,12 +44,12 @@ class PretrainingJob:
     device: str
 
     def tokens(self, step: int) -> int:
-        """The tokens that a run has seen after `step`."""
+        """Number of tokens seen after `step`."""
         return step * self.batch_size * self.seq_len
 
 
 class Diverged(Exception):
-    """A loss, or a gradient, is not finite any more."""
+    """A loss or gradient is no longer finite."""
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"step {step}: {what}")
@@ -58,15 +58,15 @@ class Diverged(Exception):
 def pretrain(
     job: PretrainingJob, method: Method, *, lr: float, seed: int, tokens: Path, show: Show
 ) -> dict[str, Any]:
-    """Trains from `seed`, which alone decides about first weights and batches.
+    """Pre-train; initial weights and batches depend on `seed` alone.
 
     Args:
-        job: what is trained.
-        method: by which method.
+        job: the settings shared by all runs.
+        method: the method to train with.
         lr: peak learning rate.
-        seed: of weights and batches.
-        tokens: the directory of ``training.npy`` and ``held_out.npy``.
-        show: is told a line at each evaluation.
+        seed: seeds the weights and batches.
+        tokens: directory of ``training.npy`` and ``held_out.npy``.
+        show: called with one line at each evaluation.
 
     Returns:
         The results as JSON; ``status`` is ``finished`` or ``diverged``.
@@ -120,7 +120,7 @@ def pretrain(
 
 
 def read_sequences(directory: Path, length: int, vocab_size: int, *, seed: int) -> Sequences:
-    """The tokens in `directory`, which several runs share in memory."""
+    """Memory-map the tokens in `directory`, so that concurrent runs share them."""
     training, held_out = (
         np.load(directory / f"{part}.npy", mmap_mode="r") for part in ("training", "held_out")
     )
@@ -130,7 +130,7 @@ def read_sequences(directory: Path, length: int, vocab_size: int, *, seed: int) 
 def _forward_and_backward(
     model: nn.Module, sequences: Sequences, job: PretrainingJob, step: int
 ) -> float:
-    """Leaves the mean gradient of the step's batch; returns its mean loss."""
+    """Accumulate the mean gradient of the step's batch and return its mean loss."""
     total = 0.0
     parts = math.ceil(job.batch_size / job.micro_batch)
     for first in range(0, job.batch_size, job.micro_batch):
@@ -151,7 +151,7 @@ def _step(optimizers: list[torch.optim.Optimizer], step: int) -> None:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, sequences: Sequences, job: PretrainingJob) -> float:
-    """The mean loss over ``job.eval_sequences`` held-out sequences, always the same."""
+    """Mean loss over a fixed set of ``job.eval_sequences`` held-out sequences."""
     model.eval()
     total = 0.0
     for first in range(0, job.eval_sequences, job.micro_batch):
@@ -163,6 +163,6 @@ def held_out_loss(model: nn.Module, sequences: Sequences, job: PretrainingJob) -
 
 
 def check_finite(value: float, step: int, what: str) -> None:
-    """Raises Diverged if `value` is NaN or infinite."""
+    """Raise Diverged if `value` is NaN or infinite."""
     if not math.isfinite(value):
         raise Diverged(step, f"the {what} is {value}")

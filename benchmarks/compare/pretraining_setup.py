@@ -1,4 +1,4 @@
-"""What the runs of a pre-training comparison share: options, tokens, identity."""
+"""Shared setup of the runs in a pre-training comparison: options, tokens, identity."""
 
 from __future__ import annotations
 
@@ -22,38 +22,47 @@ from launchers.pretraining.tokens import Sequences, load_tokenizer
 from launchers.reporting.measures import LOSS, MEASURES
 
 TASK_OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("--model", {"default": "pico", "help": "a size by name, or a model's path"}),
+    ("--model", {"default": "pico", "help": "named size, or path of a model (default: pico)"}),
     ("--data", {"nargs": "+", "default": [], "metavar": "PATH", "help": "text files, "
         "directories, globs, .jsonl, data sets (default: the installed Python source)"}),
-    ("--text-key", {"default": "text", "help": "of .jsonl files and data sets"}),
-    ("--data-bytes", {"type": at_least(1), "help": "how much of it is read"}),
+    ("--text-key", {"default": "text", "help": "text field of .jsonl files and data sets "
+        "(default: text)"}),
+    ("--data-bytes", {"type": at_least(1), "help": "maximum amount of data to read"}),
     ("--tokenizer", {"metavar": "DIR", "help": "a Hugging Face tokenizer (default: bytes)"}),
-    ("--steps", {"type": at_least(1), "default": 400}),
-    ("--batch-size", {"type": at_least(1), "default": 8, "help": "sequences a step"}),
-    ("--micro-batch", {"type": at_least(1), "help": "sequences at once (default: all)"}),
-    ("--seq-len", {"type": at_least(2), "default": 128}),
-    ("--warmup", {"type": at_least(0), "default": 40, "help": "steps"}),
-    ("--min-lr-ratio", {"type": share, "default": 0.1, "help": "of the peak, at the end"}),
-    ("--clip", {"type": not_negative, "default": 1.0, "help": "the gradient's largest norm"}),
-    ("--weight-decay", {"type": not_negative, "default": 0.0}),
-    ("--eval-every", {"type": at_least(1), "help": "steps (default: an eighth of them)"}),
-    ("--eval-sequences", {"type": at_least(1), "default": 128}),
-    ("--device", {"help": "a torch device (default: a GPU if there is one, or cpu)"}),
+    ("--steps", {"type": at_least(1), "default": 400, "help": "training steps (default: 400)"}),
+    ("--batch-size", {"type": at_least(1), "default": 8, "help": "sequences per step (default: "
+        "8)"}),
+    ("--micro-batch", {"type": at_least(1), "help": "sequences per forward pass (default: the "
+        "whole batch)"}),
+    ("--seq-len", {"type": at_least(2), "default": 128, "help": "tokens per sequence (default: "
+        "128)"}),
+    ("--warmup", {"type": at_least(0), "default": 40, "help": "warm-up steps (default: 40)"}),
+    ("--min-lr-ratio", {"type": share, "default": 0.1, "help": "final learning rate as a fraction "
+        "of the peak (default: 0.1)"}),
+    ("--clip", {"type": not_negative, "default": 1.0, "help": "maximum gradient norm (default: "
+        "1)"}),
+    ("--weight-decay", {"type": not_negative, "default": 0.0, "help": "decoupled weight decay "
+        "(default: 0)"}),
+    ("--eval-every", {"type": at_least(1), "help": "steps between evaluations (default: an eighth "
+        "of --steps)"}),
+    ("--eval-sequences", {"type": at_least(1), "default": 128, "help": "held-out sequences per "
+        "evaluation (default: 128)"}),
+    ("--device", {"help": "torch device (default: a GPU if available, else cpu)"}),
 ]  # fmt: skip
 
 
 def prepare_pretraining(options: argparse.Namespace, records: Records) -> Task:
-    """Reads the text, or takes the tokens that the directory has from its first command.
+    """Tokenize the text, or reuse the tokens that the directory's first command stored.
 
-    So all runs of a directory see the same tokens, whatever becomes of the files meanwhile.
+    All runs of a directory therefore see the same tokens, even if the files change meanwhile.
 
     Raises:
-        InputError: data, model or sizes cannot be used.
+        InputError: the data, the model or a size is invalid.
     """
     micro = options.micro_batch or options.batch_size
     if options.batch_size % micro:
         raise InputError(
-            f"--micro-batch {micro}: must divide --batch-size {options.batch_size}; give a divisor"
+            f"--micro-batch {micro}: must divide --batch-size {options.batch_size}; use a divisor"
         )
     source = {key: getattr(options, key) for key in ("data", "text_key", "data_bytes", "tokenizer")}
     folder = records.directory / "tokens"
@@ -93,7 +102,7 @@ def _tokens(
     tokenizer = load_tokenizer(options.tokenizer)
     corpus = read_corpus(options.data, text_key=options.text_key, max_bytes=options.data_bytes)
     sequences = Sequences.of(corpus, tokenizer, length=options.seq_len, seed=0)
-    if earlier is None:  # another command's tokens stay: its identity is refused
+    if earlier is None:  # keep an earlier command's tokens: the changed identity is refused later
         folder.mkdir(exist_ok=True)
         for part in _PARTS:
             _save(folder / f"{part}.npy", getattr(sequences, part))
@@ -106,7 +115,7 @@ _PARTS = ("training", "held_out")
 def _save(path: Path, tokens: np.ndarray) -> None:
 
     def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # given a path, numpy would add a suffix
+        with open(temporary, "wb") as file:  # numpy appends a suffix to paths
             np.save(file, tokens)
 
     write_atomically(path, write)

@@ -1,8 +1,8 @@
-"""The directory of a comparison: what it compares, and a line for each run that is over.
+"""The directory of a comparison: its definition, and one line for each completed run.
 
-``comparison.json`` has what all runs share and the definition of each method; ``runs.jsonl`` has
-the runs. Everything in one directory can be compared: another job, or another method under a name
-that has runs already, is refused.
+``comparison.json`` stores the shared settings and the definition of each method; ``runs.jsonl``
+stores the runs. All runs in a directory are comparable: a different job, or a different method
+under a name that already has runs, is refused.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class Trial(NamedTuple):
 
     @property
     def label(self) -> str:
-        """A name for files."""
+        """A name usable in file names."""
         return f"{self.method}-{self.lr!r}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``comparison.json`` says.
+    """The contents of ``comparison.json``.
 
     Attributes:
-        job: what decides about every run: the task's settings, the data, versions.
+        job: identity of the job, shared by all runs: the task's settings, the data, versions.
         sweep_seed: the seed on which the learning rates are compared.
-        methods: definitions by name, in the order of tables.
-        commands: that have worked on it.
+        methods: definitions by name, in table order.
+        commands: the commands that have run in the directory.
     """
 
     job: dict[str, Any]
@@ -56,17 +56,17 @@ class Comparison:
 
 
 class Records:
-    """Reads and writes the files of a comparison's directory; one process at a time writes."""
+    """Reads and writes the files of a comparison's directory; allows one writing process."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing here.
+        """Lock the directory against other writing processes.
 
         Raises:
-            InputError: another process does, or the directory cannot be made.
+            InputError: another process holds the lock, or the directory cannot be created.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -78,13 +78,13 @@ class Records:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(
-                    f"--out {self.directory}: another comparison is at work here; wait for it, "
-                    "or give another directory"
+                    f"--out {self.directory}: another comparison is running here; wait for it, "
+                    "or choose another directory"
                 ) from None
             yield
 
     def comparison(self) -> Comparison | None:
-        """What is compared here; None before the first call.
+        """The stored comparison; None before the first :meth:`begin`.
 
         Raises:
             InputError: ``comparison.json`` cannot be read.
@@ -95,7 +95,7 @@ class Records:
         try:
             return Comparison(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: not a comparison's file: {error}") from None
+            raise InputError(f"{path}: not a valid comparison: {error}") from None
 
     def begin(
         self,
@@ -106,12 +106,12 @@ class Records:
         command: str,
         redo: Iterable[str] = (),
     ) -> None:
-        """Writes down what is compared, after a look at what has been so far.
+        """Store what is compared, after checking it against what is stored already.
 
-        Runs of the methods `redo` whose definition has changed are set aside.
+        Existing runs of methods in `redo` whose definition has changed are set aside.
 
         Raises:
-            InputError: the job is another one, or a method of the same name was.
+            InputError: the job differs, or a method differs from the stored one of the same name.
         """
         job = _as_json(job)
         before = self.comparison() or Comparison(job, sweep_seed, {}, [])
@@ -119,7 +119,7 @@ class Records:
         if before.sweep_seed != sweep_seed:
             raise InputError(
                 f"--seeds {sweep_seed} ...: the learning rates in {self.directory} are compared "
-                f"on seed {before.sweep_seed}; begin with that one, or give another --out"
+                f"on seed {before.sweep_seed}; put it first, or use another --out"
             )
         definitions = {method.name: _as_json(method.definition()) for method in methods}
         for name, now in definitions.items():
@@ -127,8 +127,8 @@ class Records:
             if was != now and any(run["method"] == name for run in self.runs()):
                 if name not in redo:
                     raise InputError(
-                        f"--methods {name}: its runs in {self.directory} were made with "
-                        f"{_difference(was, now)}; run them anew with --redo {name}, or give "
+                        f"--methods {name}: its runs in {self.directory} used "
+                        f"{_difference(was, now)}; rerun them with --redo {name}, or use "
                         "another --out"
                     )
                 self._set_aside(name)
@@ -141,16 +141,16 @@ class Records:
             if before.get(key) != now.get(key):
                 was, is_ = before.get(key), now.get(key)
                 if isinstance(was, dict) and isinstance(is_, dict):
-                    told = _difference(was, is_)
+                    change = _difference(was, is_)
                 else:
-                    told = f"{was}, now {is_}"
+                    change = f"{was}, now {is_}"
                 raise InputError(
-                    f"--out {self.directory}: holds runs with other {key} ({told}); "
-                    "give what they had, or another --out"
+                    f"--out {self.directory}: contains runs with different {key} ({change}); "
+                    "use the same, or another --out"
                 )
 
     def runs(self) -> list[dict[str, Any]]:
-        """The lines of ``runs.jsonl``; of several for one trial the last."""
+        """The runs in ``runs.jsonl``; for repeated trials, the last one."""
         path = self.directory / RUNS
         if not path.exists():
             return []
@@ -158,20 +158,20 @@ class Records:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             return list({_trial_of(line): line for line in lines}.values())
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: not a comparison's runs: {error!r}") from None
+            raise InputError(f"{path}: not valid comparison runs: {error!r}") from None
 
     def done(self) -> dict[Trial, dict[str, Any]]:
-        """The runs that need not be repeated; one that was killed is worth another try."""
+        """The runs that need not be repeated; failed runs are retried."""
         return {_trial_of(run): run for run in self.runs() if run["status"] != "failed"}
 
     def add(self, trial: Trial, results: dict[str, Any]) -> dict[str, Any]:
-        """Adds the results of a run; a reader sees all of the line or nothing."""
+        """Add the results of a run atomically: readers see the whole line or nothing."""
         run = _as_json({**trial._asdict(), **results})
         self._write(RUNS, [*self.runs_but(trial), run])
         return run
 
     def runs_but(self, trial: Trial) -> list[dict[str, Any]]:
-        """All runs but those of `trial`."""
+        """All runs except those of `trial`."""
         return [run for run in self.runs() if _trial_of(run) != trial]
 
     def _set_aside(self, method: str) -> None:
@@ -190,17 +190,17 @@ def _trial_of(run: dict[str, Any]) -> Trial:
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """``"energy=0.6, now 0.8"`` for all that differs, in sections below too."""
-    told = []
+    """All differences, nested ones included, as ``"energy=0.6, now 0.8"``."""
+    changes = []
     for key in before | now:
         was, is_ = before.get(key), now.get(key)
         if isinstance(was, dict) and isinstance(is_, dict):
-            told += [_difference(was, is_)] if was != is_ else []
+            changes += [_difference(was, is_)] if was != is_ else []
         elif was != is_:
-            told.append(f"{key}={was}, now {is_}")
-    return "; ".join(told)
+            changes.append(f"{key}={was}, now {is_}")
+    return "; ".join(changes)
 
 
 def _as_json(value: Any) -> Any:
-    """`value` as it comes back from a file; raises ValueError for numbers that JSON lacks."""
+    """`value` after a JSON round trip; raises ValueError for NaN and infinities."""
     return json.loads(json.dumps(value, allow_nan=False))

@@ -1,4 +1,4 @@
-"""What a comparison has found: one row for each method, out of its runs."""
+"""The results of a comparison: one row per method, computed from its runs."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Run = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One method.
+    """The results of one method.
 
     Attributes:
         method: its name.
-        swept: what each learning rate reached on the sweep's seed; None where a run has no result.
-        lr: the best of them; None if no run came to its end.
-        edge: whether it is the lowest or the highest.
-        by_seed: what the best rate reached on each seed.
-        median: of these; None as soon as one has no result.
-        spread: the largest less the smallest of these.
-        matrices: bytes that are kept of the low-rank matrices, at the peak: `logical` and
-            `storage`, the most of any seed at the best rate.
-        adamw_matrices: what AdamW keeps of them.
-        state: as `matrices`, of all parameters.
-        adamw_state: what AdamW keeps.
-        mean_rank: over matrices, steps and seeds; None for methods without ranks to tell.
-        final_rank: over matrices and seeds, after the last step.
-        flap: see :func:`benchmarks.compare.measuring.flap`; the median of the seeds.
-        seconds: of a step: the median over the seeds of each of the clock's numbers.
+        swept: final value by learning rate on the sweep's seed; None where a run has no result.
+        lr: the best learning rate; None if no run finished.
+        edge: whether it is the lowest or highest.
+        by_seed: final value of the best rate by seed.
+        median: median of `by_seed`; None if any seed has no result.
+        spread: maximum minus minimum of `by_seed`.
+        matrices: peak state bytes of the low-rank matrices, `logical` and `storage`: maximum over
+            seeds at the best rate.
+        adamw_matrices: AdamW's state bytes for the same matrices.
+        state: as `matrices`, for all parameters.
+        adamw_state: AdamW's state bytes for all parameters.
+        mean_rank: mean over matrices, steps and seeds; None for methods that report no ranks.
+        final_rank: mean over matrices and seeds after the last step.
+        flap: see :func:`benchmarks.compare.measuring.flap`; median over seeds.
+        seconds: seconds per step: median over seeds of each of the clock's numbers.
         lost: runs that diverged or were killed, with the reason.
     """
 
@@ -56,18 +56,18 @@ class Row:
     lost: tuple[str, ...] = ()
 
     def share(self, count: str) -> float | None:
-        """The matrices' state as a share of AdamW's; `count` is ``logical`` or ``storage``."""
+        """State of the matrices relative to AdamW's; `count` is ``logical`` or ``storage``."""
         return self.matrices[count] / self.adamw_matrices if self.matrices else None
 
 
 def measure_of(runs: Sequence[Run]) -> Measure:
-    """What judges `runs`; those without any result say nothing."""
+    """The measure that ranks `runs`; held-out loss if none has a result."""
     keys = {run["measure"] for run in runs if "measure" in run}
     return MEASURES[keys.pop()] if keys else MEASURES["held_out_loss"]
 
 
 def rows_of(comparison: Comparison, runs: Sequence[Run]) -> list[Row]:
-    """One row for each method that has runs, in the comparison's order."""
+    """One row per method that has runs, in the comparison's order."""
     measure = measure_of(runs)
     by_method = {name: [r for r in runs if r["method"] == name] for name in comparison.methods}
     return [
@@ -76,7 +76,7 @@ def rows_of(comparison: Comparison, runs: Sequence[Run]) -> list[Row]:
 
 
 def best_runs(row: Row, runs: Sequence[Run]) -> list[Run]:
-    """The finished runs of a row's method at its best rate, by seed."""
+    """The finished runs of a row's method at its best rate, sorted by seed."""
     own = [run for run in runs if run["method"] == row.method and run["lr"] == row.lr]
     return sorted((r for r in own if r["status"] == "finished"), key=lambda run: run["seed"])
 
@@ -123,7 +123,7 @@ def _row(name: str, runs: Sequence[Run], sweep_seed: int, measure: Measure) -> R
 
 
 def results_json(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
-    """``results.json``: what was compared, on what, and each row."""
+    """The contents of ``results.json``: the comparison, the hardware, and all rows."""
     rows = rows_of(comparison, runs)
     hardware = [run["hardware"] for run in runs if "hardware" in run]
     return {

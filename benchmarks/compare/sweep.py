@@ -1,4 +1,4 @@
-"""Runs a comparison: learning rates of all methods in turn, then more seeds of the best."""
+"""Run a comparison: learning rates of all methods, interleaved, then more seeds of the best."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Sweep:
-    """A comparison at work.
+    """Runs the trials of a comparison.
 
     Attributes:
-        records: where its runs are kept.
-        task: what every run is told.
-        methods: what is compared.
-        rates: learning rates by a method's name.
+        records: where runs are stored.
+        task: settings passed to every run.
+        methods: the methods to compare.
+        rates: learning rates by method name.
         seeds: the first one is the sweep's.
-        jobs: runs at a time.
-        all_seeds: run all rates on all seeds.
+        jobs: number of concurrent runs.
+        all_seeds: whether to run all rates on all seeds.
         kind: ``"pretrain"`` or ``"finetune"``.
-        tell: shows a line.
-        child: the command of a run, to which its two files are added.
+        tell: prints a line.
+        child: command of a run; its two files are appended.
     """
 
     records: Records
@@ -54,11 +54,11 @@ class Sweep:
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
-        """Runs what has not been run yet.
+        """Run all trials that are not done yet.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; the runs at work are ended and forgotten.
-            SystemExit: SIGTERM, likewise.
+            KeyboardInterrupt: on Ctrl-C, after the active runs are killed and discarded.
+            SystemExit: on SIGTERM, likewise.
         """
         sweep, *more = self.seeds
         first = [[Trial(m.name, lr, sweep) for lr in self.rates[m.name]] for m in self.methods]
@@ -71,13 +71,13 @@ class Sweep:
             runs = [run for run in self.records.runs() if run["method"] == method.name]
             best = best_rate(runs, sweep, self.task.measure)
             if best is None:
-                self.tell(f"{method.name}: no run came to its end; no further seeds")
+                self.tell(f"{method.name}: no run finished; skipping the other seeds")
             else:
                 chosen.append([Trial(method.name, best.lr, seed) for seed in more])
         self._run_all(interleaved(chosen))
 
     def _run_all(self, trials: Iterable[Trial]) -> None:
-        """Runs `trials` in their order, those that are not done yet."""
+        """Run those of `trials` that are not done yet, in order."""
         done = self.records.done()
         waiting = [trial for trial in trials if trial not in done]
         pool = ThreadPoolExecutor(self.jobs)
@@ -94,7 +94,7 @@ class Sweep:
             pool.shutdown(cancel_futures=True)
 
     def _run_one(self, trial: Trial) -> dict[str, Any]:
-        """The results of one process of its own, whatever becomes of it."""
+        """Run a trial in its own process; a process that fails yields a ``failed`` result."""
         folder = self.records.directory / "runs"
         folder.mkdir(exist_ok=True)
         log, result = folder / f"{trial.label}.log", folder / f"{trial.label}.result.json"
@@ -120,13 +120,13 @@ class Sweep:
         try:
             return dict(json.loads(result.read_text()))
         except FileNotFoundError:
-            return {"status": "failed", "final": None, "error": _last_words(log, code)}
+            return {"status": "failed", "final": None, "error": _failure(log, code)}
         finally:
             result.unlink(missing_ok=True)
             task.unlink(missing_ok=True)
 
     def _wait_for(self, command: list[str], output: int) -> int:
-        # A group of its own: Ctrl-C is for this process, which then ends the others.
+        # A session of its own: only this process receives Ctrl-C, and then kills the others.
         with self._guard:
             if self._stopping:
                 return -signal.SIGTERM
@@ -158,9 +158,9 @@ def _outcome(run: dict[str, Any]) -> str:
     return f"{run['status']}: {run['error']}"
 
 
-def _last_words(log: Path, code: int) -> str:
-    """Why a process ended without a result: the signal, or the last line that it wrote."""
+def _failure(log: Path, code: int) -> str:
+    """Why a process exited without a result: the signal, or the last line of its log."""
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
+        return f"killed by {signal.Signals(-code).name}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else f"exit code {code}"

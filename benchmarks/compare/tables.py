@@ -12,12 +12,12 @@ from benchmarks.compare.results import Row
 from launchers.reporting.measures import Measure
 
 EDGE = "edge"
-"""Stands behind a best learning rate that is the lowest or the highest of those tried."""
+"""Marks a best learning rate that is the lowest or highest of those tried."""
 
 
 def columns(rows: Sequence[Row], measure: Measure) -> list[tuple[str, list[str]]]:
     """Title and cells of each column."""
-    kept = "matrix state, of AdamW's"
+    kept = "matrix state / AdamW's"
     return [
         ("method", [row.method for row in rows]),
         ("learning rates: " + measure.title, [_swept(row) for row in rows]),
@@ -26,39 +26,39 @@ def columns(rows: Sequence[Row], measure: Measure) -> list[tuple[str, list[str]]
         ("median", [number(row.median) for row in rows]),
         ("spread", [number(row.spread) for row in rows]),
         (kept, [share(row.share("logical")) for row in rows]),
-        ("with storages", [share(row.share("storage")) for row in rows]),
+        ("by storage", [share(row.share("storage")) for row in rows]),
         ("all state", [in_bytes(row.state["storage"]) if row.state else "-" for row in rows]),
         ("mean rank", [_ranks(row) for row in rows]),
         ("flap", [share(row.flap) for row in rows]),
         ("s/step", [_seconds(row, "step") for row in rows]),
-        ("of a core", [_seconds(row, "step_cpu") for row in rows]),
-        ("in the optimizer", [_seconds(row, "optimizer_mean") for row in rows]),
+        ("CPU s/step", [_seconds(row, "step_cpu") for row in rows]),
+        ("optimizer s/step", [_seconds(row, "optimizer_mean") for row in rows]),
     ]
 
 
 def notes(rows: Sequence[Row], measure: Measure) -> list[str]:
-    """What a reader of the table must know."""
+    """Notes that explain the table."""
     better = "lower" if measure.lower_is_better else "higher"
     lines = [
-        f"{measure.title[0].upper()}{measure.title[1:]} at the end: {better} is better. Every "
-        "learning rate was run on the first seed, the best one on the others; median and spread "
-        "(largest less smallest) are over the seeds.",
-        f'"{EDGE}": the best learning rate is the lowest or the highest that was tried.',
-        "State: bytes of all tensors in optimizer.state, at the peak of the run; of the matrices "
-        "that low-rank methods are for, as a share of AdamW's two fp32 moments of them, by "
-        "elements and by the storages that they keep alive. Seconds of a step: on the clock, of "
-        "processor time, and on the clock in the optimizer (the mean; else medians).",
+        f"Final {measure.title}: {better} is better. All learning rates were run on the first "
+        "seed, the best one also on the others; median and spread (maximum minus minimum) are "
+        "over the seeds.",
+        f'"{EDGE}": the best learning rate is the lowest or highest tried.',
+        "State: peak bytes of all tensors in optimizer.state. Matrix state: that of the low-rank "
+        "matrices, relative to AdamW's two fp32 moments, counting elements, and counting the "
+        "storages kept alive. Seconds per step: wall clock, CPU time, and wall clock in the "
+        "optimizer (mean; the others are medians).",
     ]
     counts = {row.method: len(row.swept) for row in rows}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        lines.append(f"The sweeps differ in size: {told} learning rates.")
+        sizes = ", ".join(f"{name} {count}" for name, count in counts.items())
+        lines.append(f"The sweeps differ in size: {sizes} learning rates.")
     lines += [f"{row.method} at {_short(lost)}" for row in rows for lost in row.lost]
     return lines
 
 
 def markdown(rows: Sequence[Row], measure: Measure) -> str:
-    """The table and its notes."""
+    """The table and its notes as Markdown."""
     cells = columns(rows, measure)
     lines = [
         _line([title for title, _ in cells]),
@@ -69,7 +69,7 @@ def markdown(rows: Sequence[Row], measure: Measure) -> str:
 
 
 def print_rows(rows: Sequence[Row], measure: Measure, console: Console | None = None) -> None:
-    """Prints the learning rates, the methods, and the notes; a terminal's 80 columns suffice."""
+    """Print the learning rates, the methods and the notes, in at most 80 columns."""
     console = console or Console()
     rates = _table("learning rates", *[""] * max((len(row.swept) for row in rows), default=0))
     for row in rows:
@@ -100,7 +100,7 @@ def print_rows(rows: Sequence[Row], measure: Measure, console: Console | None = 
 
 
 def _table(first: str, *others: str) -> Table:
-    # nothing but a blank between columns, so that long names have room
+    # a single space between columns leaves space for long names
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column(first, style="bold")
     for title in others:

@@ -1,4 +1,4 @@
-"""What every run of a comparison is told, whatever kind of training it is."""
+"""Settings passed to every run of a comparison, for any kind of training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Task:
 
     Attributes:
         job: the settings of every run, as JSON.
-        data: where a run finds what it reads, if not in `job`.
-        identity: all that decides about a result, besides method, learning rate and seed.
-        measure: what judges a run.
+        data: path of the data a run reads, if not in `job`.
+        identity: everything that determines a result, except method, learning rate and seed.
+        measure: the measure that ranks runs.
     """
 
     job: dict[str, Any]
@@ -27,6 +27,6 @@ class Task:
 
 
 def deciding_versions() -> dict[str, Any]:
-    """Versions of what all runs are made with, for the identity; methods tell their own."""
+    """Versions of the packages all runs use, for the identity; methods report their own."""
     found = versions()
     return {name: found[name] for name in ("python", "torch", "transformers")}

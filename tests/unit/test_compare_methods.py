@@ -37,12 +37,12 @@ def test_a_variant_is_recommended_or_another_method_with_other_settings():
 @pytest.mark.parametrize(
     ("names", "more", "told"),
     [
-        (["adam"], {}, "--methods adam: not known; there are adamw, galore"),
-        (["adamw", "adamw"], {}, "two methods have the name adamw"),
+        (["adam"], {}, "--methods adam: unknown method; choose from adamw, galore"),
+        (["adamw", "adamw"], {}, "two methods are named adamw"),
         (["recommended"], {"overrides": ["enrgy=1"]}, "did you mean 'energy'"),
         (["adamw"], {"variants": [["energy=1"]]}, "a name of letters"),
-        (["adamw"], {"variants": [["v", "sgd"]]}, "--variant v sgd: not known"),
-        (["adamw"], {"variants": [["v", "galore", "gap=3"]]}, "galore knows update_proj_gap"),
+        (["adamw"], {"variants": [["v", "sgd"]]}, "--variant v sgd: unknown method"),
+        (["adamw"], {"variants": [["v", "galore", "gap=3"]]}, "galore accepts update_proj_gap"),
         (["adamw"], {"variants": [["v", "galore", "gap"]]}, "expected key=value"),
     ],
 )

@@ -118,7 +118,7 @@ def test_a_comparison_without_any_result_has_a_table_and_no_pictures(tmp_path):
     records = Records(tmp_path)
     with records.locked():
         records.begin({}, [Method("a", "adamw", {})], sweep_seed=0, command="x")
-    with pytest.raises(InputError, match="holds no runs"):
+    with pytest.raises(InputError, match="contains no comparison runs"):
         write_outcome(tmp_path)
     records.add(Trial("a", 0.1, 0), {"status": "failed", "final": None, "error": "SIGKILL"})
     write_outcome(tmp_path, Console(file=io.StringIO()))

@@ -124,10 +124,10 @@ def test_runs_that_die_or_diverge_are_told_and_stop_nothing(here):
     sweep(here, {"a": (0.25, 0.5, 2.0, 3.0)}, seeds=(0,), said=said).run()
     found = {run["lr"]: (run["status"], run["error"]) for run in records.runs()}
     assert found[0.25] == ("failed", "no room left")
-    assert found[0.5] == ("failed", "ended by SIGKILL")
+    assert found[0.5] == ("failed", "killed by SIGKILL")
     assert found[2.0] == ("diverged", "step 2: the loss is nan")
     assert found[3.0][0] == "finished"
-    assert any("a-0.5-seed0: failed: ended by SIGKILL" in line for line in said)
+    assert any("a-0.5-seed0: failed: killed by SIGKILL" in line for line in said)
     # what was killed is tried again, what diverged would diverge again
     sweep(here, {"a": (0.25, 0.5, 2.0, 3.0)}, seeds=(0,)).run()
     assert order(here)[4:] == ["a 0.25 0", "a 0.5 0"]
@@ -138,15 +138,15 @@ def test_a_method_without_any_result_has_no_further_seeds(here):
     begin(here)
     said: list[str] = []
     sweep(here, {"a": (0.5, 2.0)}, said=said).run()
-    assert said[-1] == "a: no run came to its end; no further seeds"
+    assert said[-1] == "a: no run finished; skipping the other seeds"
     assert len(order(here)) == 2
 
 
 def test_another_job_or_seed_is_refused(tmp_path):
     begin(tmp_path, {"steps": 3, "text": {"sha256": "ab"}})
-    with pytest.raises(InputError, match="holds runs with other steps \\(3, now 4\\)"):
+    with pytest.raises(InputError, match="contains runs with different steps \\(3, now 4\\)"):
         begin(tmp_path, {"steps": 4, "text": {"sha256": "ab"}})
-    with pytest.raises(InputError, match="other text \\(sha256=ab, now cd\\)"):
+    with pytest.raises(InputError, match="different text \\(sha256=ab, now cd\\)"):
         begin(tmp_path, {"steps": 3, "text": {"sha256": "cd"}})
     with pytest.raises(InputError, match="compared on seed 0"):
         begin(tmp_path, {"steps": 3, "text": {"sha256": "ab"}}, seed=1)
@@ -171,7 +171,7 @@ def test_one_comparison_at_a_time_works_in_a_directory(tmp_path):
     records = Records(tmp_path / "out")
     with (
         records.locked(),
-        pytest.raises(InputError, match="another comparison is at work"),
+        pytest.raises(InputError, match="another comparison is running"),
         Records(tmp_path / "out").locked(),
     ):
         pass
@@ -180,20 +180,20 @@ def test_one_comparison_at_a_time_works_in_a_directory(tmp_path):
 def test_files_that_are_none_of_ours_are_told(tmp_path):
     records = begin(tmp_path)
     (tmp_path / "out" / RUNS).write_text('{"method": "a"}\n')
-    with pytest.raises(InputError, match=r"runs\.jsonl: not a comparison's runs"):
+    with pytest.raises(InputError, match=r"runs\.jsonl: not valid comparison runs"):
         records.runs()
     (tmp_path / "out" / "comparison.json").write_text("[]")
-    with pytest.raises(InputError, match=r"comparison\.json: not a comparison's file"):
+    with pytest.raises(InputError, match=r"comparison\.json: not a valid comparison"):
         records.comparison()
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["report", "nowhere"], "nowhere: holds no runs of a comparison"),
-        (["pretrain", "--out", "x", "--lrs", "adamw"], "METHOD=1e-3,2e-3,... is needed"),
+        (["report", "nowhere"], "nowhere: contains no comparison runs"),
+        (["pretrain", "--out", "x", "--lrs", "adamw"], "expected METHOD=1e-3,2e-3,..."),
         (["pretrain", "--out", "x", "--peer-rank", "1.5"], "got '1.5'"),
-        (["pretrain", "--out", "x", "--methods", "lora"], "--methods lora: not known"),
+        (["pretrain", "--out", "x", "--methods", "lora"], "--methods lora: unknown method"),
     ],
 )
 def test_the_command_line_tells_mistakes_in_one_line(words, told, tmp_path, monkeypatch, capsys):
@@ -218,7 +218,7 @@ def test_the_module_is_a_command():
         check=False,
     )
     assert finished.returncode == 2
-    assert finished.stderr == "compare: nowhere: holds no runs of a comparison\n"
+    assert finished.stderr == "compare: nowhere: contains no comparison runs\n"
 
 
 def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
