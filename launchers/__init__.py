@@ -1,1 +1,1 @@
-"""Training jobs and what starts them; beside the package, and not in its wheel."""
+"""Training jobs and their launch scripts; part of the repository, not of the wheel."""

@@ -4,12 +4,12 @@ deepspeed --num_gpus 2 launchers/train_lm.py --deepspeed_config ds_configs/zero2
 accelerate launch --config_file launchers/accelerate/fsdp2.yaml launchers/train_lm.py
 torchrun --nproc_per_node 2 launchers/train_lm.py
 
-Without --deepspeed_config the launcher says what shards the model: accelerate's configuration, or
-DDP under torchrun. The same commands run on CPUs (gloo) and on GPUs (NCCL). They leave
-metrics.jsonl, report.json and report.png in --out, also when stopped by Ctrl-C or SIGTERM.
+Without --deepspeed_config the launcher selects the engine: that of accelerate's configuration, or
+DDP under torchrun. The same commands run on CPUs (gloo) and on GPUs (NCCL). They write
+metrics.jsonl, report.json and report.png to --out, also when stopped by Ctrl-C or SIGTERM.
 
-With --save-every they leave checkpoints too, there, at a stop and at the end; and the same command
-with --resume auto goes on from the newest, under any launcher and on any number of processes.
+With --save-every they also save checkpoints there, when stopped and at the end; the same command
+with --resume auto continues from the newest, under any launcher and on any number of processes.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ from launchers.pretraining.training import Engine, leave_processes
 from launchers.reporting import RunFacts, RunRecord, run_facts, sample_optimizer
 
 PATIENT_START = timedelta(minutes=30)
-"""The least time limit while the first process reads the data for all of them."""
+"""Minimum time limit while the first process reads the data for all processes."""
 PATIENT_END = timedelta(minutes=5)
-"""The least time limit while the first process draws the report."""
+"""Minimum time limit while the first process draws the report."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that training needs."""
+    """Everything that training needs."""
 
     engine: Engine
     sequences: Sequences
@@ -84,7 +84,7 @@ class Job:
 
 
 def build(options: argparse.Namespace, stop: StopRequest) -> Job:
-    """Joins the processes, reads the data, builds model and engine."""
+    """Initializes the process group, reads the data, builds model and engine."""
     path = options.deepspeed_config
     setup = AccelerateSetup() if path is None else DeepSpeedSetup(path)
     limit = None if options.time_limit is None else timedelta(seconds=options.time_limit)
@@ -119,7 +119,7 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
         corpus = read_corpus(options.data, text_key=options.text_key, max_bytes=options.data_bytes)
         sequences = Sequences.of(corpus, tokenizer, length=options.seq_len, seed=options.seed)
         digests = {}
-        if plan.saves:  # it takes some seconds a gigabyte
+        if plan.saves:  # takes some seconds per gigabyte
             digests = {"text": text_digest(corpus), "tokens": token_digest(sequences)}
         return sequences, digests, found
 
@@ -167,7 +167,7 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
 
 
 def make_directory(path: Path) -> None:
-    """Makes sure that the run can leave its files, before it has spent any time."""
+    """Creates the run's directory, so that an unusable one fails at the start."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -175,7 +175,7 @@ def make_directory(path: Path) -> None:
 
 
 def train(job: Job, options: argparse.Namespace, stop: StopRequest) -> int:
-    """Trains until the last step or a signal, leaves the report, returns the exit code."""
+    """Trains until the last step or a signal, writes the report, returns the exit code."""
     engine, first = job.engine, is_first_process()
     earlier = job.checkpoints.resume(new_peak=options.lr)
     step, stop_signal = earlier.step, None
@@ -206,16 +206,16 @@ def train(job: Job, options: argparse.Namespace, stop: StopRequest) -> int:
             if saved:
                 line["save_seconds"] = checkpoints.save(step, record.progress(line, sample))
             if evaluated and urgent and (saved or step == options.steps):
-                # of a run that somebody will go on with; now what matters is in safety
+                # after a signal the checkpoint comes first, then the evaluation
                 line["held_out_loss"] = engine.held_out_loss(job.sequences, options.eval_batches)
             record.step(line, sample)
             progress.show(line, record.mean_rank)
-            if not finite:  # DeepSpeed would skip every further step, to the end
+            if not finite:  # DeepSpeed would skip all remaining steps
                 raise FloatingPointError(f"the loss of step {step} is {loss}; lower --lr")
             progress.say(checkpoints.news())
             if last:
                 break
-        else:  # the checkpoint is that of the last step
+        else:  # no steps left: the checkpoint is that of the last step
             record.observe(sample_optimizer(engine.optimizer))
         saves = checkpoints.finish()
         progress.say(checkpoints.news())
@@ -223,13 +223,13 @@ def train(job: Job, options: argparse.Namespace, stop: StopRequest) -> int:
         limit_waiting(max(timedelta(seconds=options.time_limit), PATIENT_END))
     interrupted_by = stop_signal if step < options.steps else None
     record.finish("interrupted" if interrupted_by else "finished", saves)
-    # The launcher ends all processes once one of them has ended with a signal's exit code.
+    # The launcher kills the other processes once one has exited with a signal's exit code.
     dist.barrier()
     return exit_code(interrupted_by) if interrupted_by else 0
 
 
 def main() -> int:
-    """The job, with what is wrong told in one line."""
+    """Runs the job; errors are reported in one line."""
     options = parse_options(__doc__)
     stop = StopRequest()
     try:
@@ -243,10 +243,10 @@ def main() -> int:
         complain(str(error))
         return FAILED
     except RuntimeError as error:
-        told = no_answer(error)
-        if told is None:
+        message = no_answer(error)
+        if message is None:
             raise
-        complain(told)
+        complain(message)
         return FAILED
     finally:
         leave_processes()

@@ -1,17 +1,17 @@
-"""Starts a job on several machines: each runs one command, which finds the others.
+"""Starts a job on several machines, which all run the same command and find each other.
 
-``python -m launchers.cluster [OPTIONS] SCRIPT [ARGS...]`` is node k of n. The nodes meet at a store
-on node 0, compare what they run, and then each starts its launcher: torchrun, deepspeed or
-accelerate. Nothing here needs ssh. See :mod:`launchers.cluster.line` for the options.
+``python -m launchers.cluster [OPTIONS] SCRIPT [ARGS...]`` is node k of n. The nodes rendezvous at a
+store on node 0, compare what they are about to run, and then each starts its launcher: torchrun,
+deepspeed or accelerate. Nothing here needs ssh. See :mod:`launchers.cluster.line` for the options.
 """
 
 from __future__ import annotations
 
 
 class ClusterError(RuntimeError):
-    """The nodes cannot work together; the message is what the user gets to read.
+    """The nodes cannot work together; the message is shown to the user.
 
-    `code` is the exit code: 2 where something given is wrong, 1 where somebody did not come.
+    `code` is the exit code: 2 if an input is invalid, 1 if a node is missing.
     """
 
     def __init__(self, message: str, *, code: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""The launcher as a child of this process: signals go to it, its exit code is ours."""
+"""The launcher as a child process: it receives this process's signals and sets its exit code."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 KILL_SECONDS = 45.0
-"""Launchers give their processes 30 s to end before they kill them."""
+"""Launchers give their processes 30 s to terminate before they kill them."""
 IDLE_SECONDS = 3.0
-"""For a launcher without processes: where the network is down, torchrun's waits for a minute."""
+"""For a launcher without processes: while the network is down, torchrun waits for a minute."""
 LEFT_SECONDS = 5.0
-"""For processes that a launcher has left; who waits for them is gone."""
+"""For orphaned processes to terminate; no launcher waits for them any longer."""
 END_SECONDS = 1.0
-"""For processes that are about to end by themselves, when their launcher has."""
+"""For processes to exit by themselves after their launcher has exited."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans(yes: bool = True) -> None:
-    """From now on processes whose parents were killed become children of this one (Linux).
+    """Makes this process adopt orphaned descendants from now on (Linux).
 
-    So those of a launcher that was killed are found, wherever it had put them.
+    So the processes of a killed launcher are found, whatever session or group they are in.
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
 
 
 class Child:
-    """A launcher, and the processes that it starts.
+    """A launcher and the processes that it starts.
 
-    It has a process group of its own, so that a Ctrl-C reaches it once, from here.
+    It has its own process group, so that a Ctrl-C reaches it only once, through this process.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Child:
         """Starts it.
 
         Args:
-            words: the command.
+            words: the command line.
             environment: all of its variables.
-            through: whether signals go to its children: DeepSpeed's outer process would die of
-                them, and leave its children alone.
+            through: whether signals go to its children instead: DeepSpeed's outer process would
+                die of them and orphan its children.
         """
         self._others = set(psutil.Process().children(recursive=True))
         self._process = subprocess.Popen(words, env=environment, process_group=0)
@@ -56,17 +56,17 @@ class Child:
         self.signals = 0
 
     def forward_signals(self) -> None:
-        """From now on signals to this process go to the launcher."""
+        """Forwards signals to the launcher from now on."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def exit_code(self) -> int | None:
-        """As a shell tells it; None while it runs."""
+        """The exit code as a shell reports it; None while the launcher runs."""
         code = self._process.poll()
         return None if code is None else code if code >= 0 else 128 - code
 
     def terminate(self) -> None:
-        """Ends it and all it has started, by force if it does not end by itself."""
+        """Terminates the launcher and all its processes, and kills those that remain."""
         everyone = self._family()
         self._send(signal.SIGTERM)
         now = time.monotonic()
@@ -74,7 +74,7 @@ class Child:
         while self.exit_code() is None and now < min(deadline, idle_until):
             time.sleep(0.1)
             now = time.monotonic()
-            if len(self._family()) > 1:  # others than the launcher
+            if len(self._family()) > 1:  # more than the launcher itself
                 idle_until = now + IDLE_SECONDS
         if self.exit_code() is None:
             self._process.kill()
@@ -82,10 +82,10 @@ class Child:
         self.sweep(everyone)
 
     def sweep(self, known: Sequence[psutil.Process] = ()) -> int:
-        """Ends what is left of the launcher's processes; returns how many there were.
+        """Terminates the remaining processes of the launcher; returns how many there were.
 
         Args:
-            known: some of them; they may have lost the parent by whom others are found.
+            known: some of them, which may no longer be reachable through their parents.
         """
         _, left = psutil.wait_procs({*known, *self._family()}, timeout=END_SECONDS)
         for process in left:
@@ -100,7 +100,7 @@ class Child:
         return len(left)
 
     def _family(self) -> list[psutil.Process]:
-        """The launcher and its descendants, as far as they run."""
+        """The launcher and its descendants that are running."""
         running = []
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""What a node is about to run, and how it differs from what others run."""
+"""Describes what a node is about to run, and compares it between nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import arg_dist
 
 PACKAGES = ("arg_dist", "torch", "deepspeed", "accelerate", "transformers")
 CONFIGURATIONS = (".json", ".yaml", ".yml")
-ABSENT = "not there"
+ABSENT = "not found"
 
 
 def describe(
@@ -24,15 +24,15 @@ def describe(
     command: Sequence[str],
     accelerate_config: str | None,
 ) -> dict[str, str]:
-    """What must be the same on every node, by the words that tell the user what it is.
+    """What must be the same on every node, by names that users recognize.
 
     Args:
         nodes: number of nodes.
         processes: number of processes on each.
         launcher: its name.
-        max_restarts: how often it starts the processes again.
+        max_restarts: how often it restarts the processes.
         command: the job's script and its arguments.
-        accelerate_config: path of accelerate's file.
+        accelerate_config: path of accelerate's configuration file.
     """
     files = [command[0], *configurations(command[1:])]
     files += [] if accelerate_config is None else [accelerate_config]
@@ -51,9 +51,9 @@ def describe(
 
 
 def configurations(arguments: Sequence[str]) -> list[str]:
-    """The JSON and YAML files that a command line names, as ``x.json`` or ``--option=x.json``."""
-    words = [word.partition("=")[2] if word.startswith("-") else word for word in arguments]
-    return [word for word in words if word.endswith(CONFIGURATIONS)]
+    """The JSON and YAML files in a command line, as ``x.json`` or ``--option=x.json``."""
+    values = [text.partition("=")[2] if text.startswith("-") else text for text in arguments]
+    return [value for value in values if value.endswith(CONFIGURATIONS)]
 
 
 def digest(path: Path) -> str:
@@ -65,10 +65,10 @@ def digest(path: Path) -> str:
 
 
 def differences(descriptions: Mapping[int, Mapping[str, str]]) -> list[str]:
-    """One line for each value in which nodes differ; none if all are the same.
+    """One line for each value in which nodes differ.
 
     Args:
-        descriptions: by the number of the node.
+        descriptions: by the index of the node.
     """
     found = []
     keys = {key: None for values in descriptions.values() for key in values}
@@ -83,7 +83,7 @@ def differences(descriptions: Mapping[int, Mapping[str, str]]) -> list[str]:
 
 
 def name_nodes(nodes: Sequence[int]) -> str:
-    """``node 3``, or ``nodes 1, 2``; of many the first ones."""
+    """``node 3``, or ``nodes 1, 2``; long lists are truncated."""
     shown = ", ".join(map(str, nodes[:8])) + (f" and {len(nodes) - 8} more" if nodes[8:] else "")
     return f"{'node' if len(nodes) == 1 else 'nodes'} {shown}"
 
@@ -96,7 +96,7 @@ def _version(package: str) -> str:
 
 
 def _source_digest(folder: Path) -> str:
-    """Of a checkout, whose version number stays the same while it changes."""
+    """Digest of a folder's sources; a checkout's version number does not change with them."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         total.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())

@@ -1,8 +1,8 @@
 """``python -m launchers.cluster [OPTIONS] SCRIPT [ARGS...]``: node k of n of a job, without ssh.
 
-The same command on every node, of which node 0 is found at MASTER_ADDR. Each option has its default
-from the environment; Slurm's and Kubernetes' own variables tell the number of nodes and which of
-them this one is.
+Run the same command on every node; MASTER_ADDR is the address of node 0. The environment provides
+the defaults of all options; Slurm's and Kubernetes' own variables provide the number of nodes and
+the index of this one.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: those of the process if None.
 
     Returns:
-        The launcher's exit code; 2 if something given is wrong or the nodes differ, 1 if a node did
-        not come or is lost.
+        The launcher's exit code; 2 if an input is invalid or the nodes differ, 1 if a node did not
+        join or is lost.
     """
     options = _parser().parse_args(arguments)
     for number in SIGNALS:
@@ -75,7 +75,7 @@ def _run(place: Place, job: commands.Job, *, dry: bool) -> int:
     def tell(line: str) -> None:
         print(f"cluster: node {place.node}: {line}", flush=True)
 
-    address = LOCAL  # in a job of one node nothing leaves the machine
+    address = LOCAL  # a single node has no traffic to other machines
     if place.nodes > 1 and dry:
         address = _address_now(place)
     elif place.nodes > 1:
@@ -102,7 +102,7 @@ def _run(place: Place, job: commands.Job, *, dry: bool) -> int:
             accelerate_config=job.accelerate_config,
         )
         presence = meet(notes, place, address, description, seconds=job.start_timeout, tell=tell)
-        tell(f"all {place.nodes} nodes are there, and run the same")
+        tell(f"all {place.nodes} nodes have joined, and run the same")
         watch = Watch(
             presence,
             place,
@@ -114,10 +114,10 @@ def _run(place: Place, job: commands.Job, *, dry: bool) -> int:
         code = _supervise(child, watch)
         if code:
             if not child.signals:
-                time.sleep(QUIET_SECONDS)  # by then a node that was lost is quiet
+                time.sleep(QUIET_SECONDS)  # a lost node counts as quiet after that
             for line in watch.missing(QUIET_SECONDS):
                 tell(line)
-            complain(f"node {place.node}: the launcher ended with exit code {code}")
+            complain(f"node {place.node}: the launcher exited with code {code}")
         presence.end(code)
         if place.node == 0:
             _stay(child, watch, job.start_timeout, tell)
@@ -133,7 +133,7 @@ def _address_now(place: Place) -> str:
 
 
 def _open(place: Place, job: commands.Job, tell: Tell) -> Notes:
-    """The store: node 0 opens it, and finds it as the others will."""
+    """The store: node 0 opens it, and connects to it like the other nodes."""
     if place.node > 0:
         return connect(place, job.start_timeout, tell)
     own = open_store(place, tell)
@@ -142,29 +142,29 @@ def _open(place: Place, job: commands.Job, tell: Tell) -> Notes:
 
 
 def _supervise(child: Child, watch: Watch | None) -> int:
-    """The launcher's exit code; 1 if it was ended because of another node."""
+    """The launcher's exit code; 1 if it was terminated because of another node."""
     child.forward_signals()
     while (code := child.exit_code()) is None:
         if watch is not None and (why := watch.reason_to_end()) is not None:
-            complain(f"{why}; ending this node's processes")
+            complain(f"{why}; terminating this node's processes")
             child.terminate()
             return FAILED
         time.sleep(POLL_SECONDS)
     if left := child.sweep():
-        complain(f"the launcher has left {left} processes behind; they are ended")
+        complain(f"the launcher left {left} processes behind; they were terminated")
     return code
 
 
 def _stay(child: Child, watch: Watch, seconds: float, tell: Tell) -> None:
-    """Keeps the store open while others still end, but for a signal."""
-    signals, began, told = child.signals, time.monotonic(), False
+    """Keeps the store open until the other nodes have finished, or a signal arrives."""
+    signals, began, reported = child.signals, time.monotonic(), False
     while watch.others_run() and child.signals == signals:
         waited = time.monotonic() - began
         if waited > seconds:
             break
-        if waited > QUIET_SECONDS and not told:
-            tell("the launcher has ended; waiting for the other nodes to end")
-            told = True
+        if waited > QUIET_SECONDS and not reported:
+            tell("the launcher has exited; waiting for the other nodes to finish")
+            reported = True
         time.sleep(POLL_SECONDS)
 
 
@@ -172,14 +172,14 @@ def _environment(
     command: commands.Command, address: str, place: Place, tell: Tell
 ) -> dict[str, str]:
     environment = {**os.environ, **command.variables}
-    for name in ("MASTER_ADDR", "MASTER_PORT"):  # launchers make their own of what they are told
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # launchers set their own
         environment.pop(name, None)
     if place.nodes == 1:
         return environment
     interface = interface_of(address)
     for name in INTERFACE_VARIABLES:
         if environment.get(name):
-            tell(f"{name}={environment[name]}, as it was set")
+            tell(f"{name}={environment[name]}, as set in the environment")
         elif interface is not None:
             environment[name] = interface
             tell(f"{name}={interface}")
@@ -191,7 +191,9 @@ def _environment(
 def _read_job(options: argparse.Namespace, environment: Mapping[str, str]) -> commands.Job:
     launcher = options.launcher or environment.get("ARG_DIST_LAUNCHER") or "torchrun"
     if launcher not in commands.LAUNCHERS:
-        raise InputError(f"ARG_DIST_LAUNCHER={launcher}: one of {', '.join(commands.LAUNCHERS)}")
+        raise InputError(
+            f"ARG_DIST_LAUNCHER={launcher}: must be one of {', '.join(commands.LAUNCHERS)}"
+        )
     gpus = torch.accelerator.device_count()
     processes = whole_number(
         "--processes-per-node",
@@ -206,8 +208,8 @@ def _read_job(options: argparse.Namespace, environment: Mapping[str, str]) -> co
     )
     if restarts and launcher == "deepspeed":
         raise InputError(
-            f"--max-restarts (MAX_RESTARTS) {restarts}: the deepspeed launcher starts no process "
-            "again; take torchrun, which runs --deepspeed_config as well"
+            f"--max-restarts (MAX_RESTARTS) {restarts}: the deepspeed launcher does not restart "
+            "processes; use torchrun, which runs jobs with --deepspeed_config as well"
         )
     seconds = whole_number(
         "--start-timeout",
@@ -221,16 +223,16 @@ def _read_job(options: argparse.Namespace, environment: Mapping[str, str]) -> co
     if launcher == "accelerate":
         if config is None:
             raise InputError(
-                "ACCELERATE_CONFIG: not set; accelerate needs a file, which --accelerate-config "
-                "names too, for instance launchers/accelerate/multinode_fsdp2.yaml"
+                "ACCELERATE_CONFIG: not set; accelerate needs a configuration file, for instance "
+                "launchers/accelerate/multinode_fsdp2.yaml; set it here or with --accelerate-config"
             )
         if not Path(config).is_file():
-            raise InputError(f"ACCELERATE_CONFIG={config}: there is no such file")
+            raise InputError(f"ACCELERATE_CONFIG={config}: no such file")
     elif config is not None:
         print(f"cluster: ACCELERATE_CONFIG={config} has no effect with {launcher}", flush=True)
         config = None
     if not Path(options.script).is_file():
-        raise InputError(f"SCRIPT {options.script}: there is no such file in {Path.cwd()}")
+        raise InputError(f"SCRIPT {options.script}: no such file in {Path.cwd()}")
     return commands.Job(
         launcher, processes, restarts, float(seconds), config, (options.script, *options.arguments)
     )
@@ -253,47 +255,50 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--launcher",
         choices=commands.LAUNCHERS,
-        help="what starts this node's processes (ARG_DIST_LAUNCHER; default: torchrun)",
+        help="launcher of this node's processes (ARG_DIST_LAUNCHER; default: torchrun)",
     )
     parser.add_argument(
-        "--nodes", metavar="N", help="how many there are (NNODES, SLURM_JOB_NUM_NODES; default: 1)"
+        "--nodes", metavar="N", help="number of nodes (NNODES, SLURM_JOB_NUM_NODES; default: 1)"
     )
     parser.add_argument(
         "--node-rank",
         metavar="K",
-        help="which this one is, from 0 (NODE_RANK, SLURM_NODEID, JOB_COMPLETION_INDEX)",
+        help="index of this node, from 0 (NODE_RANK, SLURM_NODEID, JOB_COMPLETION_INDEX)",
     )
     parser.add_argument(
         "--master-addr",
         metavar="HOST",
-        help="where node 0 is found (MASTER_ADDR; with Slurm the first of SLURM_JOB_NODELIST)",
+        help="address of node 0 (MASTER_ADDR; with Slurm the first of SLURM_JOB_NODELIST)",
     )
     parser.add_argument(
         "--master-port",
         metavar="PORT",
-        help=f"a port of node 0 that the others reach (MASTER_PORT; default: {DEFAULT_PORT})",
+        help=f"port of node 0 that the others can reach (MASTER_PORT; default: {DEFAULT_PORT})",
     )
     parser.add_argument(
         "--processes-per-node",
         metavar="N",
-        help="(NPROC_PER_NODE; default: the number of GPUs, 1 without)",
+        help="number of processes on each node (NPROC_PER_NODE; default: the number of GPUs, "
+        "1 without)",
     )
     parser.add_argument(
         "--max-restarts",
         metavar="N",
-        help="how often processes are started again after a fault, by torchrun and accelerate "
+        help="how often torchrun or accelerate restarts the processes after a fault "
         "(MAX_RESTARTS; default: 0)",
     )
     parser.add_argument(
         "--start-timeout",
         metavar="SECONDS",
-        help="how long to wait for nodes that are late, at the start and after a fault "
+        help="how long to wait for late nodes, at the start and after a fault "
         f"(START_TIMEOUT; default: {START_TIMEOUT})",
     )
     parser.add_argument(
-        "--accelerate-config", metavar="FILE", help="of accelerate launch (ACCELERATE_CONFIG)"
+        "--accelerate-config",
+        metavar="FILE",
+        help="configuration file of accelerate launch (ACCELERATE_CONFIG)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and exit")
     parser.add_argument("script", metavar="SCRIPT", help="the job")
     parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
     return parser

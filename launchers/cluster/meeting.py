@@ -1,7 +1,7 @@
-"""The nodes of a job find each other, and make sure that all of them run the same.
+"""Rendezvous: the nodes of a job find each other and verify that all of them run the same.
 
-Node 0 judges: it reads what each node is about to run as they come, and leaves its verdict for all
-of them, at once when two differ. A node that comes later, after its machine was started again,
+Node 0 decides: it reads what each node is about to run as the nodes arrive, and publishes a verdict
+for all of them, at once when two differ. A node that joins later, after its machine was restarted,
 compares itself with node 0.
 """
 
@@ -25,7 +25,7 @@ VERDICT, OBJECTION = "verdict", "objection"
 AGREED = "agreed"
 POLL_SECONDS = 0.2
 HEARD_SECONDS = 10.0
-"""How long node 0 stays for the others to read a verdict that ends them all."""
+"""How long node 0 stays for the others to read a verdict that terminates the job."""
 
 
 def meet(
@@ -40,18 +40,18 @@ def meet(
     """Waits for all nodes, and compares them.
 
     Args:
-        notes: of node 0.
+        notes: the store on node 0.
         place: which node this is.
-        own_address: under which others reach this one.
+        own_address: address at which the others reach this one.
         description: what it is about to run.
-        seconds: how long to wait for nodes that have not come.
-        tell: takes lines for the user.
+        seconds: how long to wait for missing nodes.
+        tell: prints a line for the user.
 
     Returns:
-        What tells the others from now on that this node is there.
+        The heartbeat of this node, which has started.
 
     Raises:
-        ClusterError: nodes differ, or did not come in time, or there are two of one number.
+        ClusterError: nodes differ, did not join in time, or two have the same index.
     """
     who = f"{socket.gethostname()}, {own_address}"
     _claim(notes, place, who)
@@ -70,7 +70,7 @@ def meet(
 
 
 def _judge(notes: Notes, place: Place, seconds: float, tell: Callable[[str], None]) -> None:
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     came: dict[int, dict[str, str]] = {}
     while True:
         for node in range(place.nodes):
@@ -90,18 +90,18 @@ def _judge(notes: Notes, place: Place, seconds: float, tell: Callable[[str], Non
             _end_all(
                 notes,
                 came,
-                f"{name_nodes(missing)} of {place.nodes} did not come within {seconds:g} s "
-                f"(START_TIMEOUT); look at their output: can they reach {place.endpoint}?",
+                f"{name_nodes(missing)} of {place.nodes} did not join within {seconds:g} s "
+                f"(START_TIMEOUT); check their output: can they reach {place.endpoint}?",
                 code=1,
             )
-        if now - told >= TELL_SECONDS:
-            told = now
+        if now - reported >= TELL_SECONDS:
+            reported = now
             tell(f"waiting for {name_nodes(missing)}: {now - began:.0f} of {seconds:g} s")
         time.sleep(POLL_SECONDS)
 
 
 def _end_all(notes: Notes, came: Mapping[int, object], text: str, *, code: int) -> None:
-    """Leaves the verdict, and stays until the nodes that are here have read it."""
+    """Publishes the verdict, and stays until the nodes that have joined have read it."""
     notes.put(VERDICT, json.dumps({"code": code, "text": text}))
     deadline = time.monotonic() + HEARD_SECONDS
     while notes.count("heard") < len(came) - 1 and time.monotonic() < deadline:
@@ -117,15 +117,17 @@ def _hear(
     tell: Callable[[str], None],
 ) -> None:
     if (code := notes.read("0/ended")) not in (None, RUNNING):
-        raise ClusterError(f"the job has ended already: node 0 did with exit code {code}")
-    began = told = time.monotonic()
+        raise ClusterError(f"the job has already ended: node 0 exited with code {code}")
+    began = reported = time.monotonic()
     while (text := notes.read(VERDICT)) is None:
         now = time.monotonic()
-        if now - began > seconds + HEARD_SECONDS:  # node 0 gives up first, unless it was given more
-            raise ClusterError(f"node 0 at {place.endpoint} waits for others since {seconds:g} s")
-        if now - told >= TELL_SECONDS:
-            told = now
-            tell(f"node 0 waits for other nodes: {now - began:.0f} of {seconds:g} s")
+        if now - began > seconds + HEARD_SECONDS:  # node 0's limit is longer than this node's
+            raise ClusterError(
+                f"node 0 at {place.endpoint} has waited for other nodes for {seconds:g} s"
+            )
+        if now - reported >= TELL_SECONDS:
+            reported = now
+            tell(f"node 0 is waiting for other nodes: {now - began:.0f} of {seconds:g} s")
         time.sleep(POLL_SECONDS)
     verdict = json.loads(text)
     if verdict["code"]:
@@ -134,25 +136,26 @@ def _hear(
     first = json.loads(notes.read("0/description") or "{}")
     if different := differences({0: first, place.node: description}):
         raise ClusterError(
-            "the job runs already, and this node differs:\n  " + "\n  ".join(different), code=2
+            "the job is already running, and this node differs:\n  " + "\n  ".join(different),
+            code=2,
         )
 
 
 def _claim(notes: Notes, place: Place, who: str) -> None:
-    """Makes sure that no other node has this number."""
+    """Checks that no other node has this index."""
     name = f"{place.node}/claim"
     mine = f"{who}, process {os.getpid()}, {uuid.uuid4().hex}"
     there = notes.put_first(name, mine)
     if there == mine:
         return
-    # of a node that is gone, or of one that is still there
+    # claimed by a node that no longer exists, or by a live one: only that sends heartbeats
     beats = notes.count(f"{place.node}/beats")
     deadline = time.monotonic() + 4 * BEAT_SECONDS
     while time.monotonic() < deadline:
         if notes.count(f"{place.node}/beats") != beats:
             text = (
-                f"NODE_RANK={place.node}: two nodes say so, {there.rpartition(', ')[0]} and "
-                f"{mine.rpartition(', ')[0]}; give each its own number"
+                f"NODE_RANK={place.node}: two nodes have it, {there.rpartition(', ')[0]} and "
+                f"{mine.rpartition(', ')[0]}; give each node its own index"
             )
             if notes.read(VERDICT) is None:
                 notes.put_first(OBJECTION, text)

@@ -1,4 +1,4 @@
-"""This node's own address on the way to another, and the interface that has it."""
+"""This node's own address on the route to another, and its network interface."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TELL_SECONDS = 30.0
 
 
 def own_address(address: str, port: int) -> str:
-    """The address that packets from here to `address` carry. Sends nothing.
+    """The source address of packets from here to `address`. Sends nothing.
 
     Raises:
         OSError: the name is unknown, or there is no route.
@@ -33,10 +33,10 @@ def own_address(address: str, port: int) -> str:
 
 
 def find_own_address(address: str, port: int, seconds: float, tell: Callable[[str], None]) -> str:
-    """:func:`own_address`, tried again while the name is unknown or there is no route.
+    """:func:`own_address`, retried while the name is unknown or there is no route.
 
     Raises:
-        ClusterError: that was so for `seconds`.
+        ClusterError: every attempt within `seconds` failed.
     """
     return _retry(lambda: own_address(address, port), address, port, seconds, tell)
 
@@ -50,12 +50,12 @@ def interface_of(address: str) -> str | None:
 
 
 def wait_until_open(address: str, port: int, seconds: float, tell: Callable[[str], None]) -> None:
-    """Returns as soon as somebody listens at `address` and `port`.
+    """Returns as soon as a server listens at `address` and `port`.
 
-    A name that is unknown is tried again too: in Kubernetes names come late.
+    Unknown names are retried, too: in Kubernetes names become available late.
 
     Raises:
-        ClusterError: nobody did for `seconds`.
+        ClusterError: every attempt within `seconds` failed.
     """
 
     def knock() -> None:
@@ -67,7 +67,7 @@ def wait_until_open(address: str, port: int, seconds: float, tell: Callable[[str
 def _retry(
     attempt: Callable[[], T], address: str, port: int, seconds: float, tell: Callable[[str], None]
 ) -> T:
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     while True:
         try:
             return attempt()
@@ -76,12 +76,12 @@ def _retry(
         now = time.monotonic()
         if now - began >= seconds:
             raise ClusterError(
-                f"nobody answered at {endpoint(address, port)} for {now - began:.0f} s, which is "
-                f"where node 0 was said to be (the last attempt: {cause}). Is MASTER_ADDR right, "
-                "does node 0 run, and does its firewall let this port in?"
+                f"node 0 did not answer at {endpoint(address, port)} for {now - began:.0f} s (last "
+                f"attempt: {cause}). Is MASTER_ADDR its address, is node 0 running, and does its "
+                "firewall allow this port?"
             )
-        if now - told >= TELL_SECONDS:
-            told = now
+        if now - reported >= TELL_SECONDS:
+            reported = now
             tell(
                 f"waiting for node 0 at {endpoint(address, port)}: {now - began:.0f} of "
                 f"{seconds:g} s ({cause})"
@@ -90,7 +90,7 @@ def _retry(
 
 
 def reason(error: OSError) -> str:
-    """What an attempt to connect failed of, in words."""
+    """Why an attempt to connect failed, for the user."""
     if isinstance(error, TimeoutError):
         return f"no answer within {TRY_SECONDS:g} s"
     if isinstance(error, socket.gaierror):

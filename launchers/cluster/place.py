@@ -1,7 +1,7 @@
-"""Which node of how many this is, and where node 0 is found: from options and the environment.
+"""This node's index, the number of nodes and node 0's address, from options and the environment.
 
-A value is taken from the option, else from its variable, else from what Slurm or Kubernetes say of
-the job. Where the last ones contradict the first, that is an error: one of them is not meant.
+A value comes from the option, else from its variable, else from the variables of Slurm or
+Kubernetes. It is an error if those contradict the option or variable: one of them is unintended.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ DEFAULT_PORT = 29400
 LOCAL = "127.0.0.1"
 NODES = ("SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES")
 NODE_RANK = ("SLURM_NODEID", "JOB_COMPLETION_INDEX")
-"""Where others than the user say it; of :data:`NODES` the first one that is set."""
+"""Variables of Slurm and Kubernetes; of :data:`NODES` the first one that is set counts."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Node `node` of `nodes`, whose node 0 is found at `address` and `port`."""
+    """Node `node` of `nodes`; node 0 is found at `address` and `port`."""
 
     node: int
     nodes: int
@@ -72,7 +72,7 @@ def find_place(
 
     Args:
         environment: of the process.
-        nodes: option ``--nodes``, as it was given; None if it was not. So are the others.
+        nodes: option ``--nodes`` as passed, None if it was not; likewise the other options.
         node_rank: option ``--node-rank``.
         master_addr: option ``--master-addr``.
         master_port: option ``--master-port``.
@@ -91,16 +91,16 @@ def find_place(
     )
     if index is None and total > 1:
         raise InputError(
-            f"NODE_RANK: not set, and {count}; give each node its number, 0 to {total - 1}, in "
+            f"NODE_RANK: not set, but {count}; give each node its index, 0 to {total - 1}, with "
             "NODE_RANK or --node-rank (Slurm's SLURM_NODEID and Kubernetes' JOB_COMPLETION_INDEX "
-            "do too)"
+            "also work)"
         )
     node = 0 if index is None else _whole_number(index, least=0)
     if node >= total:
         assert index is not None
         needed = "0" if total == 1 else f"0 to {total - 1}"
         of = "NNODES (not set, so 1)" if count is None else str(count)
-        raise InputError(f"{index}: the number of this node is needed, {needed} with {of}")
+        raise InputError(f"{index}: the index of this node is needed, {needed} with {of}")
     address = _address(environment, master_addr, total)
     given_port = _given("--master-port", master_port, "MASTER_PORT", environment)
     port = DEFAULT_PORT if given_port is None else _whole_number(given_port, least=1)
@@ -120,10 +120,10 @@ def whole_number(
     least: int,
     default: int,
 ) -> int:
-    """The whole number that an option or its variable gives.
+    """The whole number that an option or its variable specifies.
 
     Raises:
-        InputError: it is no number, or less than `least`.
+        InputError: it is not a whole number, or less than `least`.
     """
     found = _given(option, given, variable, environment)
     return default if found is None else _whole_number(found, least=least)
@@ -134,7 +134,7 @@ def _address(environment: Mapping[str, str], option: str | None, nodes: int) -> 
     if given is not None:
         if given.value.count(":") == 1 or "/" in given.value:
             raise InputError(
-                f"{given}: a host name or an address is needed; the port goes into MASTER_PORT"
+                f"{given}: a host name or an address is needed; set the port with MASTER_PORT"
             )
         return given.value.strip("[]")
     if nodes == 1:
@@ -142,8 +142,8 @@ def _address(environment: Mapping[str, str], option: str | None, nodes: int) -> 
     first = slurm.first_host(environment)
     if first is None:
         raise InputError(
-            f"MASTER_ADDR: not set, and there are {nodes} nodes; give all of them the address or "
-            "name of node 0, in MASTER_ADDR or --master-addr"
+            f"MASTER_ADDR: not set, but there are {nodes} nodes; on all of them, set MASTER_ADDR "
+            "or --master-addr to the address or name of node 0"
         )
     return first
 
@@ -152,7 +152,7 @@ def _one_task_a_node(environment: Mapping[str, str]) -> None:
     local = environment.get("SLURM_LOCALID", "0")
     if local != "0":
         raise InputError(
-            f"SLURM_LOCALID={local}: srun has started more than one task on this node; one is "
+            f"SLURM_LOCALID={local}: srun started more than one task on this node; exactly one is "
             "needed, which starts the node's processes: srun --ntasks-per-node=1"
         )
 
@@ -162,7 +162,7 @@ def _given(
 ) -> Given | None:
     if value is not None:
         return Given(value, option)
-    # an empty variable is one that is not set: so compose files and pods pass nothing on
+    # an empty variable counts as unset: compose files and pods pass unset values that way
     return Given(environment[variable], variable) if environment.get(variable) else None
 
 
@@ -171,13 +171,13 @@ def _first_set(variables: tuple[str, ...], environment: Mapping[str, str]) -> li
 
 
 def _agreed(given: Given | None, told: list[Given]) -> Given | None:
-    """The value that all of them have."""
+    """The value on which all sources agree."""
     all_of_them = [*([] if given is None else [given]), *told]
     for other in all_of_them[1:]:
         if other.value != all_of_them[0].value:
             raise InputError(
-                f"{all_of_them[0]} and {other}: they contradict each other; unset {other.source}, "
-                f"or leave out {all_of_them[0].source}"
+                f"{all_of_them[0]} and {other} contradict each other; unset {other.source}, "
+                f"or omit {all_of_them[0].source}"
             )
     return all_of_them[0] if all_of_them else None
 

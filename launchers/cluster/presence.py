@@ -1,4 +1,4 @@
-"""Who is there: each node counts up a number of its own, and node 0 sees whether it grows."""
+"""Heartbeats: each node increments a counter of its own, and node 0 watches all of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from launchers.cluster.store import Notes
 
 BEAT_SECONDS = 1.0
 QUIET_SECONDS = 3.5
-"""Without a word for this long, a node is one that node 0 tells the others of."""
+"""After this long without a heartbeat, node 0 reports a node to the others."""
 RUNNING = "running"
 NEWS = "news"
 
 
 @dataclass
 class Node:
-    """What is known of a node: its host, when it was last heard of, how its launcher ended."""
+    """What is known of a node: its host, its last heartbeat, and its launcher's exit code."""
 
     who: str
     beats: int
@@ -29,16 +29,16 @@ class Node:
 
     @property
     def silence(self) -> float:
-        """For how many seconds nothing was heard of it."""
+        """Seconds since its last heartbeat."""
         return time.monotonic() - self.heard
 
 
 class Presence:
-    """Tells the others every second that this node is there, in a thread; and listens.
+    """Sends this node's heartbeat every second, in a thread, and watches those of others.
 
-    Node 0 listens to all of them. The others listen to node 0, on whom all depend, and to what it
-    says of those that are quiet or have ended; so there is little to send, however many they are.
-    `nodes` has what is known, by number; `lost`, why nothing more can be learnt from node 0.
+    Node 0 watches all nodes. The others watch node 0, on which all depend, and read its report of
+    nodes that are quiet or have exited; so there is little traffic, however many nodes there are.
+    `nodes` is what is known, by index; `lost`, why node 0 can no longer be reached.
     """
 
     def __init__(self, notes: Notes, place: Place) -> None:
@@ -53,7 +53,7 @@ class Presence:
         self._thread.start()
 
     def end(self, exit_code: int) -> None:
-        """Says how this node's launcher has ended, if there is still somebody to say it to."""
+        """Publishes the exit code of this node's launcher, if node 0 can still be reached."""
         if self.lost is None and (self._own == 0 or self.nodes[0].silence < QUIET_SECONDS):
             try:
                 self._notes.put(f"{self._own}/ended", str(exit_code))
@@ -61,7 +61,7 @@ class Presence:
                 self.lost = str(error)
 
     def leave(self) -> None:
-        """Says and hears no more."""
+        """Stops sending and watching."""
         self._gone.set()
         self._thread.join(2 * BEAT_SECONDS)
 

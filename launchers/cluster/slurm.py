@@ -1,4 +1,4 @@
-"""What Slurm's variables say of a job's hosts."""
+"""The hosts of a Slurm job, from Slurm's variables."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _FIRST = re.compile(r"(?P<prefix>[^\[\],]+)(?:\[(?P<numbers>[0-9,-]+)\])?(?:,.*)
 def first_host(environment: Mapping[str, str]) -> str | None:
     """The name of the host that Slurm counts as 0; None outside of Slurm.
 
-    ``scontrol`` tells it, and where that is missing the simple forms of a list are read here:
-    ``name``, ``name,...`` and ``prefix[numbers]``.
+    ``scontrol`` expands the list; without it, only simple forms can be parsed: ``name``,
+    ``name,...`` and ``prefix[numbers]``.
 
     Raises:
-        InputError: the list can be read in neither way.
+        InputError: neither can read the list.
     """
     for variable in NODE_LISTS:
         if environment.get(variable):
@@ -33,7 +33,7 @@ def first_host(environment: Mapping[str, str]) -> str | None:
 def _first(variable: str, hosts: str) -> str:
     if shutil.which("scontrol"):
         try:
-            told = subprocess.run(
+            names = subprocess.run(
                 ["scontrol", "show", "hostnames", hosts],
                 capture_output=True,
                 text=True,
@@ -41,14 +41,14 @@ def _first(variable: str, hosts: str) -> str:
                 check=True,
             ).stdout.split()
         except (OSError, subprocess.SubprocessError):
-            told = []
-        if told:
-            return told[0]
+            names = []
+        if names:
+            return names[0]
     found = _FIRST.fullmatch(hosts)
     if found is None:
         raise InputError(
-            f"{variable}={hosts}: its first host cannot be read without Slurm's scontrol; give the "
-            "address of node 0 in MASTER_ADDR or --master-addr"
+            f"{variable}={hosts}: its first host cannot be parsed without Slurm's scontrol; set "
+            "MASTER_ADDR or --master-addr to the address of node 0"
         )
     number = re.split("[,-]", found["numbers"])[0] if found["numbers"] else ""
     return found["prefix"] + number

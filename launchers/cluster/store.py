@@ -1,7 +1,7 @@
-"""The store on node 0 by which the nodes meet, with a time limit on every word.
+"""The store on node 0 for the rendezvous of the nodes, with a time limit on every call.
 
-It is torch's own, so that torchrun's rendezvous can use it too: one port serves both. A call of it
-may block for as long as the network is down, so each runs in a thread that nobody has to wait for.
+It is torch's own, so that torchrun's rendezvous can use it too: one port serves both. A call may
+block for as long as the network is down, so each runs in a thread that can be abandoned.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ PREFIX = "launchers.cluster"
 
 
 class Notes:
-    """Short texts by name, seen by all nodes.
+    """Short texts by key, shared by all nodes.
 
-    Methods raise ClusterError if node 0 does not answer in time, or is gone.
+    Methods raise ClusterError if node 0 does not answer in time, or no longer exists.
     """
 
     def __init__(self, store: TCPStore, where: str, patience: float = ANSWER_SECONDS) -> None:
@@ -41,29 +41,29 @@ class Notes:
         self._patience = patience
 
     def patient(self, seconds: float) -> Notes:
-        """The same notes, for whom a network that is down for less than `seconds` is no fault."""
+        """The same notes, which tolerate network outages of less than `seconds`."""
         return Notes(self._whole, self._where, seconds)
 
     def check_same(self, own: Notes, place: Place) -> None:
-        """Makes sure that these notes, found at `place`, are those of node 0's `own` store.
+        """Checks that these notes, reached through `place`, are node 0's `own`.
 
         Raises:
-            InputError: they are another's.
+            InputError: they are another machine's.
         """
         mark = uuid.uuid4().hex
         own.put("mark", mark)
         if self.read("mark") != mark:
             raise InputError(
-                f"MASTER_ADDR={place.address}: leads to another machine, while NODE_RANK=0 says "
-                "that this one is node 0; give all nodes the address of node 0"
+                f"MASTER_ADDR={place.address}: leads to another machine, but NODE_RANK=0 makes "
+                "this one node 0; set MASTER_ADDR to the address of node 0 on all nodes"
             )
 
     def put(self, name: str, text: str) -> None:
-        """Leaves a note, in place of an earlier one."""
+        """Sets a text, replacing an earlier one."""
         self._ask(lambda: self._store.set(name, text))
 
     def read(self, name: str) -> str | None:
-        """A note; None if nobody has left it."""
+        """A text; None if it was never set."""
 
         def found() -> str | None:
             return self._store.get(name).decode() if self._store.check([name]) else None
@@ -71,11 +71,11 @@ class Notes:
         return self._ask(found)
 
     def put_first(self, name: str, text: str) -> str:
-        """Leaves a note unless there is one; returns the one that is there now."""
+        """Sets a text unless the key has one; returns the key's text."""
         return self._ask(lambda: self._store.compare_set(name, "", text).decode())
 
     def count(self, name: str, more: int = 0) -> int:
-        """Adds to a number that begins at 0, and returns it."""
+        """Adds to a counter that starts at 0, and returns it."""
         return self._ask(lambda: self._store.add(name, more))
 
     def _ask(self, question: Callable[[], T]) -> T:
@@ -85,33 +85,33 @@ class Notes:
             if isinstance(error, TimeoutError):
                 cause = f"no answer for {self._patience:g} s"
             else:
-                cause = "it has ended, or closed the connection"
+                cause = "it has exited, or closed the connection"
             raise ClusterError(f"node 0 ({self._where}) is lost: {cause}") from None
 
 
 def open_store(place: Place, tell: Callable[[str], None]) -> Notes:
-    """The store, of which this is node 0.
+    """Opens the store on this node, node 0.
 
     Raises:
-        InputError: the port is taken.
+        InputError: the port is in use.
     """
     try:
         store = TCPStore("localhost", place.port, is_master=True, wait_for_workers=False)
     except DistNetworkError as error:
         cause = "it is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
         raise InputError(
-            f"MASTER_PORT={place.port}: node 0 cannot listen there ({cause}); give all nodes "
-            "another one, or end what uses it"
+            f"MASTER_PORT={place.port}: node 0 cannot listen on it ({cause}); choose another port "
+            "for all nodes, or stop the process that uses it"
         ) from None
-    tell(f"listening at port {place.port}")
+    tell(f"listening on port {place.port}")
     return Notes(store, "this node")
 
 
 def connect(place: Place, seconds: float, tell: Callable[[str], None]) -> Notes:
-    """The store on node 0, as soon as it is there.
+    """Connects to the store on node 0 as soon as it is open.
 
     Raises:
-        ClusterError: it was not there for `seconds`, or something else listens in its place.
+        ClusterError: it did not open within `seconds`, or another program listens there.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -121,11 +121,11 @@ def connect(place: Place, seconds: float, tell: Callable[[str], None]) -> Notes:
             store = within(ANSWER_SECONDS, lambda: _client(place))
             return Notes(store, place.endpoint)
         except (RuntimeError, TimeoutError):
-            # Something closed the door again: node 0, which is just ending or beginning.
+            # The connection was closed again: node 0 may be just starting or exiting.
             if time.monotonic() >= deadline:
                 raise ClusterError(
-                    f"what listens at {place.endpoint} is not node 0 of this job, or does not "
-                    "answer; look at MASTER_ADDR and MASTER_PORT, and at node 0's output"
+                    f"the server at {place.endpoint} is not node 0 of this job, or does not "
+                    "answer; check MASTER_ADDR and MASTER_PORT, and node 0's output"
                 ) from None
             time.sleep(1)
 
@@ -138,10 +138,10 @@ def _client(place: Place) -> TCPStore:
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` returns or raises.
+    """Runs `work` with a time limit; returns or raises what it does.
 
     Raises:
-        TimeoutError: it has done neither for `seconds`; its thread is left to itself.
+        TimeoutError: it did neither within `seconds`; its thread is abandoned.
     """
     box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 

@@ -1,1 +1,1 @@
-"""Parts of a language-model pre-training job: text, tokens, models, engines, checkpoints."""
+"""Components of the language-model pre-training job: data, models, engines, checkpoints."""

@@ -1,4 +1,4 @@
-"""The job under what ``accelerate launch`` or ``torchrun`` started: DDP, FSDP2, DeepSpeed."""
+"""The job under ``accelerate launch`` or ``torchrun``: DDP, FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DEFAULTS = {"train_batch_size": 16, "gradient_clipping": 1.0}
-"""What a DeepSpeed JSON would say, for engines that read none."""
+"""Stands in for the DeepSpeed JSON where the engine reads none."""
 
 FILLED_IN = ("lr", "weight_decay")
 """``"auto"`` values of ``optimizer.params`` that accelerate fills in from its ``DummyOptim``."""
 
 
 class AccelerateSetup(Setup):
-    """Lets accelerate decide by the environment, and looks at what it decided."""
+    """Lets accelerate choose the engine from the environment, then validates the choice."""
 
     _accelerator: Accelerator
 
     def connect(self, time_limit: timedelta | None) -> None:
-        """Makes the accelerator, which joins the processes."""
+        """Creates the ``Accelerator``, which initializes the process group."""
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
         try:
             check_environment()
-            # Told so, accelerate gives up on FSDP and DeepSpeed; not told, on sharing plain work.
+            # cpu=True disables FSDP and DeepSpeed; without it, plain CPU jobs are not distributed.
             cpu = not (_has_gpu() or asks_for("DEEPSPEED") or asks_for("FSDP"))
             on_cpus = {} if _has_gpu() else {"backend": "gloo"}
             group = InitProcessGroupKwargs(timeout=time_limit, init_method=init_method(), **on_cpus)
@@ -67,26 +67,26 @@ class AccelerateSetup(Setup):
             raise InputError(_one_line(error)) from None
         plugin = getattr(self._accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.mixed_precision_policy is not None:
-            # accelerate would have the loss rounded to bf16, too coarse to see training
+            # accelerate's default rounds the loss to bf16, too coarse to follow training
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, output_dtype=None
             )
-        if self._accelerator.mixed_precision == "fp16":  # which accelerate drops on CPUs
+        if self._accelerator.mixed_precision == "fp16":  # accelerate ignores it on CPUs
             raise InputError(
-                "mixed_precision: got fp16; outside DeepSpeed this job has not been made to work "
-                "with loss scaling; use bf16 or no"
+                "mixed_precision: got fp16; this job supports loss scaling only under DeepSpeed; "
+                "use bf16 or no"
             )
 
     def read_config(self) -> dict[str, Any]:
-        """The JSON of accelerate's DeepSpeed plugin, if there is one."""
+        """The JSON of accelerate's DeepSpeed plugin, or :data:`DEFAULTS` without the plugin."""
         return without_auto(self._plugin_config) if self._plugin_config else dict(DEFAULTS)
 
     def check(self, config: dict[str, Any]) -> None:
-        """Lets DeepSpeed, and whoever knows what AdaRankGrad needs of it, read `config`."""
+        """Validates `config` with DeepSpeed and against AdaRankGrad's requirements."""
         if self._plugin_config is None:
             return
         check_deepspeed_config(config)
-        # accelerate may hand over an object, whose rules are stricter, as well as a name
+        # accelerate may pass the optimizer as an object, for which the rules are stricter
         handed_over = config if self._named_in_json(config) else {**config, "optimizer": None}
         try:
             refuse_unsupported(handed_over, cuda=torch.cuda.is_available())
@@ -96,7 +96,7 @@ class AccelerateSetup(Setup):
     def build(
         self, model: nn.Module, config: dict[str, Any], batch: Batch, schedule: Schedule
     ) -> Engine:
-        """Prepares model and optimizer together, and checks which optimizer came out."""
+        """Prepares model and optimizer together and checks the resulting optimizer."""
         self._accelerator.gradient_accumulation_steps = batch.accumulation
         try:
             optimizer = self._optimizer(model, config)
@@ -121,12 +121,12 @@ class AccelerateSetup(Setup):
         return None if plugin is None else plugin.deepspeed_config
 
     def _named_in_json(self, config: dict[str, Any]) -> bool:
-        """Whether DeepSpeed builds the optimizer, by its name in the JSON."""
+        """Whether DeepSpeed builds the optimizer from its name in the JSON."""
         written = self._plugin_config is not None and "optimizer" in self._plugin_config
         return written and config["optimizer"]["type"] != "AdamW"
 
     def _optimizer(self, model: nn.Module, config: dict[str, Any]) -> Any:
-        """An optimizer, or what stands for the JSON's; the plugin's JSON is completed for it."""
+        """The optimizer, or a placeholder for the JSON's; completes the plugin's JSON."""
         settings = config["optimizer"]["params"]
         if self._plugin_config is not None:
             self._complete(self._plugin_config, config)
@@ -147,7 +147,7 @@ class AccelerateSetup(Setup):
         return arg_dist.AdaRankGrad(groups, **rest)
 
     def _complete(self, written: dict[str, Any], config: dict[str, Any]) -> None:
-        """Puts into the plugin's JSON what the command line says; other autos stay accelerate's."""
+        """Writes the command line's values into the plugin's JSON; other autos remain."""
         if not self._named_in_json(config):
             written.pop("optimizer", None)
         else:
@@ -167,7 +167,7 @@ class AccelerateSetup(Setup):
 
 
 class AccelerateTraining(Engine):
-    """Training steps through an accelerator; under DeepSpeed its calls do what is left to do."""
+    """Training steps through an ``Accelerator``; under DeepSpeed, backward also clips and steps."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class AccelerateTraining(Engine):
         return loss_scale_state(self.module) if self._has_deepspeed else {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Goes on with the loss scale of a checkpoint, if both have a dynamic one."""
+        """Restores the loss scale of a checkpoint, if both runs have a dynamic one."""
         if self._has_deepspeed:
             load_loss_scale_state(self.module, state)
 
@@ -208,37 +208,37 @@ class AccelerateTraining(Engine):
         return self._accelerator.state.deepspeed_plugin is not None
 
     def micro_step(self, ids: Tensor) -> Tensor:
-        """Forward and backward; on the last micro batch of a step also clipping and the step."""
+        """Forward and backward; the last micro batch of a step also clips and steps."""
         accelerator = self._accelerator
         with accelerator.accumulate(self.module):
             loss: Tensor = self.module(input_ids=ids, labels=ids).loss
-            accelerator.backward(loss)  # divides by the accumulation; DeepSpeed steps in it
+            accelerator.backward(loss)  # divides by the accumulation steps; DeepSpeed steps here
             if accelerator.sync_gradients:
                 if self._clip > 0:
                     accelerator.clip_grad_norm_(self.module.parameters(), self._clip)
                 self._prepared.step()
                 self._prepared.zero_grad()
                 if not accelerator.optimizer_step_was_skipped:
-                    # Prepared, it would take as many steps as there are processes.
+                    # A prepared scheduler would advance once per process.
                     self.scheduler.step()
         return loss
 
 
 def _check(prepared: Any, wanted: str) -> Optimizer:
-    """The optimizer inside `prepared`, which must be the `wanted` one."""
+    """Unwraps `prepared` and checks that it is the `wanted` optimizer."""
     if wanted == "AdaRankGrad":
         return check_optimizer(prepared)
     inner = innermost(prepared)
     if type(inner) is not torch.optim.AdamW:
         raise ConfigError(
-            f"the optimizer that trains is {type(inner).__name__}, not torch's AdamW; with "
-            'offload_optimizer set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON'
+            f"the optimizer that trains is {type(inner).__name__}, not torch.optim.AdamW; with "
+            'offload_optimizer, set "zero_force_ds_cpu_optimizer": false in the DeepSpeed JSON'
         )
     return inner
 
 
 def _has_gpu() -> bool:
-    """Whether there is a device that accelerate joins processes on."""
+    """Whether accelerate runs multiple processes on this machine's accelerator (MPS: no)."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator is not None and accelerator.type != "mps"
 

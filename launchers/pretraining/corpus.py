@@ -1,7 +1,7 @@
 """Text as a list of documents, split into a training part and a held-out part.
 
-A document is one file, one ``.jsonl`` record, or one row of a saved data set. Documents with the
-same bytes count once, so the two parts never share one.
+A document is one file, one ``.jsonl`` record, or one row of a saved data set. Duplicates are
+dropped, so the two parts never share a document.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 from arg_dist.cli.parsing import InputError
 
 PYTHON_SOURCE_BYTES = 32 * 2**20
-"""How much of the installed Python source is read when the user names no data."""
+"""Bytes of installed Python source to read when the user names no data."""
 
-_LARGEST_SOURCE_FILE = 2**18  # beyond, Python files are generated tables
+_LARGEST_SOURCE_FILE = 2**18  # larger Python files are generated tables
 _HELD_OUT_SHARE = 0.03
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The two parts of a text, and in words where it came from."""
+    """Training and held-out documents, and a description of their source."""
 
     training: list[bytes]
     held_out: list[bytes]
@@ -35,12 +35,12 @@ class Corpus:
 def read_corpus(
     data: Sequence[str] = (), *, text_key: str = "text", max_bytes: int | None = None
 ) -> Corpus:
-    """Reads `data` (see :func:`documents_of`), or without any the installed Python source.
+    """Reads `data` (see :func:`documents_of`), by default the installed Python source.
 
-    `max_bytes` bounds what is read; a document that no longer fits is left out.
+    `max_bytes` limits the total; documents that no longer fit are skipped.
 
     Raises:
-        InputError: a path leads nowhere, or there is no text in it.
+        InputError: a path does not exist, or contains no text.
     """
     if data:
         documents: Iterable[bytes] = (
@@ -58,10 +58,10 @@ def read_corpus(
 
 
 def documents_of(pattern: str, text_key: str, option: str = "--data") -> Iterator[bytes]:
-    """The documents at a path: files, a directory of them, a glob, or a saved data set.
+    """Yields the documents at a path: a file, a directory, a glob, or a saved data set.
 
-    ``.jsonl`` files and data sets (``datasets.save_to_disk``) hold one under `text_key` per row.
-    Messages name `option`, by which the user gave the path.
+    ``.jsonl`` files and data sets (``datasets.save_to_disk``) hold one document per row, under
+    `text_key`. Error messages name `option`, the command-line option of the path.
     """
     path = Path(pattern)
     if path.is_dir() and any(
@@ -97,8 +97,8 @@ def _records(file: Path, content: bytes, text_key: str, option: str) -> Iterator
             yield json.loads(line)[text_key].encode()
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
-                f'{option} {file}, line {number}: a JSON object with a text under "{text_key}" is '
-                "needed; name another key with --text-key"
+                f'{option} {file}, line {number}: a JSON object with a string under "{text_key}" '
+                "is needed; select another key with --text-key"
             ) from None
 
 
@@ -111,24 +111,24 @@ def _saved_data_set(path: Path, text_key: str, option: str) -> Iterator[bytes]:
         if text_key not in part.column_names:
             raise InputError(
                 f'{option} {path}: no column "{text_key}" among {part.column_names}; '
-                "name one with --text-key"
+                "select one with --text-key"
             )
         for text in part[text_key]:
             yield text.encode()
 
 
 def installed_python_files() -> list[Path]:
-    """The ``.py`` files of the standard library and of site-packages, in a fixed mixed order.
+    """The ``.py`` files of the standard library and of site-packages, in a fixed shuffled order.
 
-    The order follows a hash of the path below its root, so a bounded reading takes a bit of
-    everything, and does not depend on where Python is installed.
+    Files are sorted by a hash of their path below the root, so a bounded read samples all of them
+    and does not depend on where Python is installed.
     """
     paths = sysconfig.get_paths()
     keyed: dict[str, Path] = {}
     for root in (Path(paths["stdlib"]), Path(paths["purelib"]), Path(paths["platlib"])):
         for file in root.rglob("*.py"):
             below = file.relative_to(root)
-            # A standard library may hold site-packages of its own; those come with their root.
+            # site-packages inside the standard library are covered by purelib and platlib
             if below.parts[0] in ("site-packages", "dist-packages") or not file.is_file():
                 continue
             if file.stat().st_size <= _LARGEST_SOURCE_FILE:
@@ -137,7 +137,7 @@ def installed_python_files() -> list[Path]:
 
 
 def distinct(documents: Iterable[bytes], max_bytes: int | None = None) -> dict[bytes, bytes]:
-    """The documents that are not empty, each once, by their SHA-256, up to `max_bytes` in all."""
+    """Non-empty, deduplicated documents by their SHA-256, up to `max_bytes` in total."""
     kept: dict[bytes, bytes] = {}
     total = 0
     for document in documents:
@@ -152,9 +152,9 @@ def distinct(documents: Iterable[bytes], max_bytes: int | None = None) -> dict[b
 
 
 def split(documents: dict[bytes, bytes]) -> tuple[list[bytes], list[bytes]]:
-    """Training and held-out documents; which is which depends on their contents alone.
+    """Splits into training and held-out documents, by their contents alone.
 
-    About 3 % of the bytes are held out. A single document is cut instead: its end is held out.
+    Holds out about 3 % of the bytes; of a single document, its end.
     """
     target = _HELD_OUT_SHARE * sum(map(len, documents.values()))
     if len(documents) == 1:
@@ -168,7 +168,7 @@ def split(documents: dict[bytes, bytes]) -> tuple[list[bytes], list[bytes]]:
             held_out[digest] = documents[digest]
             held_bytes += len(documents[digest])
     if documents and not held_out:
-        # Few, large documents: the smallest of them has to do.
+        # Few, large documents: hold out the smallest.
         smallest = min(documents, key=lambda digest: (len(documents[digest]), digest))
         held_out[smallest] = documents[smallest]
     training = [document for digest, document in documents.items() if digest not in held_out]

@@ -1,4 +1,4 @@
-"""The job under DeepSpeed itself, from a JSON."""
+"""The job under plain DeepSpeed, configured by a JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launchers.pretraining.rendezvous import init_method
 from launchers.pretraining.training import Engine, Schedule, Setup, unusable_port
 
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What DeepSpeed's dynamic loss scale changes in itself."""
+"""The mutable state of DeepSpeed's dynamic loss scaler."""
 
 
 class DeepSpeedSetup(Setup):
@@ -31,12 +31,12 @@ class DeepSpeedSetup(Setup):
         self._path = path
 
     def connect(self, time_limit: timedelta | None) -> None:
-        """Joins the processes: NCCL on GPUs, gloo on CPUs."""
+        """Initializes the process group: NCCL on GPUs, gloo on CPUs."""
         for engine in ("DEEPSPEED", "FSDP"):
             if asks_for(engine):
                 raise InputError(
-                    f"--deepspeed_config {self._path}: given, and accelerate was told to use "
-                    f"{engine} too; leave this option out, or start with deepspeed or torchrun"
+                    f"--deepspeed_config {self._path}: accelerate is configured for {engine} as "
+                    "well; omit this option, or launch with deepspeed or torchrun"
                 )
         import deepspeed
 
@@ -54,29 +54,29 @@ class DeepSpeedSetup(Setup):
             raise unusable_port("--master_port") from None
 
     def read_config(self) -> dict[str, Any]:
-        """The JSON, read by the first process for all of them."""
+        """The JSON, read on the first process and broadcast."""
         return from_first_process(lambda: read_deepspeed_config(self._path))
 
     def check(self, config: dict[str, Any]) -> None:
-        """Lets DeepSpeed read `config`."""
+        """Validates `config` with DeepSpeed."""
         check_deepspeed_config(config)
 
     def build(
         self, model: nn.Module, config: dict[str, Any], batch: Batch, schedule: Schedule
     ) -> Engine:
-        """The engine, by name from the JSON for AdaRankGrad, and with torch's AdamW."""
+        """The engine: AdaRankGrad by its name in the JSON, AdamW as torch's optimizer."""
         try:
             if config["optimizer"]["type"] == "AdamW":
                 engine = _adamw_engine(model, config, schedule)
             else:
                 engine = arg_dist.initialize(model=model, config=config, lr_scheduler=schedule)[0]
-        except ValueError as error:  # while an engine is built, these are about settings
+        except ValueError as error:  # raised for invalid settings while the engine is built
             raise InputError(str(error)) from None
         return DeepSpeedTraining(f"ZeRO-{zero_stage(config)}", engine, batch)
 
 
 class DeepSpeedTraining(Engine):
-    """Training steps of a DeepSpeed engine, which clips, steps and schedules by itself."""
+    """Training steps of a DeepSpeed engine, which clips, steps and schedules itself."""
 
     def __init__(self, name: str, engine: Any, batch: Batch) -> None:
         super().__init__(
@@ -95,7 +95,7 @@ class DeepSpeedTraining(Engine):
         return loss_scale_state(self._engine)
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Goes on with the loss scale of a checkpoint, if both have a dynamic one."""
+        """Restores the loss scale of a checkpoint, if both runs have a dynamic one."""
         load_loss_scale_state(self._engine, state)
 
     def micro_step(self, ids: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class DeepSpeedTraining(Engine):
 
 
 def loss_scale_state(engine: Any) -> dict[str, Any]:
-    """State of a DeepSpeed engine's dynamic loss scale, as JSON; nothing where it has none."""
+    """State of a DeepSpeed engine's dynamic loss scaler as JSON; empty without one."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if not getattr(scaler, "dynamic", False):
         return {}
@@ -115,17 +115,17 @@ def loss_scale_state(engine: Any) -> dict[str, Any]:
 
 
 def load_loss_scale_state(engine: Any, state: dict[str, Any]) -> None:
-    """Puts back :func:`loss_scale_state`, where the engine has a dynamic loss scale too."""
+    """Restores :func:`loss_scale_state`, if the engine has a dynamic loss scaler too."""
     if "loss_scale" in state and loss_scale_state(engine):
         for key, value in state["loss_scale"].items():
             setattr(engine.optimizer.loss_scaler, key, value)
 
 
 def check_deepspeed_config(config: dict[str, Any]) -> None:
-    """Lets DeepSpeed read `config` before a model is built for it.
+    """Validates `config` with DeepSpeed before a model is built.
 
     Raises:
-        InputError: DeepSpeed refuses it.
+        InputError: DeepSpeed rejects it.
     """
     from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next step, never in the middle of one."""
+"""Ctrl-C and SIGTERM as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from types import FrameType
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; a second Ctrl-C ends the process at once.
+    """Records the first SIGINT or SIGTERM; a second Ctrl-C terminates the process at once.
 
-    A process that died inside a collective would leave the others waiting. So a signal only sets
-    `signal`, and the training loop, which asks all processes at each step, ends them together.
+    A process that dies inside a collective leaves the others waiting. So a signal only sets
+    `signal`; the training loop exchanges it at each step, and all processes stop together.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal ends the process as usual: for a wait that nobody may answer."""
+        """Restores the default handlers inside, for waits that may never complete."""
         self._handle_with(signal.SIG_DFL)
         try:
             yield
@@ -38,10 +38,10 @@ class StopRequest:
         if self.signal == number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        # The launcher follows a Ctrl-C with its own SIGTERM: the first signal is the user's.
+        # Launchers send a SIGTERM after a Ctrl-C: the first signal is the user's.
         self.signal = self.signal or number
 
 
 def exit_code(number: int) -> int:
-    """The shell's exit code of a process that ended by signal `number`: 130 for Ctrl-C."""
+    """The shell's exit code of a process terminated by signal `number`: 130 for Ctrl-C."""
     return 128 + number

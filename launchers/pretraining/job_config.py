@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON of a job: read, then completed by the command line."""
+"""The DeepSpeed JSON of a job, completed by the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPTIMIZERS = ("adarankgrad", "adamw")
 
 
 class Batch(NamedTuple):
-    """Sequences of a step: all, those a process has in work at once, and how often it has some."""
+    """Sequences per step, sequences per micro batch, and micro batches per process and step."""
 
     total: int
     micro: int
@@ -21,10 +21,10 @@ class Batch(NamedTuple):
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """The JSON at `path`, without the values that it leaves to others (``"auto"``).
+    """The JSON at `path`, without its ``"auto"`` values.
 
     Raises:
-        InputError: there is no such file, or it is not a JSON object.
+        InputError: the file does not exist, or is not a JSON object.
     """
     try:
         return without_auto(load_deepspeed_config(path))
@@ -33,7 +33,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 
 
 def without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `section` without what it leaves to others, in sections below it too."""
+    """A copy of `section` without ``"auto"`` values, nested sections included."""
     return {
         key: without_auto(value) if isinstance(value, dict) else value
         for key, value in section.items()
@@ -42,11 +42,11 @@ def without_auto(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_optimizer(config: dict[str, Any], wanted: str | None) -> str:
-    """`wanted`, or the optimizer that the JSON names, or AdaRankGrad."""
+    """`wanted`, or else the JSON's optimizer, or else AdaRankGrad."""
     named = wanted or str(config.get("optimizer", {}).get("type", "adarankgrad")).lower()
     if named not in OPTIMIZERS:
         raise InputError(
-            f"optimizer.type: this job knows {' and '.join(OPTIMIZERS)}, got {named!r}; "
+            f"optimizer.type: got {named!r}; this job supports {' and '.join(OPTIMIZERS)}; "
             "choose one with --optimizer"
         )
     return named
@@ -55,19 +55,19 @@ def choose_optimizer(config: dict[str, Any], wanted: str | None) -> str:
 def set_optimizer(
     config: dict[str, Any], name: str, overrides: dict[str, Any], lr: float | None
 ) -> dict[str, Any]:
-    """Puts `overrides` and `lr` into the ``optimizer`` section and returns all its settings.
+    """Merges `overrides` and `lr` into the ``optimizer`` section and returns all its settings.
 
-    For ``adamw`` the section keeps what AdamW has too, so one JSON serves both optimizers; what it
-    leaves open has AdaRankGrad's defaults, so that the two runs differ in the method alone.
+    For ``adamw`` only the keys that AdamW shares are kept, so one JSON serves both optimizers;
+    missing keys take AdaRankGrad's defaults, so that the two runs differ in the method alone.
 
     Raises:
-        InputError: the optimizer does not know a key, or refuses its value.
+        InputError: a key is unknown, or its value is invalid.
     """
     params = dict(config.get("optimizer", {}).get("params", {}))
     if name == "adamw":
         for key in overrides:
             if key not in ADAMW_KEYS:
-                raise InputError(f"--set {key}: adamw knows only {', '.join(ADAMW_KEYS)}")
+                raise InputError(f"--set {key}: adamw accepts only {', '.join(ADAMW_KEYS)}")
         params = {key: value for key, value in params.items() if key in ADAMW_KEYS}
     params |= overrides
     if lr is not None:
@@ -84,13 +84,13 @@ def set_optimizer(
 
 
 def set_batch(config: dict[str, Any], wanted: int | None, world_size: int) -> Batch:
-    """Settles the batch for `world_size` processes and writes it down in `config`.
+    """Resolves the batch sizes for `world_size` processes and writes them to `config`.
 
-    `wanted` replaces the JSON's ``train_batch_size``. What the JSON leaves open follows; a given
-    micro batch is kept, because it is what fits into memory.
+    `wanted` replaces the JSON's ``train_batch_size``. Missing values are derived; a given micro
+    batch is kept, because it is what fits into memory.
 
     Raises:
-        InputError: the numbers do not multiply up.
+        InputError: the sizes are inconsistent.
     """
     total = config.get("train_batch_size") if wanted is None else wanted
     micro = config.get("train_micro_batch_size_per_gpu")
@@ -104,12 +104,14 @@ def set_batch(config: dict[str, Any], wanted: int | None, world_size: int) -> Ba
             raise InputError(f"{key}: a whole number of at least 1 is needed, got {value!r}")
     if total is None:
         if micro is None:
-            raise InputError("no batch size: give --batch-size, or train_batch_size in the JSON")
+            raise InputError(
+                "no batch size: pass --batch-size, or set train_batch_size in the JSON"
+            )
         total = micro * (accumulation or 1) * world_size
     if total % world_size:
         raise InputError(
             f"the batch of {total} sequences cannot be divided among {world_size} processes; "
-            f"give a multiple of {world_size} with --batch-size"
+            f"pass a multiple of {world_size} with --batch-size"
         )
     share = total // world_size
     if micro is None:
@@ -120,8 +122,8 @@ def set_batch(config: dict[str, Any], wanted: int | None, world_size: int) -> Ba
         rest = share - micro * accumulation
     if rest or micro < 1:
         raise InputError(
-            f"the batch of {total} sequences on {world_size} processes does not fit micro batches "
-            f"of {config.get('train_micro_batch_size_per_gpu', 'any size')} and "
+            f"the batch of {total} sequences on {world_size} processes is not divisible into micro "
+            f"batches of {config.get('train_micro_batch_size_per_gpu', 'any size')} with "
             f"{accumulation} accumulation steps"
         )
     accumulation = share // micro

@@ -1,4 +1,4 @@
-"""Models to train: fresh weights from a seed, or those of a local directory."""
+"""Models to train: initialized from a seed, or loaded from a local directory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def build_model(
 ) -> PreTrainedModel:
     """The model of `config`: weights from the directory `name` if it has any, else from `seed`.
 
-    Under ZeRO-3 it is born in pieces (``deepspeed.zero.Init``), never whole on one process. The
-    fresh weights are the same in every ZeRO stage.
+    Under ZeRO-3 it is sharded at construction (``deepspeed.zero.Init``), never whole on one
+    process. Weights from `seed` are the same in every ZeRO stage.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    # transformers cuts models while it builds them for as long as this object lives.
+    # transformers shards models at construction for as long as this object is alive.
     zero3 = HfDeepSpeedConfig(deepspeed_config) if zero_stage(deepspeed_config) == 3 else None
     if has_weights(name):
         model = AutoModelForCausalLM.from_pretrained(
@@ -40,8 +40,8 @@ def _fresh_model(config: PretrainedConfig, seed: int, *, in_pieces: bool) -> Pre
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    # Construction alone draws numbers in some stages and not in others; so nothing is drawn
-    # until all modules stand, and then in their order.
+    # Construction consumes random numbers in some stages and not in others; so weights are drawn
+    # only once all modules exist, in module order.
     torch.manual_seed(seed)
     if in_pieces:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -52,14 +52,14 @@ def _fresh_model(config: PretrainedConfig, seed: int, *, in_pieces: bool) -> Pre
 
 
 def zero_stage(deepspeed_config: dict[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for; 0 if it says nothing."""
+    """The ZeRO stage of a DeepSpeed configuration; 0 if unset."""
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
     return 0
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """The elements of all parameters; ZeRO-3 keeps the full number in `ds_numel`."""
+    """The number of elements of all parameters; ZeRO-3 keeps the full count in `ds_numel`."""
     return sum(
         getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()
     )

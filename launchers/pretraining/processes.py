@@ -1,4 +1,4 @@
-"""The few things the processes of a job tell each other outside the optimizer."""
+"""Communication between the processes of a job outside the optimizer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 def from_first_process(produce: Callable[[], T]) -> T:
-    """Calls `produce` on the first process and hands its result to all of them.
+    """Calls `produce` on the first process and broadcasts its result.
 
-    So files need to be readable there only, and a mistake of the user is reported everywhere.
+    Files need to be readable there only, and user errors are raised on every process.
     """
     box: list[T | InputError | ConfigError | None] = [None]
     if is_first_process():
@@ -34,20 +34,20 @@ def from_first_process(produce: Callable[[], T]) -> T:
 
 
 def limit_waiting(limit: timedelta) -> None:
-    """Lets this process wait for another no longer than `limit`, in whichever group both are.
+    """Sets the timeout of all of this process's groups to `limit`.
 
-    Engines form groups of their own with torch's limit of 10 to 30 minutes, whatever the job's is;
-    so this is called once the engine stands.
+    Engines create groups with torch's timeout of 10 to 30 minutes, whatever the job's is; so call
+    this once the engine is built.
     """
     c10d = dist.distributed_c10d
-    for group in c10d._world.pg_map:  # torch lists its groups nowhere else
+    for group in c10d._world.pg_map:  # torch has no public list of groups
         c10d._set_pg_timeout(limit, group)
 
 
 def no_answer(error: RuntimeError) -> str | None:
-    """What to tell of an `error` that the silence of other processes causes; None of others.
+    """The message for an `error` caused by unresponsive processes; None for other errors.
 
-    The optimizer's names its matrices; gloo's, out of an engine's collectives, say little.
+    The optimizer's errors name its matrices; gloo's, from an engine's collectives, hold little.
     """
     if isinstance(error, NoAnswerError):
         return str(error)
@@ -55,9 +55,9 @@ def no_answer(error: RuntimeError) -> str | None:
     if found is None:
         return None
     return (
-        f"another process has stopped answering, or is gone ({found[0]}, in a collective outside "
-        "the optimizer); see what it says itself, and go on with --resume; --time-limit tells how "
-        "long to wait"
+        f"another process has stopped answering, or has exited ({found[0]}, in a collective "
+        "outside the optimizer); check its own output, and continue with --resume; --time-limit "
+        "sets how long to wait"
     )
 
 
@@ -67,9 +67,9 @@ _SILENCE = re.compile(r"Timed out waiting \d+ms|Connection (?:closed|reset) by p
 def mean_and_stop(
     value: torch.Tensor, stop_signal: int | None, device: torch.device | str
 ) -> tuple[float, int | None]:
-    """The mean of `value` over the processes, and the largest signal that any of them got.
+    """The mean of `value` over the processes, and the largest signal that any of them received.
 
-    Both travel in one message, since every training step sends it.
+    One collective serves both, because every training step runs it.
     """
     both = torch.zeros(dist.get_world_size() + 1, device=device)
     both[0] = value

@@ -1,4 +1,4 @@
-"""A training run's progress in the terminal: one live line, or plain lines in a log file."""
+"""A training run's progress: a live line in the terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from launchers.reporting import MEASURES, measured
 
 
 class TrainingProgress:
-    """Shows each step as it ends; `shown` is False on all processes but the first.
+    """Shows each step as it completes; `shown` is False on all processes but the first.
 
-    Of the `steps`, a resumed run has some `done`.
-    Without a terminal (a log file, a test) only evaluated steps make a line.
+    A resumed run has completed `done` of the `steps`. Without a terminal (a log file, a test) only
+    evaluated steps are printed.
     """
 
     def __init__(self, steps: int, *, shown: bool, done: int = 0) -> None:
@@ -48,7 +48,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def say(self, lines: Iterable[str]) -> None:
-        """Shows `lines` above the live one."""
+        """Prints `lines` above the live one."""
         for line in lines if self._shown else ():
             self._bar.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -56,7 +56,7 @@ class TrainingProgress:
         """Shows a step's line of ``metrics.jsonl`` and the latest mean rank."""
         if not self._shown:
             return
-        # Single steps jump; people want to see where the loss is going.
+        # Single-step losses are noisy; show the trend.
         self._seen += 1
         self._smoothed += (line["loss"] - self._smoothed) * max(0.1, 1 / self._seen)
         values = f"loss {self._smoothed:.3f}  lr {line['lr']:.2e}  {line['seconds']:.2f} s/step"

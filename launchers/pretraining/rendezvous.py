@@ -1,9 +1,9 @@
-"""How the processes of a job meet where a launcher has restarted them.
+"""A rendezvous that works after a launcher has restarted the processes of a job.
 
 torchrun keeps one store for all attempts (pytorch/pytorch#135712; torch 2.13 under `--standalone`
-and without `--rdzv-backend`, too). In it a restarted process finds the addresses that the processes
-before it left, and connects to the dead. So here each attempt agrees on a name first, under which
-its own notes lie.
+and without `--rdzv-backend`, too). In it a restarted process finds the addresses of the previous
+attempt and connects to processes that no longer exist. So each attempt first agrees on a name that
+prefixes its keys.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ POLL_SECONDS = 0.02
 
 
 def init_method() -> str | None:
-    """What ``dist.init_process_group`` is given; None, its default, where nothing restarts us."""
+    """The argument of ``dist.init_process_group``; None, its default, outside torch elastic."""
     if not dist.is_torchelastic_launched():
         return None
-    with contextlib.suppress(RuntimeError):  # which says that it is registered already
+    with contextlib.suppress(RuntimeError):  # already registered
         register_rendezvous_handler(SCHEME, _meet)
     return f"{SCHEME}://"
 
@@ -35,26 +35,26 @@ def init_method() -> str | None:
 def _meet(
     url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
 ) -> Iterator[tuple[Store, int, int]]:
-    """As `env://`, with a part of the store that no earlier attempt has written to."""
+    """Like `env://`, with a store prefix that no earlier attempt has written to."""
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     name = agree_on_a_name(store, rank, world_size, timeout.total_seconds())
     yield PrefixStore(name, store), rank, world_size
 
 
 def agree_on_a_name(store: Store, process: int, processes: int, seconds: float) -> str:
-    """A name that all processes of this attempt, and none of another one, have.
+    """A name that is common to all processes of this attempt, and unique to it.
 
-    The first process makes it up. Each of the others asks with a number of its own and takes
-    nothing but an answer to that, so that notes of an earlier attempt mislead nobody.
+    The first process generates it. Each other process posts a random identifier and accepts only
+    the answer to that, so keys of an earlier attempt cannot mislead it.
 
     Args:
-        store: what the processes met by; earlier attempts may have left notes in it.
+        store: the rendezvous store, possibly with keys of earlier attempts.
         process: index of this process.
-        processes: how many there are.
+        processes: number of processes.
         seconds: how long to wait for the others.
 
     Raises:
-        RuntimeError: not all came in time.
+        RuntimeError: not all processes arrived in time.
     """
     if process > 0:
         question = uuid.uuid4().hex
@@ -73,8 +73,8 @@ def agree_on_a_name(store: Store, process: int, processes: int, seconds: float) 
                 answered.add(question)
         if time.monotonic() > deadline:
             raise RuntimeError(
-                f"{there + 1} of {processes} processes have come within {seconds:g} s; look at the "
-                "output of the others, or at the launcher's number of processes"
+                f"{there + 1} of {processes} processes arrived within {seconds:g} s; check the "
+                "output of the others, and the launcher's number of processes"
             )
         time.sleep(POLL_SECONDS)
     return name

@@ -1,4 +1,4 @@
-"""Which checkpoint a job goes on from, and whether it may; found out before anything is built."""
+"""Finds the checkpoint to resume from and validates the job against it, before any building."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from arg_dist.cli.parsing import InputError
 from launchers.pretraining.identity import changes, check_identity
 
 FOLDER = "checkpoints"
-"""Where a run's checkpoints lie, in its directory."""
+"""The directory of a run's checkpoints, inside the run's directory."""
 
 KEEP = 3
-"""How many checkpoints stay when nothing else is said."""
+"""How many checkpoints are kept by default."""
 
 TIME_LIMIT = 1800
-"""Seconds, as torch's."""
+"""Seconds; torch's default."""
 
 AUTO = "auto"
 PROGRAM = "train_lm"
 
 FREE_SETTINGS = ("lr", "shard_basis", "time_limit", "state_budget")
-"""Settings of the optimizer that a run may be resumed with other values of."""
+"""Optimizer settings that may change on resume."""
 
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """What the command line says about checkpoints.
+    """What the command line requests about checkpoints.
 
     Attributes:
-        folder: where they go.
+        folder: where they are stored.
         resume: ``auto``, the path of a checkpoint, or None to start from the beginning.
-        every: steps between two of them; None for those at the end and at a signal alone.
-        keep: how many stay.
+        every: steps between checkpoints; None to save only at the end and at a signal.
+        keep: how many are kept.
         time_limit: seconds that a process waits for another while they are written or read.
     """
 
@@ -48,7 +48,7 @@ class CheckpointPlan:
 
     @property
     def saves(self) -> bool:
-        """Whether the run leaves checkpoints."""
+        """Whether the run writes checkpoints."""
         return self.every is not None or self.resume is not None
 
 
@@ -61,26 +61,26 @@ def plan_checkpoints(
     keep: int | None,
     time_limit: int | None,
 ) -> CheckpointPlan:
-    """The plan of a run in `out`; None leaves a number at its default.
+    """The plan of a run in `out`; None selects a default.
 
     Raises:
-        InputError: `optimizer` is not adarankgrad; or `keep` is given, and nothing is saved.
+        InputError: `optimizer` is not adarankgrad; or `keep` is given although nothing is saved.
     """
     plan = CheckpointPlan(out / FOLDER, resume, save_every, keep or KEEP, time_limit or TIME_LIMIT)
     if plan.saves and optimizer != "adarankgrad":
         option = "--resume" if resume is not None else "--save-every"
         raise InputError(
-            f"{option}: checkpoints hold AdaRankGrad's state, and this run has --optimizer "
-            f"{optimizer}; leave {option} out"
+            f"{option}: checkpoints hold AdaRankGrad's state, but this run uses --optimizer "
+            f"{optimizer}; omit {option}"
         )
     if keep is not None and not plan.saves:
-        raise InputError(f"--keep {keep}: nothing is saved; give --save-every too")
+        raise InputError(f"--keep {keep}: nothing is saved; pass --save-every too")
     return plan
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to go on from: where, after which step, and what the job wrote into it."""
+    """A checkpoint to resume from: its path, its step, and the description of its job."""
 
     path: Path
     step: int
@@ -88,18 +88,18 @@ class Found:
 
 
 def find_checkpoint(plan: CheckpointPlan) -> Found | None:
-    """The checkpoint that `plan` asks for; with ``auto`` the newest with a readable index.
+    """The checkpoint that `plan` requests; with ``auto`` the newest with a readable index.
 
     Raises:
-        InputError: there is none at a path; checkpoints of several runs would lie in one folder;
-            or no job of this kind wrote it.
+        InputError: the path holds no checkpoint; checkpoints of several runs would be stored in one
+            folder; or another program wrote the checkpoint.
     """
     there = checkpoints_in(plan.folder) if plan.folder.is_dir() else []
-    run = f"--out {plan.folder.parent}: a run has left checkpoints there, the last one"
+    run = f"--out {plan.folder.parent}: holds checkpoints of an earlier run, the last one"
     if plan.resume is None:
         if there:
             raise InputError(
-                f"{run} {there[-1].name}; go on with --resume auto, or give another --out, or "
+                f"{run} {there[-1].name}; continue it with --resume auto, choose another --out, or "
                 f"remove {plan.folder}"
             )
         return None
@@ -107,14 +107,14 @@ def find_checkpoint(plan: CheckpointPlan) -> Found | None:
         for path in reversed(there):
             try:
                 return _found(path, read_index(path))
-            except CheckpointError:  # told when it is passed over
+            except CheckpointError:  # reported when the series skips it
                 continue
         return None
     path = Path(plan.resume)
     if there and path.resolve().parent != plan.folder.resolve():
         raise InputError(
-            f"{run} {there[-1].name}, which those of a run that goes on from {path} would mix "
-            f"with; give another --out, or remove {plan.folder}"
+            f"{run} {there[-1].name}; those of a run resumed from {path} would mix with them; "
+            f"choose another --out, or remove {plan.folder}"
         )
     try:
         return _found(path, read_index(path))
@@ -125,8 +125,8 @@ def find_checkpoint(plan: CheckpointPlan) -> Found | None:
 def _found(path: Path, index: Index) -> Found:
     if index.job.get("program") != PROGRAM:
         raise InputError(
-            f"--resume: {path} was not written by this job, and does not tell which data it has "
-            "seen; load it by arg_dist.checkpoint.load in the program that wrote it"
+            f"--resume: {path} was not written by this program, and does not record its position "
+            "in the data; load it with arg_dist.checkpoint.load in the program that wrote it"
         )
     return Found(path, index.step, index.job)
 
@@ -134,7 +134,7 @@ def _found(path: Path, index: Index) -> Found:
 def describe_job(
     *, identity: Mapping[str, Any], schedule: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its job, so that :func:`check_job` can know it again."""
+    """The description of a job that its checkpoints store, for :func:`check_job`."""
     return {
         "program": PROGRAM,
         "identity": dict(identity),
@@ -146,24 +146,25 @@ def describe_job(
 def check_job(
     found: Found, job: dict[str, Any], *, lr: float | None, given: Mapping[str, Any]
 ) -> list[str]:
-    """Looks whether `job` may go on from what was `found`, and takes over the latter's settings.
+    """Checks that `job` may resume from `found`, and adopts the checkpoint's settings.
 
     Args:
         found: the checkpoint.
         job: of :func:`describe_job`; its settings become those of the checkpoint.
-        lr: the peak learning rate, if the user gives one.
-        given: other settings of the optimizer that the user gives.
+        lr: the peak learning rate, if the user sets it.
+        given: other optimizer settings that the user sets.
 
     Returns:
-        What is done otherwise from now on, in words.
+        The changes that apply from now on, one line each.
 
     Raises:
-        InputError: it is another run, or one that has come further; the message names the option.
+        InputError: the checkpoint is another run's, or past the job's last step; the message names
+            the option.
     """
     steps = job["schedule"]["steps"]
     if steps < found.step:
         raise InputError(
-            f"--steps {steps}: the checkpoint {found.path} is at step {found.step} already; give "
+            f"--steps {steps}: the checkpoint {found.path} is already at step {found.step}; pass "
             "more steps, or --resume an earlier checkpoint"
         )
     check_identity(found.job["identity"], job["identity"], str(found.path))
@@ -172,7 +173,7 @@ def check_job(
         if key not in FREE_SETTINGS and saved.get(key) != now[key]:
             raise InputError(
                 f"--set {key}={now[key]}: the checkpoint {found.path} was trained with "
-                f"{key}={saved.get(key)}, which a resumed run keeps; leave it out"
+                f"{key}={saved.get(key)}, which a resumed run keeps; omit it"
             )
     kept = {key: now[key] for key in FREE_SETTINGS if key in given}
     job["settings"] = {**now, **saved, **kept, "lr": saved["lr"] if lr is None else lr}

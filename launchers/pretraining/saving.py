@@ -1,4 +1,4 @@
-"""The checkpoints of a job in training: gone on from, written beside the steps, and measured."""
+"""Checkpoints of a running job: resumed from, written in the background, and timed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from launchers.reporting.tables import seconds
 
 
 class RunCheckpoints:
-    """What a run of `engine` saves and resumes; nothing, if that is its `plan`.
+    """Saves and resumes a run of `engine` as `plan` requests; does nothing if it requests nothing.
 
-    All processes call its methods together. As a context manager: an error that ends them all at
-    the same step does not cut a save short.
+    All processes call its methods together. As a context manager it completes the save in flight
+    when an error ends all processes at the same step.
 
     Args:
-        plan: where, how often, how many.
+        plan: where to save, how often, and how many to keep.
         engine: the model in training.
         job: what identifies the job (:func:`launchers.pretraining.resuming.describe_job`).
     """
@@ -37,7 +37,7 @@ class RunCheckpoints:
         self._news: list[str] = []
         self._series = None
         if plan.saves:
-            assert isinstance(engine.optimizer, AdaRankGrad), "such plans are refused"
+            assert isinstance(engine.optimizer, AdaRankGrad), "refused by plan_checkpoints"
             self._series = Checkpoints(
                 plan.folder,
                 engine.optimizer,
@@ -56,7 +56,7 @@ class RunCheckpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After other errors this process may be the only one to come here.
+        # After other errors this process may be the only one to get here.
         if self._series is not None and isinstance(error, FloatingPointError):
             try:
                 self._series.wait()
@@ -64,13 +64,13 @@ class RunCheckpoints:
                 error.args = (f"{error}; {failure}",)
 
     def resume(self, *, new_peak: float | None) -> Earlier:
-        """Loads what the plan says, and returns what is behind the run.
+        """Loads the checkpoint that the plan requests, and returns the run's history.
 
         Args:
-            new_peak: of the learning rate from now on; None for that of the checkpoint.
+            new_peak: peak learning rate from now on; None for that of the checkpoint.
 
         Raises:
-            InputError: the checkpoint, or each of all, is damaged; or it is another model's.
+            InputError: the checkpoint, or each candidate, is damaged; or it is another model's.
         """
         wanted = self._plan.resume
         if self._series is None or wanted is None:
@@ -93,28 +93,28 @@ class RunCheckpoints:
         path = restored.path.resolve()
         if path.parent == self._plan.folder.resolve():
             self._latest = restored.step
-        # a checkpoint that was taken out of its run has no lines beside it but its own
+        # a checkpoint that was moved out of its run comes with no metrics but its own last line
         run = path.parent.parent if path.parent.name == FOLDER else path
         return Earlier(restored.step, run, **restored.job["progress"])
 
     def is_due(self, step: int, *, last: bool) -> bool:
-        """Whether to save after `step`, the run's `last` or not."""
+        """Whether to save after `step`; `last` marks the run's last step."""
         every = self._plan.every
         due = last or (every is not None and step % every == 0)
         return self._series is not None and due and step != self._latest
 
     def save(self, step: int, progress: dict[str, Any]) -> float:
-        """Takes a copy of everything and has it written while training goes on.
+        """Snapshots the training state and writes it while training continues.
 
-        Should the save before have failed, this one is completed at once: a full disk may have been
-        emptied, but nobody wants to find out at the end of the run that it was not.
+        If the previous save failed, this one is completed before returning: a full disk may have
+        been cleared, but a repeated failure must not surface only at the end of the run.
 
         Args:
-            step: the last one of all that are in the weights.
-            progress: what :meth:`RunRecord.progress` says of it.
+            step: the last step that the weights include.
+            progress: what :meth:`RunRecord.progress` returns for it.
 
         Returns:
-            The seconds for which training stood still.
+            The seconds for which training was stalled.
 
         Raises:
             CheckpointError: this save has failed, too.
@@ -125,14 +125,16 @@ class RunCheckpoints:
         try:
             self._series.save(step, job)
         except CheckpointError as error:
-            self._news += [f"the checkpoint before was not saved ({error}); again at step {step}"]
+            self._news += [
+                f"the previous checkpoint was not saved ({error}); saving again at step {step}"
+            ]
             self._series.save(step, job)
             self._series.wait()
         self._latest = step
         return time.perf_counter() - began
 
     def news(self) -> list[str]:
-        """What the user should read: loads, completed saves and failures since the last call."""
+        """Messages for the user: loads, completed saves and failures since the last call."""
         news, self._news = self._news, []
         times = self._series.times if self._series is not None else []
         for save in times[self._told :]:
@@ -144,7 +146,7 @@ class RunCheckpoints:
         return news
 
     def finish(self) -> list[dict[str, Any]]:
-        """Waits for the last save and tells of all of them; see :meth:`RunRecord.finish`.
+        """Waits for the last save and returns the figures of all; see :meth:`RunRecord.finish`.
 
         Raises:
             CheckpointError: the last save failed.

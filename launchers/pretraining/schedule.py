@@ -1,4 +1,4 @@
-"""The learning rate's course: linear warm-up, then a cosine down to a share of the peak."""
+"""Learning-rate schedule: linear warm-up, then cosine decay to a share of the peak."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def warmup_cosine(step: int, *, steps: int, warmup: int, min_lr_ratio: float) -> float:
-    """The share of the peak learning rate for `step`, counted from 0.
+    """The share of the peak learning rate at `step`, counted from 0.
 
-    The first step already moves the weights: the warm-up counts 1/warmup, 2/warmup, ..., 1.
+    The first step already updates the weights: the warm-up is 1/warmup, 2/warmup, ..., 1.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -24,8 +24,8 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, min_lr_ratio: float) ->
 class WarmupCosine(LambdaLR):
     """The scheduler of :func:`warmup_cosine`, with one peak for all parameter groups.
 
-    Its state is the position and the peak alone: engines group the parameters differently, and a
-    run may be resumed with other `steps`, for which the rest of the course is drawn anew.
+    Its state is only the step and the peak: engines group the parameters differently, and a run may
+    be resumed with other `steps`, which changes the rest of the schedule.
     """
 
     def __init__(
@@ -37,17 +37,17 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, share)
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps done and the peak, as JSON."""
+        """The completed steps and the peak, as JSON."""
         return {"step": self.last_epoch, "peak": float(self.base_lrs[0])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes to the step of `state_dict`."""
+        """Moves to the step of `state_dict`."""
         self.last_epoch = state_dict["step"]
         self._step_count = self.last_epoch + 1
         self.set_peak(state_dict["peak"])
 
     def set_peak(self, peak: float) -> None:
-        """Gives all groups the learning rate of the present step, with another peak."""
+        """Changes the peak and sets all groups to the learning rate of the current step."""
         self.base_lrs = [peak for _ in self.optimizer.param_groups]
         rate = peak * self.lr_lambdas[0](self.last_epoch)
         for group in self.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Tokens, and which of them a process sees at which step."""
+"""Token streams, and the sequences that a process reads from them at each step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launchers.pretraining.corpus import Corpus
 
 
 class Tokenizer(Protocol):
-    """What a stream of tokens is made with."""
+    """Encodes documents into a token stream."""
 
     vocab_size: int
     eos_id: int
@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Each byte is its own token; two more stand for a text's beginning and its end."""
+    """One token per byte, plus one each for the beginning and the end of a text."""
 
     bos_id = 256
     eos_id = 257
@@ -44,7 +44,7 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer from a directory that holds a Hugging Face one."""
+    """A Hugging Face tokenizer from a local directory."""
 
     def __init__(self, directory: str) -> None:
         if not Path(directory).is_dir():
@@ -67,16 +67,16 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(directory: str | None) -> Tokenizer:
-    """The tokenizer of `directory`, or bytes if there is none."""
+    """The tokenizer in `directory`; bytes if None."""
     return HuggingFaceTokenizer(os.path.expanduser(directory)) if directory else ByteTokenizer()
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Fixed-length sequences out of a training and a held-out stream of tokens.
+    """Fixed-length sequences from a training and a held-out token stream.
 
-    Sequence `i` of step `s` is a function of `(seed, s, i)` and of nothing else, so a run sees
-    the same global batches on any number of processes and with any accumulation.
+    Sequence `i` of step `s` depends only on `(seed, s, i)`, so a run sees the same global batches
+    on any number of processes and with any accumulation.
     """
 
     training: np.ndarray
@@ -98,23 +98,23 @@ class Sequences:
             if len(tokens) < length:
                 raise InputError(
                     f"--seq-len {length}: the {name} part of {corpus.source} has only "
-                    f"{len(tokens)} tokens; give more text or shorter sequences"
+                    f"{len(tokens)} tokens; use more text or shorter sequences"
                 )
         return cls(training, held_out, length, seed, tokenizer.vocab_size, corpus.source)
 
     def batch(self, step: int, indices: range) -> torch.Tensor:
         """Training sequences `indices` of the global batch of `step`: `len(indices) x length`."""
-        room = len(self.training) - self.length
+        last = len(self.training) - self.length
         starts = [
-            int(np.random.default_rng((self.seed, step, index)).integers(room, endpoint=True))
+            int(np.random.default_rng((self.seed, step, index)).integers(last, endpoint=True))
             for index in indices
         ]
         return self._cut(self.training, starts)
 
     def held_out_batch(self, indices: range, count: int) -> torch.Tensor:
-        """Sequences `indices` of `count` that lie evenly over the held-out stream."""
-        room = len(self.held_out) - self.length
-        starts = [room * index // max(1, count - 1) for index in indices]
+        """Sequences `indices` of `count` that are evenly spaced over the held-out stream."""
+        last = len(self.held_out) - self.length
+        starts = [last * index // max(1, count - 1) for index in indices]
         return self._cut(self.held_out, starts)
 
     def _cut(self, tokens: np.ndarray, starts: Sequence[int]) -> torch.Tensor:

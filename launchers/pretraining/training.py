@@ -1,4 +1,4 @@
-"""What a training loop asks of whatever shards its model, and where that comes from."""
+"""The training loop's interface to the engine that shards its model, and the engine's setup."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from launchers.pretraining.schedule import WarmupCosine
 from launchers.pretraining.tokens import Sequences
 
 Schedule = Callable[[Optimizer], WarmupCosine]
-"""Makes an optimizer's learning-rate scheduler."""
+"""Creates an optimizer's learning-rate scheduler."""
 
 
 class Engine(ABC):
     """A model in training.
 
     Attributes:
-        name: what shards it, for the report.
-        module: the model as it is called.
-        model: the model itself, without what the engine puts around it.
-        optimizer: the optimizer itself, without its wrappers.
-        scheduler: the learning rate's.
-        batch: the sequences of a step.
-        device: where they go.
+        name: the engine's name in the report.
+        module: the wrapped model, to be called.
+        model: the model without the engine's wrappers.
+        optimizer: the optimizer without its wrappers.
+        scheduler: the learning-rate scheduler.
+        batch: the batch sizes.
+        device: where the inputs go.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class Engine(ABC):
     def micro_step(self, ids: Tensor) -> Tensor:
         """Trains on sequences `ids`, `batch.micro x length`, and returns their mean loss.
 
-        Each `batch.accumulation`-th call moves the weights.
+        Every `batch.accumulation`-th call updates the weights.
         """
 
     def extra_state(self) -> dict[str, Any]:
-        """What the engine itself must know to go on from a checkpoint, as JSON."""
+        """State of the engine itself that resuming needs, as JSON."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have none
-        """Takes over :meth:`extra_state`, which may be another engine's: what is known of it."""
+        """Restores :meth:`extra_state`, perhaps another engine's; unknown entries are ignored."""
 
     def train_step(self, sequences: Sequences, step: int) -> Tensor:
-        """One optimizer step on this process's part of the global batch; its mean loss."""
+        """One optimizer step on this process's share of the global batch; returns its mean loss."""
         micro, accumulation = self.batch.micro, self.batch.accumulation
         first = dist.get_rank() * micro * accumulation
         total = torch.zeros((), device=self.device)
@@ -86,7 +86,7 @@ class Engine(ABC):
 
     @torch.no_grad()
     def held_out_loss(self, sequences: Sequences, batches: int) -> float:
-        """The mean loss over `batches` global batches of held-out sequences, always the same."""
+        """The mean loss over `batches` global batches of held-out sequences, the same each time."""
         micro = self.batch.micro
         count = batches * self.batch.total
         share = count // dist.get_world_size()
@@ -102,35 +102,35 @@ class Engine(ABC):
 
 
 class Setup(ABC):
-    """How a job gets its engine. In this order: the processes, the configuration, the engine.
+    """Sets up a job's engine, in this order: process group, configuration, engine.
 
-    The configuration of every engine is written like a DeepSpeed JSON: ``optimizer``, the sizes of
-    the batch, ``gradient_clipping``.
+    The configuration of every engine has the layout of a DeepSpeed JSON: ``optimizer``, batch
+    sizes, ``gradient_clipping``.
     """
 
     @abstractmethod
     def connect(self, time_limit: timedelta | None) -> None:
-        """Joins the job's processes.
+        """Initializes the process group.
 
         Args:
-            time_limit: how long a process waits for one that has stopped answering; None for
+            time_limit: how long a process waits for one that has stopped responding; None for
                 the engine's default.
 
         Raises:
-            InputError: the engine that was asked for cannot be had; or the first process cannot
-                open the port where the others look for it.
+            InputError: the requested engine is not available; or the first process cannot open
+                the port to which the others connect.
         """
 
     @abstractmethod
     def read_config(self) -> dict[str, Any]:
-        """What the user wrote for the engine, without values that he left to others."""
+        """The user's configuration of the engine, without ``"auto"`` values."""
 
     @abstractmethod
     def check(self, config: dict[str, Any]) -> None:
-        """Looks for what cannot work in the completed `config`, before a model is built.
+        """Validates the completed `config` before a model is built.
 
         Raises:
-            InputError: the first fault.
+            InputError: the first error found.
         """
 
     @abstractmethod
@@ -140,20 +140,20 @@ class Setup(ABC):
         """The engine of `model`, with the optimizer that ``config["optimizer"]`` names.
 
         Raises:
-            InputError: the optimizer or the engine refuses a setting.
+            InputError: the optimizer or the engine rejects a setting.
         """
 
 
 def unusable_port(launcher_option: str) -> InputError:
-    """The error of a job whose first process cannot open its port."""
+    """The error for a port that the first process cannot open."""
     return InputError(
-        f"port {os.environ['MASTER_PORT']} cannot be used, perhaps by another job's doing; "
-        f"give the launcher another one with {launcher_option}"
+        f"port {os.environ['MASTER_PORT']} cannot be used, perhaps because another job uses it; "
+        f"select another one with the launcher's option {launcher_option}"
     )
 
 
 def leave_processes() -> None:
-    """Ends what :meth:`Setup.connect` began; without it gloo's threads may abort the exit."""
+    """Destroys the process group; otherwise gloo's threads may abort the exit."""
     if dist.is_initialized():
-        gc.collect()  # whatever still holds a group would keep its threads from being joined
+        gc.collect()  # a remaining reference to a group would keep its threads from being joined
         dist.destroy_process_group()

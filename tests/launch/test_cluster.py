@@ -124,7 +124,7 @@ def test_deepspeed_without_ssh_and_a_job_that_fails(job: Path) -> None:
             node.kill()
     assert [node.returncode for node in nodes] == [5, 5], printed
     assert told(job) == as_four_processes_on_two_nodes()
-    assert "the launcher ended with exit code 5" in printed[0]
+    assert "the launcher exited with code 5" in printed[0]
     assert "--no_ssh --node_rank 1" in printed[1]
 
 

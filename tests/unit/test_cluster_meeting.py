@@ -123,7 +123,7 @@ def test_who_does_not_come_is_named(threads: ThreadPoolExecutor, port: int) -> N
     nodes = [Node(threads, first, seconds=1.0), Node(threads, third, seconds=1.0)]
     for node in nodes:
         assert error_of(node).code == 1
-        assert "nodes 1, 3 of 4 did not come within 1 s" in str(error_of(node))
+        assert "nodes 1, 3 of 4 did not join within 1 s" in str(error_of(node))
 
 
 def test_a_closed_port_is_told(port: int) -> None:
@@ -186,7 +186,7 @@ def test_two_nodes_of_one_number_end_the_job(threads: ThreadPoolExecutor, port: 
     first, second, _ = places(3, port)
     nodes = [Node(threads, first), Node(threads, second), Node(threads, second, late=1.0)]
     for node in nodes:
-        assert "NODE_RANK=1: two nodes say so" in str(error_of(node))
+        assert "NODE_RANK=1: two nodes have it" in str(error_of(node))
         assert error_of(node).code == 2
 
 
@@ -201,7 +201,7 @@ def test_a_node_that_comes_back_is_compared_with_node_0(
     assert "this node differs:\n  torch: node 0: 2.13.0; node 1: 2.14.0" in str(error_of(changed))
     first.met.result(1).end(3)
     too_late = Node(threads, second.place)
-    assert "ended already: node 0 did with exit code 3" in str(error_of(too_late))
+    assert "already ended: node 0 exited with code 3" in str(error_of(too_late))
     first.leave()
 
 

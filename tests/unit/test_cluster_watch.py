@@ -52,15 +52,15 @@ def test_a_quiet_node_is_named_once_and_may_come_back() -> None:
     assert watched.reason_to_end() is None
     assert watched.reason_to_end() is None
     assert len(lines) == 1
-    assert "no word from node 1 (host-b, 10.0.0.2) for 20 s" in lines[0]
+    assert "no heartbeat from node 1 (host-b, 10.0.0.2) for 20 s" in lines[0]
     presence.nodes[1] = quiet(0.0)
     assert watched.reason_to_end() is None
-    assert lines[1:] == ["node 1 is there again"]
+    assert lines[1:] == ["node 1 is back"]
 
 
 def test_a_node_that_stays_away_ends_the_others() -> None:
     watched, _ = watching(FakePresence(_1=quiet(0), _2=quiet(101)))
-    assert "no word from node 2 (host-b, 10.0.0.2) for 100 s" in str(watched.reason_to_end())
+    assert "no heartbeat from node 2 (host-b, 10.0.0.2) for 100 s" in str(watched.reason_to_end())
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_a_failed_launcher_ends_the_others_unless_it_is_started_again(
     assert (reason is not None) == ends
     assert bool(lines) == ends
     if ends:
-        assert f"node {number} (host-b, 10.0.0.2) has ended with exit code 1" in str(reason)
+        assert f"node {number} (host-b, 10.0.0.2) exited with code 1" in str(reason)
 
 
 def test_nobody_goes_on_without_node_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "GRACE", 0.0)
     presence = FakePresence()
     watched, _ = watching(presence, restarts=3)
-    presence.lost = "node 0 (10.0.0.1:29400) is lost: it has ended"
+    presence.lost = "node 0 (10.0.0.1:29400) is lost: it has exited"
     watched.reason_to_end()
     time.sleep(0.01)
     assert watched.reason_to_end() == presence.lost
@@ -95,8 +95,8 @@ def test_nobody_goes_on_without_node_0(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_after_a_failure_the_missing_are_named() -> None:
     watched, _ = watching(FakePresence(_0=quiet(0), _1=quiet(5), _2=quiet(0, 9)))
     assert watched.missing(3) == [
-        "no word from node 1 (host-b, 10.0.0.2) for 5 s",
-        "node 2 (host-b, 10.0.0.2) has ended with exit code 9",
+        "no heartbeat from node 1 (host-b, 10.0.0.2) for 5 s",
+        "node 2 (host-b, 10.0.0.2) exited with code 9",
     ]
     assert watched.others_run()
     assert not watching(FakePresence(_1=quiet(99), _2=quiet(0, 0)))[0].others_run()
@@ -286,7 +286,7 @@ def test_mistakes_are_told_in_one_line(
 @pytest.mark.usefixtures("signals")
 def test_a_script_that_is_not_there_is_told(bare: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([f"{bare}x"]) == 2
-    assert f"{bare}x: there is no such file" in capfd.readouterr().err
+    assert f"{bare}x: no such file" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("signals", "bare")

@@ -118,7 +118,7 @@ def test_what_the_batch_leaves_open_follows(given, wanted, world_size, expected)
         ({}, "no batch size"),
         ({"train_batch_size": 16}, "16 sequences cannot be divided among 3 processes"),
         ({"train_batch_size": 0}, "train_batch_size: a whole number of at least 1"),
-        ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3}, "does not fit"),
+        ({"train_batch_size": 12, "train_micro_batch_size_per_gpu": 3}, "not divisible into micro"),
     ],
 )
 def test_batches_that_do_not_multiply_up_are_told(given, message):
@@ -145,7 +145,7 @@ def test_one_json_serves_both_optimizers():
     set_optimizer(config, "adamw", {}, lr=2e-3)
     params = {"lr": 2e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.0}
     assert config["optimizer"] == {"type": "AdamW", "params": params}
-    with pytest.raises(InputError, match="--set max_rank: adamw knows only lr"):
+    with pytest.raises(InputError, match="--set max_rank: adamw accepts only lr"):
         set_optimizer(config, "adamw", {"max_rank": 8}, lr=None)
     with pytest.raises(InputError, match="got 'lamb'"):
         choose_optimizer({"optimizer": {"type": "Lamb"}}, None)

@@ -32,7 +32,7 @@ def test_a_process_that_has_died_since_is_not_counted() -> None:
     store = dist.HashStore()
     with pytest.raises(RuntimeError):  # process 1 asks, and nobody answers it
         agree_on_a_name(store, 1, 2, seconds=0.2)
-    with pytest.raises(RuntimeError, match=r"1 of 2 processes have come within 0\.2 s"):
+    with pytest.raises(RuntimeError, match=r"1 of 2 processes arrived within 0\.2 s"):
         agree_on_a_name(store, 0, 2, seconds=0.2)
     assert len(set(attempt(store, 2))) == 1
 

@@ -82,7 +82,7 @@ def test_nothing_is_saved_unless_something_asks_for_it(tmp_path):
     with pytest.raises(InputError, match=r"--keep 2: .* --save-every"):
         plan(tmp_path, keep=2)
     for given, option in (({"resume": "auto"}, "--resume"), ({"save_every": 5}, "--save-every")):
-        with pytest.raises(InputError, match=f"{option}: .*AdaRankGrad's.* leave {option} out"):
+        with pytest.raises(InputError, match=f"{option}: .*AdaRankGrad's.* omit {option}"):
             plan_checkpoints(tmp_path, "adamw", **(NOTHING | given))
 
 
@@ -115,7 +115,7 @@ def test_a_path_may_lead_back_in_the_same_run_or_to_another_one(tmp_path):
     foreign = write_checkpoint(other, 6)
     assert find_checkpoint(plan(own, resume=str(older))).step == 4
     assert find_checkpoint(plan(tmp_path / "new", resume=str(foreign))).step == 6
-    with pytest.raises(InputError, match=r"--out .*own: .*step-00000008, .*another --out"):
+    with pytest.raises(InputError, match=r"--out .*own: .*step-00000008; .*another --out"):
         find_checkpoint(plan(own, resume=str(foreign)))
     with pytest.raises(InputError, match=r"--resume: .*nowhere: no such folder"):
         find_checkpoint(plan(tmp_path / "new", resume=str(tmp_path / "nowhere")))
@@ -123,7 +123,7 @@ def test_a_path_may_lead_back_in_the_same_run_or_to_another_one(tmp_path):
 
 def test_a_checkpoint_of_another_program_is_refused(tmp_path):
     write_checkpoint(tmp_path, 4, job={"epoch": 1})
-    with pytest.raises(InputError, match=r"step-00000004 was not written by this job"):
+    with pytest.raises(InputError, match=r"step-00000004 was not written by this program"):
         find_checkpoint(plan(tmp_path, resume="auto"))
 
 
@@ -135,16 +135,16 @@ FOUND = Found("run/checkpoints/step-00000004", 4, job())
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"identity__seed": 1}, "--seed 1: .*step-00000004 was trained with 0; give --seed 0"),
-        ({"identity__seq_len": 8}, "--seq-len 8: .*give --seq-len 16"),
-        ({"identity__batch_size": 16}, "--batch-size 16: .*give --batch-size 12"),
+        ({"identity__seed": 1}, "--seed 1: .*step-00000004 was trained with 0; pass --seed 0"),
+        ({"identity__seq_len": 8}, "--seq-len 8: .*pass --seq-len 16"),
+        ({"identity__batch_size": 16}, "--batch-size 16: .*pass --batch-size 12"),
         ({"identity__text": "c" * 64}, "--data, --text-key and --data-bytes: .*aaaa.*now cccc"),
         ({"identity__tokens": "c" * 64}, "--tokenizer: .*bbbb.*now cccc"),
         (
             {"identity__model": {"hidden_size": 16, "layers": 2}},
             r"--model: .*hidden_size=8 \(now 16\)",
         ),
-        ({"schedule__steps": 3}, "--steps 3: .*at step 4 already"),
+        ({"schedule__steps": 3}, "--steps 3: .*already at step 4"),
     ],
 )
 def test_another_job_is_refused_by_the_option_that_makes_it_one(changed, words):
@@ -176,7 +176,7 @@ def test_settings_that_nobody_gives_are_those_of_the_checkpoint():
 
 
 def test_a_setting_that_is_given_and_would_not_count_is_refused():
-    with pytest.raises(InputError, match=r"--set energy=0.5: .*with energy=0.9.*leave it out"):
+    with pytest.raises(InputError, match=r"--set energy=0.5: .*with energy=0.9.*omit it"):
         check_job(FOUND, job(settings__energy=0.5), lr=None, given={"energy": 0.5})
     assert check_job(FOUND, job(), lr=None, given={"energy": 0.9}) == []
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from arg_dist import AdaRankGrad, NoAnswerError
 from arg_dist.checkpoint import CheckpointError, Restored, SaveTimes
-from arg_dist.cli.parsing import InputError, saving
+from arg_dist.cli.parsing import InputError
+from launchers.pretraining import saving
 from launchers.pretraining.processes import limit_waiting, no_answer
 from launchers.pretraining.resuming import CheckpointPlan
 from launchers.pretraining.saving import RunCheckpoints
