@@ -1,4 +1,4 @@
-"""AdaRankGrad for models that are cut over many processes: DeepSpeed ZeRO, FSDP2, DDP."""
+"""AdaRankGrad for models sharded across processes: DeepSpeed ZeRO, FSDP2, DDP."""
 
 from arg_dist import checkpoint
 from arg_dist import engines as _engines  # noqa: F401  registers the adapters

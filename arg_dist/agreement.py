@@ -1,4 +1,4 @@
-"""What all processes must know before a step changes anything: one exchange of a few numbers."""
+"""Agreement of all processes before a step changes anything: one exchange of a few numbers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from arg_dist.subspace.exchange import Exchange, Steps, even_rows
 
 LARGEST_NORM_SQ = 1e36
-"""Squares of larger gradients, and products with them, overflow in fp32."""
+"""Squares and products of larger gradients overflow in fp32."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The same on every process of a group.
+    """The agreed values, equal on every process of a group.
 
     Attributes:
         norm_sq: ``||G||_F^2`` of each matrix and tensor of the plan.
-        kept_sq: ``||P||_F^2`` of each matrix's step before.
-        rounds: rounds of communication that each lane takes in this step.
-        strangers: processes that hold optimizer state which another process saved, or that have
-            taken another number of steps than the first.
+        kept_sq: ``||P||_F^2`` of each matrix in the previous step.
+        rounds: communication rounds of each lane in this step.
+        strangers: processes that hold optimizer state saved by another process, or whose step
+            count differs from the first process's.
         processes: size of the group.
-        refreshing: whether a process said that matrices of the optimizer look for a new basis.
+        refreshing: whether any process reports that a matrix of the optimizer is due for a refresh.
     """
 
     norm_sq: list[float]
@@ -39,33 +39,33 @@ class Agreement:
         """Whether the step can be taken.
 
         Args:
-            names: of the matrices and tensors.
-            skip: whether a step with a gradient that is not finite is left out.
+            names: names of the matrices and tensors.
+            skip: skip a step with a non-finite gradient instead of raising.
 
         Raises:
-            RuntimeError: a process holds state that is not its own.
-            FloatingPointError: a gradient is not finite, and `skip` is not set.
+            RuntimeError: a process holds another process's state.
+            FloatingPointError: a gradient is not finite and `skip` is not set.
         """
         if self.strangers:
             raise RuntimeError(
                 f"load_state_dict: process {', '.join(map(str, self.strangers))} of "
-                f"{self.processes} was given optimizer state that another process saved, another "
-                "number of processes, another model, or another step; the state is sharded: each "
-                "process has to save and load its own"
+                f"{self.processes} loaded optimizer state of another process, another number of "
+                "processes, another model or another step; the state is sharded: each process "
+                "must save and load its own"
             )
         bad = self.nonfinite()
         if bad and not skip:
             more = f" and {len(bad) - 1} of {len(names) - 1} others" if len(bad) > 1 else ""
             raise FloatingPointError(
                 f"the gradient of {names[bad[0]]}{more} is NaN or infinite (or above 1e18); "
-                "weights and state of the parameters in this call are as before it. Lower the "
-                "learning rate or clip the gradient, look for the bad batch, or set "
+                "this call to step() left its parameters and their state unchanged. Lower the "
+                "learning rate, clip gradients, check the batch, or set "
                 'nonfinite="skip"'
             )
         return not bad
 
     def nonfinite(self) -> list[int]:
-        """Positions of the matrices and tensors whose gradient is NaN, infinite or too large."""
+        """Positions of matrices and tensors whose gradient is NaN, infinite or too large."""
         return [i for i, norm_sq in enumerate(self.norm_sq) if not norm_sq < LARGEST_NORM_SQ]
 
 
@@ -81,19 +81,19 @@ def agree(
     me: int,
     refreshing: bool = False,
 ) -> Steps[Agreement]:
-    """Adds up everyone's squared norms, and takes the most rounds that anyone needs for a lane.
+    """Sum squared norms over all processes, and take the maximum number of rounds per lane.
 
     Args:
         norms_sq: position and ``||G||^2`` over this process's part of each gradient, fp64 scalars;
-            every element is held by one process only.
+            each element is held by exactly one process.
         kept_sq: position and ``||P||^2`` over this process's rows, fp64 scalars.
-        rounds: rounds that this process's matrices in each lane need.
+        rounds: rounds that this process's matrices need in each lane.
         own_state: whether this process's optimizer state is its own.
-        steps: steps that this process's optimizer has taken.
+        steps: steps this process's optimizer has taken.
         units: number of matrices and tensors of the plan.
         processes: size of the group.
         me: this process's index.
-        refreshing: whether all processes must know that matrices look for a new basis.
+        refreshing: whether this process has matrices due for a refresh.
     """
     device = norms_sq[0][1].device if norms_sq else torch.device("cpu")
     part = torch.zeros(units, 2, dtype=torch.float64, device=device)

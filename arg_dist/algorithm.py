@@ -1,19 +1,20 @@
-"""AdaRankGrad on one matrix, and Adam on everything else, as computations any driver can run.
+"""AdaRankGrad on one matrix, and Adam on everything else, as driver-independent computations.
 
 arXiv 2410.17881, algorithm 3. The state of a matrix is a plain dictionary of tensors and Python
-numbers, so that it can be saved, cut and read without running code:
+numbers, so it can be saved, sharded and loaded without executing code:
 
 ===================== ============================ =============================================
 basis                 ``basis.store x rank``       Q
 exp_avg, exp_avg_sq   ``moment.keep x rank``       M, V
-rank, step, refreshes int                          steps and refreshes of this matrix so far
-since_refresh, gap    int                          steps since the refresh; steps until the next
+rank, step, refreshes int                          rank; steps and refreshes of this matrix so far
+since_refresh, gap    int                          steps since the refresh; steps between it and
+                                                   the next
 energy                float                        share of ||G||^2 kept at the refresh
 kept_sq               fp64 scalar                  ||P||^2 of the last step, this process's rows
-kept_sq_at_refresh    float                        ||P||^2 of the refresh's step, all rows
-residual_norm         fp64 scalar                  norm of the residual, where it is `scaled`
+kept_sq_at_refresh    float                        ||P||^2 of the refresh step, all rows
+residual_norm         fp64 scalar                  norm of the residual, if `scaled`
 spectrum              list of float                share of ||G||^2 of each direction up to the
-                                                   largest rank, at the refresh; with a budget
+                                                   largest rank, at the refresh; only with a budget
 ===================== ============================ =============================================
 """
 
@@ -47,16 +48,16 @@ from arg_dist.subspace.transport import transport_moments
 State = dict[str, Any]
 
 ALIKE = ("residual_norm",)
-"""Scalar tensors of the state that every process which has a part of the matrix has alike."""
+"""Scalar tensors of the state that are equal on all processes that hold a part of the matrix."""
 
 
 class LowRankUpdate(NamedTuple):
-    """What a step adds to a matrix: ``W <- W - lr scale (N Q^T + phi G)``, phi row by row.
+    """Update of a matrix: ``W <- W - lr scale (N Q^T + phi G)``, with one phi per row.
 
     Attributes:
         direction: ``moment.update x rank``, N; with the residual, N - phi P.
         basis: ``basis.touch x rank``, Q.
-        factors: ``moment.update``, phi; None where the residual is dropped.
+        factors: ``moment.update``, phi; None if the residual is dropped.
     """
 
     direction: Tensor
@@ -65,13 +66,14 @@ class LowRankUpdate(NamedTuple):
 
 
 class NewBasis(NamedTuple):
-    """A refresh's result: the basis, and what the moments need to follow it.
+    """Result of a refresh: the basis, and what transporting the moments requires.
 
     Attributes:
         vectors: ``basis.touch x rank``.
         energies: ``rank``, fp64.
         rotation: ``rank x old rank``, or None at the first refresh.
-        spectrum: share of ``||G||^2`` of each direction up to the largest rank; None if not asked.
+        spectrum: share of ``||G||^2`` of each direction up to the largest rank; None without a
+            budget.
     """
 
     vectors: Tensor
@@ -100,18 +102,18 @@ def low_rank_step(
         gradient: this process's part of G.
         row_sq: ``moment.touch``, fp32, ``||G_i||^2`` over that part.
         state: the matrix's state; empty before its first step.
-        spread: how the matrix lies over the processes.
+        spread: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
         name: the matrix's name, which seeds its sketches.
         norm_sq: ``||G||_F^2`` over all processes; finite.
-        kept_sq: ``||P||_F^2`` of the step before, over all processes.
-        phase: in [0, 1), equal on all processes: keeps the refreshes of different matrices apart,
-            also where the gradients of all decay in one step.
-        turns: steps over which bases that end early are renewed, at most `min_gap`; None for that.
-        allowed: the largest rank that a budget leaves it, should it refresh; None without one.
+        kept_sq: ``||P||_F^2`` of the previous step, over all processes.
+        phase: in [0, 1), equal on all processes: staggers the refreshes of different matrices,
+            even if all gradients decay in one step.
+        turns: steps over which early refreshes are staggered, at most `min_gap`; None: `min_gap`.
+        allowed: largest rank the budget permits at a refresh; None without a budget.
 
     Returns:
-        The update, or None where the gradient has been zero ever since the start.
+        The update, or None if the gradient has been zero since the start.
     """
     me, moment = spread.me, spread.moment
     new = None
@@ -154,7 +156,7 @@ def low_rank_step(
             spread,
             growth=settings.residual_growth,
         )
-    # N Q^T + phi (G - P Q^T) = (N - phi P) Q^T + phi G, and everyone has his part of G
+    # N Q^T + phi (G - P Q^T) = (N - phi P) Q^T + phi G, and each process has its part of G
     direction.addcmul_(factors[:, None], projected, value=-1)
     both = direction, factors
     direction, factors = yield from gather_both(both, moment.keep, moment.update, me)
@@ -164,12 +166,12 @@ def low_rank_step(
 def adam_step(
     gradient: Tensor, state: State, side: Side, settings: AdaRankGradConfig, *, me: int
 ) -> Steps[Tensor]:
-    """One step of Adam on the elements of a tensor, which lie over the processes as `side` says.
+    """One step of Adam on the elements of a tensor, distributed over the processes by `side`.
 
     Args:
         gradient: ``touch``, fp32, this process's elements.
         state: exp_avg and exp_avg_sq, ``keep``, and step; empty before the first step.
-        side: how the elements lie over the processes.
+        side: how the elements are distributed over the processes.
         settings: the settings of the parameter group.
         me: this process's index in the group.
 
@@ -185,15 +187,15 @@ def adam_step(
 
 
 def rounds(power_passes: int, residual: Rule, *, relayed: bool = False) -> tuple[int, int]:
-    """Most requests in a row that a step makes, without a refresh and with one.
+    """Maximum number of sequential requests of a step, without and with a refresh.
 
-    Every process of a group goes through that many rounds, those too that have no part in a matrix
-    that asks; a driver fails loudly should a step ask once more.
+    Every process of the group takes part in that many rounds, including those without a part of
+    the matrix; the driver raises if a step makes more requests.
 
     Args:
-        power_passes: of the randomized SVD.
-        residual: the rule that it follows.
-        relayed: whether a matrix is: see :attr:`arg_dist.subspace.spread.Spread.is_relayed`.
+        power_passes: power passes of the randomized SVD.
+        residual: rule of the residual.
+        relayed: :attr:`arg_dist.subspace.spread.Spread.is_relayed` of the matrix.
     """
     limited = residual == "scaled"
     steady = 3 + limited  # basis, P, the residual's norm, N
@@ -204,12 +206,12 @@ def rounds(power_passes: int, residual: Rule, *, relayed: bool = False) -> tuple
 
 
 def is_due(state: State) -> bool:
-    """Whether the next step looks for a new basis; decided by the step before."""
+    """Whether the next step refreshes; decided by the previous step."""
     return not state or state["since_refresh"] >= state["gap"]
 
 
 def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Tensor:
-    """One step of Adam on the moments in `state`; returns the direction."""
+    """Advance the moments in `state` by one step of Adam; return the direction."""
     state["step"] += 1
     return adam_direction(
         gradient,
@@ -228,7 +230,7 @@ def _watch(
     phase: float,
     turns: int | None,
 ) -> None:
-    """Lets a step soon refresh if the projected gradient of the last one has decayed."""
+    """Schedule an early refresh if the last step's projected gradient has decayed."""
     since = state["since_refresh"]
     if since == 1:
         state["kept_sq_at_refresh"] = kept_sq
@@ -239,7 +241,7 @@ def _watch(
         kept_sq_at_refresh=state["kept_sq_at_refresh"],
         decay=settings.decay,
     ):
-        # min_gap steps: the last one is through before the first may end early again
+        # within min_gap steps, all refresh before the first may refresh early again
         spread = settings.min_gap if turns is None else min(turns, settings.min_gap)
         state["gap"] = gap_after_decay(
             state["gap"], since_refresh=since, spread=spread, phase=phase
@@ -256,7 +258,7 @@ def _refresh(
     norm_sq: float,
     allowed: int | None,
 ) -> Steps[NewBasis]:
-    """Sketch -> ordered directions -> rank -> basis, and its rotation against the old basis."""
+    """Sketch -> ordered directions -> rank -> basis, and its rotation from the old basis."""
     me, basis = spread.me, spread.basis
     smallest, largest = settings.rank_bounds(min(basis.size, spread.moment.size))
     width = min(largest + settings.oversample, basis.size, spread.moment.size)
@@ -271,7 +273,7 @@ def _refresh(
         gradient, omega, spread, power_passes=settings.power_passes
     )
     spectrum = None
-    if allowed is not None:  # what lies beyond it is known, too, so that it may rise again
+    if allowed is not None:  # the spectrum beyond `allowed` lets the rank rise again later
         spectrum = (found.energies[:largest] / norm_sq).tolist()
         largest = min(largest, allowed)
     rank = choose_rank(
@@ -286,7 +288,7 @@ def _refresh(
     vectors = yield from from_home(found.vectors[:, :rank], basis.size, basis.touch, spread)
     rotation = None
     if state:
-        # R = Q_new^T Q_old, each row of the bases counted once
+        # R = Q_new^T Q_old, with each row of the bases counted once
         old = select_rows(state["basis"], spread.store[me], basis.keep[me])
         part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
         whole, shares = spread.whole(rank), spread.shares(rank)
@@ -303,7 +305,7 @@ def _adopt(
     phase: float,
     norm_sq: float,
 ) -> None:
-    """Puts a new basis and the moments that followed it into `state`."""
+    """Store a new basis and the transported moments in `state`."""
     if new.rotation is None:
         state.update(
             step=0,
@@ -336,7 +338,7 @@ def _adopt(
     state.pop("spectrum", None)
     if new.spectrum is not None:
         state["spectrum"] = new.spectrum
-    # a copy: a slice would keep the whole basis, or a whole bucket, alive
+    # copy: a slice would keep the whole basis or bucket alive
     state["basis"] = select_rows(
         new.vectors, spread.basis.touch[spread.me], spread.store[spread.me]
     ).clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""The part of the optimizer that knows which parameters it has, and how they lie."""
+"""The part of the optimizer that maps its parameters to a layout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from arg_dist.state_budget import Call
 class Binding(SelfReport):
     """The part of :class:`arg_dist.AdaRankGrad` that binds parameters to a layout.
 
-    An engine may show :meth:`step` one parameter group at a time, the others being gone from
-    `param_groups` meanwhile; `_every_group` remembers all of them.
+    An engine may call :meth:`step` with one parameter group at a time and remove the others from
+    `param_groups` meanwhile; `_every_group` keeps all of them.
     """
 
     param_groups: list[dict[str, Any]]
@@ -33,20 +33,20 @@ class Binding(SelfReport):
     _patterns_applied: bool
 
     def parameter_names(self) -> dict[int, str]:
-        """Name of each parameter the optimizer was built with, by ``id``."""
+        """Names of the parameters the optimizer was built with, by ``id``."""
         return {id(p): name for name, ref in self._parameters.items() if (p := ref()) is not None}
 
     def adopt_names(self, names: Mapping[str, str], full_rank: Iterable[str]) -> None:
-        """Renames parameters and keeps some of them full-rank; before the first step only.
+        """Rename parameters and keep some of them full-rank; only before the first step.
 
-        For engines that build the optimizer from bare parameters and know the model.
+        For engines that build the optimizer from bare parameters and have the model.
 
         Args:
             names: new name for each old one.
-            full_rank: new names of those left to full-rank Adam.
+            full_rank: new names of the parameters trained by full-rank Adam.
         """
         if self._plans:
-            raise RuntimeError("names can be given before the first step only")
+            raise RuntimeError("parameters can be renamed only before the first step")
         self._parameters = {names.get(old, old): ref for old, ref in self._parameters.items()}
         for group in self.param_groups:
             group["param_names"] = [names.get(old, old) for old in group["param_names"]]
@@ -54,21 +54,21 @@ class Binding(SelfReport):
         self._patterns_applied = True
 
     def bind(self, *, anew: bool = False) -> list[Plan]:
-        """The plans for all tensors, as the engine is going to hand them to :meth:`step`.
+        """Plans for all tensors, as the engine will pass them to :meth:`step`.
 
-        Every process must call it. The engine must have taken the parameters over.
+        Collective: every process must call it, after the engine has taken over the parameters.
 
         Args:
-            anew: settings have changed, and the plans made so far may not hold any more.
+            anew: discard existing plans, because settings have changed.
         """
         if anew:
             self._plans.clear()
         return [plan for call in self.calls_of_a_step() for plan in call.plans]
 
     def calls_of_a_step(self) -> list[Call]:
-        """The calls of :meth:`step` that have any tensors, as the engine is going to make them.
+        """The calls to :meth:`step` that the engine will make, without those that have no tensors.
 
-        Every process must call it. The engine must have taken the parameters over.
+        Collective: every process must call it, after the engine has taken over the parameters.
         """
         if len(self.param_groups) >= len(self._every_group):
             self._every_group = self.param_groups
@@ -81,7 +81,7 @@ class Binding(SelfReport):
         return calls
 
     def _bound_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
-        """The plans for the tensors that the groups hold now; made when first seen."""
+        """Plans for the tensors that the groups hold now, created on first use."""
         key = tuple((id(p), p.requires_grad) for group in groups for p in group["params"])
         if key not in self._plans:
             self._plans[key] = self._make_plans(groups)
@@ -90,8 +90,8 @@ class Binding(SelfReport):
     def _make_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
         if not self._patterns_applied:
             raise ConfigError(
-                "targets, exclude: the optimizer was built from bare parameters and cannot tell "
-                "modules; build its groups with arg_dist.param_groups(model, targets=..., ...)"
+                "targets, exclude: the optimizer was built from bare parameters, which have no "
+                "module names; build its groups with arg_dist.param_groups(model, targets=..., ...)"
             )
         specs = [
             group_spec(self._seen(group), settings_of(group), self._full_rank_names)
@@ -101,7 +101,7 @@ class Binding(SelfReport):
         return make_plans(specs, self._communicators, time_limit, bucket_size)
 
     def _seen(self, group: dict[str, Any]) -> ParameterGroup:
-        """A group as the engines' adapters see it."""
+        """A group in the form that the engine adapters take."""
         parameters = [self._parameters[name]() for name in group["param_names"]]
         process_group = training_group(self.process_group)
         return ParameterGroup(

@@ -1,4 +1,4 @@
-"""Whose the optimizer's state is, when it leaves for a file and when it comes back."""
+"""Ownership of the optimizer's state when it is saved and loaded: which process each part is of."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from arg_dist.state import fits
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a state dictionary held for this process.
+    """Contents of a state dictionary for this process.
 
     Attributes:
-        calls: steps that were taken before it was saved.
-        states: the states of the matrices and tensors in each target, by their names.
+        calls: steps taken before it was saved.
+        states: states of the matrices and tensors in each target, by name.
     """
 
     calls: int
@@ -29,11 +29,11 @@ class Loaded:
 
 
 class Custody:
-    """Whose the optimizer's state is, on its way out and back in.
+    """Tracks which process the optimizer's state belongs to while saving and loading.
 
     Attributes:
-        whole: state put together for saving, by target and name, and whose it is; until the next
-            step.
+        whole: consolidated state for saving, by target and name, and its place; valid until the
+            next step.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Custody:
     # -- out -------------------------------------------------------------------------------------
 
     def keep_whole(self, plan: Plan, shard: Shard, state: State | None, to: int) -> None:
-        """Remembers what :func:`whole_state` gave for a shard of `plan`."""
+        """Keep the result of :func:`whole_state` for a shard of `plan`."""
         assert self.whole is not None
         by_target = self.whole[1]
         if state is not None:
@@ -54,15 +54,15 @@ class Custody:
     def prepare_saving(
         self, saved: dict[str, Any], targets: Sequence[Tensor], plans: Sequence[Plan]
     ) -> None:
-        """Writes down whose the state in `saved` is, in the form in which the engine saves.
+        """Record in `saved` which process it belongs to, in the form the engine's format requires.
 
         Args:
             saved: the optimizer's state dictionary.
             targets: the tensors of its groups, in the order of their indexes in it.
-            plans: the optimizer's.
+            plans: the optimizer's plans.
 
         Raises:
-            RuntimeError: the state has not been put together.
+            RuntimeError: the state has not been consolidated.
         """
         for plan in plans:
             place = (plan.communicator.me, plan.communicator.size)
@@ -89,10 +89,10 @@ class Custody:
     def load(
         self, saved: Mapping[str, Any], targets: Mapping[Any, Tensor], plans: Sequence[Plan]
     ) -> Loaded:
-        """The states in a state dictionary, for the target of each of its indexes.
+        """Extract the states of a state dictionary, for the target of each index.
 
         Raises:
-            ConfigError: it has those of other processes only.
+            ConfigError: it contains only states of other processes.
         """
         self.whole, self._place, calls = None, saved.get("process"), saved.get("calls", 0)
         places = [(plan.communicator.me, plan.communicator.size) for plan in plans]
@@ -102,7 +102,7 @@ class Custody:
             units = saved["state"].get(index)
             if units and is_packed(units):
                 self._place, calls, units = unpack(units, here)
-            if units is not None:  # beside units, an engine may have put what its tools ask for
+            if units is not None:  # engines may add entries for their own tools
                 states[target] = {k: v for k, v in units.items() if isinstance(v, dict)}
         self._place = None if self._place is None else (self._place[0], self._place[1])
         whole = states if self._place == WHOLE else {}
@@ -110,7 +110,7 @@ class Custody:
         return Loaded(calls, states)
 
     def cut_loaded(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> None:
-        """Where state was loaded whole and is shared out, leaves each shard's own part of it."""
+        """Reduce state that was loaded whole to this process's part, if the state is sharded."""
         if not (self._uncut and plan.replicated):
             return
         for shard in plan.shards:
@@ -121,7 +121,7 @@ class Custody:
                 units[shard.name] = cut_state(shard, units[shard.name])
 
     def is_own(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> bool:
-        """Whether the state, which may have been loaded, is this process's and of these shapes."""
+        """Whether the state, possibly loaded, belongs to this process and matches the shapes."""
         here = (plan.communicator.me, plan.communicator.size)
         was_cut = plan.replicated and self._place == WHOLE
         if self._place not in (None, here) and not was_cut:
@@ -132,7 +132,7 @@ class Custody:
 
 
 _NOT_CONSOLIDATED = (
-    "state_dict: the optimizer's state is shared out over the processes, and this one has a part "
-    "of it; call optimizer.consolidate_state_dict() on every process first, then save on process 0 "
-    "and load on all"
+    "state_dict: the optimizer's state is sharded over the processes, and this process holds only "
+    "a part; call optimizer.consolidate_state_dict() on every process, then save on process 0 and "
+    "load on all"
 )

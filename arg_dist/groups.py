@@ -1,4 +1,4 @@
-"""Which parameters of a model are low-rank matrices, and which are left to full-rank Adam."""
+"""Selects the parameters trained as low-rank matrices; the others use full-rank Adam."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from arg_dist.config import ConfigError
 Kind = Literal["matrix", "convolution", "rest"]
 
 HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls", "pooler")
-"""Names under which output heads go in common models; kept full-rank unless a target names them."""
+"""Common names of output heads; kept full-rank unless a target matches them."""
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-"""Parts of names that stand for a module which wraps another."""
+"""Name components that wrapper modules add."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One place in a model where a parameter is used.
+    """One use of a parameter in a model.
 
     Attributes:
         module_name: dotted name of the module.
@@ -45,17 +45,17 @@ def classify(
     exclude: Sequence[str] | None = None,
     convolutions: bool = False,
 ) -> dict[str, Kind]:
-    """What becomes of each trainable parameter; a tied one appears once, under its first name.
+    """Kind of each trainable parameter; a tied parameter appears once, under its first name.
 
-    A pattern is a glob on dotted module names. It may leave out leading parts, and means what lies
-    inside the module too: ``mlp`` and ``layers.*.mlp`` both match ``model.layers.3.mlp.up_proj``.
+    A pattern is a glob on dotted module names. Leading components may be omitted, and submodules
+    match too: ``mlp`` and ``layers.*.mlp`` both match ``model.layers.3.mlp.up_proj``.
 
     Args:
         model: the model.
         targets: modules whose matrices are low-rank; default: all linear layers (``nn.Linear`` and
-            Hugging Face's ``Conv1D``) but output heads.
-        exclude: modules kept full-rank, whatever `targets` says; embeddings always are.
-        convolutions: whether convolution kernels, flattened, are low-rank too.
+            Hugging Face's ``Conv1D``) except output heads.
+        exclude: modules kept full-rank, overriding `targets`; embeddings always are.
+        convolutions: treat flattened convolution kernels as low-rank too.
 
     Raises:
         ConfigError: a pattern matches no module.
@@ -84,19 +84,19 @@ def param_groups(
     decay_vectors: bool = True,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`arg_dist.AdaRankGrad`, with names.
+    """Build named parameter groups for :class:`arg_dist.AdaRankGrad`.
 
     Args:
         model: the model.
         targets: as for :func:`classify`.
         exclude: as for :func:`classify`.
         convolutions: as for :func:`classify`.
-        decay_vectors: whether ``weight_decay`` is for norms and biases (one dimension) too.
-        **settings: go into every group.
+        decay_vectors: apply ``weight_decay`` to norms and biases (one dimension) too.
+        **settings: settings added to every group.
 
     Returns:
-        Up to four groups: matrices, convolution kernels, and the rest with ``low_rank=False``, of
-        which vectors that are not decayed are a group of their own.
+        Up to four groups: matrices, convolution kernels, the rest with ``low_rank=False``, and,
+        split off from the rest, vectors without weight decay.
 
     Raises:
         ConfigError: a pattern matches no module, or no parameter is trainable.
@@ -125,20 +125,21 @@ def param_groups(
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's own names: parts that wrappers (``torch.compile``, DDP) put into them are gone.
+    """Parameters under the model's own names, without the parts that wrappers add.
 
-    Names seed the sketches and are looked up in checkpoints, so no wrapper may change them.
+    Names seed the sketches and are keys of checkpoints, so wrappers (``torch.compile``, DDP) must
+    not change them.
     """
     return ((own_name(name), parameter) for name, parameter in unwrapped(model).named_parameters())
 
 
 def own_name(name: str) -> str:
-    """A dotted name without the parts of wrapping modules."""
+    """A dotted name without the components that wrapper modules add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, DDP or an engine, one around the other in any order."""
+    """The model inside ``torch.compile``, DDP or an engine, nested in any order."""
     compiled = getattr(model, "_orig_mod", None)
     if isinstance(compiled, nn.Module):
         return unwrapped(compiled)
@@ -151,12 +152,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """A parameter's shape; one that was cut up when it was made remembers it as ``ds_shape``."""
+    """A parameter's full shape; one sharded at creation records it as ``ds_shape``."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _places(model: nn.Module) -> list[list[Place]]:
-    """The places of each trainable parameter, by parameter, in order of first use."""
+    """All uses of each trainable parameter, in order of first use."""
     places: dict[int, list[Place]] = {}
     for module_name, module in unwrapped(model).named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
@@ -218,5 +219,5 @@ def _check_patterns(key: str, patterns: Sequence[str], module_names: list[str]) 
             close = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], ends, n=3)
             known = ", ".join(close or ends[:8])
             raise ConfigError(
-                f"{key}: the pattern {pattern!r} matches no module; there are {known}"
+                f"{key}: the pattern {pattern!r} matches no module; this model has {known}"
             )

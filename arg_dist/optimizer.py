@@ -1,4 +1,4 @@
-"""The optimizer that users build: a short ``step()`` over fragments, whoever cut them."""
+"""The user-facing optimizer: a short ``step()`` over fragments, independent of the engine."""
 
 from __future__ import annotations
 
@@ -31,49 +31,48 @@ from arg_dist.subspace.exchange import Steps
 from arg_dist.subspace.precision import matmul_precision
 
 RENEWED_TOGETHER = 2
-"""Of the parameters, at least so many may have a basis that ends early renewed in one step."""
+"""At least this many parameters may refresh early in one step; further ones are staggered."""
 
 
 class AdaRankGrad(Binding, torch.optim.Optimizer):
     """Adam in an adaptive low-rank subspace of each gradient (arXiv 2410.17881), sharded.
 
-    Each matrix ``G`` has a basis ``Q`` on its shorter side. One call of :meth:`step` does, for all
-    matrices it is given together:
+    Each matrix ``G`` has a basis ``Q`` on its shorter side. One call to :meth:`step` processes all
+    its matrices together:
 
     ===================== ==================================== ====================================
-    phase                 computes                             sends, in one collective a round
+    phase                 computes                             sends, in one collective per round
     ===================== ==================================== ====================================
-    agree                 ``||G||^2``; is every gradient       two numbers a matrix
+    agree                 ``||G||^2``; is every gradient       two numbers per matrix
                           finite; is a refresh due
-    refresh (when due)    sketch, power passes, energies,      sketches to one home process each,
-                          rank, new basis; the moments         bases back; ``l x l`` and ``r x r``
-                          follow it                            products
-    project               ``P = G Q``                          bases where they are sharded; partial
-                                                               rows of ``P``
+    refresh (when due)    sketch, power passes, energies,      each sketch to its home process,
+                          rank, basis; transport of the        bases back; ``l x l`` and ``r x r``
+                          moments                              products
+    project               ``P = G Q``                          sharded bases; partial rows of ``P``
     Adam                  ``M, V, N`` on ``P``                 nothing
-    update                ``W -= lr scale (N Q^T + phi S)``    rows of ``N`` and ``phi`` that others
-                                                               update
+    update                ``W -= lr scale (N Q^T + phi S)``    rows of ``N`` and ``phi`` that other
+                                                               processes update
     ===================== ==================================== ====================================
 
-    ``S = G - P Q^T`` is what the basis does not span, ``phi`` how far each of its rows is followed
-    (:mod:`arg_dist.subspace.residual`). The number of collectives does not depend on the number of
-    matrices in a lane (half a `bucket_size` of weights); while the messages of one lane are under
-    way, another one computes, and what a single process holds whole, which sends nothing but the
-    first line. Under an engine that cuts parameters, the optimizer finds its
-    fragments at the first step; it may be built before or after the engine takes the model over,
-    but before the engine replaces its parameters.
+    ``S = G - P Q^T`` is the part of the gradient outside the basis; ``phi`` scales each of its rows
+    (:mod:`arg_dist.subspace.residual`). Matrices are batched into lanes of half a `bucket_size` of
+    weights; the number of collectives does not depend on the number of matrices in a lane. While
+    one lane's messages are in flight, another lane and the matrices that one process holds whole
+    (these communicate only in the agree phase) compute. Under a sharding engine, the optimizer
+    locates its fragments at the first step; build it before or after the engine takes over the
+    model, but before the engine replaces the parameters.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or groups; best from
-            :func:`arg_dist.param_groups`, which tells embeddings and head from the rest. Without
-            names, every tensor of two and more dimensions is a matrix.
+        params: parameters, ``(name, parameter)`` pairs, or groups; preferably from
+            :func:`arg_dist.param_groups`, which separates embeddings and head from the rest.
+            Without names, every tensor of two or more dimensions is a matrix.
         lr: learning rate.
         betas: decay of the first and the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        process_group: where no engine cuts the parameters, the processes that train this model
-            together, with the same weights and averaged gradients: they share work and state out.
-            "world" means all of the job; None that this process trains a model of its own.
+        process_group: without a sharding engine, the processes that train this model together,
+            with equal weights and averaged gradients; work and state are sharded over them.
+            "world": all processes of the job; None: this process trains a model of its own.
         **settings: the other fields of :class:`arg_dist.AdaRankGradConfig`.
 
     Raises:
@@ -112,23 +111,29 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     # -- parameters and their names --------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; its settings go through the same model as the optimizer's own.
+        """Add a parameter group; its settings are validated like the optimizer's own.
 
         Raises:
             ConfigError: a setting of the group is unknown or invalid, or a name occurs twice.
+            TypeError: the parameters are a set.
         """
         position = len(self.param_groups)
         group = dict(param_group)
         self.is_classified |= "low_rank" in group
         params = group["params"]
         if isinstance(params, set):
-            raise TypeError(f"parameter group {position}: a set has no order; give a list")
+            raise TypeError(
+                f"parameter group {position}: got a set, which is unordered; use a list"
+            )
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         own = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
         where = f"parameter group {position}"
         of_all = {"preset", "targets", "exclude", "time_limit", "state_budget", "bucket_size"}
         for key in own.keys() & of_all:
-            raise ConfigError(f"{where}.{key}: this is a setting of the optimizer as a whole")
+            raise ConfigError(
+                f"{where}.{key}: applies to the optimizer as a whole; pass it to the optimizer, "
+                "not in a group"
+            )
         config = parse_config({**{k: self.defaults[k] for k in SETTINGS}, **own}, where)
         group.update(config)
         first = group["params"][0] if group["params"] else None
@@ -147,15 +152,15 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on every tensor that the groups hold now.
+        """Take one step on every tensor that the groups hold now.
 
         Raises:
-            NoAnswerError: another process did not come to a collective within `time_limit`
-                seconds, or is gone.
+            NoAnswerError: another process did not join a collective within `time_limit` seconds,
+                or has terminated.
             ConfigError: `state_budget` is too small for the smallest ranks; on every process.
             FloatingPointError: a gradient is NaN or infinite and ``nonfinite="error"``; raised on
-                every process of the group, with weights and state as they were (those of this
-                call: an engine may call once for each parameter group).
+                every process of the group. Weights and state of this call are unchanged (an engine
+                may call once per parameter group).
         """
         loss = None
         if closure is not None:
@@ -173,13 +178,13 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
             gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
             agreement = self._agree(plan, gradients, settings, any_due)
             prepared.append((plan, gradients, agreement))
-        # nothing changes before every gradient of this call is known to be usable
+        # change nothing until every gradient of this call is known to be usable
         skip = all(each.nonfinite == "skip" for each in settings)
         usable = all([agreed.is_usable(plan.names, skip=skip) for plan, _, agreed in prepared])
         if any(agreed.refreshing for _, _, agreed in prepared):
             self._budget.share_out(calls, self.state_of, self.state)
         if usable:
-            with matmul_precision("highest"):  # the job's own is for its model
+            with matmul_precision("highest"):  # the job's own setting is for its model
                 for plan, gradients, agreed in prepared:
                     self._update(plan, gradients, agreed, settings)
         else:
@@ -188,7 +193,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         return loss
 
     def _calls_that_share_a_budget(self, plans: list[Plan]) -> list[Call]:
-        """All calls of the step that begins with these plans; none without a budget, or later."""
+        """All calls of the step if `plans` are its first call's; empty otherwise or unbudgeted."""
         if self._budget.limit is None:
             return []
         calls = self.calls_of_a_step()
@@ -199,7 +204,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
 
     @property
     def _turns(self) -> int:
-        """Steps over which bases are renewed that end early together; a few need no turns."""
+        """Steps over which simultaneous early refreshes are staggered; 1 for few parameters."""
         return max(1, len(self._parameters) // RENEWED_TOGETHER)
 
     def _agree(
@@ -209,7 +214,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         settings: list[AdaRankGradConfig],
         any_due: bool,
     ) -> Agreement:
-        """``||G||^2``, finiteness and rounds of all matrices, equal on all processes."""
+        """Agree on ``||G||^2``, finiteness and rounds of all matrices across the processes."""
         kept, needed = [], []
         for shards in plan.shards_by_lane:
             needed.append(max((self._rounds_of(shard, settings) for shard in shards), default=0))
@@ -235,7 +240,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         agreed: Agreement,
         settings: list[AdaRankGradConfig],
     ) -> None:
-        """Runs the algorithm on every shard."""
+        """Run the algorithm on every shard."""
         lanes = [
             partial(self._lane, shards, gradients, agreed, settings)
             for shards in plan.shards_by_lane
@@ -243,7 +248,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         run_lanes(lanes, plan.communicator, agreed.rounds)
 
     def _rounds_of(self, shard: Shard, settings: list[AdaRankGradConfig]) -> int:
-        """Rounds of communication that a shard's step may take."""
+        """Communication rounds that a shard's step may take."""
         if not shard.is_shared or not isinstance(shard, MatrixShard):
             return int(shard.is_shared)
         chosen, relayed = settings[shard.group], shard.spread.is_relayed
@@ -257,7 +262,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         agreed: Agreement,
         settings: list[AdaRankGradConfig],
     ) -> Lane[Any]:
-        """The steps of those of a lane's shards that ever had a gradient."""
+        """The steps of a lane's shards, without those that never had a gradient."""
 
         def steps(shard: Shard) -> Steps[Any]:
             state, chosen = self.state_of(shard), settings[shard.group]
@@ -273,15 +278,15 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     # -- saving ------------------------------------------------------------------------------------
 
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Puts sharded state together on one process, for a checkpoint that it alone writes.
+        """Gather sharded state on one process, for a checkpoint that only this process writes.
 
-        For engines that leave the parameters whole; every process must call it. Up to the next
-        step, :meth:`state_dict` is then that of one process with the whole state, which any number
-        of processes can load. Under other engines there is nothing to do.
+        For replicated parameters; a no-op under engines that shard them. Collective: every process
+        must call it. Until the next step, :meth:`state_dict` on process `to` returns the whole
+        state, which any number of processes can load.
 
         Args:
-            to: the process that writes, by its index in the group; it needs memory on the CPU for
-                the whole state, and on its device for one matrix at a time.
+            to: index in the group of the process that writes; it needs CPU memory for the whole
+                state, and device memory for one matrix at a time.
         """
         self._custody.whole = (WHOLE, {})
         for plan in self.every_plan():
@@ -292,11 +297,11 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
                 self._custody.keep_whole(plan, shard, state, to)
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's state, and whose it is.
+        """Return this process's state, marked with the process it belongs to.
 
         Raises:
-            RuntimeError: the state is shared out over processes that all have the whole model, of
-                which usually one saves, and it has not been put together.
+            RuntimeError: the model is replicated and the state sharded, but
+                :meth:`consolidate_state_dict` has not been called since the last step.
         """
         saved = super().state_dict()
         saved["process"], saved["calls"] = None, self.calls
@@ -304,17 +309,17 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave; unlike torch, every tensor keeps its dtype.
+        """Load a :meth:`state_dict`; unlike in torch, every tensor keeps its dtype.
 
-        State is sharded: should a process have been given the state of another, its next step ends
-        in a RuntimeError.
+        State is sharded: if a process loads another process's state, the next step raises a
+        RuntimeError.
         """
         check_names(self.param_groups, state_dict["param_groups"])
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
         self._every_group = self.param_groups
         for group, old in zip(self.param_groups, before, strict=True):
-            for key in SETTINGS:  # one that is newer than the state keeps its value
+            for key in SETTINGS:  # settings newer than the saved state keep their values
                 group.setdefault(key, old[key])
         indexes = members(state_dict["param_groups"])
         targets = dict(zip(indexes, members(self.param_groups), strict=False))
@@ -326,11 +331,12 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     def replace_state(
         self, states: Mapping[Tensor, dict[str, State]], calls: int, skipped_steps: int
     ) -> None:
-        """Puts other state, this process's part of it, in the place of what there is.
+        """Replace this process's state.
 
         Args:
-            states: for each tensor that :meth:`bind` found, the states of what lies in it by name.
-            calls: calls of :meth:`step` that led to it; equal on all processes.
+            states: for each tensor that :meth:`bind` found, the states of its matrices and tensors
+                by name.
+            calls: calls to :meth:`step` so far; equal on all processes.
             skipped_steps: how many of them skipped the step.
         """
         self._custody = Custody()

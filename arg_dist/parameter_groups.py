@@ -1,4 +1,4 @@
-"""From a parameter group, as torch keeps it, to what is asked of the layout."""
+"""Converts torch parameter groups to settings and layout specifications."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTINGS = tuple(AdaRankGradConfig.model_fields)
 
 
 def settings_of(group: Mapping[str, Any]) -> AdaRankGradConfig:
-    """A group's settings as they are now: schedulers change the learning rate between steps."""
+    """A group's current settings: schedulers change the learning rate between steps."""
     values = {key: group[key] for key in SETTINGS}
     return AdaRankGradConfig.model_construct(**{**values, "lr": float(values["lr"])})
 
@@ -24,12 +24,12 @@ def settings_of(group: Mapping[str, Any]) -> AdaRankGradConfig:
 def group_spec(
     group: ParameterGroup, settings: AdaRankGradConfig, full_rank: frozenset[str]
 ) -> GroupSpec:
-    """What the optimizer wants of one group: its fragments, and which of them are matrices.
+    """Specify one group for the layout: its fragments, and which of them contain matrices.
 
     Args:
         group: the group's tensors and names.
-        settings: its settings.
-        full_rank: names of parameters that are left to Adam whatever their shape.
+        settings: the group's settings.
+        full_rank: names of parameters trained by full-rank Adam whatever their shape.
     """
 
     def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
@@ -47,29 +47,29 @@ def group_spec(
 def trained_views(
     name: str, shape: tuple[int, ...], settings: AdaRankGradConfig
 ) -> list[MatrixView]:
-    """The matrices in a parameter that are low-rank by its group's settings; none for Adam's."""
+    """The matrices of a parameter that are trained low-rank; empty if full-rank Adam trains it."""
     found = matrix_views(name, shape, settings.view) if settings.low_rank else []
-    # where all directions would be kept, plain Adam keeps less
+    # if all directions may be kept, plain Adam needs less memory
     saves = found and settings.rank_bounds(found[0].short)[1] < found[0].short
     return found if saves else []
 
 
 def members(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
-    """What the groups hold, one after the other: tensors, or their indexes in a saved state."""
+    """All members of the groups, in order: tensors, or their indexes in a saved state."""
     return [member for group in groups for member in group["params"]]
 
 
 def check_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Checks that saved groups name the parameters that the optimizer has.
+    """Check that saved groups have the optimizer's parameter names.
 
     Raises:
-        ConfigError: naming the first difference.
+        ConfigError: the names differ; the message has the first difference.
     """
     ours = [name for group in current for name in group["param_names"]]
     theirs = [name for group in saved for name in group.get("param_names", ())]
     for mine, other in zip_longest(ours, theirs):
         if mine != other:
             raise ConfigError(
-                f"load_state_dict: the state is for a parameter {other!r} where the optimizer has "
-                f"{mine!r}; build the optimizer with the names that it was saved with"
+                f"load_state_dict: the saved state has parameter {other!r} where the optimizer has "
+                f"{mine!r}; build the optimizer with the parameter names used at saving"
             )

@@ -1,9 +1,9 @@
-"""State on its way to a file and back: whole, as one process would hold it, or packed as it lies.
+"""Forms in which state is saved and loaded: whole, as on a single process, or packed per process.
 
-State is sharded, and engines save in two ways that would lose most of it without a word. Some write
-what the first process has: for these the state is put together there first, in the form in which
-one process alone would hold it, and everyone cuts his rows out of it again. Others merge what all
-processes give them, by key: for these each process packs its state under a key of its own.
+State is sharded, and engines save in two ways that would silently lose most of it. Some write the
+first process's state: there, the whole state is gathered on that process first, and each process
+takes its rows from it when loading. Others merge the state of all processes by key: there, each
+process packs its state under its own key.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.exchange import Exchange, Interval, Rows, Steps, select_rows
 
 Place = tuple[int, int]
-"""Whose state it is: index of the process in its group, and the group's size."""
+"""Owner of a state: index of the process in its group, and the group's size."""
 
 WHOLE: Place = (0, 1)
 ELSEWHERE: Place = (-1, 1)
-"""The state was put together on another process."""
+"""The state was gathered on another process."""
 
 
 def whole_state(shard: Shard, state: State, *, to: int) -> Steps[State | None]:
-    """The state of a shard that several processes keep in parts, put together on process `to`.
+    """Gather the state of a shard from all processes on process `to`.
 
     Args:
         shard: this process's part.
         state: its state; empty before the first gradient.
-        to: index of the process that gets everything.
+        to: index of the process that receives the whole state.
 
     Returns:
-        The state as one process alone would hold it, on the CPU; None on the others.
+        On `to`, the state as a single process would hold it, on the CPU; None on the others.
     """
     if not state:
         return {} if shard.me == to else None
@@ -61,9 +61,9 @@ def whole_state(shard: Shard, state: State, *, to: int) -> Steps[State | None]:
 
 
 def cut_state(shard: Shard, whole: State) -> State:
-    """This process's part of what :func:`whole_state` put together.
+    """This process's part of a state from :func:`whole_state`.
 
-    State of another shape stays as it is; :func:`arg_dist.state.fits` finds it out.
+    State of another shape is returned unchanged; :func:`arg_dist.state.fits` detects it.
     """
     sizes = {key: max(stop for _, stop in rows) for key, rows in kept_rows(shard).items()}
     if any(key not in whole or whole[key].shape[0] != size for key, size in sizes.items()):
@@ -78,7 +78,7 @@ def cut_state(shard: Shard, whole: State) -> State:
 
 
 def kept_rows(shard: Shard) -> dict[str, Rows]:
-    """Which rows of each tensor of the state every process speaks for; each row once."""
+    """The rows of each state tensor that each process contributes; disjoint over the processes."""
     if isinstance(shard, MatrixShard):
         moment, basis = shard.spread.moment.keep, shard.spread.basis.keep
         return {"exp_avg": moment, "exp_avg_sq": moment, "basis": basis}
@@ -87,14 +87,14 @@ def kept_rows(shard: Shard) -> dict[str, Rows]:
 
 
 def stored_rows(shard: Shard, key: str) -> Interval:
-    """Which rows of a tensor of the state this process holds."""
+    """The rows of a state tensor that this process holds."""
     if isinstance(shard, MatrixShard) and key == "basis":
         return shard.spread.store[shard.me]
     return kept_rows(shard)[key][shard.me]
 
 
 def kept_part(value: Tensor, shard: Shard, key: str) -> Tensor:
-    """The rows of a tensor of the state that this process speaks for, out of those it holds."""
+    """The rows of a state tensor that this process contributes, out of those it holds."""
     return select_rows(value, stored_rows(shard, key), kept_rows(shard)[key][shard.me])
 
 
@@ -106,10 +106,11 @@ def _only(to: int, have: Rows) -> Rows:
 def pack(
     units: Mapping[str, State], place: Place, calls: int, device: torch.device
 ) -> dict[str, Any]:
-    """One parameter's state under a key that no other process uses.
+    """Pack one parameter's state under a key unique to this process.
 
-    As bytes, because the ranks decide its size and readers would ask for the size beforehand. The
-    number beside them is the form's; some readers want at least one tensor, on the `device`.
+    The state is bytes, because its size depends on the ranks and readers of tensors need sizes in
+    advance. ``form`` is the version of the format; some readers require at least one tensor, on
+    `device`.
     """
     buffer = io.BytesIO()
     torch.save({"process": place, "calls": calls, "units": dict(units)}, buffer)
@@ -117,27 +118,27 @@ def pack(
 
 
 def is_packed(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of a state dictionary comes from :func:`pack`."""
+    """Whether an entry of a state dictionary was written by :func:`pack`."""
     return any(isinstance(value, bytes) for value in entry.values())
 
 
 def unpack(entry: Mapping[str, Any], place: Place | None) -> tuple[Place, int, dict[str, State]]:
-    """What was given to :func:`pack`: place, calls, units. Loading runs no code.
+    """Unpack place, calls and units packed by :func:`pack`, without executing code.
 
     Args:
-        entry: what one process packed, or all of them did.
-        place: which of them to unpack; None for the only one.
+        entry: what one process packed, or the merged packs of all processes.
+        place: the process whose state to unpack; None for the only one.
 
     Raises:
-        ConfigError: it is not among them.
+        ConfigError: the entry has no state of `place`.
     """
     packed = {key: value for key, value in entry.items() if isinstance(value, bytes)}
     key = _key(place) if place is not None and len(packed) > 1 else next(iter(packed))
     if key not in packed:
         raise ConfigError(
-            f"load_state_dict: no state of {key} was saved, but of {', '.join(packed)}; start as "
-            "many processes as there were then, or save with arg_dist.checkpoint, from which any "
-            "number of processes can go on"
+            f"load_state_dict: no state of {key} was saved, but of {', '.join(packed)}; start the "
+            "same number of processes, or save with arg_dist.checkpoint, from which any number of "
+            "processes can resume"
         )
     unpacked = torch.load(io.BytesIO(packed[key]), map_location="cpu", weights_only=True)
     return unpacked["process"], unpacked["calls"], unpacked["units"]

@@ -1,4 +1,4 @@
-"""What an optimizer tells of itself: what it keeps, and what it has sent."""
+"""The optimizer's statistics: its state, and its communication."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from arg_dist.state import matrix_stats, storage_bytes
 
 
 class SelfReport:
-    """The part of :class:`arg_dist.AdaRankGrad` that answers users' questions."""
+    """The part of :class:`arg_dist.AdaRankGrad` that reports statistics to the user."""
 
     state: Any
     _plans: dict[tuple[tuple[int, bool], ...], list[Plan]]
     _communicators: dict[Any, Communicator]
 
     def every_plan(self) -> Iterator[Plan]:
-        """All plans made so far."""
+        """All plans created so far."""
         return chain.from_iterable(self._plans.values())
 
     def state_of(self, shard: Shard) -> State:
@@ -30,12 +30,12 @@ class SelfReport:
         return state
 
     def stats(self) -> list[dict[str, Any]]:
-        """One entry for each matrix of which this process keeps something.
+        """One entry for each matrix of which this process holds state.
 
         Keys: name, shape, side, rank, energy (share of the gradient kept at the last refresh),
         steps_since_refresh, refreshes, state_bytes (on this process).
         """
-        # a matrix may be in several plans: groups were added, or parameters frozen, on the way
+        # a matrix is in several plans if groups were added or parameters frozen during training
         shards = {shard.name: shard for plan in self.every_plan() for shard in plan.shards}
         return [
             matrix_stats(shard, state)
@@ -44,7 +44,7 @@ class SelfReport:
         ]
 
     def state_bytes(self) -> int:
-        """Bytes of optimizer state on this process: whole storages, so that no view hides more."""
+        """Bytes of optimizer state on this process, counted as whole storages, not views."""
         return storage_bytes(list(self.state.values()))
 
     def comm_bytes(self) -> int:
@@ -52,10 +52,10 @@ class SelfReport:
         return sum(communicator.sent_bytes for communicator in self._communicators.values())
 
     def collectives(self) -> int:
-        """Collectives that this process has taken part in since the optimizer was built."""
+        """Collectives of the optimizer on this process since it was built."""
         return sum(communicator.collectives for communicator in self._communicators.values())
 
     def held_elements(self) -> int:
-        """Elements of the parameters that the engine has given to this process's optimizer."""
+        """Parameter elements that the engine assigns to this process's optimizer."""
         held = {part.name: part.stop - part.start for p in self.every_plan() for part in p.held}
         return sum(held.values())

@@ -1,4 +1,4 @@
-"""One shard's step: its gradient in, the algorithm that fits it, its weights out."""
+"""One shard's step: read its gradient, run the matching algorithm, update its weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from arg_dist.subspace.range_finder import Part
 
 @dataclass(frozen=True)
 class GradientPart:
-    """This process's part of one gradient, and what all processes must know of it.
+    """This process's part of one gradient, with the norms that the processes exchange.
 
     Attributes:
-        read: makes it, fp32, oriented as the mathematics looks at it; a copy only if need be.
-        norm_sq: ``||G||^2`` over it, an fp64 scalar.
-        row_sq: ``moment.touch``, ``||G_i||^2`` over it; None where it is no matrix.
+        read: returns it in fp32, oriented as ``moment x basis``; copies only if necessary.
+        norm_sq: ``||G||^2`` of the part, an fp64 scalar.
+        row_sq: ``moment.touch``, ``||G_i||^2`` of the part; None if it is not of a matrix.
     """
 
     read: Part
@@ -75,7 +75,7 @@ def computation(
     turns: int | None = None,
     allowed: int | None = None,
 ) -> Steps[Any]:
-    """The algorithm on this shard: low-rank for matrices, Adam for the rest.
+    """The algorithm on this shard: AdaRankGrad for matrices, Adam for the rest.
 
     `turns` and `allowed` are as in :func:`arg_dist.algorithm.low_rank_step`.
     """
@@ -103,12 +103,12 @@ def lane_of(
     steps: Callable[[Shard], Steps[Any]],
     settings: Sequence[AdaRankGradConfig],
 ) -> Lane[Any]:
-    """The steps of shards: those that need others, and those that are taken while these wait.
+    """Build a lane: shared shards communicate, and local shards step while messages are in flight.
 
     Args:
-        shards: in an order equal on all processes.
-        steps: makes a shard's computation; called when it begins.
-        settings: of the parameter groups.
+        shards: shards in an order equal on all processes.
+        steps: creates a shard's computation; called when it begins.
+        settings: settings of the parameter groups.
     """
     shared = [shard for shard in shards if shard.is_shared]
 
@@ -126,7 +126,7 @@ def lane_of(
 
 
 def apply_update(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None:
-    """Adds what the algorithm returned to the weights held; None changes nothing."""
+    """Apply the algorithm's result to the weights held; None changes nothing."""
     lr, weight_decay = settings.lr, settings.weight_decay
     if isinstance(update, LowRankUpdate):
         assert isinstance(shard, MatrixShard)

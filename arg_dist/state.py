@@ -1,4 +1,4 @@
-"""Optimizer state, nested dictionaries of tensors and Python numbers: its size, and copies."""
+"""Helpers on optimizer state (nested dictionaries of tensors and Python numbers)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arg_dist.subspace.spread import row_count
 
 
 def storage_bytes(states: Iterable[Any]) -> int:
-    """Bytes of all distinct storages that the tensors in nested dictionaries keep alive."""
+    """Bytes of all distinct storages that the tensors in nested dictionaries reference."""
     storages: dict[int, int] = {}
 
     def visit(value: Any) -> None:
@@ -30,7 +30,7 @@ def storage_bytes(states: Iterable[Any]) -> int:
 
 
 def fits(shard: Shard, state: Mapping[str, Any]) -> bool:
-    """Whether `state` has the rows that this process keeps of the shard; an empty one fits."""
+    """Whether `state` has the rows that this process keeps of the shard; empty state fits."""
     if not state:
         return True
     if isinstance(shard, MatrixShard) != ("basis" in state):
@@ -45,7 +45,7 @@ def fits(shard: Shard, state: Mapping[str, Any]) -> bool:
 
 
 def matrix_stats(shard: MatrixShard, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What :meth:`arg_dist.AdaRankGrad.stats` tells of one matrix."""
+    """One matrix's entry in :meth:`arg_dist.AdaRankGrad.stats`."""
     return {
         "name": shard.name,
         "shape": shard.shape,
@@ -59,7 +59,7 @@ def matrix_stats(shard: MatrixShard, state: Mapping[str, Any]) -> dict[str, Any]
 
 
 def copy_state(value: Any, device: torch.device) -> Any:
-    """A copy of nested dictionaries on `device`; dtypes stay as they are."""
+    """Copy nested dictionaries to `device`; dtypes are kept."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, Mapping):

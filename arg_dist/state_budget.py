@@ -1,9 +1,9 @@
-"""`state_budget`: what the optimizer keeps on all processes together, and what each matrix may.
+"""`state_budget`: limits the optimizer state on all processes together by limiting ranks.
 
-One exchange in a step in which any matrix of the optimizer refreshes tells every process what all
-matrices ask for; then each of them decides the same (:mod:`arg_dist.subspace.budget`). An engine
-may call ``step()`` for a part of the matrices at a time: the first call decides for all of them, by
-what was there before the step, so that it makes no difference how they are divided up.
+In a step in which any matrix refreshes, one exchange collects the claims of all matrices on every
+process; each process then computes the same ranks (:mod:`arg_dist.subspace.budget`). If an engine
+calls ``step()`` for part of the matrices at a time, the first call decides for all of them from the
+state before the step, so the result does not depend on how the matrices are divided into calls.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from arg_dist.subspace.budget import Claim, Ranks, allowed_ranks, smallest_bytes
 from arg_dist.subspace.spread import Spread, row_count
 
 SCALAR_BYTES = 16
-"""||P||^2 and the residual's norm, fp64, on each process that has a part of a matrix."""
+"""||P||^2 and the residual's norm, fp64, on each process that holds a part of a matrix."""
 PROCESSES = 64
-"""For as many, at least, these are counted, lest ranks depend on how many there are."""
+"""Minimum process count used for SCALAR_BYTES, so that ranks do not depend on the real count."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of ``step()`` as the engine is going to make it.
+    """One call to ``step()`` as the engine will make it.
 
     Attributes:
-        settings: of its parameter groups.
-        plans: of its tensors.
+        settings: settings of its parameter groups.
+        plans: plans of its tensors.
     """
 
     settings: Sequence[AdaRankGradConfig]
@@ -48,13 +48,13 @@ class Call:
 
 
 class StateBudget:
-    """The largest rank that each matrix may get at its next refresh.
+    """Bounds the rank of each matrix at its next refresh.
 
     Args:
         limit: bytes for all processes together; None for no budget.
 
     Attributes:
-        limit: as given.
+        limit: as passed.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -63,7 +63,7 @@ class StateBudget:
         self._has_warned = False
 
     def any_due(self, calls: Sequence[Call], state_of: Callable[[Shard], State]) -> bool:
-        """Whether any matrix of which this process has a part looks for a new basis."""
+        """Whether any matrix of which this process holds a part is due for a refresh."""
         return any(
             isinstance(shard, MatrixShard) and is_due(state_of(shard))
             for call in calls
@@ -71,30 +71,32 @@ class StateBudget:
         )
 
     def allowed(self, shard: Shard, state: State, settings: AdaRankGradConfig) -> int | None:
-        """The largest rank that a matrix may get now; None for no budget, or no matrix."""
+        """Largest rank permitted now; None without a budget, or if the shard is no matrix."""
         if self.limit is None or not isinstance(shard, MatrixShard):
             return None
-        # nobody else was given what it has
+        # bytes already reserved for a matrix are never allotted to another
         reserved = claim_of(shard, state, settings).reserved
         return self._allowed.get(shard.name, reserved)
 
     def forget(self) -> None:
-        """Drops what was allowed: a new step begins."""
+        """Discard the permitted ranks at the start of a step."""
         self._allowed = {}
 
     def share_out(
         self, calls: Sequence[Call], state_of: Callable[[Shard], State], states: Mapping[Any, Any]
     ) -> None:
-        """Decides what the matrices that are due may get; every process must call it.
+        """Decide the permitted ranks of all matrices due for a refresh.
+
+        Collective: every process must call it.
 
         Args:
             calls: all calls of this step.
-            state_of: from a shard to its state.
+            state_of: returns a shard's state.
             states: all state of this process, by target and name.
 
         Raises:
-            ConfigError: on every process, if the smallest ranks do not fit, or if no process has
-                to do with all parameters.
+            ConfigError: on every process, if the smallest ranks do not fit, or if the parameters
+                belong to different process groups.
         """
         assert self.limit is not None
         plans = [plan for call in calls for plan in call.plans if plan.names]
@@ -113,41 +115,41 @@ class StateBudget:
         if present > self.limit and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"state_budget: {in_words(present)} are kept now, from before this budget or "
-                f"before parameters were added, and {in_words(self.limit)} were given; the ranks "
-                "come down to it as the bases are renewed",
+                f"state_budget: the present state takes {in_words(present)}, from before this "
+                f"budget or before parameters were added, which exceeds {in_words(self.limit)}; "
+                "ranks shrink to fit at the next refreshes",
                 stacklevel=2,
             )
 
 
 def check_fits(limit: int, fixed: int, claims: Sequence[Claim]) -> None:
-    """Looks whether the smallest ranks fit into a budget.
+    """Check that the smallest ranks fit into a budget.
 
     Args:
         limit: bytes for all processes together.
-        fixed: bytes that are kept whatever the ranks.
-        claims: what the matrices ask for.
+        fixed: bytes of state that do not depend on the ranks.
+        claims: the claims of the matrices.
 
     Raises:
-        ConfigError: they do not; the message has the smallest budget that works.
+        ConfigError: they do not fit; the message has the smallest sufficient budget.
     """
     smallest = smallest_bytes(claims)
     if fixed + smallest > limit:
         raise ConfigError(
-            f"state_budget: got {in_words(limit)}; {in_words(fixed)} are kept whatever "
-            "the ranks (mostly full-rank Adam's moments of embeddings, head and norms), and "
-            f"the {len(claims)} low-rank matrices take {in_words(smallest)} at their smallest "
-            f"ranks; give at least {fixed + smallest} bytes, or lower min_rank"
+            f"state_budget: got {in_words(limit)}; {in_words(fixed)} are needed whatever the "
+            "ranks (mostly full-rank Adam's moments of embeddings, head and norms), and the "
+            f"{len(claims)} low-rank matrices need {in_words(smallest)} at their smallest ranks; "
+            f"give at least {fixed + smallest} bytes, or lower min_rank"
         )
 
 
 def claim_of(shard: MatrixShard, state: State, settings: AdaRankGradConfig) -> Claim:
-    """What a matrix asks for."""
+    """The claim of one shard's matrix."""
     return claim(shard.name, shard.spread, state, settings)
 
 
 def claim(name: str, spread: Spread, state: State, settings: AdaRankGradConfig) -> Claim:
-    """What a matrix asks for that lies as `spread` says."""
+    """The claim of a matrix distributed by `spread`."""
     smallest, largest = settings.rank_bounds(min(spread.basis.size, spread.moment.size))
     stored = sum(row_count(rows) for rows in spread.store)
     return Claim(
@@ -164,12 +166,12 @@ def claim(name: str, spread: Spread, state: State, settings: AdaRankGradConfig) 
 
 
 def in_words(size: int) -> str:
-    """A number of bytes as people read it: ``12.3 MiB (12897485 bytes)``."""
+    """A human-readable number of bytes: ``12.3 MiB (12897485 bytes)``."""
     return f"{in_bytes(size)} ({size} bytes)" if size >= 1024 else f"{size} bytes"
 
 
 def _claims(calls: Sequence[Call], state_of: Callable[[Shard], State]) -> Iterator[Claim]:
-    """Those of the matrices that this process speaks for: each has one process that does."""
+    """The claims of the matrices whose home is this process: exactly one process per matrix."""
     for call in calls:
         for shard, settings in call.shards():
             if isinstance(shard, MatrixShard) and shard.spread.home == shard.me:
@@ -177,7 +179,7 @@ def _claims(calls: Sequence[Call], state_of: Callable[[Shard], State]) -> Iterat
 
 
 def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
-    """What this process keeps, or speaks for, whatever the ranks."""
+    """Rank-independent bytes that this process holds, or reports as a matrix's home."""
     size, bound = 0, set()
     for call in calls:
         for shard, _ in call.shards():
@@ -186,7 +188,7 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
                 size += 8 * row_count(shard.side.keep[shard.me])
             elif isinstance(shard, MatrixShard) and shard.spread.home == shard.me:
                 size += SCALAR_BYTES * max(PROCESSES, len(shard.spread.owners))
-    # parameters that are frozen now may have left state behind
+    # include state left by parameters that have since been frozen
     return size + storage_bytes(
         state
         for target, units in states.items()
@@ -196,16 +198,16 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
 
 
 def _communicator(plans: Sequence[Plan]) -> Communicator:
-    """That of the processes which all have to do with all plans.
+    """The communicator that all plans share.
 
     Raises:
-        ConfigError: there are none such.
+        ConfigError: the plans belong to different process groups.
     """
     groups = {plan.communicator.processes for plan in plans}
     if len(groups) > 1:
         raise ConfigError(
             "state_budget: the parameters are spread over different groups of processes "
-            f"({', '.join(map(str, sorted(groups)))}), which cannot share one budget; give the "
-            "parameters of each an optimizer of its own, or leave state_budget out"
+            f"({', '.join(map(str, sorted(groups)))}), which cannot share one budget; use one "
+            "optimizer per group of processes, or leave state_budget out"
         )
     return plans[0].communicator

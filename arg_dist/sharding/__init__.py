@@ -1,1 +1,1 @@
-"""Who holds what, and the only collectives of the optimizer."""
+"""The layout of matrices over processes, and the optimizer's only collectives."""

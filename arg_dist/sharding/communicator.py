@@ -1,8 +1,9 @@
-"""The only collectives of the optimizer: one all-to-all of bytes per round, one gather at binding.
+"""The optimizer's only collectives: one all-to-all per round, and gathers of small Python objects.
 
-Whatever a round asks for, for however many matrices, travels in one message per pair of processes;
-what a process has for itself is not sent. Sizes follow from the layout, which all owners know, so
-no sizes are exchanged and nothing waits for the host. All of them have a time limit.
+All requests of a round, for any number of matrices, are batched into one message per pair of
+processes; a process sends nothing to itself. Message sizes follow from the layout, which all owners
+know, so sizes are not exchanged and the device is not synchronized. Every collective has a time
+limit.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from arg_dist.sharding.waiting import Waiting, Words
 from arg_dist.subspace.exchange import Exchange
 
 SIZE_BYTES = 8
-"""Of the length of an object, which is sent before it."""
+"""Size of an object's length, which is sent before the object."""
 
 
 def training_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
-    """The processes that train one model together; None if there is but one.
+    """The process group that trains one model together; None for a single process.
 
     Args:
-        group: a process group; "world" for all processes of the job; None for this one alone.
+        group: a process group; "world" for all processes of the job; None for this process alone.
 
     Raises:
-        ValueError: another string.
+        ValueError: `group` is any other string.
     """
     if isinstance(group, str) and group != "world":
         raise ValueError(
@@ -45,23 +46,23 @@ def training_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup |
 
 
 class Communicator:
-    """The processes of one group, as the drivers see them.
+    """Collectives of one process group.
 
     Args:
-        group: the process group; None for a process on its own.
-        time_limit: seconds to wait for the others in one collective; None: as long as the group
-            does by itself.
+        group: the process group; None for a single process.
+        time_limit: seconds to wait for the other processes in one collective; None: the group's
+            own timeout.
 
     Attributes:
-        group: the process group; None for a process on its own.
-        time_limit: as given.
+        group: the process group; None for a single process.
+        time_limit: as passed.
         size: number of processes.
         me: this process's index in the group.
-        sent_bytes: bytes sent by this process since the start.
-        collectives: collectives taken part in since the start.
+        sent_bytes: bytes sent by this process so far.
+        collectives: collectives of this process so far.
 
     Raises:
-        NoAnswerError: from every method: others did not come in time, or are gone.
+        NoAnswerError: from every method: other processes did not join in time, or have terminated.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, time_limit: float | None = None) -> None:
@@ -76,19 +77,19 @@ class Communicator:
 
     @property
     def processes(self) -> tuple[int, ...]:
-        """The processes of the group, by their indexes in the job; none where there is but one."""
+        """Indexes in the job of the group's processes; empty for a single process."""
         alone = self.group is None or self.size == 1
         return () if alone else tuple(dist.get_process_group_ranks(self.group))
 
     def gather_objects(
-        self, value: Any, purpose: str = "a gathering", *, counted: bool = False
+        self, value: Any, purpose: str = "a gather", *, counted: bool = False
     ) -> list[Any]:
-        """Everyone's `value`, in the order of processes; a little plain Python data, not each step.
+        """Gather `value` from all processes, in their order; for small objects, not every step.
 
         Args:
-            value: this process's.
-            purpose: what for, in the words of an error.
-            counted: whether it belongs to the steps, which are counted, unlike what comes before.
+            value: this process's value.
+            purpose: description for error messages.
+            counted: include it in the communication statistics, which cover only the steps.
         """
         if self.group is None:
             return [value]
@@ -109,12 +110,12 @@ class Communicator:
             self.collectives += 2
         return [_unpickled(data[:size]) for data, size in zip(received, sizes, strict=True)]
 
-    def gather_objects_on_first(self, value: Any, purpose: str = "a gathering") -> list[Any]:
-        """Everyone's `value` on the first process, nothing on the others; for checkpoints.
+    def gather_objects_on_first(self, value: Any, purpose: str = "a gather") -> list[Any]:
+        """Gather `value` from all processes on the first; empty on the others; for checkpoints.
 
         Args:
-            value: this process's.
-            purpose: what for, in the words of an error.
+            value: this process's value.
+            purpose: description for error messages.
         """
         if self.group is None:
             return [value]
@@ -123,17 +124,18 @@ class Communicator:
         expected = sizes if self.me == 0 else [0] * self.size
         data = torch.empty(sum(expected), dtype=torch.uint8, device=self._device)
         to_first = [mine.numel()] + [0] * (self.size - 1)
-        self._all_to_all(data, mine, expected, to_first, lambda: f"{purpose} (a gathering)")()
+        self._all_to_all(data, mine, expected, to_first, lambda: f"{purpose} (a gather)")()
         return [_unpickled(part) for part in torch.split(data, expected)] if self.me == 0 else []
 
     def exchange(
         self, exchanges: Sequence[Exchange], words: Words = lambda: "an exchange"
     ) -> list[Tensor]:
-        """Carries out the requests of one round, all in one all-to-all.
+        """Carry out all requests of one round in one all-to-all.
 
         Args:
-            exchanges: this process's requests; two processes list those they share in one order.
-            words: what it is for, should somebody wait too long.
+            exchanges: this process's requests; any two processes list shared ones in the same
+                order.
+            words: returns the purpose for error messages.
 
         Returns:
             ``want[me]`` rows for each request, on the request's device.
@@ -143,11 +145,12 @@ class Communicator:
     def begin(
         self, exchanges: Sequence[Exchange], words: Words = lambda: "an exchange"
     ) -> Callable[[], list[Tensor]]:
-        """Sends what one round asks for; arguments as of :meth:`exchange`.
+        """Start the all-to-all of one round asynchronously; arguments as in :meth:`exchange`.
+
+        Several exchanges may be in flight; all processes start them in the same order.
 
         Returns:
-            What waits for the answers and returns them, called once; several exchanges may be
-            under way, and all processes begin them in one order.
+            A function that waits for the answers and returns them; to be called once.
         """
         messages = Messages(exchanges, self.me, self.size, self._device)
         send = messages.packed()
@@ -170,7 +173,7 @@ class Communicator:
         send_sizes: list[int],
         words: Words,
     ) -> Callable[[], None]:
-        """Begins it; what is returned waits for its end, and holds both messages until then."""
+        """Start an all-to-all; the returned function waits, and keeps both buffers alive."""
         group = self.group
         assert group is not None
 
@@ -186,7 +189,7 @@ class Communicator:
         return self._waiting.begin(start, words)
 
     def _sizes(self, mine: Tensor, purpose: str) -> list[int]:
-        """How long everyone's message is."""
+        """Exchange the message sizes of all processes."""
         send = torch.full((self.size,), mine.numel(), device=self._device)
         receive = torch.empty_like(send)
         self._all_to_all(receive, send, [1] * self.size, [1] * self.size, lambda: purpose)()
@@ -197,7 +200,7 @@ class Communicator:
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where the group's messages must lie; what is offloaded to the host passes there."""
+    """The device of the group's messages; tensors offloaded to the host are copied there."""
     if dist.get_backend(group) in ("gloo", "mpi", "ucc"):
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")

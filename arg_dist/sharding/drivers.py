@@ -1,7 +1,7 @@
-"""Three ways to carry out what the mathematics asks for: alone, in lockstep, over processes.
+"""Drivers that carry out a computation's requests: locally, in lockstep, or over processes.
 
-All three hand a process the sum of the contributions in the order of the processes, so that they
-agree to the bit, whatever carries the messages.
+All three add contributions in the order of the processes, so their results are bitwise equal,
+independent of the transport.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def run(
     purpose: str,
     names: Sequence[str],
 ) -> list[T]:
-    """:func:`run_collective`, or :func:`run_local` for each where a process is on its own."""
+    """:func:`run_collective`, or :func:`run_local` for each computation of a single process."""
     if communicator.size == 1:
         return [run_local(steps) for steps in computations]
     return run_collective(computations, communicator, rounds, purpose, names)
 
 
 def run_local(steps: Steps[T]) -> T:
-    """Runs a computation in which one process holds everything."""
+    """Run a computation in which one process holds everything."""
     try:
         request = next(steps)
         while True:
@@ -41,29 +41,32 @@ def run_local(steps: Steps[T]) -> T:
 
 
 def run_lockstep(shards: Sequence[Steps[T]]) -> list[T]:
-    """Runs one computation as N shards inside this process; shard `i` is process `i`.
+    """Run one computation as N shards inside this process; shard `i` stands for process `i`.
 
-    For tests of sharding that need no processes.
+    For tests of sharding without multiple processes.
 
     Raises:
-        RuntimeError: if some shards ask while others have ended: with processes, a hang.
+        RuntimeError: some shards have requests after others have finished; with real processes,
+            this would hang.
     """
     results: list[Any] = [None] * len(shards)
     answers: list[Answer | None] = [None] * len(shards)
     while True:
         requests: list[Request] = []
-        ended = 0
+        done = 0
         for i, shard in enumerate(shards):
             try:
                 answer = answers[i]
                 requests.append(next(shard) if answer is None else shard.send(answer))
             except StopIteration as finished:
                 results[i] = finished.value
-                ended += 1
-        if ended == len(shards):
+                done += 1
+        if done == len(shards):
             return results
-        if ended:
-            raise RuntimeError(f"{ended} of {len(shards)} shards have ended, the others still ask")
+        if done:
+            raise RuntimeError(
+                f"{done} of {len(shards)} shards have finished, but the others still have requests"
+            )
         parts = [exchanges_of(request) for request in requests]
         answers = [_answer(requests[i], parts, i) for i in range(len(shards))]
 
@@ -75,20 +78,20 @@ def run_collective(
     purpose: str = "a computation",
     names: Sequence[str] = (),
 ) -> list[T]:
-    """Runs all computations together over real processes: one collective per round for all of them.
+    """Run all computations together over real processes, with one collective per round.
 
     Args:
-        computations: this process's computations. Processes that share one list it in the same
-            relative order.
+        computations: this process's computations; processes list shared ones in the same relative
+            order.
         communicator: the group.
         rounds: number of rounds that every process of the group takes part in; at least as many as
-            any of its computations asks for.
-        purpose: what they are, in the words of an error.
-        names: of the matrices that they are for, one each.
+            any of its computations requests.
+        purpose: description of the computations for error messages.
+        names: names of their matrices, one each.
 
     Raises:
-        NoAnswerError: other processes did not come to a round in time, or are gone.
-        RuntimeError: if a computation asks for more than `rounds` rounds.
+        NoAnswerError: other processes did not join a round in time, or have terminated.
+        RuntimeError: a computation requests more than `rounds` rounds.
     """
     results: list[Any] = [None] * len(computations)
     lane: Lane[T] = Lane(computations, results.__setitem__, purpose, names)
@@ -101,7 +104,7 @@ def _answer(request: Request, parts: Sequence[tuple[Exchange, ...]], me: int) ->
     for k, exchange in enumerate(exchanges_of(request)):
         contributions = []
         for i, others in enumerate(parts):
-            if k >= len(others):  # it has no part in this matrix, and only goes along
+            if k >= len(others):  # no part in this matrix; it only takes part in the round
                 continue
             other = others[k]
             low, high = intersect(other.have[i], exchange.want[me])

@@ -1,8 +1,8 @@
-"""What an engine tells the optimizer: which part of which parameter this process holds.
+"""The interface to engines: which part of which parameter this process holds.
 
-A fragment is a contiguous row-major range of a parameter's elements. Every engine gives a process
-one (perhaps empty) range of each parameter, so an engine's adapter has to answer only that, and
-everything else is written once.
+A fragment is a contiguous row-major range of a parameter's elements. Under every engine, a process
+holds one (possibly empty) range of each parameter, so an engine's adapter reports only that range
+and all other code is shared.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements ``[start, stop)`` of one parameter, and where they live.
+    """Elements ``[start, stop)`` of one parameter, and the tensor that contains them.
 
     Attributes:
         name: the parameter's name.
-        shape: its full shape; of its transpose where `transposed`.
+        shape: its full shape; that of its transpose if `transposed`.
         start: first element held.
         stop: one past the last element held.
         target: the tensor of the optimizer's parameter group that contains them.
-        view: from `target`, or its gradient, to the elements held, in row-major order.
-        transposed: the engine cuts the second dimension, so rows here are columns there.
+        view: maps `target`, or its gradient, to the elements held, in row-major order.
+        transposed: the engine shards the second dimension, so rows here are the parameter's
+            columns.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Fragment:
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
-        """The parameter's shape as the model has it."""
+        """The parameter's shape in the model."""
         return self.shape[::-1] if self.transposed else self.shape
 
 
@@ -49,15 +50,15 @@ class Holding:
     """What this process holds of one parameter group.
 
     Attributes:
-        fragments: one per parameter of the group, in an order equal on all processes; parameters
-            of which this process holds nothing have an empty fragment.
-        group: the processes over which the parameters are spread; None for one process.
-        replicated: every process holds all of every parameter and the same gradient; the work and
-            the state are shared out.
-        saved_by_key: checkpoints merge what all processes give them, by key, so that each process
-            has to save its state under a key of its own.
-        saved_by_first: whether checkpoints are now those of the first process alone, for which it
-            needs everyone's keys; asked on all processes whenever they save.
+        fragments: one per parameter of the group, in an order equal on all processes; empty for
+            parameters of which this process holds nothing.
+        group: the processes over which the parameters are sharded; None for a single process.
+        replicated: every process holds all parameters whole, with equal gradients; work and state
+            are sharded.
+        saved_by_key: the engine's checkpoints merge the state of all processes by key, so each
+            process must save its state under its own key.
+        saved_by_first: whether checkpoints currently contain only the first process's state, which
+            must then include all keys; called on all processes at every save.
     """
 
     fragments: list[Fragment]
@@ -69,13 +70,14 @@ class Holding:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """One parameter group as an adapter sees it.
+    """One parameter group as an adapter receives it.
 
     Attributes:
         targets: the tensors in the group now; engines replace the original ones.
-        names: names of the parameters that were put into the group at the beginning.
-        parameters: those parameters, as far as they are still alive.
-        process_group: processes that train the same model together, where the tensors do not tell.
+        names: names of the parameters originally in the group.
+        parameters: those parameters; None for each that no longer exists.
+        process_group: processes that train the same model together, for tensors that do not carry
+            this information.
     """
 
     targets: list[Tensor]
@@ -84,7 +86,7 @@ class ParameterGroup:
     process_group: dist.ProcessGroup | None
 
     def alive(self) -> list[tuple[str, Any]]:
-        """Name and parameter of those that are still alive."""
+        """Names and parameters of those that still exist."""
         return [
             (name, parameter)
             for name, parameter in zip(self.names, self.parameters, strict=True)
@@ -93,48 +95,48 @@ class ParameterGroup:
 
 
 StepCall = list[tuple[int, list[Tensor]]]
-"""One call of ``step()``: positions of parameter groups, and the tensors that they then hold."""
+"""One call to ``step()``: positions of parameter groups, and the tensors they hold in it."""
 
 
 class Adapter(ABC):
-    """Knows the layout of one engine; lives in ``arg_dist.engines``."""
+    """Describes the layout of one engine; implementations are in ``arg_dist.engines``."""
 
     @abstractmethod
     def recognizes(self, group: ParameterGroup) -> bool:
-        """Whether the group's parameters are under this engine."""
+        """Whether this engine manages the group's parameters."""
 
     @abstractmethod
     def hold(self, group: ParameterGroup) -> Holding:
         """What this process holds of the group.
 
         Raises:
-            RuntimeError: if the engine's layout is not what this adapter knows.
+            RuntimeError: the engine's layout is not supported by this adapter.
         """
 
-    def on_construction(self, optimizer: Any) -> None:  # noqa: B027  nothing to do, mostly
+    def on_construction(self, optimizer: Any) -> None:  # noqa: B027  optional hook
         """Called when an optimizer is built, before an engine takes it over."""
 
     def step_calls(self, groups: Sequence[ParameterGroup]) -> list[StepCall] | None:
-        """The coming calls of ``step()``; None where one call has all tensors, or not mine."""
+        """The upcoming calls to ``step()``; None: one call with all tensors, or another engine."""
         return None
 
     def untrained(self, name: str, parameter: Tensor) -> Holding | None:
-        """What this process holds of one parameter that no optimizer trains; None: not cut by me.
+        """What this process holds of a parameter that no optimizer trains.
 
-        The `target` of its one fragment is where the values lie.
+        None if this engine does not shard it. The `target` of its one fragment holds the values.
         """
         return None
 
     def weights_loaded(self, optimizer: Any) -> None:  # noqa: B027
-        """Called on every process after a checkpoint's weights were put into the targets."""
+        """Called on every process after a checkpoint's weights were loaded into the targets."""
 
 
 ADAPTERS: list[Adapter] = []
-"""Adapters in the order in which they are asked; the engines register themselves at import."""
+"""Adapters in the order in which they are tried; the engines register themselves at import."""
 
 
 def step_calls(groups: Sequence[ParameterGroup]) -> list[StepCall]:
-    """How ``step()`` is going to be called; engines may show it one group, or a part, at a time."""
+    """The upcoming calls to ``step()``; engines may pass one group, or a part of it, at a time."""
     for adapter in ADAPTERS:
         calls = adapter.step_calls(groups)
         if calls is not None:
@@ -143,10 +145,10 @@ def step_calls(groups: Sequence[ParameterGroup]) -> list[StepCall]:
 
 
 def hold(group: ParameterGroup) -> Holding:
-    """What this process holds of `group`, by the first adapter that recognizes it.
+    """What this process holds of `group`, from the first adapter that recognizes it.
 
     Raises:
-        RuntimeError: if no engine's adapter does.
+        RuntimeError: no adapter recognizes it.
     """
     for adapter in ADAPTERS:
         if adapter.recognizes(group):
@@ -154,6 +156,6 @@ def hold(group: ParameterGroup) -> Holding:
     kinds = sorted({type(target).__name__ for target in group.targets})
     raise RuntimeError(
         f"the parameter group holds {', '.join(kinds)} of shapes "
-        f"{[tuple(target.shape) for target in group.targets[:3]]}, a layout that no engine of "
-        "arg_dist knows; see the README's table of what is supported"
+        f"{[tuple(target.shape) for target in group.targets[:3]]}, a layout that arg_dist does not "
+        "support; see the README's table of supported engines"
     )

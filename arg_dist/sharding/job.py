@@ -1,4 +1,4 @@
-"""All processes that train one model, whichever groups an engine cuts them into."""
+"""All processes that train one model, across the groups that an engine divides them into."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from arg_dist.sharding.plan import Plan
 def job_communicator(
     process_group: dist.ProcessGroup | str | None, plans: Sequence[Plan]
 ) -> Communicator:
-    """The processes that have parts of one model.
+    """The communicator of all processes that hold parts of one model.
 
     Args:
-        process_group: what the optimizer was built with; see :class:`arg_dist.AdaRankGrad`.
-        plans: the optimizer's. Where an engine cuts the model, its processes are all of the job.
+        process_group: the optimizer's setting; see :class:`arg_dist.AdaRankGrad`.
+        plans: the optimizer's plans. If an engine shards the model, all processes of the job hold
+            parts of it.
     """
     cut = any(plan.communicator.group is not None and not plan.replicated for plan in plans)
     alone = process_group is None and not cut
@@ -28,18 +29,18 @@ def job_communicator(
 
 
 def has_first_process(communicator: Communicator, job: Communicator) -> bool:
-    """Whether a group has the job's first process in it; of copies of a model, it has the one."""
+    """Whether the group contains the job's first process; this selects one of several replicas."""
     return _ranks(job)[0] in _ranks(communicator)
 
 
 def for_host_data(job: Communicator, seconds: float) -> Communicator:
-    """The same processes in a group of their own, for another thread than the one that trains.
+    """A separate group of the same processes, for use from a thread other than the training one.
 
-    Its messages stay on the host. Every process of the job must call it.
+    Its messages stay on the host. Collective: every process of the job must call it.
 
     Args:
         job: the processes.
-        seconds: how long one waits for the others.
+        seconds: time limit of a collective.
     """
     if job.group is None:
         return job
@@ -55,14 +56,14 @@ def for_host_data(job: Communicator, seconds: float) -> Communicator:
 
 
 def _even_out(job: Communicator) -> None:
-    """Lets every process be in as many groups: torch names a new one by that, and would hang."""
+    """Equalize the number of groups per process: torch derives group names from it, or hangs."""
     mine = len(dist.distributed_c10d._world.pg_names)
-    for _ in range(max(job.gather_objects(mine, "making a group for checkpoints")) - mine):
+    for _ in range(max(job.gather_objects(mine, "creating the group for checkpoints")) - mine):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
 def _ranks(communicator: Communicator) -> list[int]:
-    """Their numbers among all processes."""
+    """Indexes of its processes in the job."""
     if communicator.group is not None:
         return list(dist.get_process_group_ranks(communicator.group))
     return [dist.get_rank() if dist.is_available() and dist.is_initialized() else 0]

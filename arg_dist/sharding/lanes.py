@@ -1,8 +1,10 @@
-"""Communication behind computing: while the messages of some matrices are under way, others step.
+"""Overlap of communication and computation by interleaving lanes of matrices.
 
-Computations that go through the rounds together are a lane. Two lanes take turns, and what needs no
-other process is done while a lane's first messages are under way. In what order the processes send
-follows from the number of rounds of each lane alone, so that it is the same on all of them.
+A lane is a group of matrices whose collectives are batched: their computations go through the
+rounds together. Two lanes alternate: one computes while the other's messages are in flight.
+Computations that need no other process run while a lane's first messages are in flight. The order
+of the collectives depends only on the number of rounds of each lane, so it is equal on all
+processes.
 """
 
 from __future__ import annotations
@@ -22,21 +24,20 @@ T = TypeVar("T")
 Answer = Tensor | tuple[Tensor, ...]
 
 AT_ONCE = 2
-"""Lanes that are under way at a time."""
+"""Lanes in flight at a time."""
 WORTH_IT = 32 * 2**20
-"""Bytes of weights from which on computing hides more than further messages cost."""
+"""Bytes of weights above which overlap saves more than the additional messages cost."""
 
 
 def lanes_of(sizes: Sequence[int], bucket_size: int) -> list[range]:
-    """Positions, in order, cut into lanes.
+    """Divide the positions, in order, into lanes.
 
-    Those that are under way together hold at most `bucket_size`, and there are as few as that
-    allows, but enough to take turns where that is worth it. Something too large is a lane of its
-    own.
+    Lanes in flight together hold at most `bucket_size`. There are as few lanes as that allows, but
+    enough to alternate if overlap is worthwhile. An item that is too large is its own lane.
 
     Args:
         sizes: bytes of fp32 weights of each matrix and tensor.
-        bucket_size: bytes that may be under way at a time.
+        bucket_size: bytes that may be in flight at a time.
     """
     limit, through = bucket_size // AT_ONCE, list(itertools.accumulate(sizes))
     if through and through[-1] >= WORTH_IT:
@@ -51,39 +52,40 @@ def lanes_of(sizes: Sequence[int], bucket_size: int) -> list[range]:
 
 
 def turns(rounds: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The order in which lanes go on, one ``(lane, turn)`` after the other.
+    """The order in which lanes proceed, as successive ``(lane, turn)``.
 
-    A lane begins at turn 0, at which it sends its first messages; at turn k it takes the answers of
-    its k-th ones, and sends the next; in its last turn it sends none.
+    At turn 0 a lane sends its first messages; at turn k it receives the answers of its k-th round
+    and sends the next; at its last turn it sends none.
 
     Args:
-        rounds: of each lane.
+        rounds: rounds of each lane.
     """
-    under_way: deque[tuple[int, int]] = deque()
+    in_flight: deque[tuple[int, int]] = deque()
     following = iter(range(len(rounds)))
     while True:
-        lane = next(following, None) if len(under_way) < AT_ONCE else None
+        lane = next(following, None) if len(in_flight) < AT_ONCE else None
         if lane is not None:
             turn = 0
-        elif under_way:
-            lane, turn = under_way.popleft()
+        elif in_flight:
+            lane, turn = in_flight.popleft()
         else:
             return
         yield lane, turn
         if turn < rounds[lane]:
-            under_way.append((lane, turn + 1))
+            in_flight.append((lane, turn + 1))
 
 
 class Lane(Generic[T]):
-    """Computations that go through the rounds together, in one message a round for all of them.
+    """Computations that go through the rounds together, with one collective per round.
 
     Args:
-        computations: this process's. Processes that share one list it in the same relative order.
-        finish: called with the position and the result of each computation, when the next messages
-            are under way.
-        purpose: what they are, in the words of an error.
-        names: of the matrices that they are for, one each.
-        meanwhile: what else there is to do, while the first messages are under way.
+        computations: this process's computations; processes list shared ones in the same relative
+            order.
+        finish: called with the position and the result of each computation, once the next messages
+            are in flight.
+        purpose: description of the computations for error messages.
+        names: names of their matrices, one each.
+        meanwhile: additional work to do while the first messages are in flight.
     """
 
     def __init__(
@@ -100,82 +102,83 @@ class Lane(Generic[T]):
         self._names = names
         self._meanwhile = meanwhile
         self._pending: dict[int, Request] = {}
-        self._under_way: Callable[[], list[Tensor]] = list
+        self._in_flight: Callable[[], list[Tensor]] = list
 
     def go_on(self, turn: int, communicator: Communicator, rounds: int) -> None:
-        """Takes one turn.
+        """Take one turn.
 
         Args:
-            turn: which one, see :func:`turns`.
+            turn: number of the turn, see :func:`turns`.
             communicator: the group.
-            rounds: of this lane; every process of the group takes part in all of them.
+            rounds: rounds of this lane; every process of the group takes part in all of them.
 
         Raises:
-            NoAnswerError: other processes did not come to a round in time, or are gone.
-            RuntimeError: a computation asks for more than `rounds` rounds.
+            NoAnswerError: other processes did not join a round in time, or have terminated.
+            RuntimeError: a computation requests more than `rounds` rounds.
         """
-        ended: list[tuple[int, T]] = []
+        done: list[tuple[int, T]] = []
         if turn == 0:
             for i in range(len(self._computations)):
-                self._advance(i, None, ended)
+                self._advance(i, None, done)
         else:
-            self._hand_out(ended)
+            self._deliver(done)
         if turn < rounds:
             exchanges = [e for request in self._pending.values() for e in exchanges_of(request)]
-            words = self._words(turn + 1, rounds)
-            self._under_way = communicator.begin(exchanges, words)
+            words = self._purpose_of_round(turn + 1, rounds)
+            self._in_flight = communicator.begin(exchanges, words)
         elif self._pending:
             raise RuntimeError(
-                f"{len(self._pending)} computations still ask after {rounds} rounds: the number of "
-                "rounds that was agreed between the processes is too small"
+                f"{len(self._pending)} computations still have requests after {rounds} rounds: the "
+                "number of rounds agreed between the processes is too small"
             )
         if turn == 0:
             self._meanwhile()
-        while ended:
-            self._finish(*ended.pop(0))
+        while done:
+            self._finish(*done.pop(0))
 
-    def _hand_out(self, ended: list[tuple[int, T]]) -> None:
-        under_way, self._under_way = self._under_way, list
-        answers = iter(under_way())
-        del under_way  # and with it the messages
+    def _deliver(self, done: list[tuple[int, T]]) -> None:
+        in_flight, self._in_flight = self._in_flight, list
+        answers = iter(in_flight())
+        del in_flight  # releases the message buffers
         for i, request in list(self._pending.items()):
             mine = tuple(next(answers) for _ in exchanges_of(request))
-            self._advance(i, mine if isinstance(request, tuple) else mine[0], ended)
+            self._advance(i, mine if isinstance(request, tuple) else mine[0], done)
 
-    def _advance(self, i: int, answer: Answer | None, ended: list[tuple[int, T]]) -> None:
+    def _advance(self, i: int, answer: Answer | None, done: list[tuple[int, T]]) -> None:
         steps = self._computations[i]
         try:
             self._pending[i] = next(steps) if answer is None else steps.send(answer)
         except StopIteration as finished:
             self._pending.pop(i, None)
-            ended.append((i, finished.value))
+            done.append((i, finished.value))
 
-    def _words(self, number: int, rounds: int) -> Callable[[], str]:
+    def _purpose_of_round(self, number: int, rounds: int) -> Callable[[], str]:
         where = self._purpose
         if rounds > 1:
             where = f"round {number} of {rounds} of {where}"
-        asking = [self._names[i] for i in self._pending] if self._names else []
-        return lambda: f"{where} for {named(asking)}" if self._names else where
+        waiting = [self._names[i] for i in self._pending] if self._names else []
+        return lambda: f"{where} for {named(waiting)}" if self._names else where
 
 
 def run_lanes(
     lanes: Sequence[Callable[[], Lane[T]]], communicator: Communicator, rounds: Sequence[int]
 ) -> None:
-    """Runs all lanes over real processes.
+    """Run all lanes over real processes.
 
     Args:
-        lanes: what makes each of them, called when it is its turn; as many on every process.
+        lanes: functions that create the lanes, called when each starts; equally many on every
+            process.
         communicator: the group.
-        rounds: of each lane; every process of the group takes part in all of them. At least as many
-            as any of the lane's computations asks for.
+        rounds: rounds of each lane, at least as many as any of its computations requests; every
+            process of the group takes part in all of them.
 
     Raises:
-        NoAnswerError: other processes did not come to a round in time, or are gone.
-        RuntimeError: a computation asks for more rounds than its lane has.
+        NoAnswerError: other processes did not join a round in time, or have terminated.
+        RuntimeError: a computation requests more rounds than its lane has.
     """
-    under_way: dict[int, Lane[T]] = {}
+    in_flight: dict[int, Lane[T]] = {}
     for number, turn in turns(rounds):
-        lane = under_way.pop(number) if turn else lanes[number]()
+        lane = in_flight.pop(number) if turn else lanes[number]()
         lane.go_on(turn, communicator, rounds[number])
         if turn < rounds[number]:
-            under_way[number] = lane
+            in_flight[number] = lane

@@ -1,4 +1,4 @@
-"""From element ranges to spreads: who touches, keeps and updates which rows of every matrix."""
+"""From element ranges to spreads: the rows of each matrix a process touches, keeps and updates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MatrixView:
     """One matrix inside a parameter: elements ``[offset, offset + rows * columns)``, row-major.
 
     Attributes:
-        name: the parameter's name, with an index for a stack of matrices.
+        name: the parameter's name, with an index if it is one of a stack.
         rows: first dimension.
         columns: second dimension.
         offset: first element within the parameter.
@@ -35,7 +35,7 @@ class MatrixView:
 
 
 def matrix_views(name: str, shape: tuple[int, ...], view: str) -> list[MatrixView]:
-    """The matrices that a parameter consists of; none for scalars and vectors.
+    """The matrices that a parameter consists of; empty for scalars and vectors.
 
     Args:
         name: the parameter's name.
@@ -52,7 +52,7 @@ def matrix_views(name: str, shape: tuple[int, ...], view: str) -> list[MatrixVie
 
 
 def clip_ranges(ranges: Ranges, offset: int, numel: int) -> Ranges:
-    """Everyone's range within a part of a parameter, counted from the part's first element."""
+    """Each process's range within a part of a parameter, relative to the part's first element."""
     clipped = []
     for start, stop in ranges:
         low = min(max(start - offset, 0), numel)
@@ -61,10 +61,10 @@ def clip_ranges(ranges: Ranges, offset: int, numel: int) -> Ranges:
 
 
 def check_tiling(name: str, ranges: Ranges, numel: int) -> None:
-    """Checks that the processes' ranges cover a parameter exactly once.
+    """Check that the processes' ranges cover a parameter exactly once.
 
     Raises:
-        RuntimeError: naming the parameter and the ranges.
+        RuntimeError: they do not; the message has the parameter and the ranges.
     """
     filled = 0
     for start, stop in sorted(r for r in ranges if r[0] < r[1]):
@@ -75,18 +75,18 @@ def check_tiling(name: str, ranges: Ranges, numel: int) -> None:
     if filled != numel:
         raise RuntimeError(
             f"{name}: the processes hold the element ranges {list(ranges)}, which do not cover its "
-            f"{numel} elements exactly once; the engine's layout is not the one arg_dist knows"
+            f"{numel} elements exactly once; arg_dist does not support this layout of the engine"
         )
 
 
 def basis_spans_columns(rows: int, columns: int, side: str, transposed: bool) -> bool:
-    """Whether the basis spans the columns of the matrix as it lies here.
+    """Whether the basis spans the columns of the matrix as stored.
 
     Args:
-        rows: first dimension, as it lies here.
-        columns: second dimension.
+        rows: first dimension, as stored.
+        columns: second dimension, as stored.
         side: `right` (the columns), `left` (the rows), or `auto` (the shorter dimension).
-        transposed: the matrix lies here transposed, so the user's sides are swapped.
+        transposed: the matrix is stored transposed, so the user's sides are swapped.
     """
     if side == "auto":
         if rows == columns:
@@ -108,18 +108,19 @@ def matrix_spread(
 ) -> Spread:
     """The spread of a ``rows x columns`` matrix of which process `i` holds the range ``ranges[i]``.
 
-    A row cut between processes is touched by all of them and kept by the one that holds its first
-    element. The side that is not cut is kept in proportion to what each process holds.
+    A row split between processes is touched by all of them and kept by the one that holds its first
+    element. The side that is not sharded is kept in proportion to what each process holds.
 
     Args:
         rows: first dimension.
         columns: second dimension.
-        ranges: element range of each process; where `replicated`, everything for everyone.
+        ranges: element range of each process; if `replicated`, the whole matrix for each.
         me: this process's index.
         spans_columns: whether the basis spans the columns.
-        home: chooses the home process among the owners: the `home`-th, counted around.
-        shard_basis: keep the basis once, instead of whole on every owner.
-        replicated: everyone holds everything; work and state are cut along the moments' side.
+        home: selects the home process: owner number `home` modulo the number of owners.
+        shard_basis: store the basis once over the owners, instead of whole on each.
+        replicated: every process holds the whole matrix; work and state are sharded along the
+            moment side.
     """
     owners = tuple(i for i, (start, stop) in enumerate(ranges) if start < stop)
     processes = len(ranges)
@@ -149,7 +150,7 @@ def matrix_spread(
 
 
 def element_side(ranges: Ranges, numel: int, replicated: bool) -> Side:
-    """How the elements of a tensor that is no matrix lie over the processes."""
+    """The distribution of the elements of a non-matrix tensor over the processes."""
     if not replicated:
         return Side(numel, ranges, ranges, ranges)
     kept = even_rows(numel, len(ranges))

@@ -1,4 +1,4 @@
-"""What lies on this process of a tensor."""
+"""The local part of a tensor."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of `tensor`: all of it, but of a DTensor its local tensor.
+    """The part of `tensor` on this process: the local tensor of a DTensor, else the tensor itself.
 
-    The storage of a DTensor itself tells the size of its whole.
+    A DTensor's own storage reports the size of the whole tensor.
     """
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part

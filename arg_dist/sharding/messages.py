@@ -1,7 +1,7 @@
-"""What processes send each other in a round: one message to each, with its rows of all exchanges.
+"""The messages of a round: one per pair of processes, with the rows of all exchanges.
 
-The pieces of a message follow each other as the exchanges do. There are as many as processes times
-matrices: they are joined and split by a few operations for all of them.
+The pieces of a message are in the order of the exchanges. Their number is that of processes times
+matrices, so all of them are joined and split by a few operations.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from arg_dist.sharding.routes import Route, route
 from arg_dist.subspace.exchange import Exchange, add_up, put_together
 
 ALIGNMENT = 8
-"""Every piece starts at a multiple of this many bytes, so that it can be viewed as any dtype."""
+"""Byte alignment of each piece, so that it can be viewed as any dtype."""
 
 
 class Messages:
     """The messages of one round.
 
     Args:
-        exchanges: what is asked for.
-        me: this process.
+        exchanges: the round's exchanges.
+        me: this process's index.
         size: number of processes.
-        device: where messages lie.
+        device: device of the messages.
 
     Attributes:
-        dtype: of messages.
-        send_sizes: elements for each process.
-        receive_sizes: elements from each process.
+        dtype: dtype of the messages.
+        send_sizes: elements sent to each process.
+        receive_sizes: elements received from each process.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Messages:
     ) -> None:
         self._exchanges, self._me, self._device = exchanges, me, device
         self._routes = [route(each.have, each.want, me) for each in exchanges]
-        in_words = all(each.part.element_size() % 4 == 0 for each in exchanges)
-        self.dtype = torch.int32 if in_words else torch.uint8
+        fits_int32 = all(each.part.element_size() % 4 == 0 for each in exchanges)
+        self.dtype = torch.int32 if fits_int32 else torch.uint8
         self._unit = ALIGNMENT // self.dtype.itemsize
         self.send_sizes = [0] * size
-        # from each process: the exchange and the elements of its pieces, as they lie in its message
+        # from each process: exchange and number of elements of each piece, in message order
         self._slots: list[list[tuple[int, int]]] = [[] for _ in range(size)]
         for k, (exchange, each) in enumerate(self._both()):
             width = self._width(exchange.part)
@@ -58,7 +58,7 @@ class Messages:
         ]
 
     def packed(self) -> Tensor:
-        """All messages to others, one behind the other."""
+        """All messages to other processes, concatenated."""
         padding = torch.zeros(self._unit, dtype=self.dtype, device=self._device)
         pieces: list[list[Tensor]] = [[] for _ in self.send_sizes]
         alike = bool(self._routes) and all(each.is_for_all for each in self._routes)
@@ -76,7 +76,7 @@ class Messages:
         """For each exchange, the rows that this process wants, on the device of its part.
 
         Args:
-            received: all messages from others, one behind the other.
+            received: all messages from other processes, concatenated.
         """
         arrived = self._unpacked(received)
         return [
@@ -85,7 +85,7 @@ class Messages:
         ]
 
     def _unpacked(self, received: Tensor) -> list[list[Tensor]]:
-        """For each exchange, the pieces from others, in the order of processes."""
+        """For each exchange, the pieces from other processes, in their order."""
         arrived: list[list[Tensor]] = [[] for _ in self._exchanges]
         in_order = list(chain.from_iterable(self._slots))
         places = torch.split_with_sizes(received, [self._padded(numel) for _, numel in in_order])
@@ -120,7 +120,7 @@ class Messages:
         return part.contiguous().view(-1).view(self.dtype).to(self._device)
 
     def _width(self, part: Tensor) -> int:
-        """Elements of a message that a row takes."""
+        """Message elements per row."""
         return math.prod(part.shape[1:]) * part.element_size() // self.dtype.itemsize
 
     def _padded(self, numel: int) -> int:

@@ -1,8 +1,8 @@
-"""Binding: from what the engine holds to a plan that every process of the group agrees on.
+"""Binding: from the engine's layout to a plan that every process of the group agrees on.
 
-A plan is made when the optimizer first sees a set of tensors in ``step()``: only then do they lie
-where the engine wants them. Its processes compare what they were given; whatever differs is an
-error on every one of them, at once, instead of a hang later.
+A plan is created when ``step()`` first receives a set of tensors: only then are they in their final
+place. The processes compare their models and settings; any difference raises an error on all of
+them immediately, instead of a hang later.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What the optimizer wants of one parameter group.
+    """Specification of one parameter group.
 
     Attributes:
         holding: what this process holds of it.
         side: `auto`, `left` or `right`.
-        shard_basis: keep each basis once over the processes; None: wherever there are several.
-        views: from a parameter's name and full shape to the matrices that AdaRankGrad trains;
-            none for a tensor left to Adam.
+        shard_basis: store each basis once over the processes; None: if there are several.
+        views: maps a parameter's name and full shape to the matrices that AdaRankGrad trains;
+            empty for a tensor trained by Adam.
         settings: the group's settings as text; must be equal on all processes.
     """
 
@@ -53,17 +53,17 @@ class GroupSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that one process group does in one call of ``step()``.
+    """Everything that one process group does in one call to ``step()``.
 
     Attributes:
         communicator: the process group.
         shards: this process's parts, in an order equal on all processes.
-        names: names of all matrices and tensors, those held by others included.
-        lanes: their positions, cut into those that go through the rounds together.
+        names: names of all matrices and tensors, including those that other processes hold.
+        lanes: their positions, divided into lanes (:mod:`arg_dist.sharding.lanes`).
         held: the fragments that this process holds.
-        replicated: every process holds all parameters, and only the state is cut.
+        replicated: every process holds all parameters; only the state is sharded.
         saved_by_key: see :class:`arg_dist.sharding.fragment.Holding`.
-        saved_by_first: see there.
+        saved_by_first: see :class:`arg_dist.sharding.fragment.Holding`.
     """
 
     communicator: Communicator
@@ -77,7 +77,7 @@ class Plan:
 
     @cached_property
     def shards_by_lane(self) -> list[list[Shard]]:
-        """This process's parts in each lane, in their order."""
+        """This process's shards in each lane, in order."""
         lane_of = [lane for lane, units in enumerate(self.lanes) for _ in units]
         found: list[list[Shard]] = [[] for _ in self.lanes]
         for shard in self.shards:
@@ -91,16 +91,16 @@ def make_plans(
     time_limit: float,
     bucket_size: int,
 ) -> list[Plan]:
-    """One plan for each process group among the parameter groups.
+    """Create one plan for each process group among the parameter groups.
 
     Args:
-        specs: the parameter groups of this call of ``step()``.
-        communicators: those made so far, by process group; added to.
+        specs: the parameter groups of this call to ``step()``.
+        communicators: existing communicators by process group; new ones are added.
         time_limit: seconds that a process waits for the others in one collective.
-        bucket_size: bytes of fp32 weights that are under way at a time.
+        bucket_size: bytes of fp32 weights in flight at a time.
 
     Raises:
-        RuntimeError: on every process, if they disagree or the layout is not understood.
+        RuntimeError: on every process, if they disagree or the layout is not supported.
     """
     by_group: dict[Any, list[tuple[int, GroupSpec]]] = {}
     for position, spec in enumerate(specs):
@@ -134,7 +134,7 @@ def _make_plan(
             held.append(fragment)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise RuntimeError(f"two matrices are called {twice!r}; rename one of the parameters")
+        raise RuntimeError(f"two matrices are named {twice!r}; rename one of the parameters")
     holdings = [spec.holding for _, spec in members]
     return Plan(
         communicator,
@@ -156,9 +156,9 @@ def _shards_of(
     me: int,
     names: list[str],
 ) -> tuple[list[Shard], list[int]]:
-    """This process's shards of one parameter; the elements of each matrix or tensor in it.
+    """This process's shards of one parameter, and the element counts of its matrices or tensor.
 
-    The names of all of them are added to `names`.
+    Appends their names to `names`.
     """
     replicated = spec.holding.replicated
     views = spec.views(fragment.name, fragment.parameter_shape)
@@ -220,7 +220,7 @@ def _shards_of(
 
 
 def phase_of(name: str) -> float:
-    """In [0, 1): spreads refreshes over the steps, by name alone, so that no engine matters."""
+    """In [0, 1): staggers refreshes over the steps, by name alone, so equal under every engine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
@@ -240,7 +240,7 @@ def _describe(spec: GroupSpec) -> dict[str, Any]:
 
 
 def _fingerprint(fragment: Fragment) -> tuple[float, float]:
-    """Sum and norm of weights that every process should have alike."""
+    """Sum and norm of weights that must be equal on every process."""
     values = fragment.view(fragment.target.detach()).double()
     return float(values.sum()), float(values.norm())
 
@@ -271,15 +271,15 @@ def _check_agreement(everyone: list[list[dict[str, Any]]]) -> None:
                     )
                 if a["weights"] is not None and not _alike(a["weights"], b["weights"]):
                     raise RuntimeError(
-                        f"{a['name']}: process {process} of the group has other weights than "
-                        "process 0; processes that share the optimizer's work must train one model "
-                        "with averaged gradients (DistributedDataParallel does both); give "
-                        "process_group=None if each trains a model of its own"
+                        f"{a['name']}: the weights of process {process} of the group differ from "
+                        "process 0's; processes of one group must train one model from equal "
+                        "weights with averaged gradients (DistributedDataParallel ensures both); "
+                        "pass process_group=None if each trains its own model"
                     )
 
 
 def _alike(ours: tuple[float, float], theirs: tuple[float, float]) -> bool:
-    """Whether fingerprints differ by no more than the order of sums; NaN is like NaN."""
+    """Whether fingerprints are equal up to reduction order; NaN equals NaN."""
     scale = 1e-6 * (abs(ours[1]) + 1e-30)
     return all(not abs(a - b) > scale for a, b in zip(ours, theirs, strict=True))
 

@@ -1,7 +1,6 @@
-"""Which of the other processes wait as well: those that wait for long leave a note for each other.
+"""Finds out which other processes are waiting: processes that wait for long leave notes.
 
-The notes lie in the store by which the processes of a group met, which needs none of them to be in
-a collective.
+The notes are in the store of the group's rendezvous, which works outside of collectives.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from typing import Any
 import torch.distributed as dist
 
 ROLL_CALL_SECONDS = 2.0
-"""How long a process that gives up looks for signs of the others."""
+"""How long a process whose collective failed looks for notes of the others."""
 
 log = logging.getLogger("arg_dist")
 
 
 class RollCall:
-    """What processes that wait for long write for each other, in the store that they met by.
+    """Notes of waiting processes in the rendezvous store.
 
     Attributes:
-        this_process: in words.
+        this_process: this process's description for messages.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -35,18 +34,18 @@ class RollCall:
         self._store = group.get_group_store()
 
     def say_here(self, count: int, words: str) -> None:
-        """Writes that this process waits in its collective number `count`."""
+        """Note that this process waits in its collective number `count`."""
         note = json.dumps([count, words])
         _in_time(lambda: self._store.set(note_key(self._me), note))
 
     def say_gone(self) -> None:
-        """Takes it back."""
+        """Withdraw this process's note."""
         _in_time(lambda: self._store.set(note_key(self._me), json.dumps(None)))
 
     def call(self, count: int, words: str) -> str:
-        """Who of the others waits as well, and who does not, in words.
+        """Describe which other processes wait, where, and which do not respond.
 
-        Takes up to :data:`ROLL_CALL_SECONDS`, in which the others may come to the same end.
+        Takes up to :data:`ROLL_CALL_SECONDS`, during which the others may time out as well.
         """
         notes: dict[int, tuple[int, str] | None] = {}
         deadline = time.monotonic() + 0.8 * ROLL_CALL_SECONDS
@@ -54,10 +53,10 @@ class RollCall:
         def look() -> None:
             self._store.set(note_key(self._me), json.dumps([count, words]))
             while time.monotonic() < deadline:
-                unheard = [i for i in self._others if notes.get(i) is None]
-                if not unheard:
+                missing = [i for i in self._others if notes.get(i) is None]
+                if not missing:
                     return
-                for other in unheard:
+                for other in missing:
                     notes[other] = self._note_of(other)
                 time.sleep(0.1)
 
@@ -65,11 +64,11 @@ class RollCall:
         found = dict(notes)
         if not found:
             return (
-                "which processes did not answer is unknown: neither did the store that they met "
-                "by, which often lies on process 0"
+                "which processes did not respond is unknown, as the rendezvous store (usually on "
+                "process 0) did not respond either"
             )
         silent = [str(i) for i, note in found.items() if note is None]
-        result = [f"no word from process {enumerated(silent)}"] if silent else []
+        result = [f"no response from process {enumerated(silent)}"] if silent else []
         places: dict[str, list[str]] = {}
         for i, note in found.items():
             if note is not None and note[0] != count:
@@ -77,7 +76,7 @@ class RollCall:
         result += [
             f"process {enumerated(there)} waits in {place}" for place, there in places.items()
         ]
-        return "; ".join(result) or "all the others wait there, too"
+        return "; ".join(result) or "all other processes wait there, too"
 
     def _note_of(self, process: int) -> tuple[int, str] | None:
         if not self._store.check([note_key(process)]):
@@ -87,19 +86,19 @@ class RollCall:
 
 
 def enumerated(items: Sequence[str], at_most: int = 8) -> str:
-    """The first of the items, and how many there are besides."""
+    """The first `at_most` items, and the number of the remaining ones."""
     more = f" and {len(items) - at_most} more" if len(items) > at_most else ""
     return ", ".join(items[:at_most]) + more
 
 
 def _in_time(work: Callable[[], Any]) -> None:
-    """Runs `work` in a thread that is left behind: it may be the store that does not answer."""
+    """Run `work` in a thread, abandoned after a timeout in case the store does not respond."""
 
     def attempt() -> None:
         try:
             work()
         except RuntimeError as error:
-            log.debug("the store that the processes met by: %s", error)
+            log.debug("rendezvous store: %s", error)
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
@@ -107,5 +106,5 @@ def _in_time(work: Callable[[], Any]) -> None:
 
 
 def note_key(process: int) -> str:
-    """Where in the store the note of a process of the job lies."""
+    """Key in the store of a process's note, by its index in the job."""
     return f"arg_dist/waits/{process}"

@@ -1,4 +1,4 @@
-"""Who sends which rows of an exchange to whom, as one process sees it; found out once."""
+"""The rows that one process sends and receives in an exchange; computed once and cached."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from functools import lru_cache
 from arg_dist.subspace.exchange import Interval, Rows, intersect, tile
 
 Piece = tuple[int, int, int]
-"""A process, and rows that it sends or is sent, ``[low, high)``."""
+"""A peer process, and rows sent to or received from it, ``[low, high)``."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """What one process sends and is sent in an exchange, in the order of processes.
+    """What one process sends and receives in an exchange, in the order of processes.
 
     Attributes:
-        outgoing: to others.
-        incoming: from everyone who has some of the rows wanted; its own, too, which are not sent.
-        is_for_all: whether every other process is sent the same.
-        tiles: whether what comes in lies one behind the other, with nothing to add up.
+        outgoing: rows sent to other processes.
+        incoming: rows from every process that has some of those wanted, including its own rows,
+            which are not sent.
+        is_for_all: whether every other process receives the same rows.
+        tiles: whether the incoming rows are consecutive, so that nothing is summed.
     """
 
     outgoing: tuple[Piece, ...]
@@ -28,7 +29,7 @@ class Route:
     tiles: bool
 
 
-@lru_cache(maxsize=4096)  # matrices of one shape mostly share theirs
+@lru_cache(maxsize=4096)  # matrices of equal shape mostly share routes
 def route(have: Rows, want: Rows, me: int) -> Route:
     """The route of process `me` in an exchange of ``have`` for ``want``."""
     processes = range(len(have))

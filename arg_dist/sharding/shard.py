@@ -1,4 +1,4 @@
-"""This process's part of one matrix or tensor: its gradient comes in, its weights go out."""
+"""This process's part of one matrix or tensor: reads its gradient, updates its weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from arg_dist.subspace.spread import Side, Spread
 
 @dataclass(frozen=True)
 class Shard:
-    """What every shard knows of itself.
+    """Attributes common to all shards.
 
     Attributes:
         unit: position among all matrices and tensors of the plan, equal on all processes.
         name: the matrix's or tensor's name.
-        fragment: the fragment it lies in.
-        offset: its first element within the parameter.
-        range: the elements of it that this process holds, counted from its own first element.
+        fragment: the fragment that contains it.
+        offset: first element of the matrix or tensor within the parameter.
+        range: the elements held by this process, relative to `offset`.
         group: position of its parameter group in the plan.
         me: this process's index in the group of processes.
     """
@@ -37,16 +37,16 @@ class Shard:
     me: int
 
     def values(self) -> Tensor:
-        """The weights held, ``numel``, or as they lie in the engine; writing changes the model."""
+        """The weights held, ``numel`` or in the engine's shape; a view into the model."""
         local = self.fragment.view(self.fragment.target.detach())
-        # a view, never a copy: should the memory no longer be contiguous, this raises
+        # must be a view: view() raises if the memory is no longer contiguous
         return self._cut(local if self.fragment.transposed else local.view(-1))
 
     def gradient(self) -> Tensor | None:
-        """Their gradient, shaped like :meth:`values`; None if there is none.
+        """The gradient of the weights held, shaped like :meth:`values`; None if it is not set.
 
         Raises:
-            RuntimeError: it is a sparse tensor.
+            RuntimeError: the gradient is a sparse tensor.
         """
         gradient = self.fragment.target.grad
         if gradient is not None and gradient.is_sparse:
@@ -72,7 +72,7 @@ class TensorShard(Shard):
     """Part of a tensor that full-rank Adam trains.
 
     Attributes:
-        side: how its elements lie over the processes.
+        side: how its elements are distributed over the processes.
     """
 
     side: Side
@@ -98,11 +98,11 @@ class MatrixShard(Shard):
     """Part of a matrix that AdaRankGrad trains.
 
     Attributes:
-        matrix: the whole matrix, as it lies here.
-        spread: how it lies over the processes.
-        spans_columns: whether the basis spans its columns (`right`, unless it lies transposed).
+        matrix: the whole matrix, as stored.
+        spread: how it is distributed over the processes.
+        spans_columns: whether the basis spans its columns (`right`, unless stored transposed).
         replicated: every process holds all of it.
-        phase: in [0, 1); keeps its refreshes apart from those of other matrices.
+        phase: in [0, 1); staggers its refreshes against those of other matrices.
     """
 
     matrix: MatrixView
@@ -118,19 +118,19 @@ class MatrixShard(Shard):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns as the model has them."""
+        """Rows and columns in the model."""
         shape = (self.matrix.rows, self.matrix.columns)
         return shape[::-1] if self.fragment.transposed else shape
 
     @property
     def side_name(self) -> Literal["right", "left"]:
-        """`right` if the basis spans the columns as the model has them, else `left`."""
+        """`right` if the basis spans the columns of the matrix in the model, else `left`."""
         return "right" if self.spans_columns != self.fragment.transposed else "left"
 
     def oriented_gradient(self, gradient: Tensor) -> Tensor:
-        """``moment.touch x basis.touch``: the gradient as the mathematics looks at it.
+        """``moment.touch x basis.touch``: the gradient oriented as ``moment x basis``.
 
-        A view where it can be one; a row that is cut makes it a copy in fp32.
+        A view if possible; a copy in fp32 if a row is split between processes.
         """
         block = self._whole_rows(gradient)
         if self.replicated:
@@ -153,7 +153,7 @@ class MatrixShard(Shard):
         Args:
             direction: ``moment.update x rank``, N.
             basis: ``basis.touch x rank``, Q.
-            residual: ``moment.update``, phi, and the gradient of the elements held; None for zeros.
+            residual: ``moment.update``, phi, and the gradient of the elements held; None if zero.
             lr: learning rate.
             scale: factor of the update.
             weight_decay: decoupled weight decay.
@@ -183,7 +183,7 @@ class MatrixShard(Shard):
         return all(bound % self.matrix.columns == 0 for bound in self.range)
 
     def _whole_rows(self, gradient: Tensor) -> Tensor:
-        """``touched rows x columns``: the elements held, with zeros where others hold the row."""
+        """``touched rows x columns``: the elements held, and zeros for those of other processes."""
         columns = self.matrix.columns
         if self._has_whole_rows():
             return gradient.reshape(-1, columns)
@@ -195,7 +195,7 @@ class MatrixShard(Shard):
 
 
 def _add_scaled(values: Tensor, update: Tensor, keep: float, step: float) -> None:
-    """``values <- keep * values + step * update``, in fp32 at least."""
+    """``values <- keep * values + step * update``, computed in at least fp32."""
     if values.dtype in (torch.float32, torch.float64):
         values.mul_(keep).add_(update, alpha=step)
     else:

@@ -1,8 +1,8 @@
-"""How long a process waits for the others in a collective, and what it says when they do not come.
+"""Time limits of collectives, and the error reported when other processes do not join.
 
-On gloo the process that has waited too long gets an error. Other backends return before the others
-have come, and a process whose device waits cannot be reached by an exception; there a thread looks
-on and logs the same words, and the backend's own watchdog (NCCL's) ends the process.
+On gloo, a process that waits too long raises an error. Other backends return before the collective
+completes, and an exception cannot interrupt a process blocked on its device; there, a thread logs
+the same message, and the backend's own watchdog (NCCL's) terminates the process.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ import torch.distributed as dist
 from arg_dist.sharding.roll_call import ROLL_CALL_SECONDS, RollCall, enumerated
 
 NAMED = 3
-"""So many matrices are named, the others are counted."""
+"""Maximum number of matrices named in a message; the others are counted."""
 
 UNKNOWN_SECONDS = 1800.0
-"""Time limit of a backend that does not tell its own."""
+"""Time limit of a backend that does not report its own."""
 
 Words = Callable[[], str]
-"""What a collective is for, in words; asked for only where somebody waits too long."""
+"""Returns the purpose of a collective for messages; called only if a process waits too long."""
 
 log = logging.getLogger("arg_dist")
 
 
 class NoAnswerError(RuntimeError):
-    """Other processes did not come to a collective in time, or are gone.
+    """Other processes did not join a collective in time, or have terminated.
 
-    The message tells how long this one waited, where, for which matrices and, where they can be
-    found out, for which processes.
+    The message reports how long this process waited, in which collective, for which matrices and,
+    if they can be determined, for which processes.
     """
 
 
 def named(names: Sequence[str]) -> str:
-    """The first few names, and how many there are besides."""
+    """The first few names, and the number of the remaining ones."""
     return enumerated(names, NAMED) if names else "matrices of other processes"
 
 
@@ -53,10 +53,10 @@ class Waiting:
 
     Args:
         group: the processes.
-        device: where their messages lie.
-        seconds: how long to wait in one collective; None: as long as the group does itself.
-        watched: whether a thread looks on, rather than this process wait; by default, wherever the
-            backend is not gloo.
+        device: device of their messages.
+        seconds: time limit of one collective; None: the group's own timeout.
+        watched: monitor collectives from a thread instead of waiting in this process; default: if
+            the backend is not gloo.
 
     Attributes:
         seconds: the time limit.
@@ -77,32 +77,32 @@ class Waiting:
         self._count = 0
         self._watch: Watch | None = None
         if backend.name() != "gloo" if watched is None else watched:
-            # where the group's own limit ends the process, no words can follow
+            # log before the group's own timeout terminates the process
             self._watch = Watch(self._roll, min(self.seconds, 0.9 * own))
 
     def begin(self, start: Callable[[timedelta], dist.Work], words: Words) -> Callable[[], None]:
-        """Starts a collective of the group; several may be under way.
+        """Start a collective of the group; several may be in flight.
 
         Args:
-            start: starts it, with a time limit of its own.
-            words: what it is for.
+            start: starts the collective with the time limit it is passed.
+            words: returns the purpose for messages.
 
         Returns:
-            What, where a process waits by itself, waits for its end; called once.
+            A function that waits for the collective; to be called once.
 
         Raises:
-            NoAnswerError: here or while waiting: the others did not come in time, or a connection
+            NoAnswerError: here or while waiting: the others did not join in time, or a connection
                 broke.
         """
         self._count += 1
         count, started = self._count, time.monotonic()
 
         def finish() -> None:
-            with self._told_in_time(count, started, words):
+            with self._no_answer_error(count, started, words):
                 self._wait(work, count, started, words)
 
-        with self._told_in_time(count, started, words):
-            # the operation itself has to end: one that goes on holds the process up when it exits
+        with self._no_answer_error(count, started, words):
+            # the operation itself must time out: while it runs, it blocks the process from exiting
             work = start(timedelta(seconds=self.seconds))
         if self._watch is not None:
             self._watch.look_at(work, count, words)
@@ -111,30 +111,30 @@ class Waiting:
     def _wait(self, work: dist.Work, count: int, started: float, words: Words) -> None:
         if self._watch is not None:
             work.wait()
-        elif not self._is_done_by_half_time(work, started):
+        elif not self._completes_in_half_the_time(work, started):
             self._roll.say_here(count, words())
             work.wait(_until(started + self.seconds + ROLL_CALL_SECONDS))
             self._roll.say_gone()
 
-    def _is_done_by_half_time(self, work: dist.Work, started: float) -> bool:
+    def _completes_in_half_the_time(self, work: dist.Work, started: float) -> bool:
         try:
             work.wait(_until(started + self.seconds / 2))
         except RuntimeError:
             if not work.is_completed():
                 return False
-            work.wait()  # raises what went wrong, unless it has ended just now
+            work.wait()  # raises the error, unless the work has just completed
         return True
 
     @contextmanager
-    def _told_in_time(self, count: int, started: float, words: Words) -> Iterator[None]:
-        """Says in a NoAnswerError what went wrong."""
+    def _no_answer_error(self, count: int, started: float, words: Words) -> Iterator[None]:
+        """Convert a RuntimeError of the backend to a NoAnswerError."""
         try:
             yield
         except RuntimeError as error:
             waited = time.monotonic() - started
-            raise NoAnswerError(self._told(count, waited, words(), str(error))) from error
+            raise NoAnswerError(self._message(count, waited, words(), str(error))) from error
 
-    def _told(self, count: int, waited: float, words: str, cause: str) -> str:
+    def _message(self, count: int, waited: float, words: str, cause: str) -> str:
         found = self._roll.call(count, words)
         if waited >= 0.9 * self.seconds:
             happened = f"waited {waited:.1f} s (time_limit={self.seconds:g})"
@@ -142,16 +142,16 @@ class Waiting:
             happened = f"failed after {waited:.1f} s"
         return (
             f"{self._roll.this_process} {happened} in {words}; {found}. Weights and state may be "
-            "in mid-step: end all processes and resume from the last checkpoint. A process that "
-            "gives no word has ended, is stuck (its own output tells), or is slower than "
-            f"time_limit allows. Cause: {_shortened(cause)}"
+            "partially updated: terminate all processes and resume from the last checkpoint. A "
+            "process that does not respond has terminated, is stuck (check its own output), or is "
+            f"slower than time_limit allows. Cause: {_shortened(cause)}"
         )
 
 
 class Watch:
-    """A thread that logs which collective has not ended in time, for devices that work alone.
+    """A thread that logs collectives that exceed the time limit, for asynchronous devices.
 
-    Tested with gloo alone; with NCCL it is untried.
+    Tested only with gloo, not with NCCL.
 
     Args:
         roll: the processes.
@@ -163,17 +163,17 @@ class Watch:
         self._seconds = seconds
         self._begun: deque[tuple[float, dist.Work, int, Words]] = deque()
         self._lock = threading.Lock()
-        self._told = self._noted = 0
+        self._logged = self._noted = 0
         threading.Thread(target=_keep_watch, args=(weakref.ref(self),), daemon=True).start()
 
     def look_at(self, work: dist.Work, count: int, words: Words) -> None:
-        """Watches the collective number `count`; they end in the order in which they begin."""
+        """Watch collective number `count`; collectives complete in the order they start."""
         with self._lock:
             self._begun.append((time.monotonic(), work, count, words))
         self._oldest()
 
     def check(self) -> float:
-        """Logs the oldest collective, once, if it is too late; returns seconds to the next look."""
+        """Log the oldest collective, once, if it is late; return seconds until the next check."""
         oldest = self._oldest()
         if self._noted and (oldest is None or oldest[2] != self._noted):
             self._noted = 0
@@ -184,8 +184,8 @@ class Watch:
             if waited >= self._seconds / 2:
                 self._noted = count
                 self._roll.say_here(count, words())
-            if waited >= self._seconds and count != self._told:
-                self._told = count
+            if waited >= self._seconds and count != self._logged:
+                self._logged = count
                 log.error(
                     f"{self._roll.this_process} has waited {waited:.1f} s in {words()}; "
                     f"{self._roll.call(count, words())}"
@@ -211,17 +211,17 @@ def _keep_watch(watch: weakref.ref[Watch]) -> None:
 
 
 def _until(moment: float) -> timedelta:
-    """From now on; some time at least, as none would mean for ever."""
+    """Time from now to `moment`; always positive, as zero means no timeout."""
     return timedelta(seconds=max(0.001, moment - time.monotonic()))
 
 
 def _shortened(cause: str) -> str:
-    """The first sentence of a backend's error, without the place in its source."""
+    """The first sentence of a backend's error, without its source location."""
     line = re.sub(r"^\[\S+\] ", "", cause.partition("\n")[0])
     return line.partition(". This is typically")[0][:200]
 
 
 def _own_seconds(backend: Any) -> float:
-    """Seconds after which a backend's collectives fail by themselves."""
+    """The backend's own timeout in seconds."""
     options = getattr(backend, "options", None)
     return UNKNOWN_SECONDS if options is None else float(options._timeout.total_seconds())

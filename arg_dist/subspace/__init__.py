@@ -1,4 +1,4 @@
 """The mathematics of AdaRankGrad: pure functions and generators; no collective, no engine.
 
-See :mod:`arg_dist.subspace.exchange` for how a computation asks other processes for sums.
+See :mod:`arg_dist.subspace.exchange` for how a computation requests sums over processes.
 """

@@ -1,11 +1,11 @@
-"""Ranks of all matrices out of one budget: bytes go where they keep the most energy.
+"""Ranks of all matrices from one byte budget, allocated by energy per byte.
 
-After Adam's normalization every matrix's update has energy in proportion to its elements, so a
-direction is worth its share of ``||G||_F^2`` times the matrix's elements, and costs a column of the
-basis and of both moments. As shares fall from one direction to the next, taking the best value for
-its bytes again and again is the best choice for the bytes taken.
+After Adam's normalization, the energy of a matrix's update is proportional to its number of
+elements. The value of a direction is therefore its share of ``||G||_F^2`` times the number of
+elements, and its cost one column of the basis and of both moments. Since shares descend from one
+direction to the next, greedily taking the best value per byte is optimal for the bytes taken.
 
-Nothing here sends anything: on the same claims, every process decides the same.
+Nothing here communicates: from equal claims, every process computes equal ranks.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 STEPS = 2**20
-"""Fractions of the way from one rank to another are counted in so many steps."""
+"""Resolution of the fraction of the way from one rank to another."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What one matrix asks of the budget.
+    """One matrix's claim on the budget.
 
     Attributes:
         name: the matrix's name.
-        smallest: rank that it always gets.
-        largest: rank that it never exceeds.
-        rank: present rank; 0 before its first basis.
-        direction_bytes: bytes that one direction takes, on all processes together.
-        elements: its number of elements.
-        energy: share of ``||G||_F^2`` that it wants to keep.
+        smallest: guaranteed rank.
+        largest: maximum rank.
+        rank: present rank; 0 before the first basis.
+        direction_bytes: bytes of one direction, on all processes together.
+        elements: number of elements of the matrix.
+        energy: share of ``||G||_F^2`` to keep.
         spectrum: share of ``||G||_F^2`` of each leading direction, descending, at the last refresh;
-            None if it is not known.
-        is_due: whether it may get a new basis now.
+            None if unknown.
+        is_due: whether it may refresh now.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Claim:
 
     @property
     def reserved(self) -> int:
-        """Rank whose bytes nobody else gets: what it has, and the smallest one in any case."""
+        """Rank whose bytes are reserved for this matrix: the present one, at least the smallest."""
         return max(self.rank, self.smallest)
 
 
@@ -55,21 +55,21 @@ Ranks = dict[str, int]
 
 
 def smallest_bytes(claims: Sequence[Claim]) -> int:
-    """Bytes that all matrices together take at their smallest ranks."""
+    """Bytes of all matrices together at their smallest ranks."""
     return sum(claim.smallest * claim.direction_bytes for claim in claims)
 
 
 def allowed_ranks(claims: Sequence[Claim], budget: int) -> Ranks:
-    """The largest rank that each matrix which is due may get now.
+    """Largest rank permitted now for each matrix that is due for a refresh.
 
-    Bounded by its share in the best distribution over all matrices, and by the bytes that are free
-    now: what another matrix is to give up is not handed out before it has. So the bytes stay within
-    the budget whichever of these matrices then refresh, in whatever order. Only where more is taken
-    already (another budget was in force), nobody grows, and refreshes bring it down.
+    Bounded by the matrix's share in the best distribution over all matrices, and by the bytes free
+    now: bytes that another matrix has yet to give up are not allotted. The total thus stays within
+    the budget whichever of these matrices refresh, in any order. If the total already exceeds the
+    budget (a larger one was in force before), no matrix grows, and refreshes reduce the total.
 
     Args:
-        claims: all matrices, with names that differ.
-        budget: bytes for all of them together; no less than :func:`smallest_bytes`.
+        claims: the claims of all matrices, with distinct names.
+        budget: bytes for all of them together; at least :func:`smallest_bytes`.
     """
     claims = sorted(claims, key=lambda claim: claim.name)
     due = [claim for claim in claims if claim.is_due]
@@ -91,7 +91,7 @@ def allowed_ranks(claims: Sequence[Claim], budget: int) -> Ranks:
 def _distribute(claims: Sequence[Claim], budget: int) -> Ranks:
     """The best distribution over all matrices, as if all of them refreshed now.
 
-    A matrix whose spectrum is not known gets the fraction of its largest rank that all would get.
+    A matrix with unknown spectrum gets the fraction that an even distribution over all would give.
     """
     smallest = {claim.name: claim.smallest for claim in claims}
     largest = {claim.name: claim.largest for claim in claims}
@@ -107,9 +107,9 @@ def _distribute(claims: Sequence[Claim], budget: int) -> Ranks:
 def _by_energy(
     claims: Sequence[Claim], low: Mapping[str, int], high: Mapping[str, int], free: int
 ) -> Ranks:
-    """Ranks between `low` and `high` by energy per byte, with `free` bytes beyond those of `low`.
+    """Ranks between `low` and `high` by energy per byte, with `free` bytes in addition to `low`'s.
 
-    Directions beyond the energy that a matrix wants come after all that somebody does want.
+    Directions in excess of a matrix's target energy come after all directions within a target.
     """
     offers = []
     for place, claim in enumerate(claims):
@@ -123,7 +123,7 @@ def _by_energy(
     ranks = {claim.name: low[claim.name] for claim in claims}
     for _, _, index, place in sorted(offers):
         claim = claims[place]
-        # what one direction was too large for is left to smaller ones, never to its own followers
+        # bytes too few for one direction go to smaller ones, but never to later ones of its matrix
         if ranks[claim.name] == index and claim.direction_bytes <= free:
             ranks[claim.name] += 1
             free -= claim.direction_bytes
@@ -133,7 +133,7 @@ def _by_energy(
 def _evenly(
     claims: Sequence[Claim], low: Mapping[str, int], high: Mapping[str, int], free: int
 ) -> Ranks:
-    """The same fraction of the way from `low` to `high` for all, as large as `free` bytes allow."""
+    """Ranks at one fraction of the way from `low` to `high`, the largest that `free` allows."""
 
     def ranks(steps: int) -> Ranks:
         return {
@@ -149,7 +149,7 @@ def _growth_bytes(claims: Sequence[Claim], low: Mapping[str, int], ranks: Mappin
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest of ``0 .. STEPS`` that fits, where all below it do; 0 if none does."""
+    """The largest of ``0 .. STEPS`` that fits, by bisection (`fits` is monotone); 0 if none."""
     low, beyond = 0, STEPS + 1
     while beyond - low > 1:
         middle = (low + beyond) // 2

@@ -1,19 +1,19 @@
-"""What a piece of mathematics may ask of the other processes: sums of partial results, by rows.
+"""Requests of a computation to the other processes: sums of partial results, by rows.
 
-A tall matrix is spread over the processes of a group by *rows*: one half-open interval per process.
-A computation that needs others is a generator. It yields an :class:`Exchange` (or a tuple of them)
-and is handed back the rows it wants, summed over all processes that have a part of them. Who
-carries the request out, and how, is the business of the drivers in ``arg_dist.sharding``.
+A tall matrix is distributed over the processes of a group by *rows*: one half-open interval per
+process. A computation that needs other processes is a generator. It yields an :class:`Exchange` (or
+a tuple of them) and receives the rows it wants, summed over all processes that hold a part of them.
+The drivers in ``arg_dist.sharding`` carry out the requests.
 
-Two requests are enough, both of them one primitive:
+Two requests suffice, both built on one primitive:
 
-* :func:`sum_scatter`: everyone gets his rows of the sum;
-* :func:`gather`: everyone gets the rows he wants of a matrix that is held in parts.
+* :func:`sum_scatter`: each process receives its rows of the sum (a reduce-scatter);
+* :func:`gather`: each process receives the rows it wants of a distributed matrix.
 
-Where many send to one, or one to many, :func:`relayed_sum` and :func:`relayed_gather` go by way of
-everyone, so that no process holds, sends or adds up much more than the others.
+Where many processes send to one, or one to many, :func:`relayed_sum` and :func:`relayed_gather`
+relay through all processes, so that no process holds, sends or adds much more than the others.
 
-Where a request would move nothing, it is answered on the spot and never reaches a driver.
+A request that moves no data is answered immediately and never reaches a driver.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 Interval = tuple[int, int]
 Rows = tuple[Interval, ...]
-"""Which rows of a tall matrix each process of a group has: one half-open interval per process."""
+"""Rows of a tall matrix on each process of a group: one half-open interval per process."""
 
 T = TypeVar("T")
 
@@ -40,8 +40,8 @@ class Exchange:
 
     Attributes:
         part: this process's partial results, ``rows x ...``, first row = row ``have[me][0]``.
-        have: which rows each process contributes to.
-        want: which rows each process is handed back.
+        have: rows that each process contributes to.
+        want: rows that each process receives.
     """
 
     part: Tensor
@@ -51,38 +51,38 @@ class Exchange:
 
 Request = Exchange | tuple[Exchange, ...]
 Steps = Generator[Request, Tensor | tuple[Tensor, ...], T]
-"""A computation that yields requests, is sent their answers, and returns a `T`."""
+"""A computation that yields requests, receives their answers, and returns a `T`."""
 
 
 def exchanges_of(request: Request) -> tuple[Exchange, ...]:
-    """What a request asks for, one by one."""
+    """The exchanges of a request."""
     return request if isinstance(request, tuple) else (request,)
 
 
 def intersect(a: Interval, b: Interval) -> Interval:
-    """The common rows of two intervals; ``(x, x)`` where there are none."""
+    """The common rows of two intervals; ``(x, x)`` if they are disjoint."""
     low, high = max(a[0], b[0]), min(a[1], b[1])
     return (low, max(low, high))
 
 
 def is_within(inner: Interval, outer: Interval) -> bool:
-    """Whether every row of `inner` is a row of `outer`; an empty interval lies in every other."""
+    """Whether every row of `inner` is a row of `outer`; an empty interval is within any other."""
     return inner[0] >= inner[1] or (outer[0] <= inner[0] and inner[1] <= outer[1])
 
 
 def even_rows(size: int, processes: int) -> Rows:
-    """`size` rows cut into `processes` parts whose sizes differ by one row at most."""
+    """Split `size` rows into `processes` parts that differ by at most one row."""
     cuts = [size * i // processes for i in range(processes + 1)]
     return tuple(pairwise(cuts))
 
 
 @lru_cache(maxsize=65536)
-def _everyone_has_what_he_wants(have: Rows, want: Rows) -> bool:
+def _all_rows_are_local(have: Rows, want: Rows) -> bool:
     return all(is_within(w, h) for h, w in zip(have, want, strict=True))
 
 
 @lru_cache(maxsize=65536)
-def _nobody_else_contributes(have: Rows, want: Rows) -> bool:
+def _no_sums_are_needed(have: Rows, want: Rows) -> bool:
     return all(
         i == j or low >= high
         for i, wanted in enumerate(want)
@@ -92,7 +92,7 @@ def _nobody_else_contributes(have: Rows, want: Rows) -> bool:
 
 
 def tile(rows: Sequence[Interval], wanted: Interval) -> bool:
-    """Whether the intervals lie one behind the other, and are just the rows wanted."""
+    """Whether the intervals are consecutive and cover exactly the rows wanted."""
     end = wanted[0]
     for low, high in rows:
         if low != end:
@@ -102,12 +102,12 @@ def tile(rows: Sequence[Interval], wanted: Interval) -> bool:
 
 
 def add_up(exchange: Exchange, me: int, contributions: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """The rows that process `me` wants, from everyone's rows of them in the order of processes.
+    """Sum the contributions to the rows that process `me` wants, in the order of processes.
 
     Args:
         exchange: the request.
-        me: index of the process that wants.
-        contributions: ``(first row, rows)`` of each process that has some of them, `me` included.
+        me: index of the receiving process.
+        contributions: ``(first row, rows)`` of each contributing process, `me` included.
     """
     low, high = exchange.want[me]
     if not contributions:
@@ -121,26 +121,26 @@ def add_up(exchange: Exchange, me: int, contributions: Sequence[tuple[int, Tenso
 
 
 def put_together(parts: Sequence[Tensor]) -> Tensor:
-    """The parts one behind the other; contiguous, as memory decides the order of later sums."""
+    """Concatenate the parts; contiguous, as the memory layout decides the order of later sums."""
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0].contiguous()
 
 
 def select_rows(part: Tensor, have: Interval, want: Interval) -> Tensor:
-    """The rows `want` of a matrix, from a part that has its rows `have`; a view."""
+    """The rows `want` of a matrix, as a view of a part that has the rows `have`."""
     low, high = want if want[0] < want[1] else (have[0], have[0])
     return part[low - have[0] : high - have[0]]
 
 
 def gather(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
-    """The rows ``want[me]`` of a matrix of which process `i` holds the rows ``have[i]``.
+    """Gather the rows ``want[me]`` of a matrix of which process `i` holds the rows ``have[i]``.
 
     Args:
         part: ``have[me] x ...``, this process's rows.
-        have: who holds which rows; disjoint, unless everyone already holds what he wants.
-        want: who needs which rows.
+        have: rows that each process holds; disjoint, unless each already holds what it wants.
+        want: rows that each process needs.
         me: this process's index in the group.
     """
-    if _everyone_has_what_he_wants(have, want):
+    if _all_rows_are_local(have, want):
         return select_rows(part, have[me], want[me])
     return (yield Exchange(part, have, want))  # type: ignore[return-value]
 
@@ -149,21 +149,21 @@ def gather_both(
     parts: tuple[Tensor, Tensor], have: Rows, want: Rows, me: int
 ) -> Steps[tuple[Tensor, Tensor]]:
     """Two :func:`gather` over the same rows, in one request."""
-    if _everyone_has_what_he_wants(have, want):
+    if _all_rows_are_local(have, want):
         return tuple(select_rows(part, have[me], want[me]) for part in parts)  # type: ignore[return-value]
     return (yield tuple(Exchange(part, have, want) for part in parts))  # type: ignore[return-value]
 
 
 def sum_scatter(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
-    """The rows ``want[me]`` of the sum of everyone's partial results.
+    """Sum partial results over all processes; return the rows ``want[me]``.
 
     Args:
         part: ``have[me] x ...``, this process's partial results.
-        have: who contributes to which rows; may overlap.
-        want: who needs which rows.
+        have: rows that each process contributes to; may overlap.
+        want: rows that each process needs.
         me: this process's index in the group.
     """
-    if _everyone_has_what_he_wants(have, want) and _nobody_else_contributes(have, want):
+    if _all_rows_are_local(have, want) and _no_sums_are_needed(have, want):
         return select_rows(part, have[me], want[me])
     return (yield Exchange(part, have, want))  # type: ignore[return-value]
 
@@ -172,34 +172,34 @@ def sum_scatter_both(
     parts: tuple[Tensor, Tensor], have: Rows, want: Rows, me: int
 ) -> Steps[tuple[Tensor, Tensor]]:
     """Two :func:`sum_scatter` over the same rows, in one request."""
-    if _everyone_has_what_he_wants(have, want) and _nobody_else_contributes(have, want):
+    if _all_rows_are_local(have, want) and _no_sums_are_needed(have, want):
         return tuple(select_rows(part, have[me], want[me]) for part in parts)  # type: ignore[return-value]
     return (yield tuple(Exchange(part, have, want) for part in parts))  # type: ignore[return-value]
 
 
 def relayed_sum(part: Tensor, have: Rows, shares: Rows, want: Rows, me: int) -> Steps[Tensor]:
-    """:func:`sum_scatter` in two stages: each process adds up its share of the rows, and passes on.
+    """:func:`sum_scatter` in two stages: each process sums its share of the rows and forwards it.
 
     Args:
         part: ``have[me] x ...``, this process's partial results.
-        have: who contributes to which rows; may overlap.
-        shares: the rows, each at one process.
-        want: who needs which rows.
+        have: rows that each process contributes to; may overlap.
+        shares: rows that each process sums and forwards; disjoint.
+        want: rows that each process needs.
         me: this process's index in the group.
     """
     mine = yield from sum_scatter(part, have, shares, me)
-    del part  # however long the second stage takes
+    del part  # free it during the second stage
     return (yield from gather(mine, shares, want, me))
 
 
 def relayed_gather(part: Tensor, have: Rows, shares: Rows, want: Rows, me: int) -> Steps[Tensor]:
-    """:func:`gather` in two stages: one process hands out shares, and each passes on its own.
+    """:func:`gather` in two stages: each process receives one share of the rows and forwards it.
 
     Args:
         part: ``have[me] x ...``, this process's rows.
-        have: who holds which rows; disjoint.
-        shares: the rows, each at one process.
-        want: who needs which rows.
+        have: rows that each process holds; disjoint.
+        shares: rows that each process forwards; disjoint.
+        want: rows that each process needs.
         me: this process's index in the group.
     """
     mine = yield from gather(part, have, shares, me)

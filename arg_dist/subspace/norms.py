@@ -1,6 +1,6 @@
-"""Sums of squares: each part of a gradient is read once, in runs that stay in the cache.
+"""Sums of squares that read each part of a gradient once, in runs that fit in the cache.
 
-A gradient in fp16 or bf16 is converted run by run, too, so that no fp32 copy of it lies in memory.
+A gradient in fp16 or bf16 is converted run by run, so that no full fp32 copy of it exists.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 RUN = 2**17
-"""Elements that are squared together on a CPU."""
+"""Elements per run on a CPU."""
 FAINT = 1e-30
-"""Mean square below which fp32 loses small entries altogether."""
+"""Mean square below which the squares of small entries underflow in fp32."""
 
 
 def in_host_memory(part: Tensor) -> bool:
-    """Whether reading a value waits for nothing; elsewhere nothing here may depend on a value."""
+    """Whether reading a value needs no device synchronization; elsewhere, read no values."""
     return part.device.type == "cpu"
 
 
@@ -25,7 +25,7 @@ def row_squares(part: Tensor) -> Tensor:
     """``||G_i||^2`` for each row, fp32.
 
     Args:
-        part: ``rows x columns``, any floating-point type; its rows or its columns lie contiguous.
+        part: ``rows x columns``, any floating-point type; its rows or its columns are contiguous.
     """
     rows, columns = part.shape
     if not in_host_memory(part):
@@ -52,12 +52,12 @@ def row_squares(part: Tensor) -> Tensor:
 def norm_sq(part: Tensor, squares: Tensor | None = None) -> Tensor:
     """``||G||^2``, an fp64 scalar.
 
-    Squared in fp32, and once more in fp64 where that is too coarse: of very small or very large
-    gradients.
+    Squared in fp32, and recomputed in fp64 if that underflows or overflows, for very small or very
+    large gradients.
 
     Args:
-        part: of any shape and floating-point type.
-        squares: :func:`row_squares` of it, where they are known.
+        part: tensor of any shape and floating-point type.
+        squares: :func:`row_squares` of it, if known.
     """
     if not in_host_memory(part):
         norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)

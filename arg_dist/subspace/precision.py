@@ -1,4 +1,4 @@
-"""How precisely matrix products are taken, whatever the job has set for those of its model."""
+"""Precision of the optimizer's matrix products, independent of the job's own setting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 MatmulPrecision = Literal["highest", "high", "medium"]
-"""As in ``torch.set_float32_matmul_precision``: how fp32 factors are rounded; sums are fp32."""
+"""As in ``torch.set_float32_matmul_precision``: rounding of fp32 factors; sums are fp32."""
 
 CPU = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 CUDA = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
@@ -17,14 +17,14 @@ CUDA = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
 @contextmanager
 def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
-    """Takes products of fp32 matrices with this precision, and leaves the job's own as it was.
+    """Set the precision of fp32 matrix products in the context, then restore the job's setting.
 
     ======= ============================== ======================
     value   on a CPU                       on a GPU
     ======= ============================== ======================
     highest fp32                           fp32
-    high    TF32, where oneDNN has it      TF32
-    medium  bf16, where oneDNN has it      TF32
+    high    TF32, if oneDNN supports it    TF32
+    medium  bf16, if oneDNN supports it    TF32
     ======= ============================== ======================
     """
     cpu, cuda = torch.backends.mkldnn, torch.backends.cuda.matmul

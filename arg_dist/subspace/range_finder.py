@@ -17,9 +17,9 @@ from arg_dist.subspace.exchange import Steps, gather, sum_scatter
 from arg_dist.subspace.spread import Spread, from_home, to_home
 
 Part = Callable[[], Tensor]
-"""A process's part of a gradient, ``moment.touch x basis.touch``, fp32, made anew on every call.
+"""Returns a process's part of a gradient, ``moment.touch x basis.touch``, fp32.
 
-So a copy of it, where one is needed at all, lives no longer than one product.
+Called once per product, so that a copy, if one is necessary at all, lives only that long.
 """
 
 
@@ -28,8 +28,8 @@ class Directions:
     """Ordered directions of a gradient.
 
     Attributes:
-        vectors: ``basis x width``, orthonormal columns, at the home process; no rows elsewhere.
-        energies: ``width``, fp64, descending: ``||G q_i||^2``, the same bits on every owner.
+        vectors: ``basis x width``, orthonormal columns, on the home process; no rows elsewhere.
+        energies: ``width``, fp64, descending: ``||G q_i||^2``, bitwise equal on every owner.
     """
 
     vectors: Tensor
@@ -39,7 +39,7 @@ class Directions:
 def orthonormalize(sketch: Tensor) -> Tensor:
     """Orthonormal columns that span those of `sketch`, ``rows x width`` (rows >= width, or none).
 
-    Householder QR: the result is orthonormal even where the sketch has lost rank.
+    Householder QR: the result is orthonormal even if the sketch is rank-deficient.
     """
     return torch.linalg.qr(sketch).Q if sketch.shape[0] else sketch
 
@@ -52,11 +52,11 @@ def range_finder(
     Args:
         gradient: this process's part of G.
         omega: ``moment.touch x width``, this process's rows of the sketch matrix.
-        spread: how G lies over the processes.
-        power_passes: times that the sketch is multiplied by ``G^T G``.
+        spread: how G is distributed over the processes.
+        power_passes: number of times the sketch is multiplied by ``G^T G``.
 
     Returns:
-        ``basis x width`` at the home process, no rows elsewhere.
+        ``basis x width`` on the home process, no rows elsewhere.
     """
     moment, basis, me = spread.moment, spread.basis, spread.me
     # Y = G^T Omega ;  Q = qr(Y)
@@ -77,14 +77,14 @@ def leading_directions(
 ) -> Steps[Directions]:
     """The leading right singular directions of G, ordered, with their energies.
 
-    Arguments as in :func:`range_finder`. What rounding could decide differently on two processes
-    (orthonormalization, order, signs) is decided at the home process alone.
+    Arguments as in :func:`range_finder`. Everything that rounding could decide differently on two
+    processes (orthonormalization, order, signs) is computed on the home process alone.
     """
     moment, basis, me = spread.moment, spread.basis, spread.me
     width = omega.shape[1]
     found = yield from range_finder(gradient, omega, spread, power_passes=power_passes)
     vectors = yield from from_home(found, basis.size, basis.touch, spread)
-    # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64 as squares halve the digits
+    # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64: squaring halves the precision
     image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
     image = image.double()
     gram = yield from to_home(image.T @ image, spread.whole(width), width, spread)
@@ -98,9 +98,9 @@ def leading_directions(
 
 
 def positive_peaks(vectors: Tensor) -> Tensor:
-    """`vectors`, ``rows x width``, with the largest entry of each column made positive.
+    """Flip columns of `vectors`, ``rows x width``, to make each one's largest entry positive.
 
-    Eigenvectors have no sign of their own; this gives them one that does not hang on LAPACK.
+    The sign of an eigenvector is arbitrary; this makes it independent of the LAPACK implementation.
     """
     peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(peaks < 0, -1.0, 1.0).to(vectors.dtype)

@@ -1,4 +1,4 @@
-"""How many directions to keep, and when to look for new ones."""
+"""Selection of the rank, and scheduling of refreshes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def choose_rank(
     """The smallest rank whose directions keep the share `energy` of ``||G||_F^2``.
 
     Information-based selection (IASS, arXiv 2410.17881, algorithm 2) by one cumulative sum instead
-    of a search, since ``||G - P_r G||^2 = ||G||^2 - sum_{i<=r} s_i^2``. The paper bounds what is
-    discarded: ``eta_th = 1 - energy``. A gradient of lower rank than `smallest` gets only the
-    directions it has: Adam would blow the rounding noise in the others up to full steps.
+    of a search, since ``||G - P_r G||^2 = ||G||^2 - sum_{i<=r} s_i^2``. The paper bounds the
+    discarded share: ``eta_th = 1 - energy``. A gradient of lower rank than `smallest` gets only its
+    own directions: in the others, Adam would amplify rounding noise to full steps.
 
     Args:
         energies: ``width``, fp64, descending: ``s_i^2``.
@@ -29,9 +29,9 @@ def choose_rank(
         energy: share to keep, in (0, 1].
         smallest: smallest rank to return.
         largest: largest rank to return.
-        before: the rank so far; None if there was none.
-        hysteresis: a rank stays where it keeps a share within `energy` -+ `hysteresis`, and goes no
-            further than there: one batch's gradient is a noisy word on the spectrum.
+        before: the previous rank; None at the first refresh.
+        hysteresis: the rank changes only if it keeps a share outside `energy` -+ `hysteresis`, and
+            only up to that bound: one batch's gradient is a noisy estimate of the spectrum.
 
     Returns:
         A rank between 1 and ``min(largest, width)``.
@@ -53,7 +53,7 @@ def choose_rank(
 
 
 def numerical_rank(energies: Tensor) -> int:
-    """Number of directions clear of fp32 rounding: ``s_i > 4 eps sqrt(width) s_1``.
+    """Number of directions above fp32 rounding noise: ``s_i > 4 eps sqrt(width) s_1``.
 
     Args:
         energies: ``width``, fp64, descending.
@@ -70,28 +70,28 @@ def exit_early(
     kept_sq_at_refresh: float,
     decay: float,
 ) -> bool:
-    """Whether a basis has served its time before the longest gap is over.
+    """Whether a basis is due for an early refresh, before the longest gap is over.
 
-    At least `shortest` steps after the refresh, once the projected gradient has fallen below
-    `decay` times its norm at the refresh: the inner exit rule of arXiv 2410.17881, algorithm 3,
-    ``||P||_F <= sigma``, made relative, so that it does not depend on the loss's scale or the
-    layer's size.
+    This is at least `shortest` steps after the refresh, once the norm of the projected gradient has
+    fallen below `decay` times its value at the refresh: the inner exit rule of arXiv 2410.17881,
+    algorithm 3, ``||P||_F <= sigma``, made relative to be independent of the scale of the loss and
+    the size of the layer.
     """
     return since_refresh >= shortest and kept_sq < decay * decay * kept_sq_at_refresh
 
 
 def gap_after_decay(gap: int, *, since_refresh: int, spread: int, phase: float) -> int:
-    """Steps from a refresh to the next, once :func:`exit_early` has ended the basis.
+    """Steps from a refresh to the next, after :func:`exit_early` holds.
 
-    The gradients of all matrices may fall together, for instance as the learning rate does; each
-    then waits for its turn within `spread` steps. It is decided once: seen again, later, the decay
-    changes nothing.
+    The gradients of all matrices may decay together, for instance with the learning rate, so their
+    refreshes are staggered over `spread` steps. Later calls for the same basis do not postpone the
+    refresh.
 
     Args:
-        gap: steps from the refresh to the next so far; never more.
+        gap: currently scheduled steps from the refresh to the next; an upper bound of the result.
         since_refresh: steps since the refresh.
-        spread: steps over which the refreshes of different matrices are spread.
-        phase: in [0, 1), the matrix's turn.
+        spread: steps over which the refreshes of different matrices are staggered.
+        phase: in [0, 1), the matrix's position within `spread`.
     """
     return min(gap, since_refresh + 1 + int(phase * spread))
 
@@ -99,14 +99,14 @@ def gap_after_decay(gap: int, *, since_refresh: int, spread: int, phase: float) 
 def gap_until_next(refreshes: int, *, first: int, longest: int, phase: float) -> int:
     """Steps from a refresh to the next: doubles from about `first` up to `longest`.
 
-    The first gradients say little: they have almost no rank, and the subspace turns fastest while
-    the learning rate warms up.
+    Early bases are short-lived: the first gradients have almost no rank, and the subspace rotates
+    fastest during the learning rate's warmup.
 
     Args:
-        refreshes: bases of this matrix found before.
-        first: steps from the first refresh to the second, before it is stretched.
+        refreshes: previous refreshes of this matrix.
+        first: steps from the first refresh to the second, before stretching.
         longest: most steps between two refreshes.
-        phase: in [0, 1); stretches the gaps, so that the refreshes of different matrices, which all
-            begin on the first step, do not fall on the same steps later.
+        phase: in [0, 1); stretches the gaps to stagger the refreshes of different matrices, all of
+            which start on the first step.
     """
     return min(longest, int(first * (1 + phase) * 2.0 ** min(refreshes, 32)))

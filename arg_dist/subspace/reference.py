@@ -1,7 +1,7 @@
-"""AdaRankGrad on one whole matrix with a dense SVD: slow, short, and the oracle of the tests.
+"""AdaRankGrad on one whole matrix with a dense SVD: the slow, short reference for the tests.
 
 arXiv 2410.17881, algorithms 2 and 3, line by line, except for the `squared` transport and the
-residuals, and without its inner exit rule. Written without any of the pieces it is used to check.
+residuals, and without the inner exit rule. It shares no code with the implementation it verifies.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ReferenceAdaRankGrad:
         return 0 if self.basis is None else self.basis.shape[1]
 
     def step(self, gradient: Tensor) -> None:
-        """One step with ``gradient``, ``m x n``, on the weight."""
+        """Take one step on the weight with ``gradient``, ``m x n``."""
         G = gradient.double() if self.side == "right" else gradient.double().T
         if self.steps % self.gap == 0:
             self._refresh(G)
@@ -83,7 +83,7 @@ class ReferenceAdaRankGrad:
         return S
 
     def _matched_residual(self, S: Tensor, G: Tensor, N: Tensor) -> Tensor:
-        # S_i <- sqrt(mean_j N_ij^2 (n - r)) S_i / ||S_i|| ;  faint residuals fade out
+        # S_i <- sqrt(mean_j N_ij^2 (n - r)) S_i / ||S_i|| ;  negligible residuals fade out
         outside = G.shape[1] - self.rank
         size = S.square().sum(1, keepdim=True) + 1e-4 * G.square().sum(1, keepdim=True)
         return (N.square().mean(1, keepdim=True) * outside / size).sqrt() * S

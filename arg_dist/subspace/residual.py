@@ -1,20 +1,20 @@
-"""The part of the gradient outside the basis, followed without moments of its own.
+"""The residual: the part of the gradient outside the basis, added to the update without moments.
 
-Adam's direction N says how far to go along the projected gradient P. Row by row, the residual
-``S = G - P Q^T`` follows, ``phi_i S_i``, and how far is a choice:
+Adam's direction N is the step for the projected gradient P. The residual ``S = G - P Q^T`` is added
+row by row, ``phi_i S_i``, under one of two rules:
 
 ======== ============================================== ========================================
 scaled   ``phi_i = ||N_i|| / ||P_i||``: in proportion   Fira, arXiv 2410.01623, sections 4.1, 4.2
-         to what the row does inside the basis; a
-         limiter keeps the norm from jumping
+         to the row's step inside the basis; a limiter
+         prevents jumps of the norm
 matched  ``phi_i ||S_i|| = ||N_i|| sqrt((n - r) / r)``: the default
          each of the n - r directions outside moves as
          far as one of the r inside does on average
 ======== ============================================== ========================================
 
-Under full-rank Adam all entries of an update are of one size, along strong directions and weak
-ones. `matched` keeps that: the update's size does not depend on the rank, and so the learning rate
-need not either. Under `scaled` weak directions stay as weak as they are in the gradient.
+Under full-rank Adam, all entries of an update have about the same size, along strong and weak
+directions alike. `matched` preserves this: the size of the update is independent of the rank, and
+so is the best learning rate. Under `scaled`, weak directions stay as weak as in the gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from arg_dist.subspace.spread import Spread
 Rule = Literal["none", "scaled", "matched"]
 
 FAINT = 1e-4
-"""Share of a row's ||G_i||^2 below which a residual fades out, as it is rounding in the end."""
+"""Share of a row's ||G_i||^2 below which its residual fades out, being mostly rounding error."""
 
 
 def scaled_factors(direction: Tensor, projected_sq: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def matched_factors(
         direction: ``rows x rank``, N.
         projected_sq: ``rows``, ``||P_i||^2``.
         row_sq: ``rows``, ``||G_i||^2``.
-        dimension: n, the number of directions there are: the basis has `rank` of them.
+        dimension: n, the total number of directions; the basis spans `rank` of them.
     """
     rank = direction.shape[1]
     # phi_i = ||N_i|| sqrt((n - r) / r) / ||S_i||
@@ -73,18 +73,18 @@ def limit_growth(
     *,
     growth: float,
 ) -> Steps[tuple[Tensor, Tensor]]:
-    """The factors, smaller where the scaled residual's norm has grown by more than `growth`.
+    """Reduce the factors if the norm of the scaled residual has grown by more than `growth`.
 
     Args:
         factors: ``moment.keep``, phi.
         projected_sq: ``moment.keep``, ``||P_i||^2``.
         row_sq: ``moment.keep``, ``||G_i||^2``.
-        norm_before: the norm that the step before returned, fp64; None at the first step.
-        spread: how the matrix lies over the processes.
+        norm_before: the norm returned by the previous step, fp64; None at the first step.
+        spread: how the matrix is distributed over the processes.
         growth: largest growth of the norm in one step.
 
     Returns:
-        ``moment.keep``, the factors; and the norm of what they make, an fp64 scalar.
+        ``moment.keep``, the factors; and the norm of the residual they give, an fp64 scalar.
     """
     # ||phi S||^2 = sum_i phi_i^2 ||S_i||^2
     part = (factors.square() * outside_sq(projected_sq, row_sq)).sum(dtype=torch.float64).view(1)

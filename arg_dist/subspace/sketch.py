@@ -1,4 +1,4 @@
-"""Gaussian sketch matrices that depend on what is sketched, never on who sketches it."""
+"""Gaussian sketch matrices that depend on the matrix sketched, never on the process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Rows drawn from one seed: a process draws only the blocks that its rows lie in."""
+"""Rows drawn from one seed: a process draws only the blocks that contain its rows."""
 
 
 def gaussian_rows(
@@ -16,17 +16,17 @@ def gaussian_rows(
 ) -> Tensor:
     """Rows ``[low, high)`` of the sketch matrix Omega ~ N(0, 1) of one refresh of one matrix.
 
-    The generator is counter-based: its seed is a hash of (seed, name, refresh, block of rows). So
-    the matrix is the same for every world size and engine, and no process draws rows that it does
-    not need (SSRF, arXiv 2410.17881, algorithm 1; the variance of Omega does not matter, as the
-    sketch is orthonormalized).
+    The generator is counter-based: its seed is a hash of (seed, name, refresh, block of rows,
+    columns). The matrix is therefore equal for every world size and engine, and no process draws
+    blocks that it does not need (SSRF, arXiv 2410.17881, algorithm 1; the variance of Omega is
+    irrelevant, as the sketch is orthonormalized).
 
     Args:
         rows: half-open interval of rows.
         columns: width of the sketch.
         seed: the user's seed.
         name: the matrix's name.
-        refresh: how many bases of this matrix were found before.
+        refresh: number of previous refreshes of this matrix.
 
     Returns:
         ``(high - low) x columns``, fp32, on the CPU.

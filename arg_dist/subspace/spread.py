@@ -1,10 +1,10 @@
-"""How one matrix lies over the processes of a group, as plain values.
+"""The distribution of one matrix over the processes of a group, as plain values.
 
-The gradient ``G`` is looked at as ``moment x basis``: the basis ``Q`` (``basis x rank``) spans one
-side, and the projected gradient ``P = G Q`` with its two moments (``moment x rank``) lives on the
-other. For a `right` matrix the moments lie along G's rows, for a `left` one along its columns (then
-what is called G here is the transposed gradient). Seen so, both sides read alike, and a sharding is
-a statement of which rows of either side a process touches, keeps, and updates.
+The gradient ``G`` is oriented as ``moment x basis``: the basis ``Q`` (``basis x rank``) spans one
+side, and the projected gradient ``P = G Q`` with its two moments (``moment x rank``) extends along
+the other. For a `right` matrix the moment side is G's rows, for a `left` one its columns (G then
+denotes the transposed gradient). Both cases thus share one formulation, and a sharding states which
+rows of either side a process touches, keeps, and updates.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from arg_dist.subspace.exchange import (
 
 @dataclass(frozen=True)
 class Side:
-    """One dimension of a matrix, spread over the processes.
+    """One dimension of a matrix, distributed over the processes.
 
     Attributes:
         size: length of the dimension.
-        touch: rows that a process's part of the gradient reaches; may overlap where a row is cut.
-        keep: rows whose state a process keeps; disjoint, together everything, within `touch`.
+        touch: rows covered by a process's part of the gradient; they overlap if a row is split
+            between processes.
+        keep: rows whose state a process keeps; a partition of the dimension, within `touch`.
         update: rows whose weights a process updates.
     """
 
@@ -42,16 +43,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Spread:
-    """How one matrix lies over the processes of its group.
+    """The distribution of one matrix over the processes of its group.
 
     Attributes:
         moment: the side of the projected gradient and its moments.
         basis: the side that the basis spans.
-        store: rows of the basis in each process's state: `basis.keep`, or `basis.touch` where the
+        store: rows of the basis in each process's state: `basis.keep`, or `basis.touch` if the
             basis is replicated.
-        owners: processes that hold a part of the matrix; nobody else takes part.
-        home: the owner that orthonormalizes sketches and decides what rounding could decide
-            differently elsewhere.
+        owners: processes that hold a part of the matrix; no others take part.
+        home: the owner that orthonormalizes sketches and solves the small eigenproblem, so that
+            rounding cannot give the processes different results.
         me: this process's index in the group.
     """
 
@@ -72,53 +73,53 @@ class Spread:
         return tuple((0, size if i in self.owners else 0) for i in range(self.processes))
 
     def at_home(self, size: int) -> Rows:
-        """All of `size` rows at the home process, none elsewhere."""
+        """All of `size` rows on the home process, none elsewhere."""
         return tuple((0, size if i == self.home else 0) for i in range(self.processes))
 
     @property
     def is_relayed(self) -> bool:
-        """Whether what the home process collects and hands out goes by way of all owners.
+        """Whether transfers to and from the home process are relayed through all owners.
 
-        Between two there would be nothing to gain.
+        With two owners, relaying gains nothing.
         """
         return len(self.owners) > 2
 
     def relay(self, size: int) -> Rows:
-        """Who passes on which of `size` rows on their way to or from the home process."""
+        """Which of `size` rows each process forwards to or from the home process."""
         return self.shares(size) if self.is_relayed else self.at_home(size)
 
     def shares(self, size: int) -> Rows:
-        """`size` rows cut evenly over the owners."""
+        """`size` rows split evenly over the owners."""
         parts = dict(zip(self.owners, even_rows(size, len(self.owners)), strict=True))
         return tuple(parts.get(i, (0, 0)) for i in range(self.processes))
 
 
 def to_home(part: Tensor, have: Rows, size: int, spread: Spread) -> Steps[Tensor]:
-    """The sum of everyone's partial results at the home process, no rows elsewhere.
+    """Sum the partial results of all processes on the home process; no rows elsewhere.
 
     Args:
-        part: ``have[me] x ...``, this process's.
-        have: who contributes to which rows.
-        size: how many rows there are.
-        spread: whose home it is.
+        part: ``have[me] x ...``, this process's partial results.
+        have: rows that each process contributes to.
+        size: number of rows.
+        spread: the distribution that defines the home process.
     """
     return relayed_sum(part, have, spread.relay(size), spread.at_home(size), spread.me)
 
 
 def from_home(part: Tensor, size: int, want: Rows, spread: Spread) -> Steps[Tensor]:
-    """The rows ``want[me]`` of a matrix that the home process holds.
+    """Distribute the rows ``want[me]`` of a matrix that the home process holds.
 
     Args:
-        part: ``size x ...`` at the home process, no rows elsewhere.
-        size: how many rows there are.
-        want: who needs which rows.
-        spread: whose home it is.
+        part: ``size x ...`` on the home process, no rows elsewhere.
+        size: number of rows.
+        want: rows that each process needs.
+        spread: the distribution that defines the home process.
     """
     return relayed_gather(part, spread.at_home(size), spread.relay(size), want, spread.me)
 
 
 def single_process(moment: int, basis: int) -> Spread:
-    """The spread of a matrix that one process holds whole."""
+    """The distribution of a matrix that one process holds whole."""
     all_moments: Rows = ((0, moment),)
     all_basis: Rows = ((0, basis),)
     return Spread(

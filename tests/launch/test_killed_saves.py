@@ -72,7 +72,7 @@ def test_after_a_kill_at_any_moment_the_newest_checkpoint_is_loaded(tmp_path: Pa
     assert len(at_random["phases"].keys() & PHASES) >= HIT_AT_RANDOM
     assert len(at_random["survivors"]) == 2
     for words in at_random["survivors"]:
-        assert "no word from process" in words and "resume from the last checkpoint" in words
+        assert "no response from process" in words and "resume from the last checkpoint" in words
     assert everywhere["phases"].keys() >= PHASES | {"replaced"}
     first, replacing, other = everywhere["calls"]
     assert min(first, replacing) >= 20 and other >= 3

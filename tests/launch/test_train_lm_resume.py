@@ -72,7 +72,7 @@ def test_a_run_that_is_stopped_twice_is_bitwise_the_one_that_is_not(
         wait_for(lambda: "train_lm: " in launcher.printed(), seconds=30)
         # whether it waited in a collective of the engine or of the optimizer
         printed = launcher.printed()
-        assert "has stopped answering" in printed or "no word from process 1" in printed
+        assert "has stopped answering" in printed or "no response from process 1" in printed
         assert "Traceback" not in printed
     assert read_report(out)["status"] == "failed"
     killed_at = read_report(out)["steps"]

@@ -119,7 +119,7 @@ def ask_too_often(group) -> str:
 
 def test_a_round_more_than_agreed_raises_on_every_process(pool):
     for message in pool.run(ask_too_often, 2):
-        assert "1 computations still ask after 2 rounds" in message
+        assert "1 computations still have requests after 2 rounds" in message
 
 
 def send_mixed_types(group) -> list[list[float]]:

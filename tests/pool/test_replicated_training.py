@@ -303,7 +303,7 @@ def train_another_model(group) -> str:
 
 def test_other_weights_on_another_process_are_an_error_on_all(pool):
     for message in pool.run(train_another_model, 2):
-        assert "w: process 1 of the group has other weights" in message
+        assert "w: the weights of process 1 of the group differ" in message
         assert "process_group=None" in message
 
 

@@ -111,7 +111,7 @@ def test_who_waits_too_long_says_where_for_which_matrices_and_for_whom(
         assert re.search(where, message), message
         told = re.match(rf"process {process} of 3 waited (.*) s \(time_limit=1\) in ", message)
         assert told and LIMIT - 0.1 <= float(told[1]) < AWAY, message
-        assert f"; no word from process {CULPRIT}. " in message
+        assert f"; no response from process {CULPRIT}. " in message
         assert "resume from the last checkpoint" in message
     # it comes to connections that the others have closed
     assert f"process {CULPRIT} of 3 failed after" in results[CULPRIT]
@@ -177,7 +177,7 @@ def test_a_thread_tells_where_an_exception_could_not(own_pool):
         (line,) = results[process][0]
         assert re.fullmatch(
             rf"process {process} of 3 has waited \d\.\d s in a test \(an all-to-all\); "
-            rf"no word from process {CULPRIT}",
+            rf"no response from process {CULPRIT}",
             line,
         )
     assert results[CULPRIT][0] == []
@@ -204,6 +204,6 @@ def test_a_process_that_is_stopped_or_killed_is_told_by_the_others(
     for process in (0, 2):
         assert re.search(
             rf"NoAnswerError: process {process} of 3 {how} in {where} for "
-            rf"{NAMES[0]}.*; no word from process {CULPRIT}\. ",
+            rf"{NAMES[0]}.*; no response from process {CULPRIT}\. ",
             str(raised.value),
         ), raised.value

@@ -103,11 +103,11 @@ def test_a_collective_run_ends_all_computations_within_the_rounds():
 
 
 def test_a_collective_run_raises_where_more_rounds_are_asked_than_agreed():
-    with pytest.raises(RuntimeError, match="1 computations still ask after 2 rounds"):
+    with pytest.raises(RuntimeError, match="1 computations still have requests after 2 rounds"):
         run_collective([ask(2), ask(3)], Echo(), rounds=2)
 
 
 def test_a_lockstep_run_raises_where_some_shards_have_ended():
     assert run_lockstep([ask(2), ask(2)]) == [2, 2]
-    with pytest.raises(RuntimeError, match="1 of 2 shards have ended"):
+    with pytest.raises(RuntimeError, match="1 of 2 shards have finished"):
         run_lockstep([ask(1), ask(2)])

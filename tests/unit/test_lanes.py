@@ -121,5 +121,5 @@ def test_without_rounds_nothing_is_sent():
 
 
 def test_a_round_more_than_agreed_is_an_error():
-    with pytest.raises(RuntimeError, match="1 computations still ask after 2 rounds"):
+    with pytest.raises(RuntimeError, match="1 computations still have requests after 2 rounds"):
         recorded({"a": [2, 3]}, rounds=2)

@@ -113,7 +113,7 @@ def test_a_budget_below_the_smallest_ranks_is_refused_before_anything_changes():
     with pytest.raises(ConfigError) as raised:
         feed(optimizer, *gradients(0))
     message = str(raised.value)
-    assert message.startswith("state_budget: got 6 KiB (6144 bytes); ")
+    assert message.startswith("state_budget: got 6.0 KiB (6144 bytes); ")
     assert "3 low-rank matrices" in message and "lower min_rank" in message
     assert all(map(torch.equal, parameters_of(optimizer), before))
     assert not any(units(optimizer))
@@ -190,7 +190,8 @@ def test_state_from_before_a_budget_comes_down_to_it():
     optimizer, seen = trained(0, 10)
     budget = seen[-1][1] * 2 // 3
     resumed = copy_of(optimizer, state_budget=budget)
-    with pytest.warns(UserWarning, match="state_budget: .* are kept now, from before this budget"):
+    message = "state_budget: the present state takes .*, from before this budget"
+    with pytest.warns(UserWarning, match=message):
         sizes = go_on(resumed, 10, STEPS)
     assert sizes[-1] <= budget
     without = copy_of(resumed)
