@@ -120,9 +120,9 @@ class PartitionedParametersAdapter(Adapter):
         fragments = []
         for parameter in members:
             offset = zero.grad_position[zero.get_param_id(parameter)][1]
-            piece, numel = parameter.partition_numel(), parameter.ds_numel
-            start = min(me * piece, numel)
-            stop = min(start + piece, numel)
+            length, numel = parameter.partition_numel(), parameter.ds_numel
+            start = min(me * length, numel)
+            stop = min(start + length, numel)
             name, shape = names[id(parameter)], full_shape(parameter)
             fragments.append(_fragment(name, shape, start, stop, flat, offset))
         return Holding(fragments, process_group)
@@ -143,12 +143,12 @@ class PartitionedParametersAdapter(Adapter):
         if not hasattr(parameter, "ds_tensor"):
             return None
         partitioned: Any = parameter
-        me, piece = dist.get_rank(partitioned.ds_process_group), partitioned.partition_numel()
-        start = min(me * piece, partitioned.ds_numel)
-        stop = min(start + piece, partitioned.ds_numel)
+        me, length = dist.get_rank(partitioned.ds_process_group), partitioned.partition_numel()
+        start = min(me * length, partitioned.ds_numel)
+        stop = min(start + length, partitioned.ds_numel)
         shape = full_shape(parameter)
-        piece_held = _fragment(name, shape, start, stop, partitioned.ds_tensor, 0)
-        return Holding([piece_held], partitioned.ds_process_group)
+        held = _fragment(name, shape, start, stop, partitioned.ds_tensor, 0)
+        return Holding([held], partitioned.ds_process_group)
 
     def weights_loaded(self, optimizer: Any) -> None:
         """Copies the fp32 master weights to the partitions that the model computes with."""

@@ -56,7 +56,7 @@ def expect(optimizer: AdaRankGrad) -> None:
         nonlocal first
         # the hook is not removed: torch iterates over the hooks here, and would fail with others
         if first:
-            for parameter in [each for each, whose in _EXPECTED.items() if whose is built]:
+            for parameter in [each for each, owner in _EXPECTED.items() if owner is built]:
                 del _EXPECTED[parameter]
         first = False
 

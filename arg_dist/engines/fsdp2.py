@@ -84,15 +84,19 @@ def _cut(name: str, target: Any) -> tuple[int, int]:
             f"{name}: a plain tensor among DTensors (ignored_params?); shard it as well, or give "
             "it a separate optimizer"
         )
-    cuts = [(axis, p.dim) for axis, p in enumerate(target.placements) if p.is_shard()]
+    sharded = [(axis, p.dim) for axis, p in enumerate(target.placements) if p.is_shard()]
     plain = all(p.is_shard() or p.is_replicate() for p in target.placements)
-    if len(cuts) != 1 or not plain or (cuts[0][1] != 0 and (cuts[0][1], target.ndim) != (1, 2)):
+    if (
+        len(sharded) != 1
+        or not plain
+        or (sharded[0][1] != 0 and (sharded[0][1], target.ndim) != (1, 2))
+    ):
         raise RuntimeError(
             f"{name}: its placements are {tuple(target.placements)}; AdaRankGrad needs parameters "
             "that fully_shard has sharded in one dimension (0, or 1 of a matrix) over one mesh "
             "axis; tensor parallelism is not supported"
         )
-    return cuts[0]
+    return sharded[0]
 
 
 def _fragment(name: str, target: Any, axis: int, dimension: int) -> Fragment:

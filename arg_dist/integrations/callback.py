@@ -80,8 +80,8 @@ class AdaRankGradCallback(TrainerCallback):  # type: ignore[misc]  # transformer
     def add_numbers(self, logs: dict[str, Any], state: Any, control: Any) -> None:
         """Adds the metrics to `logs` if they are due; a collective.
 
-        ``should_log`` distinguishes the Trainer's own training log, which is made on all processes,
-        from logs made on a single process.
+        ``should_log`` distinguishes the Trainer's own training log, written on all processes,
+        from logs written on a single one.
         """
         steps = state.global_step - self._sampled_step
         if self._optimizer is None or not control.should_log or "loss" not in logs:
