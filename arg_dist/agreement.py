@@ -101,24 +101,24 @@ def agree(
         part[[unit for unit, _ in norms_sq], 0] = torch.stack([value for _, value in norms_sq])
     if kept_sq:
         part[[unit for unit, _ in kept_sq], 1] = torch.stack([value for _, value in kept_sq])
-    everyone = ((0, units),) * processes
+    all_units = ((0, units),) * processes
     all_rows = ((0, processes),) * processes
     mine = torch.tensor([[int(own_state) + 2 * int(refreshing), steps, *rounds]])
     answers = yield (
-        Exchange(part, everyone, everyone),
+        Exchange(part, all_units, all_units),
         Exchange(mine, even_rows(processes, processes), all_rows),
     )
-    totals, processes_say = answers[0].tolist(), answers[1].tolist()
-    steps_of_first = processes_say[0][1]
+    totals, reports = answers[0].tolist(), answers[1].tolist()
+    steps_of_first = reports[0][1]
     return Agreement(
         norm_sq=[row[0] for row in totals],
         kept_sq=[row[1] for row in totals],
-        rounds=[max(needed) for needed in zip(*(said[2:] for said in processes_say), strict=True)],
+        rounds=[max(needed) for needed in zip(*(report[2:] for report in reports), strict=True)],
         strangers=[
             process
-            for process, (bits, taken, *_) in enumerate(processes_say)
+            for process, (bits, taken, *_) in enumerate(reports)
             if not bits & 1 or taken != steps_of_first
         ],
         processes=processes,
-        refreshing=any(bits & 2 for bits, *_ in processes_say),
+        refreshing=any(bits & 2 for bits, *_ in reports),
     )

@@ -102,9 +102,9 @@ class StateBudget:
         plans = [plan for call in calls for plan in call.plans if plan.names]
         mine = _fixed_bytes(calls, states), list(_claims(calls, state_of))
         communicator = _communicator(plans)
-        everyone = communicator.gather_objects(mine, "sharing out state_budget", counted=True)
-        fixed = sum(own for own, _ in everyone)
-        claims = [claim for _, theirs in everyone for claim in theirs]
+        gathered = communicator.gather_objects(mine, "distributing state_budget", counted=True)
+        fixed = sum(own for own, _ in gathered)
+        claims = [claim for _, listed in gathered for claim in listed]
         self._check(fixed, claims)
         self._allowed = allowed_ranks(claims, self.limit - fixed)
 

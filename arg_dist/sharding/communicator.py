@@ -78,8 +78,8 @@ class Communicator:
     @property
     def processes(self) -> tuple[int, ...]:
         """Indexes in the job of the group's processes; empty for a single process."""
-        alone = self.group is None or self.size == 1
-        return () if alone else tuple(dist.get_process_group_ranks(self.group))
+        is_single = self.group is None or self.size == 1
+        return () if is_single else tuple(dist.get_process_group_ranks(self.group))
 
     def gather_objects(
         self, value: Any, purpose: str = "a gather", *, counted: bool = False

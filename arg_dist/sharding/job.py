@@ -21,9 +21,9 @@ def job_communicator(
         plans: the optimizer's plans. If an engine shards the model, all processes of the job hold
             parts of it.
     """
-    cut = any(plan.communicator.group is not None and not plan.replicated for plan in plans)
-    alone = process_group is None and not cut
-    group = None if alone else training_group(process_group or "world")
+    is_sharded = any(plan.communicator.group is not None and not plan.replicated for plan in plans)
+    is_single = process_group is None and not is_sharded
+    group = None if is_single else training_group(process_group or "world")
     limits = [limit for plan in plans if (limit := plan.communicator.time_limit) is not None]
     return Communicator(group, max(limits, default=None))
 

@@ -134,11 +134,11 @@ def matrix_spread(
     else:
         touched = tuple((a // columns, -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
         first = tuple((-(-a // columns), -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
-        cut = Side(rows, touched, first, touched)
+        split = Side(rows, touched, first, touched)
         whole: Rows = tuple((0, columns if i in owners else 0) for i in range(processes))
         parts = _in_proportion(ranges, rows * columns, columns)
-        uncut = Side(columns, whole, parts, whole)
-        moment, basis = (cut, uncut) if spans_columns else (uncut, cut)
+        unsplit = Side(columns, whole, parts, whole)
+        moment, basis = (split, unsplit) if spans_columns else (unsplit, split)
     return Spread(
         moment=moment,
         basis=basis,

@@ -61,16 +61,16 @@ class Messages:
         """All messages to other processes, concatenated."""
         padding = torch.zeros(self._unit, dtype=self.dtype, device=self._device)
         pieces: list[list[Tensor]] = [[] for _ in self.send_sizes]
-        alike = bool(self._routes) and all(each.is_for_all for each in self._routes)
+        same_for_all = bool(self._routes) and all(each.is_for_all for each in self._routes)
         for exchange, each in self._both():
             flat, width = self._flat(exchange.part), self._width(exchange.part)
             first = exchange.have[self._me][0]
-            for process, low, high in each.outgoing[:1] if alike else each.outgoing:
+            for process, low, high in each.outgoing[:1] if same_for_all else each.outgoing:
                 piece = flat[width * (low - first) : width * (high - first)]
                 gap = self._padded(piece.numel()) - piece.numel()
                 pieces[process] += [piece, padding[:gap]] if gap else [piece]
         message = torch.cat([padding[:0], *chain.from_iterable(pieces)])
-        return message.repeat(len(self.send_sizes) - 1) if alike else message
+        return message.repeat(len(self.send_sizes) - 1) if same_for_all else message
 
     def answers(self, received: Tensor) -> list[Tensor]:
         """For each exchange, the rows that this process wants, on the device of its part.

@@ -72,8 +72,8 @@ def is_within(inner: Interval, outer: Interval) -> bool:
 
 def even_rows(size: int, processes: int) -> Rows:
     """Split `size` rows into `processes` parts that differ by at most one row."""
-    cuts = [size * i // processes for i in range(processes + 1)]
-    return tuple(pairwise(cuts))
+    bounds = [size * i // processes for i in range(processes + 1)]
+    return tuple(pairwise(bounds))
 
 
 @lru_cache(maxsize=65536)

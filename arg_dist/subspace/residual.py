@@ -88,8 +88,8 @@ def limit_growth(
     """
     # ||phi S||^2 = sum_i phi_i^2 ||S_i||^2
     part = (factors.square() * outside_sq(projected_sq, row_sq)).sum(dtype=torch.float64).view(1)
-    everyone = spread.whole(1)
-    norm = (yield from sum_scatter(part, everyone, everyone, spread.me)).sqrt().view(())
+    all_owners = spread.whole(1)
+    norm = (yield from sum_scatter(part, all_owners, all_owners, spread.me)).sqrt().view(())
     if norm_before is None:
         return factors, norm
     # S <- S min(1, growth ||S_before|| / ||S||)
