@@ -1,11 +1,11 @@
-"""What a step takes beyond the model: alone, and in training under each engine.
+"""Memory of the optimizer: of a single step, and in training under each engine.
 
     python -m benchmarks.memory --model 60m
 
-The optimizer's state and the most that a step takes beside it, without and with new bases (on CPUs
-every allocation of a tensor is followed), beside the peak of a fresh process; then weights,
-gradients, state and peak of each process under every engine. Where an optimizer cannot work under
-an engine, the table says so, and why. With --out FILE.json all figures are kept.
+Reports the optimizer's state, the peak temporaries of a step without and with a refresh (on CPUs
+from a trace of every tensor allocation), and the peak of a fresh process; then weights, gradients,
+state and peak of each process under every engine. If an optimizer does not run under an engine, the
+table gives the reason. With --out FILE.json all figures are saved.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from benchmarks.measuring.results import (
 
 
 def measure_alone(jobs: Jobs, names: Sequence[str], *, layers: int | None = None) -> Figures:
-    """What each optimizer's step takes on the matrices of a model's layers, on one process.
+    """Measure each optimizer's step on the matrices of a model's layers, in one process.
 
     Args:
-        jobs: what is alike; each optimizer has a fresh process.
-        names: of the optimizers.
-        layers: how many; None for the model's own number.
+        jobs: shared settings; each optimizer runs in a fresh process.
+        names: the optimizers.
+        layers: number of layers; None for that of the model.
     """
     samples = []
     for name in names:
@@ -63,15 +63,15 @@ def alone_figures(samples: list[dict[str, Any]], jobs: Jobs) -> Figures:
 
     what = "resident memory" if jobs.device.type == "cpu" else "memory of the GPU"
     notes = [
-        "MiB beyond weights and gradients. The state: all tensors that the optimizer keeps, and "
-        "what they keep alive. In a step: tensors at its peak that were not there before; with "
-        f"new bases, if all matrices get one in the same step. The peak: {what} of a fresh process "
-        "over its first steps, which make the state and the bases.",
+        "MiB in addition to weights and gradients. State: all tensors the optimizer keeps, "
+        "including the storages they keep alive. Step: peak tensor memory above that before the "
+        "step. Refresh step: the same when all matrices refresh in one step. Peak: "
+        f"{what} of a fresh process over its first steps, which allocate the state and refresh.",
         *refusals.of_jobs(samples),
         *without_gpu(jobs.device.type),
     ]
-    heading = f"{jobs.model}: the matrices of its layers, rank {jobs.rank}, fp32"
-    titles = ["", "state", "in a step", "with new bases", "peak"]
+    heading = f"{jobs.model}: matrices of its layers, rank {jobs.rank}, fp32"
+    titles = ["", "state", "step", "refresh step", "peak"]
     blocks = [Block(heading, [line(sample) for sample in samples])]
     return Figures("Memory of a step", titles, blocks, notes, samples)
 
@@ -79,13 +79,13 @@ def alone_figures(samples: list[dict[str, Any]], jobs: Jobs) -> Figures:
 def measure_engines(
     jobs: Jobs, engines: Sequence[str], names: Sequence[str], *, processes: int
 ) -> Figures:
-    """What each process of a training job holds, under each engine.
+    """Measure the memory of each process of a training job, under each engine.
 
     Args:
-        jobs: what is alike.
-        engines: of ``engines.ENGINES``.
-        names: of the optimizers.
-        processes: how many; under the engine ``none`` there is one.
+        jobs: shared settings.
+        engines: engines from ``engines.ENGINES``.
+        names: the optimizers.
+        processes: number of processes; the engine ``none`` uses one.
     """
     samples = [jobs.train(engine, name, processes) for engine in engines for name in names]
     return engine_figures(samples, jobs)
@@ -115,11 +115,11 @@ def engine_figures(samples: list[dict[str, Any]], jobs: Jobs) -> Figures:
 
     what = "resident memory" if jobs.device.type == "cpu" else "memory of the GPU"
     notes = [
-        f"{jobs.model} on {jobs.batch} x {jobs.length} tokens a process, rank {jobs.rank}, fp32; "
-        "MiB of the process that has most. Weights: all copies, the optimizer's too; gradients: "
-        "as the optimizer is handed them, without an engine's buffers; state: tensors and what "
-        f"they keep alive. The peak: {what} in training beyond that before the model is built, "
-        "activations and buffers included.",
+        f"{jobs.model} on {jobs.batch} x {jobs.length} tokens per process, rank {jobs.rank}, fp32; "
+        "MiB on the process with the most. Weights: all copies, including the optimizer's. "
+        "Gradients: those passed to the optimizer, without the engine's buffers. State: tensors, "
+        f"including the storages they keep alive. Peak: {what} in training above that before the "
+        "model is built, including activations and buffers.",
         *refusals.of_jobs(samples),
         *without_gpu(jobs.device.type),
     ]
@@ -129,18 +129,18 @@ def engine_figures(samples: list[dict[str, Any]], jobs: Jobs) -> Figures:
 
 
 def mib(number: float | None) -> str:
-    """Bytes in MiB, with two digits behind the point; of None that it was not measured."""
+    """Bytes in MiB with two decimals, or ``not measured`` for None."""
     return NOT_MEASURED if number is None else f"{number / 2**20:.2f}"
 
 
 def largest(numbers: Sequence[int | None]) -> int | None:
-    """The largest of `numbers`; None if one is not known."""
+    """The largest of `numbers`; None if any is unknown."""
     known = [number for number in numbers if number is not None]
     return max(known) if known and len(known) == len(numbers) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 if it cannot be used."""
+    """Run the command line and return the exit code: 0, or 2 if it is invalid."""
     return run(_options(), _measured, arguments)
 
 
@@ -154,10 +154,10 @@ def _options() -> OneLineParser:
         model="nano",
     )
     add = command.add_argument
-    add("--processes", type=at_least(1), default=2, help="under each engine, but for none, which "
-        "has one (default: 2)")  # fmt: skip
+    add("--processes", type=at_least(1), default=2, help="number of processes under each engine "
+        "except none, which uses one (default: 2)")  # fmt: skip
     add("--engine-methods", nargs="*", choices=IN_TRAINING, metavar="METHOD",
-        default=["recommended", "adamw", "galore"], help="optimizers under the engines "
+        default=["recommended", "adamw", "galore"], help="optimizers to train under the engines "
         "(default: recommended adamw galore)")  # fmt: skip
     return command
 

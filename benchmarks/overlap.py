@@ -1,9 +1,10 @@
-"""A step that computes while messages travel, beside one that waits for them.
+"""Time an optimizer step that overlaps communication with computation against one that does not.
 
     sudo .venv/bin/python -m benchmarks.overlap --model 60m --rank 128 --engines fsdp2 ddp
 
-The processes are on hosts of their own, of which the links have a bandwidth: network namespaces of
-this machine (Linux, root and iproute2 are needed). With --out FILE.json all figures are kept.
+Each process runs on its own host, whose link has a given bandwidth. The hosts are network
+namespaces on this machine, which require Linux, root and iproute2. With --out FILE.json all figures
+are saved.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tests.hosts.namespaces import network, obstacle
 
 ENGINES = ("fsdp2", "ddp")
 ONE_LANE, IN_TURNS = WAYS
+TITLES = {ONE_LANE: "one lane, ms", IN_TURNS: "alternating lanes, ms"}
 
 
 def measure_overlap(
@@ -40,23 +42,23 @@ def measure_overlap(
     threads: int | None,
     limit: float,
 ) -> Figures:
-    """Times steps without a new basis on several hosts, in both ways in turns.
+    """Time steps without a refresh on several hosts, interleaving both variants.
 
     Args:
         model: a size of ``LLAMA_SIZES``.
-        rank: of all matrices.
-        engines: of :data:`ENGINES`.
-        bandwidths: of the hosts' links, bits per second; None for no limit.
-        hosts: how many, with a process each.
-        rounds: timed steps of each way.
-        threads: of torch in each process; None for its own choice.
-        limit: seconds for one bandwidth.
+        rank: rank of all matrices.
+        engines: engines from :data:`ENGINES`.
+        bandwidths: bandwidths of the hosts' links in bits per second; None for no limit.
+        hosts: number of hosts, with one process each.
+        rounds: timed steps of each variant.
+        threads: torch threads per process; None for torch's default.
+        limit: time limit for one bandwidth in seconds.
 
     Raises:
-        InputError: no hosts can be made here, or a job has failed.
+        InputError: hosts cannot be created here, or a job failed.
     """
     if (why := obstacle()) is not None:
-        raise InputError(f"no hosts can be made here: {why}")
+        raise InputError(f"cannot create hosts here: {why}")
     samples = []
     for engine in engines:
         for bits in bandwidths:
@@ -92,21 +94,21 @@ def overlap_figures(samples: list[dict[str, Any]], rounds: int) -> Figures:
             " and ".join(str(first["sent"][way]["collectives"]) for way in WAYS),
         ]
         blocks.setdefault(sample["engine"], []).append(row)
-    titles = ["link", *(f"{way}, ms" for way in WAYS), "ratio", "MiB sent", "collectives"]
+    titles = ["link", *(TITLES[way] for way in WAYS), "ratio", "MiB sent", "collectives"]
     about = samples[0]
     notes = [
         f"{about['model']}, rank {about['rank']}, fp32, {about['hosts']} hosts of one process "
-        "each, which share this machine's cores. A step of the optimizer without a new basis, on "
-        "gradients that are there already: with a single lane, and with lanes that take turns. "
-        f"{rounds} rounds in turns; medians, and quartiles in brackets; ratios are those of a "
-        "round. Bytes and collectives are those of a step, bytes of the process that sends most.",
+        "each, which share this machine's cores. Time of an optimizer step without a refresh, on "
+        "precomputed gradients: with a single lane, and with lanes that alternate. "
+        f"{rounds} interleaved rounds; medians, with quartiles in parentheses; ratios are per "
+        "round. Bytes and collectives are per step; bytes on the process that sends the most.",
     ]
     found = [Block(engine, rows) for engine, rows in blocks.items()]
-    return Figures("Messages under way while others compute", titles, found, notes, samples)
+    return Figures("Communication overlapped with computation", titles, found, notes, samples)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 if it cannot be used."""
+    """Run the command line and return the exit code: 0, or 2 if it is invalid."""
     return run(_options(), _measured, arguments)
 
 
@@ -114,22 +116,23 @@ def _options() -> OneLineParser:
     command = parser(__doc__)
     add = command.add_argument
     add("--model", choices=LLAMA_SIZES, default="60m", metavar="SIZE",
-        help=f"of {', '.join(LLAMA_SIZES)} (default: 60m)")  # fmt: skip
-    add("--rank", type=at_least(1), help="(default: a quarter of the width)")
+        help=f"one of {', '.join(LLAMA_SIZES)} (default: 60m)")  # fmt: skip
+    add("--rank", type=at_least(1), help="rank of all matrices (default: a quarter of the hidden "
+        "size)")  # fmt: skip
     add("--engines", nargs="+", choices=ENGINES, default=["fsdp2"], metavar="ENGINE",
-        help=f"of {', '.join(ENGINES)} (default: fsdp2)")  # fmt: skip
+        help=f"any of {', '.join(ENGINES)} (default: fsdp2)")  # fmt: skip
     add(
         "--bandwidths",
         nargs="+",
         type=bandwidth,
         metavar="BITS",
         default=[1e8, 1e9, None],
-        help="per second and direction of a host's link (default: 100M 1G unlimited)",
+        help="bits per second and direction of a host's link (default: 100M 1G unlimited)",
     )
-    add("--hosts", type=at_least(2), default=2, help="with a process each (default: 2)")
-    add("--rounds", type=at_least(1), default=9, help="(default: 9)")
-    add("--limit", type=at_least(1), default=600, metavar="SECONDS", help="for one bandwidth "
-        "(default: 600)")  # fmt: skip
+    add("--hosts", type=at_least(2), default=2, help="hosts, with one process each (default: 2)")
+    add("--rounds", type=at_least(1), default=9, help="timed rounds (default: 9)")
+    add("--limit", type=at_least(1), default=600, metavar="SECONDS", help="time limit for one "
+        "bandwidth (default: 600)")  # fmt: skip
     add_kept(command)
     return command
 

@@ -1,8 +1,8 @@
-"""What a new basis costs: a step that finds one beside a step that does not, and the mean of all.
+"""Cost of a refresh: a step with one against a step without, and amortized over all steps.
 
     python -m benchmarks.refresh --models 1b --ranks 128 --methods recommended galore
 
-With --out FILE.json every round is kept, and the tables in FILE.md.
+With --out FILE.json every round is saved, and the tables in FILE.md.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from benchmarks.measuring.timing import in_turns
 from benchmarks.measuring.turns import Turns, notes, shape_in, times_in
 
 GAP = 200
-"""Steps from one basis to the next over which its cost is spread."""
+"""Refresh interval in steps over which the cost is amortized."""
 
 NEW_BASIS = ", new basis"
-"""Behind the name of an optimizer: its steps that find one."""
+"""Suffix of an optimizer's name in the JSON samples, for its steps with a refresh."""
 
 
 def measure_refreshes(turns: Turns) -> Figures:
-    """Times steps with a new basis and steps without one, of one matrix of each shape, in fp32.
+    """Time steps with and without a refresh on one matrix of each shape, in fp32.
 
     Args:
-        turns: of which optimizers, and on what; the first one is held against the others.
+        turns: the optimizers and shapes; ratios are relative to the first optimizer.
     """
     samples = [_measure(turns, case) for case in turns.cases()]
     return figures(samples, turns.left_out(), turns.rounds)
@@ -62,16 +62,16 @@ def _measure(turns: Turns, case: Case) -> dict[str, Any]:
 
 
 def figures(samples: list[dict[str, Any]], left_out: Sequence[str], rounds: int) -> Figures:
-    """The table of `samples`, which lie one behind the other as they were measured."""
+    """The table of `samples`, in the order they were measured."""
     first = samples[0]["optimizers"][0]
-    titles = ["", "a new basis, ms", f"of {first}", f"of {GAP} steps"]
+    titles = ["", "refresh, ms", f"vs. {first}", f"per {GAP} steps"]
     timed = (
-        "A new basis: what a step that finds one takes beyond a step that does not, in the same "
-        f"round. The last column: what it adds to {GAP} steps that have none."
+        "Refresh: time of a step with a refresh minus that of a step without, in the same round. "
+        f"Last column: that time relative to {GAP} steps without a refresh."
     )
-    told = [*notes(timed, rounds, samples, left_out), *without_gpu(samples[0]["device"])]
+    every_note = [*notes(timed, rounds, samples, left_out), *without_gpu(samples[0]["device"])]
     blocks = [_block(sample, first) for sample in samples]
-    return Figures("A new basis", titles, blocks, told, samples)
+    return Figures("Cost of a refresh", titles, blocks, every_note, samples)
 
 
 def _block(sample: dict[str, Any], first: str) -> Block:
@@ -95,7 +95,7 @@ def _block(sample: dict[str, Any], first: str) -> Block:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 if it cannot be used."""
+    """Run the command line and return the exit code: 0, or 2 if it is invalid."""
     return run(_options(), _measured, arguments)
 
 

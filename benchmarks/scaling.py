@@ -1,9 +1,9 @@
-"""A step's time by the number of layers, and a process's state by the number of processes.
+"""Scaling of a step's time with the number of layers, and of state with the number of processes.
 
     python -m benchmarks.scaling --model 60m --processes 1 2 4
 
-Times should grow along a line, and state should fall as the number of processes grows. Speed is
-told only where each process has a core. With --out FILE.json all figures are kept.
+Times should grow linearly, and state per process should shrink with the number of processes. Speed
+is reported only if each process has a core. With --out FILE.json all figures are saved.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from benchmarks.measuring.timing import Times, in_turns
 from benchmarks.memory import mib
 
 FACTORS = (1, 2, 4)
-"""Times the smallest number of layers."""
+"""Multiples of the smallest number of layers."""
 
 
 def measure_layers(
     model: str, rank: int, names: Sequence[str], *, layers: int, rounds: int, device: torch.device
 ) -> Figures:
-    """Times a step without a new basis on the matrices of so many layers, twice and four times.
+    """Time a step without a refresh on the matrices of 1, 2 and 4 times `layers` layers.
 
     Args:
-        model: a size of ``LLAMA_SIZES``, whose layers' shapes are taken.
-        rank: of the low-rank methods.
-        names: of the optimizers.
-        layers: the smallest number.
-        rounds: timed steps of each, in turns.
-        device: where.
+        model: a size of ``LLAMA_SIZES`` whose layer shapes are timed.
+        rank: rank of the low-rank methods.
+        names: the optimizers.
+        layers: smallest number of layers.
+        rounds: interleaved timed steps of each.
+        device: device to run on.
     """
     place, counts = Place(device, torch.float32), [factor * layers for factor in FACTORS]
     samples = []
@@ -61,7 +61,7 @@ def measure_layers(
             str(n): partial(step_of, name, Matrices(layer_shapes(model, n), place), rank=rank)
             for n in counts
         }
-        # one optimizer after the other: all sizes of all of them may not fit into memory
+        # one optimizer at a time: all sizes of all optimizers may not fit into memory
         steps, refused = steps_that_work(makers, of=name)
         times = in_turns(steps, rounds) if not refused else {}
         samples.append(
@@ -79,7 +79,7 @@ def measure_layers(
 
 
 def layer_figures(samples: list[dict[str, Any]], rounds: int) -> Figures:
-    """The table of :func:`measure_layers`; what it finds out comes to the samples."""
+    """The table of :func:`measure_layers`; adds the fit to the samples."""
 
     def block(sample: dict[str, Any]) -> Block:
         name, layers = sample["optimizer"], sample["layers"]
@@ -98,25 +98,25 @@ def layer_figures(samples: list[dict[str, Any]], rounds: int) -> Figures:
             ]
             for n, taken, ratio in zip(layers, times, ratios, strict=True)
         ]
-        heading = f"{name}: {number(1e3 * slope)} ms a layer, within {100 * deviation:.1f} %"
+        heading = f"{name}: {number(1e3 * slope)} ms per layer, fit within {100 * deviation:.1f} %"
         return Block(heading, rows)
 
     one = samples[0]
     notes = [
-        f"The matrices of layers of {one['model']}, rank {one['rank']}, fp32; no new basis falls "
-        f"into a step. {rounds} rounds in turns, medians, and quartiles in brackets. A straight "
-        "line is laid through the medians: its slope is the time of a layer, and the last column "
-        "how far a median lies from it.",
+        f"Steps without a refresh on the matrices of {one['model']} layers, rank {one['rank']}, "
+        f"fp32. {rounds} interleaved rounds; medians, with quartiles in parentheses. A straight "
+        "line is fitted to the medians: its slope is the time per layer, and the last column is "
+        "the deviation of a median from it.",
         *refusals.of_steps(samples),
         *without_gpu(one["device"]),
     ]
     blocks = [block(sample) for sample in samples]
-    titles = ["", "ms", "ms, over layers", "off the line"]
-    return Figures("A step by the number of layers", titles, blocks, notes, samples)
+    titles = ["", "ms", "ms / layers", "off the fit"]
+    return Figures("Time of a step by number of layers", titles, blocks, notes, samples)
 
 
 def fit(layers: Sequence[int], seconds: Sequence[float]) -> tuple[float, list[float]]:
-    """The slope of the line through the points, and each of them as a share of the line's."""
+    """The slope of a linear fit, and the ratio of each time to the fitted one."""
     line = linear_regression(layers, seconds)
     fitted = [line.intercept + line.slope * n for n in layers]
     return line.slope, [a / b for a, b in zip(seconds, fitted, strict=True)]
@@ -130,14 +130,14 @@ def measure_processes(
     processes: Sequence[int],
     cores: int,
 ) -> Figures:
-    """What a process keeps in training with so many of them, under each engine.
+    """Measure a process's state in training by number of processes, under each engine.
 
     Args:
-        jobs: what is alike.
-        engines: of ``engines.ENGINES``, without ``none``.
-        names: of the optimizers.
-        processes: numbers of them; the smallest is what the others are held against.
-        cores: of this machine: more processes than that do not show how fast they would be.
+        jobs: shared settings.
+        engines: engines from ``engines.ENGINES``, without ``none``.
+        names: the optimizers.
+        processes: numbers of processes; the smallest is the baseline.
+        cores: cores of this machine; speed is not reported for more processes than cores.
     """
     samples = [
         jobs.train(engine, name, count)
@@ -168,28 +168,28 @@ def process_figures(samples: list[dict[str, Any]], jobs: Jobs, cores: int) -> Fi
         share = f"{most * count / together:.3f}"
         rows.append([label, mib(most), share, NOT_MEASURED if too_many else number(1e3 * seconds)])
     notes = [
-        f"{jobs.model} on {jobs.batch} x {jobs.length} tokens a process, rank {jobs.rank}, fp32. "
-        "State of the process that has most, in MiB; then, times the number of processes, of the "
-        "state with the fewest: 1 is a perfect share.",
+        f"{jobs.model} on {jobs.batch} x {jobs.length} tokens per process, rank {jobs.rank}, fp32. "
+        "Largest state: MiB on the process with the most. Relative total: that times the number of "
+        "processes, relative to the run with the fewest; 1 is perfect sharding.",
     ]
     if crowded:
         notes.append(
-            f"Speed is {NOT_MEASURED} where there are more processes than cores, here {cores}: "
-            "they take turns."
+            f"Speed is {NOT_MEASURED} for more processes than cores ({cores}), which would share "
+            "them."
         )
     notes += refusals.of_jobs(samples)
-    titles = ["", "state, the largest", "times processes", "ms a training step"]
+    titles = ["", "largest state", "relative total", "ms per training step"]
     found = [Block(f"{engine}, {name}", rows) for (engine, name), rows in blocks.items()]
-    return Figures("State by the number of processes", titles, found, notes, samples)
+    return Figures("State by number of processes", titles, found, notes, samples)
 
 
 def process_median(process: dict[str, Any]) -> float:
-    """Seconds of a process's steps after the first, which makes the state."""
+    """Median seconds of a process's steps, without the first, which allocates the state."""
     return median(process["seconds"][1:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 if it cannot be used."""
+    """Run the command line and return the exit code: 0, or 2 if it is invalid."""
     return run(_options(), _measured, arguments)
 
 
@@ -200,10 +200,10 @@ def _options() -> OneLineParser:
     )
     add = command.add_argument
     add("--processes", nargs="*", type=at_least(1), default=[1, 2, 4], metavar="N",
-        help="(default: 1 2 4)")  # fmt: skip
-    add("--layers", type=at_least(1), default=4, metavar="N", help="the smallest number; twice and "
-        "four times as many follow (default: 4)")  # fmt: skip
-    add("--rounds", type=at_least(1), default=9, help="(default: 9)")
+        help="numbers of processes (default: 1 2 4)")  # fmt: skip
+    add("--layers", type=at_least(1), default=4, metavar="N", help="smallest number of layers; "
+        "also timed with twice and four times as many (default: 4)")  # fmt: skip
+    add("--rounds", type=at_least(1), default=9, help="timed rounds (default: 9)")
     return command
 
 

@@ -1,11 +1,10 @@
-"""A step without a refresh, beside other optimizers and beside the floor.
+"""Time of a step without a refresh, compared with other optimizers and with a lower bound.
 
     python -m benchmarks.step --models 350m 1b --ranks 128 --dtypes fp32 bf16
 
 The floor is what no method of this family can avoid: on CPUs the two products G Q and N Q^T, on
-GPUs reading G, and reading and writing W, at the speed of a copy. All are timed in turns, in one
-process; a ratio is that of a round. With --out FILE.json every round is kept, and the tables in
-FILE.md.
+GPUs reading G and reading and writing W at copy speed. All timings are interleaved in one process;
+ratios are computed per round. With --out FILE.json every round is saved, and the tables in FILE.md.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ from benchmarks.measuring.timing import in_turns
 from benchmarks.measuring.turns import Turns, notes, shape_in, times_in
 
 PRODUCTS, TRAFFIC = "two products", "memory traffic"
-"""The two floors: what there is to compute, and what there is to read and to write."""
+"""The two floors: computation, and memory to read and write; the first is a key in JSON."""
 
 
 def measure_steps(turns: Turns, dtypes: Sequence[str]) -> Figures:
-    """Times a step on the matrices of each shape.
+    """Time a step on the matrices of each shape.
 
     Args:
-        turns: of which optimizers, and on what.
-        dtypes: of weights and gradients, keys of ``DTYPES``.
+        turns: the optimizers and shapes.
+        dtypes: data types of weights and gradients, keys of ``DTYPES``.
     """
     per_byte = None if turns.device.type == "cpu" else copy_seconds_per_byte(turns.device)
     samples = [
@@ -57,7 +56,7 @@ def measure_steps(turns: Turns, dtypes: Sequence[str]) -> Figures:
 
 
 def _measure(turns: Turns, case: Case, place: Place, per_byte: float | None) -> dict[str, Any]:
-    """Times of one shape; `per_byte` is seconds per byte read or written, None if not measured."""
+    """Time one shape; `per_byte` is seconds per byte read or written, None if not measured."""
     _, shape, rank = case
     count = copies(shape, place.dtype.itemsize)
     together = [replace(shape, count=count)]
@@ -78,24 +77,24 @@ def _measure(turns: Turns, case: Case, place: Place, per_byte: float | None) -> 
 
 
 def figures(samples: list[dict[str, Any]], left_out: Sequence[str], rounds: int) -> Figures:
-    """The table of `samples`, which lie one behind the other as they were measured."""
+    """The table of `samples`, in the order they were measured."""
     on_cpu = all(sample["device"] == "cpu" for sample in samples)
     floor = PRODUCTS if on_cpu else TRAFFIC
     first = next((name for name in samples[0]["optimizers"] if name in OURS), None)
-    titles = ["", "ms a matrix", "of the floor", *([f"of {first}"] if first else [])]
+    titles = ["", "ms per matrix", "vs. floor", *([f"vs. {first}"] if first else [])]
     what = {
-        PRODUCTS: f"{PRODUCTS}, G Q and N Q^T, into memory that is there already",
-        TRAFFIC: f"{TRAFFIC}: reading G, and reading and writing W, at the speed of a copy",
+        PRODUCTS: f"the {PRODUCTS} G Q and N Q^T, into preallocated memory",
+        TRAFFIC: f"{TRAFFIC}: reading G and reading and writing W at copy speed",
     }[floor]
     timed = (
-        f"The floor is {what}. No new basis falls into a step. Matrices of a shape are timed "
-        "together, as many as fill 64 MiB, at most those of the model. Ratios are those of a round."
+        f"The floor is {what}. No step includes a refresh. Matrices of a shape are timed together: "
+        "enough to fill 64 MiB, at most as many as the model has. Ratios are computed per round."
     )
-    told = notes(timed, rounds, samples, left_out)
+    every_note = notes(timed, rounds, samples, left_out)
     if on_cpu:
-        told.append(f"GPU: {NOT_MEASURED}, and {TRAFFIC} with it.")
+        every_note.append(f"GPU: {NOT_MEASURED}, nor is {TRAFFIC}.")
     blocks = [_block(sample, floor, first) for sample in samples]
-    return Figures("A step without a refresh", titles, blocks, told, samples)
+    return Figures("Time of a step without a refresh", titles, blocks, every_note, samples)
 
 
 def _block(sample: dict[str, Any], floor: str, first: str | None) -> Block:
@@ -125,7 +124,7 @@ def _block(sample: dict[str, Any], floor: str, first: str | None) -> Block:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 if it cannot be used."""
+    """Run the command line and return the exit code: 0, or 2 if it is invalid."""
     return run(_options(), _measured, arguments)
 
 
@@ -133,7 +132,8 @@ def _options() -> OneLineParser:
     command = parser(__doc__)
     add_timed(command, NAMES, NAMES)
     command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"], metavar="DTYPE",
-                         help="of weights and gradients: fp32, bf16 (default: fp32)")  # fmt: skip
+                         help="data types of weights and gradients: fp32, bf16 "
+                         "(default: fp32)")  # fmt: skip
     return command
 
 

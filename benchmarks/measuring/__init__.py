@@ -1,1 +1,1 @@
-"""What the benchmarks share: optimizers in turns, fresh processes, memory, tables."""
+"""Shared by the benchmarks: interleaved timing, fresh processes, memory accounting, tables."""

@@ -1,4 +1,4 @@
-"""What a process of a training job holds: weights, gradients and state by tensor, all by RSS."""
+"""Memory of a training process: weights, gradients and state by tensor, the total by RSS."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from benchmarks.compare.counting import Bytes, count, tensors_in
 
 
 def held_state(optimizers: Iterable[Optimizer]) -> Bytes:
-    """Bytes of all tensors that the optimizers keep on this process, by the rule of `compare`."""
+    """Bytes of all state tensors on this process, counted as in ``benchmarks.compare``."""
     return count([local_part(each) for o in optimizers for each in tensors_in(o.state)])
 
 
 class Holdings:
-    """Listens to the steps of optimizers, and counts what they find.
+    """Hooks into optimizer steps and counts the weights and gradients present.
 
     Attributes:
-        gradients: bytes of the gradients that the optimizers were handed since :meth:`begin`. An
-            engine may call an optimizer once for each part of the model: this is the sum.
+        gradients: bytes of the gradients passed to the optimizers since :meth:`begin`. An engine
+            may call an optimizer once per part of the model: this is the sum.
     """
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
@@ -39,13 +39,11 @@ class Holdings:
 
     @property
     def weights(self) -> int:
-        """Bytes of memory that held weights since :meth:`begin`: those the model computes with,
-        and those that the optimizers move, where the engine has copies for them.
-        """
+        """Bytes of weights since :meth:`begin`: the model's, and the optimizers' copies if any."""
         return sum(self._storages.values())
 
     def begin(self) -> None:
-        """Counts from here on."""
+        """Reset the counts."""
         self._storages.clear()
         self.gradients = 0
 
@@ -54,22 +52,22 @@ class Holdings:
         for tensor in map(local_part, [*_weights_of(self._model), *moved]):
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
-        handed = [p.grad for p in moved if p.grad is not None]
-        self.gradients += count([local_part(gradient) for gradient in handed]).logical
+        gradients = [p.grad for p in moved if p.grad is not None]
+        self.gradients += count([local_part(gradient) for gradient in gradients]).logical
 
 
 def _weights_of(model: nn.Module) -> Iterator[Tensor]:
     for parameter in model.parameters():
         yield parameter
-        if hasattr(parameter, "ds_tensor"):  # ZeRO-3 leaves its part of a parameter there
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3 stores this process's shard there
             yield parameter.ds_tensor
 
 
 class PeakMemory:
-    """The most memory that this process has, or a GPU for it, beyond what it has at the start.
+    """Peak memory of this process, or of its GPU, in addition to that at construction.
 
-    On CPUs that is resident memory, as Linux counts it: the allocator's slack and what libraries
-    keep for themselves are in it, too.
+    On CPUs this is Linux's resident set size, which includes allocator slack and memory held by
+    libraries.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -79,7 +77,7 @@ class PeakMemory:
         self._before = self._now()
 
     def begin(self) -> None:
-        """Forgets the peak so far, not the start."""
+        """Reset the peak, but not the starting point."""
         if self._device.type == "cpu":
             _write_quietly("/proc/self/clear_refs", "5")
         else:
@@ -87,7 +85,7 @@ class PeakMemory:
 
     @property
     def beyond(self) -> int | None:
-        """Bytes; None where the system does not tell."""
+        """Peak bytes above the starting point; None where the system does not report them."""
         if self._device.type == "cpu":
             peak = _status("VmHWM")
         else:
@@ -101,7 +99,7 @@ class PeakMemory:
 
 
 def _status(key: str) -> int | None:
-    """Bytes under `key` in Linux's account of this process."""
+    """Bytes under `key` in ``/proc/self/status``; None if not available."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -111,12 +109,12 @@ def _status(key: str) -> int | None:
 
 
 def _give_back_free_memory() -> None:
-    """Asks the C library for it, or what it kept from imports would be taken before new memory."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc's alone
+    """Return free heap memory to the system; otherwise it would absorb later allocations."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _write_quietly(path: str, text: str) -> None:
-    """Writes, unless the system forbids it: then the peak is that since the process began."""
+    """Write unless the system forbids it; the peak then counts from the start of the process."""
     with contextlib.suppress(OSError):
         Path(path).write_text(text)

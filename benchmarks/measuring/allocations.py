@@ -1,4 +1,4 @@
-"""How much memory tensors take in one step at its peak, beyond what was there before it."""
+"""Peak tensor memory of one step, in addition to the memory allocated before it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _MARK = "the measured step"
 
 
 def peak_of_a_step(prepare: Callable[[], Step], *, device: torch.device, warm_up: int = 2) -> int:
-    """Bytes of tensors at the peak of a step, less those before it.
+    """Bytes of tensors at the peak of a step, minus those before it.
 
-    On CPUs the profiler hears of every allocation, by operators and in C++ too, from before the
-    tensors are made that a step may replace; of memory that a library takes for itself, as LAPACK
-    and MKL do, it does not. On GPUs torch's own allocator counts.
+    On CPUs the profiler records every tensor allocation, including those made in C++, starting
+    before the tensors that a step may replace are created. It does not see workspace that libraries
+    such as LAPACK and MKL allocate. On GPUs the count is that of torch's allocator.
 
     Args:
-        prepare: makes what a step needs, and returns the step.
-        device: where it works.
-        warm_up: steps before the one that is measured.
+        prepare: sets up and returns the step.
+        device: device the step runs on.
+        warm_up: number of steps before the measured one.
     """
     if device.type == "cpu":
         return _on_cpu(prepare, warm_up)
@@ -58,18 +58,18 @@ def _on_cpu(prepare: Callable[[], Step], warm_up: int) -> int:
 
 
 def allocations(profiler: profile) -> list[tuple[int, int]]:
-    """All that a profiler with ``profile_memory`` has heard of, in the order of time.
+    """All allocations recorded by a profiler with ``profile_memory``, in order of time.
 
     Args:
-        profiler: one that has ended.
+        profiler: a stopped profiler.
 
     Returns:
-        Of each allocation its moment, in nanoseconds, and its bytes; fewer than 0 are given back.
+        For each allocation its time in nanoseconds and its bytes; negative if memory is freed.
     """
     changes = [(e.start_ns(), e.nbytes()) for e in _events(profiler) if e.name() == "[memory]"]
-    return sorted(changes, key=lambda change: change[0])  # stable: as they came
+    return sorted(changes, key=lambda change: change[0])  # stable: keeps the recorded order
 
 
 def _events(profiler: profile) -> list[Any]:
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    return profiler.profiler.kineto_results.events()  # nowhere else is each allocation
+    return profiler.profiler.kineto_results.events()  # the public API aggregates allocations

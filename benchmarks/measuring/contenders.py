@@ -1,4 +1,4 @@
-"""The optimizers that are measured, and matrices with gradients to measure them on."""
+"""The optimizers to measure, and matrices with gradients to measure them on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.compare.peers import PACKAGES
 from benchmarks.measuring.shapes import Place, Shape
 
 NEVER = 10**9
-"""Steps to the next basis, where none is to be measured."""
+"""Refresh interval in steps when refreshes are not measured."""
 
 ADAMW: dict[str, dict[str, Any]] = {"adamw": {"foreach": True}, "adamw-fused": {"fused": True}}
 OURS: dict[str, dict[str, Any]] = {
@@ -23,19 +23,19 @@ OURS: dict[str, dict[str, Any]] = {
     "medium": {"matmul_precision": "medium"},
     "no-residual": {"residual": "none"},
 }
-"""Our own, by what differs from the preset."""
+"""Variants of AdaRankGrad, by their difference from the preset."""
 PEERS = tuple(name for name in PACKAGES if name in PUBLISHED and name != "lora")
-"""Packages of others."""
+"""Optimizers from third-party packages."""
 NAMES = (*OURS, *ADAMW, *PEERS)
 LOW_RANK = (*OURS, *PEERS)
 IN_TRAINING = (*OURS, "adamw", *PEERS)
 
 LEARNING_RATE = 1e-6
-"""Small, as the same gradients come again and again."""
+"""Small, since the same gradients are applied repeatedly."""
 
 
 class Matrices(nn.Module):
-    """Linear layers, so many of each shape as it counts, with a gradient each."""
+    """Linear layers with random gradients, as many of each shape as its ``count``."""
 
     def __init__(self, shapes: Iterable[Shape], place: Place) -> None:
         super().__init__()
@@ -49,17 +49,17 @@ class Matrices(nn.Module):
 
 
 def optimizers_of(name: str, model: nn.Module, *, rank: int, gap: int = NEVER) -> list[Optimizer]:
-    """The optimizer `name`, for a model that one process trains.
+    """Create the optimizer `name` for a model trained by one process.
 
     Args:
         name: one of :data:`NAMES`.
-        model: what it trains.
-        rank: of every low-rank method, in all steps.
-        gap: steps from one basis to the next, of the methods that have one.
+        model: the model to train.
+        rank: constant rank of every low-rank method.
+        gap: refresh interval in steps, for the methods that refresh.
 
     Raises:
         ImportError: the package of a peer is not installed.
-        RuntimeError: torch's fused AdamW cannot work where the model lies.
+        RuntimeError: torch's fused AdamW does not support the model's device.
     """
     if name in ADAMW:
         return [AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, **ADAMW[name])]
@@ -67,7 +67,7 @@ def optimizers_of(name: str, model: nn.Module, *, rank: int, gap: int = NEVER) -
 
 
 def step_of(name: str, model: nn.Module, *, rank: int, gap: int = NEVER) -> Callable[[], None]:
-    """A step of :func:`optimizers_of`, whose arguments these are."""
+    """A step of the optimizers from :func:`optimizers_of`, with the same arguments."""
     optimizers = optimizers_of(name, model, rank=rank, gap=gap)
 
     def step() -> None:
@@ -78,7 +78,7 @@ def step_of(name: str, model: nn.Module, *, rank: int, gap: int = NEVER) -> Call
 
 
 def own_settings(name: str, rank: int, gap: int) -> dict[str, Any]:
-    """Settings of our optimizer `name`, with one rank in all steps."""
+    """Settings of the AdaRankGrad variant `name` with a constant rank."""
     always = {"max_rank": rank, "min_rank": rank, "min_gap": gap, "max_gap": gap}
     return {**always, **OURS[name]}
 
@@ -86,22 +86,22 @@ def own_settings(name: str, rank: int, gap: int) -> dict[str, Any]:
 def steps_that_work(
     makers: Mapping[str, Callable[[], Callable[[], None]]], *, of: str | None = None
 ) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
-    """Makes steps and takes each once.
+    """Create steps and run each once.
 
     Args:
-        makers: what makes a step, by the optimizer's name.
-        of: the optimizer of all of them, where they have other names.
+        makers: factories of steps by optimizer name.
+        of: the optimizer of all steps, if the keys are not optimizer names.
 
     Returns:
-        The steps of those that can work, and why the others cannot, by name. What our own
-        optimizer raises goes on to the caller.
+        The working steps, and the reasons why the others fail, by name. Exceptions of AdaRankGrad
+        propagate to the caller.
     """
     working, refused = {}, {}
     for name, make in makers.items():
         try:
             step = make()
             step()
-        except Exception as error:  # a package of others: whatever it raises is its answer
+        except Exception as error:  # third-party packages may raise anything
             if (of or name) in OURS:
                 raise
             refused[name] = in_one_line(error)
@@ -111,7 +111,7 @@ def steps_that_work(
 
 
 def in_one_line(error: BaseException) -> str:
-    """The error's kind and its first line."""
+    """The type of the error and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].strip()}"
 

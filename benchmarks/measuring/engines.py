@@ -1,4 +1,4 @@
-"""A language model under an engine, trained by one optimizer or another."""
+"""Build a language model under an engine with one of the measured optimizers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from launchers.pretraining.models import build_model
 
 ZERO = {f"zero{stage}": stage for stage in (1, 2, 3)}
 ENGINES = ("none", "ddp", *ZERO, "fsdp2")
-"""``none`` is one process with nothing around the model."""
+"""``none`` is a single process with the bare model."""
 
 VOCABULARY = 257
 BUCKET = 50_000_000
-"""Elements, as in ds_configs."""
+"""`reduce_bucket_size` in elements, as in ds_configs."""
 GAP = 2
-"""Steps from one basis to the next: some steps find one, some do not."""
+"""Refresh interval in steps, so that some steps refresh and some do not."""
 
 
 class Trained(NamedTuple):
-    """A model in training.
+    """A model set up for training.
 
     Attributes:
-        model: the model itself.
-        optimizers: without their wrappers.
-        train: one step on sequences, ``batch x length``, of tokens.
+        model: the model itself, unwrapped.
+        optimizers: the optimizers, unwrapped.
+        train: runs one training step on token ids of shape ``batch x length``.
     """
 
     model: nn.Module
@@ -53,16 +53,16 @@ def build(
     device: torch.device,
     gap: int = GAP,
 ) -> Trained:
-    """The model `model`, fresh, under `engine`; the processes of the job must have met.
+    """Build a fresh `model` under `engine`; the process group must be initialized.
 
     Args:
         engine: one of :data:`ENGINES`.
-        name: of the optimizer, one of ``contenders.NAMES``.
+        name: optimizer, one of ``contenders.NAMES``.
         model: a size of ``LLAMA_SIZES``.
-        rank: of every low-rank method.
-        length: of sequences, in tokens.
-        device: where this process trains.
-        gap: steps from one basis to the next.
+        rank: rank of every low-rank method.
+        length: sequence length in tokens.
+        device: device of this process.
+        gap: refresh interval in steps.
     """
     config = _deepspeed_config(engine)
     shape = model_config(model, vocab_size=VOCABULARY, length=length)
@@ -107,7 +107,7 @@ def _under_deepspeed(
         params = {"lr": LEARNING_RATE, **own_settings(name, rank, gap)}
         config["optimizer"] = {"type": "AdaRankGrad", "params": params}
         engine = arg_dist.initialize(model=model, config=config)[0]
-    elif name == "adamw":  # DeepSpeed builds it; torch_adam because its own has to be compiled
+    elif name == "adamw":  # torch_adam, since DeepSpeed's own AdamW requires compilation
         params = {"lr": LEARNING_RATE, "weight_decay": 0.0, "torch_adam": True}
         config["optimizer"] = {"type": "AdamW", "params": params}
         parameters = list(model.parameters())

@@ -1,4 +1,4 @@
-"""What a step cannot do without: on CPUs two products, on GPUs reading and writing memory."""
+"""Lower bounds on the time of a step: two products on CPUs, memory traffic on GPUs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.measuring.shapes import Place, Shape
 from benchmarks.measuring.timing import in_turns
 
 COPY_BYTES = 2**28
-"""More than fits into a cache."""
+"""Larger than any cache."""
 
 
 def two_products(shape: Shape, rank: int, copies: int, place: Place) -> Callable[[], None]:
-    """``G Q`` and ``N Q^T`` for so many matrices, into memory that is there already.
+    """``G Q`` and ``N Q^T`` for `copies` matrices, into preallocated memory.
 
     The basis spans the shorter side, as in the optimizer.
     """
@@ -41,7 +41,7 @@ def two_products(shape: Shape, rank: int, copies: int, place: Place) -> Callable
 
 
 def copy_seconds_per_byte(device: torch.device, size: int = COPY_BYTES) -> float:
-    """Of reading or writing a byte of the device's memory, from a copy of so many bytes."""
+    """Seconds to read or write one byte of device memory, from copying `size` bytes."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = in_turns({"copy": lambda: target.copy_(source)}, rounds=9)
@@ -49,5 +49,5 @@ def copy_seconds_per_byte(device: torch.device, size: int = COPY_BYTES) -> float
 
 
 def moved_bytes(shape: Shape, copies: int, dtype: torch.dtype) -> int:
-    """Bytes of one step that are read and written in any case: G once, W twice."""
+    """Minimum bytes a step reads and writes: G once, W twice."""
     return 3 * shape.numel * copies * dtype.itemsize

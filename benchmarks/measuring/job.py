@@ -1,7 +1,7 @@
 """One process of a measured job: ``python -m benchmarks.measuring.job JOB.json FOLDER``.
 
-JOB.json has the key ``kind`` and what the function of that name takes. Each process leaves its
-figures in FOLDER/process-K.json; one that fails leaves ``{"error": ...}`` there.
+JOB.json contains ``kind`` and the arguments of the function of that name. Each process writes its
+figures, or ``{"error": ...}`` if it fails, to FOLDER/process-K.json.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from launchers.pretraining.training import leave_processes
 from launchers.reporting.files import write_json
 
 STEPS = 3
-"""Steps before memory is looked at: the first makes the state."""
+"""Steps before memory is read; the first allocates the state."""
 
 WARM_UP, SMALL = Shape(64, 32, 2), "pico"
-"""Matrices, and a model, on which libraries load what they need at a first use."""
+"""Matrices and a model for a warm-up, so that lazy loading by libraries is not measured."""
 
 
 def step_alone(
     *, name: str, model: str, layers: int | None, rank: int, device: str
 ) -> dict[str, Any]:
-    """Memory of the optimizer's step on the matrices of a model's layers, in fp32, on one process.
+    """Memory of an optimizer step on the matrices of a model's layers, in fp32, on one process.
 
     Args:
-        name: of the optimizer, one of ``contenders.NAMES``.
+        name: optimizer, one of ``contenders.NAMES``.
         model: a size of ``LLAMA_SIZES``.
-        layers: how many; None for the size's own number.
-        rank: of every low-rank method.
-        device: where.
+        layers: number of layers; None for that of the model.
+        rank: rank of every low-rank method.
+        device: device to run on.
     """
     place, shapes = Place(torch.device(device), torch.float32), layer_shapes(model, layers)
     warm_up = step_of(name, Matrices([WARM_UP], place), rank=1, gap=1)
-    for _ in range(STEPS):  # libraries load what they need, and it is not counted
+    for _ in range(STEPS):  # excludes lazy loading by libraries
         warm_up()
     matrices = Matrices(shapes, place)
     memory = PeakMemory(place.device)
@@ -83,22 +83,22 @@ def training(
     batch: int,
     length: int,
 ) -> dict[str, Any]:
-    """What a process holds in training, at the last of `steps`.
+    """Memory of a process in training, at the last of `steps`.
 
     Args:
         engine: one of ``engines.ENGINES``.
-        name: of the optimizer, one of ``contenders.NAMES``.
+        name: optimizer, one of ``contenders.NAMES``.
         model: a size of ``LLAMA_SIZES``.
-        rank: of every low-rank method.
-        device: ``cpu``, or the type of the GPUs.
-        steps: at least 2.
-        batch: sequences of a process and step.
-        length: of sequences, in tokens.
+        rank: rank of every low-rank method.
+        device: ``cpu``, or the device type of the GPUs.
+        steps: number of steps, at least 2.
+        batch: sequences per process and step.
+        length: sequence length in tokens.
     """
     place = _join(engine, torch.device(device))
     small = build("none", name, SMALL, rank=1, length=length, device=place)
     small.train(torch.zeros(1, length, dtype=torch.long, device=place))
-    del small  # libraries have loaded what they need, and it is not counted
+    del small  # excludes lazy loading by libraries
     memory = PeakMemory(place)
     trained = build(engine, name, model, rank=rank, length=length, device=place)
     holdings = Holdings(trained.model, trained.optimizers)
@@ -123,7 +123,7 @@ def training(
 
 
 def overlap(**job: Any) -> dict[str, Any]:
-    """:func:`.overlap_job.steps_in_turns`, of whose arguments `job` is made up."""
+    """Run :func:`.overlap_job.steps_in_turns` with the arguments `job`."""
     _join(job["engine"], torch.device(job["device"]))
     return steps_in_turns(**job)
 
@@ -136,9 +136,9 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(job_path: str, folder: str) -> int:
-    """Runs the job at `job_path`, and leaves this process's figures in `folder`."""
+    """Run the job at `job_path` and write this process's figures to `folder`."""
     job = json.loads(Path(job_path).read_text())
-    # whoever waits for this process may be gone
+    # the parent that enforces the limit may have been killed
     faulthandler.dump_traceback_later(job.pop("limit"), exit=True)
     prepare_environment()
     if (threads := job.pop("threads")) is not None:
@@ -155,9 +155,9 @@ def main(job_path: str, folder: str) -> int:
 
 
 def _join(engine: str, device: torch.device) -> torch.device:
-    """Joins the job's processes, and says where this one trains."""
+    """Initialize the process group and return this process's device."""
     if engine in ZERO:
-        quiet_libraries()  # before DeepSpeed joins what it needs by itself
+        quiet_libraries()  # before DeepSpeed initializes its communication
     if device.type != "cpu":
         device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(device.index)

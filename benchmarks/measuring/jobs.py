@@ -1,4 +1,4 @@
-"""Training jobs and single steps, each in fresh processes, with what all of a benchmark share."""
+"""Run training jobs and single steps in fresh processes, with the settings of a benchmark."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from benchmarks.measuring.contenders import PEERS
 from benchmarks.measuring.launching import JobError, run_job
 
 Progress = Callable[[str], None]
-"""Is told what was measured, one line at a time."""
+"""Receives progress messages, one line at a time."""
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """What all jobs of a benchmark have alike.
+    """Settings shared by all jobs of a benchmark.
 
     Attributes:
         model: a size of ``LLAMA_SIZES``.
-        rank: of every low-rank method.
-        device: where.
-        threads: of torch in each process; None for its own choice.
-        limit: seconds that one job may take.
-        batch: sequences of a process and step.
-        length: of sequences, in tokens.
-        steps: of a training job.
-        tell: hears of each job that is done.
+        rank: rank of every low-rank method.
+        device: device to run on.
+        threads: torch threads per process; None for torch's default.
+        limit: time limit of one job in seconds.
+        batch: sequences per process and step.
+        length: sequence length in tokens.
+        steps: steps of a training job.
+        tell: called when a job is done.
     """
 
     model: str
@@ -45,10 +45,10 @@ class Jobs:
     def run(
         self, kind: str, *, name: str, processes: int = 1, **more: Any
     ) -> tuple[list[dict[str, Any]], str | None]:
-        """Figures by process; or none, and the reason why the package of others cannot do it.
+        """Run a job: its figures by process, or an empty list and why a peer cannot run it.
 
         Raises:
-            JobError: the job has failed for another reason.
+            JobError: the job failed for any other reason.
         """
         job = {"name": name, "model": self.model, "rank": self.rank, "device": str(self.device)}
         try:
@@ -64,12 +64,12 @@ class Jobs:
                 raise
             return [], error.reason
         finally:
-            told = {"processes": processes, **more}
-            self.tell(" ".join([kind, name, *(f"{key}={value}" for key, value in told.items())]))
+            shown = {"processes": processes, **more}
+            self.tell(" ".join([kind, name, *(f"{key}={value}" for key, value in shown.items())]))
         return found, None
 
     def train(self, engine: str, name: str, processes: int) -> dict[str, Any]:
-        """A training job as a sample for JSON; of ``none``, with one process."""
+        """Run a training job and return it as a JSON sample; ``none`` uses one process."""
         processes = 1 if engine == "none" else processes
         found, why = self.run(
             "training",
@@ -85,7 +85,7 @@ class Jobs:
 
 
 def check_devices(device: torch.device, processes: int) -> None:
-    """Looks whether each process can have a GPU of its own, where GPUs are asked for.
+    """Check that there is one GPU per process, if GPUs are requested.
 
     Raises:
         InputError: there are too few.
@@ -95,6 +95,6 @@ def check_devices(device: torch.device, processes: int) -> None:
     count = torch.accelerator.device_count()
     if count < processes:
         raise InputError(
-            f"--processes {processes}: each needs a GPU, and there is {count}; give --device cpu, "
+            f"--processes {processes}: each process needs a GPU, found {count}; use --device cpu "
             "or fewer processes"
         )

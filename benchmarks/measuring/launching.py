@@ -1,4 +1,4 @@
-"""Starts the processes of a measured job, as a user's launcher does, and collects their figures."""
+"""Launch the processes of a measured job, as a user would, and collect their figures."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from launchers.reporting.files import write_json
 from tests.hosts.namespaces import INTERFACE, Host
 
 GRACE_SECONDS = 20.0
-"""For torchrun to end its processes."""
+"""Time for torchrun to terminate its processes."""
 TOLD_LINES = 15
+"""Lines of the log to include in an error."""
 PORT = 29500
-"""Where processes on hosts of their own meet."""
+"""Rendezvous port of processes on separate hosts."""
 
 
 class JobError(InputError):
-    """A job has failed; `reason` is what its first process that failed has said, if it could."""
+    """A job failed; `reason` is the error of the first failed process, if it reported one."""
 
     def __init__(self, message: str, reason: str | None) -> None:
         super().__init__(message)
@@ -44,21 +45,24 @@ def run_job(
     limit: float,
     hosts: Sequence[Host] = (),
 ) -> list[dict[str, Any]]:
-    """Runs a function of :mod:`benchmarks.measuring.job` in fresh processes, several by torchrun.
+    """Run a function of :mod:`benchmarks.measuring.job` in fresh processes.
+
+    Several processes on this machine are launched by torchrun.
 
     Args:
-        kind: the function's name.
+        kind: name of the function.
         job: its arguments.
-        processes: how many.
-        threads: of torch in each; None for its own choice, a share of the cores.
-        limit: seconds, after which all are ended.
-        hosts: where, one process on each; none for this machine.
+        processes: number of processes.
+        threads: torch threads per process; None for the default, a share of the cores.
+        limit: seconds after which all processes are terminated.
+        hosts: hosts to run on, one process each; empty for this machine.
 
     Returns:
-        The figures of each process, by its index.
+        The figures of each process, by index.
 
     Raises:
-        JobError: a process has failed, or the time was over; its last lines are in the message.
+        JobError: a process failed, or the time limit expired; the message includes the last lines
+            of the log.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
@@ -74,7 +78,7 @@ def run_job(
             return found
         lines = log.read_text(errors="replace").splitlines()[-TOLD_LINES:]
     reason = next((figures["error"] for figures in found if "error" in figures), None)
-    what = f"was not done after {limit:g} s" if code is None else f"ended with {code}"
+    what = f"not finished after {limit:g} s" if code is None else f"exited with {code}"
     about = " ".join(f"{key}={value}" for key, value in job.items())
     raise JobError("\n".join([f"{kind} {about}, {processes} processes: {what}:", *lines]), reason)
 
@@ -93,21 +97,23 @@ def _words(folder: Path, processes: int) -> list[str]:
 
 
 def _environment(device: str) -> dict[str, str]:
-    environment = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # the profiler tells of every start
+    environment = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # the profiler logs every start
     if torch.device(device).type == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return environment
 
 
-def _run(words: list[str], log: Path, environment: Mapping[str, str], limit: float) -> int | None:
-    """The exit code; None if the time was over."""
+def _run(command: list[str], log: Path, environment: Mapping[str, str], limit: float) -> int | None:
+    """Run `command` and return its exit code; None if the time limit expired."""
     with log.open("wb") as output:
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
     try:
         return process.wait(timeout=limit)
     except subprocess.TimeoutExpired:
         return None
-    finally:  # Ctrl-C, too: torchrun ends what it has started when it is asked to
+    finally:  # also on Ctrl-C: torchrun terminates its processes on SIGTERM
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
@@ -124,7 +130,7 @@ def _run_on(
     environment: Mapping[str, str],
     limit: float,
 ) -> int | None:
-    """A process on each host; the first exit code that is not 0, None if the time was over."""
+    """Run a process on each host; the first nonzero exit code, None if the time limit expired."""
     shared = {"WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": INTERFACE}
     meeting = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(PORT)}
     with log.open("wb") as output:

@@ -1,4 +1,4 @@
-"""What the command lines of all benchmarks do, before and after they measure."""
+"""Command-line handling shared by all benchmarks."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Measure = Callable[[argparse.Namespace, torch.device], list[Figures]]
 
 
 def run(command: OneLineParser, measure: Measure, arguments: Sequence[str] | None = None) -> int:
-    """Runs a benchmark's command line.
+    """Run a benchmark's command line.
 
     Args:
-        command: its options.
-        measure: takes them and the device, returns the tables.
-        arguments: those of the process if None.
+        command: the benchmark's parser.
+        measure: computes the tables from the options and the device.
+        arguments: command-line arguments; None for those of the process.
 
     Returns:
-        The exit code: 0, or 2 if the command line cannot be used.
+        The exit code: 0, or 2 if the command line is invalid.
     """
     prepare_environment(world_of_one=False)
     options = command.parse_args(arguments)
@@ -57,7 +57,7 @@ def run(command: OneLineParser, measure: Measure, arguments: Sequence[str] | Non
 
 
 def run_and_exit(main: Callable[[], int]) -> None:
-    """Exits with the code of `main`; SIGTERM ends what it has started, as Ctrl-C does."""
+    """Exit with the code of `main`; SIGTERM cleans up its processes, as Ctrl-C does."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(exit_code(number)))
     try:
         sys.exit(main())
@@ -66,10 +66,10 @@ def run_and_exit(main: Callable[[], int]) -> None:
 
 
 def turns_of(options: argparse.Namespace, device: torch.device) -> Turns:
-    """What all timed steps of a benchmark have in common.
+    """The settings of a benchmark's timed steps.
 
     Raises:
-        InputError: a rank is one that no model here can have.
+        InputError: a rank is too large for all of the models.
     """
     check_ranks(options.models, options.ranks)
     return Turns(
@@ -82,10 +82,10 @@ def turns_of(options: argparse.Namespace, device: torch.device) -> Turns:
 
 
 def rank_for(options: argparse.Namespace) -> int:
-    """The rank that was asked for, or a quarter of the model's width.
+    """The requested rank, or a quarter of the model's hidden size.
 
     Raises:
-        InputError: it is one that no matrix of the model can have.
+        InputError: it is too large for the model.
     """
     rank = options.rank or LLAMA_SIZES[options.model].hidden // 4
     check_ranks([options.model], [rank], "--rank")
@@ -93,18 +93,18 @@ def rank_for(options: argparse.Namespace) -> int:
 
 
 def jobs_of(options: argparse.Namespace, device: torch.device) -> Jobs:
-    """What all training jobs of a benchmark have in common.
+    """The settings of a benchmark's training jobs.
 
     Raises:
-        InputError: the rank is one that no gradient here can have.
+        InputError: the rank is too large for the model or for the batch.
     """
     rank = rank_for(options)
     tokens = options.batch_size * options.seq_len
-    if tokens < rank:  # gradients have no more directions than tokens
+    if tokens < rank:  # a gradient's rank is at most the number of tokens
         raise InputError(
-            f"--seq-len {options.seq_len}, --batch-size {options.batch_size}: {tokens} tokens of a "
-            f"process make gradients of rank {tokens} at most, and state of rank {rank} is to be "
-            "measured; give more tokens, or a lower --rank"
+            f"--seq-len {options.seq_len}, --batch-size {options.batch_size}: {tokens} tokens per "
+            f"process limit gradients to rank {tokens}, but --rank is {rank}; use more tokens or a "
+            "lower --rank"
         )
     return Jobs(
         model=options.model,
@@ -120,10 +120,10 @@ def jobs_of(options: argparse.Namespace, device: torch.device) -> Jobs:
 
 
 def _device(name: str | None) -> torch.device:
-    """The device of this name, or the best one.
+    """The device called `name`, or by default an accelerator if available.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: the device is not available.
     """
     best = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
@@ -133,6 +133,6 @@ def _device(name: str | None) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in {"cpu", best.type if best else "cpu"}:
-        there = f"{best.type} and cpu" if best else "cpu alone"
-        raise InputError(f"--device {name}: there is no such device here; there is {there}")
+        available = f"{best.type}, cpu" if best else "cpu"
+        raise InputError(f"--device {name}: not available; choose from {available}")
     return device

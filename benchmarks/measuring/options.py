@@ -1,4 +1,4 @@
-"""Options that several benchmarks have."""
+"""Options shared by several benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.measuring.engines import ENGINES
 
 
 def parser(description: str | None) -> OneLineParser:
-    """A command line that `description` tells of."""
+    """A parser whose help shows `description` verbatim."""
     return OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -21,14 +21,21 @@ def parser(description: str | None) -> OneLineParser:
 def add_timed(
     command: argparse.ArgumentParser, able: Sequence[str], methods: Sequence[str]
 ) -> None:
-    """Those of steps that are timed: `methods` of those that are `able`, shapes, ranks, rounds."""
+    """Add the options of timed steps.
+
+    Args:
+        command: the parser.
+        able: methods to choose from.
+        methods: the default methods.
+    """
     _shared(command, able, methods)
     add = command.add_argument
     add("--models", nargs="+", choices=LLAMA_SIZES, default=["350m"], metavar="SIZE",
-        help=f"whose shapes are taken: {', '.join(LLAMA_SIZES)} (default: 350m)")  # fmt: skip
+        help=f"models whose matrix shapes are timed: {', '.join(LLAMA_SIZES)} "
+        "(default: 350m)")  # fmt: skip
     add("--ranks", nargs="+", type=at_least(1), default=[128], metavar="RANK",
-        help="(default: 128)")  # fmt: skip
-    add("--rounds", type=at_least(1), default=9, help="(default: 9)")
+        help="ranks of the low-rank methods (default: 128)")  # fmt: skip
+    add("--rounds", type=at_least(1), default=9, help="timed rounds (default: 9)")
 
 
 def add_trained(
@@ -39,32 +46,42 @@ def add_trained(
     engines: Sequence[str],
     model: str,
 ) -> None:
-    """Those of training jobs: `methods` of those that are `able`, `engines`, `model`, batch."""
+    """Add the options of training jobs.
+
+    Args:
+        command: the parser.
+        able: methods to choose from.
+        methods: the default methods.
+        engines: the default engines.
+        model: the default model.
+    """
     _shared(command, able, methods)
     known = [name for name in ENGINES if name in engines or name != "none"]
     add = command.add_argument
     add("--model", choices=LLAMA_SIZES, default=model, metavar="SIZE",
-        help=f"of {', '.join(LLAMA_SIZES)} (default: {model})")  # fmt: skip
-    add("--rank", type=at_least(1), help="of low-rank methods (default: a quarter of the width)")
+        help=f"one of {', '.join(LLAMA_SIZES)} (default: {model})")  # fmt: skip
+    add("--rank", type=at_least(1), help="rank of the low-rank methods (default: a quarter of the "
+        "hidden size)")  # fmt: skip
     add("--engines", nargs="*", choices=known, default=list(engines), metavar="ENGINE",
-        help=f"of {', '.join(known)} (default: {' '.join(engines)})")  # fmt: skip
-    add("--batch-size", type=at_least(1), default=1, help="sequences of a process (default: 1)")
+        help=f"any of {', '.join(known)} (default: {' '.join(engines)})")  # fmt: skip
+    add("--batch-size", type=at_least(1), default=1, help="sequences per process (default: 1)")
     add("--seq-len", type=at_least(2), default=256, help="tokens per sequence (default: 256)")
-    add("--steps", type=at_least(2), default=5, help="of a training job (default: 5)")
-    add("--limit", type=at_least(1), default=600, metavar="SECONDS", help="for one job "
+    add("--steps", type=at_least(2), default=5, help="steps of a training job (default: 5)")
+    add("--limit", type=at_least(1), default=600, metavar="SECONDS", help="time limit of one job "
         "(default: 600)")  # fmt: skip
 
 
 def _shared(command: argparse.ArgumentParser, able: Sequence[str], methods: Sequence[str]) -> None:
     add = command.add_argument
     add("--methods", nargs="+", choices=able, default=list(methods), metavar="METHOD",
-        help=f"of {', '.join(able)} (default: {' '.join(methods)})")  # fmt: skip
-    add("--device", metavar="DEVICE", help="(default: a GPU if there is one)")
+        help=f"any of {', '.join(able)} (default: {' '.join(methods)})")  # fmt: skip
+    add("--device", metavar="DEVICE", help="torch device (default: a GPU if available, else cpu)")
     add_kept(command)
 
 
 def add_kept(command: argparse.ArgumentParser) -> None:
-    """Threads, and where figures are kept."""
+    """Add ``--threads`` and ``--out``."""
     add = command.add_argument
-    add("--threads", type=at_least(1), help="of torch on the CPU (default: its own choice)")
-    add("--out", type=Path, metavar="FILE.json", help="all figures; FILE.md: the tables")
+    add("--threads", type=at_least(1), help="torch CPU threads (default: torch's)")
+    add("--out", type=Path, metavar="FILE.json", help="write all figures to FILE.json and the "
+        "tables to FILE.md")  # fmt: skip

@@ -1,4 +1,4 @@
-"""A job's process: steps of one optimizer with its lanes taking turns, and with a single lane."""
+"""A process of the overlap job: optimizer steps with alternating lanes, and with a single lane."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from benchmarks.measuring.engines import build
 from benchmarks.measuring.timing import in_turns
 
 WAYS = {"one lane": 1, "in turns": lanes.AT_ONCE}
-"""How many lanes are under way at a time."""
+"""Lanes in flight at a time, by variant; the names are keys of the JSON samples."""
 LENGTH = 64
-"""Tokens that the model could take; none are given to it."""
+"""Sequence length of the model, which is never run."""
 
 
 def steps_in_turns(
     *, engine: str, model: str, rank: int, device: str, rounds: int
 ) -> dict[str, Any]:
-    """Times of a step without a new basis, by the ways of :data:`WAYS`, and what it sends.
+    """Time a step without a refresh in each variant of :data:`WAYS`, and count what it sends.
 
     Args:
-        engine: ``ddp`` or ``fsdp2``; the processes of the job have met.
+        engine: ``ddp`` or ``fsdp2``; the process group must be initialized.
         model: a size of ``LLAMA_SIZES``.
-        rank: of all matrices.
-        device: where.
-        rounds: timed steps of each way.
+        rank: rank of all matrices.
+        device: device to run on.
+        rounds: timed steps of each variant.
     """
     steps: dict[str, Callable[[], None]] = {}
     optimizers: dict[str, Any] = {}
@@ -45,14 +45,14 @@ def steps_in_turns(
         give_gradients(trained.model, same=engine == "ddp")
         (optimizers[way],) = trained.optimizers
         steps[way] = partial(_step, optimizers[way], at_once)
-        steps[way]()  # makes the state
+        steps[way]()  # allocates the state
     sent = {way: _sent_in(steps[way], optimizers[way]) for way in WAYS}
     times = in_turns(steps, rounds)
     return {"seconds": {way: taken.as_json() for way, taken in times.items()}, "sent": sent}
 
 
 def give_gradients(model: nn.Module, *, same: bool) -> None:
-    """Gives every parameter a random gradient; the same on all processes, or parts of its own."""
+    """Set random gradients on all parameters, equal on all processes if `same`."""
     seed = 0 if same else int(os.environ["RANK"])
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -63,7 +63,7 @@ def give_gradients(model: nn.Module, *, same: bool) -> None:
 
 @contextmanager
 def lanes_at_once(count: int) -> Iterator[None]:
-    """Lets so many lanes be under way at a time."""
+    """Set the number of lanes in flight at a time."""
     before, lanes.AT_ONCE = lanes.AT_ONCE, count
     try:
         yield
@@ -77,7 +77,7 @@ def _step(optimizer: Any, at_once: int) -> None:
 
 
 def _sent_in(step: Callable[[], None], optimizer: Any) -> dict[str, int]:
-    """Bytes that this process sends in a step, and the step's collectives."""
+    """Run a step and return the bytes that this process sends and its number of collectives."""
     sent, collectives = optimizer.comm_bytes(), optimizer.collectives()
     step()
     return {

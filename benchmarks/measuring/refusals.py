@@ -1,4 +1,4 @@
-"""Why optimizers have no numbers: the sentences below a table, each reason once."""
+"""Notes below a table on why optimizers have no figures, each reason once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Samples = Sequence[Mapping[str, Any]]
 
 
 def of_steps(samples: Samples) -> list[str]:
-    """Of samples of timed steps, whose ``not_possible`` has the reasons by optimizer."""
+    """Notes for timed steps, whose samples have the reasons by optimizer in ``not_possible``."""
     return _told(
         (f"{name}, {sample.get('dtype', 'fp32')} on {sample['device']}", why)
         for sample in samples
@@ -20,7 +20,7 @@ def of_steps(samples: Samples) -> list[str]:
 
 
 def of_jobs(samples: Samples) -> list[str]:
-    """Of samples of jobs, each of one optimizer, whose ``reason`` is None where it was possible."""
+    """Notes for jobs of one optimizer each, whose ``reason`` is None if it ran."""
     return _told(
         (f"{sample['optimizer']} under {sample.get('engine', 'none')}", sample["reason"])
         for sample in samples

@@ -1,4 +1,4 @@
-"""Where figures go: JSON with all rounds, and tables for the terminal and for Markdown."""
+"""Output of figures: JSON with all rounds, and tables for the terminal and Markdown."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from launchers.reporting.summary import hardware, versions
 
 NOT_MEASURED = "not measured"
 NOT_POSSIBLE = "not possible"
-"""Of an optimizer, with a note that says why: see :mod:`benchmarks.measuring.refusals`."""
+"""Cell of an optimizer that cannot run; :mod:`benchmarks.measuring.refusals` adds the reason."""
 
 WIDTH = 100
-"""Of tables that go into a file: columns."""
+"""Minimum width of tables when the output is not a terminal, in columns."""
 
 Row = Sequence[str]
 
 
 class Block(NamedTuple):
-    """Rows that belong together, under a heading; each begins with its name."""
+    """A group of rows under a heading; the first cell of each row is its name."""
 
     heading: str
     rows: Sequence[Row]
@@ -40,14 +40,14 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Figures:
-    """One table, and what is behind it.
+    """One table with its notes and underlying samples.
 
     Attributes:
         title: what was measured.
-        columns: titles of the table's columns; the first is that of the names.
+        columns: column titles; the first column holds the names.
         blocks: the rows.
-        notes: what a reader of the table must know.
-        samples: every number behind it, as JSON.
+        notes: notes that explain the table.
+        samples: all underlying numbers, as JSON.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Figures:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """The table as Markdown, under its title."""
+        """The title, table and notes as Markdown."""
         numbers = len(self.columns) - 1
         lines: list[Row] = [self.columns, ["---", *["---:"] * numbers]]
         for block in self.blocks:
@@ -66,7 +66,7 @@ class Figures:
         return "\n\n".join([f"**{self.title}**", table, *self.notes])
 
     def show(self, console: Console) -> None:
-        """Prints the table; where it is narrow, headings and names are wrapped, never numbers."""
+        """Print the table; on narrow terminals, headings and names wrap, but never numbers."""
         table = Table(title=self.title, title_justify="left", title_style="bold")
         for i, name in enumerate(self.columns):
             table.add_column(name, justify="right" if i else "left", no_wrap=i > 0)
@@ -81,7 +81,7 @@ class Figures:
 
 
 def show(tables: Sequence[Figures]) -> None:
-    """Prints the tables, and what they were measured on."""
+    """Print the tables and the line of :func:`measured_on`."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
@@ -91,7 +91,7 @@ def show(tables: Sequence[Figures]) -> None:
 
 
 def write(tables: Sequence[Figures], path: Path) -> None:
-    """Writes `path`, JSON, and the same name with ``.md``."""
+    """Write all figures to `path` as JSON, and the tables to the same name with ``.md``."""
     whole = {
         "command": command(),
         "date": date.today().isoformat(),
@@ -109,13 +109,13 @@ def write(tables: Sequence[Figures], path: Path) -> None:
 
 
 def check_out(path: Path) -> None:
-    """Makes sure, before anything is measured, that :func:`write` can leave its files.
+    """Check, before anything is measured, that :func:`write` can create its files.
 
     Raises:
         InputError: it cannot.
     """
     if path.suffix != ".json":
-        raise InputError(f"--out {path}: a name that ends in .json is needed")
+        raise InputError(f"--out {path}: expected a file name ending in .json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -123,16 +123,16 @@ def check_out(path: Path) -> None:
         raise InputError(f"--out {path}: {error.strerror}") from None
     for each in (path, path.with_suffix(".md")):
         if each.is_dir():
-            raise InputError(f"--out {path}: {each} is a directory; give another name")
+            raise InputError(f"--out {path}: {each} is a directory; use another name")
 
 
 def command() -> str:
-    """The command line, as it can be given again."""
+    """The command line that reproduces the run."""
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
 def measured_on() -> str:
-    """Command, hardware, versions and date, in one line."""
+    """One line with command, hardware, versions and date."""
     machine, found = hardware(), versions()
     place = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cpu_cores']} cores"
     return (
@@ -142,16 +142,16 @@ def measured_on() -> str:
 
 
 def without_gpu(device: str) -> list[str]:
-    """A note that nothing is known of GPUs, if the type of the device is not that of one."""
+    """A note that GPUs were not measured, if `device` is the CPU."""
     return [f"GPU: {NOT_MEASURED}."] if device == "cpu" else []
 
 
 def number(value: float) -> str:
-    """Three digits, and all of those before the point."""
+    """`value` to three significant digits, without rounding the integer part."""
     digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     return f"{value:.{digits}f}"
 
 
 def with_spread(spread: Spread) -> str:
-    """The median, and behind it the quartiles."""
+    """The median, followed by the quartiles."""
     return f"{number(spread.median)} ({number(spread.low)}..{number(spread.high)})"

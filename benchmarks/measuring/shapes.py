@@ -1,4 +1,4 @@
-"""The matrices of a Llama's layers, and how many there are of each shape."""
+"""Shapes of the matrices in a Llama's layers, with the number of each."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from arg_dist.cli.parsing import InputError
 from arg_dist.planning.llama import LLAMA_SIZES
 
 COLD_BYTES = 64 * 2**20
-"""Matrices of one shape are taken in such a number that their weights fill this much memory: in a
-step of a whole model, nothing is left in a cache from the step before."""
+"""Enough matrices of a shape are timed together for their weights to fill this much memory: in a
+step of a whole model, no cache retains data from the step before."""
 
 
 class Place(NamedTuple):
-    """Where matrices lie, and in which type."""
+    """Device and data type of matrices."""
 
     device: torch.device
     dtype: torch.dtype
@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Shape:
-    """``rows x columns``, and how many such matrices the model has."""
+    """``rows x columns``, and the number of such matrices in the model."""
 
     rows: int
     columns: int
@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def numel(self) -> int:
-        """Elements of one matrix."""
+        """Number of elements in one matrix."""
         return self.rows * self.columns
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Shape:
 
 
 class Case(NamedTuple):
-    """A shape of a model, and the rank that low-rank methods have in it."""
+    """A shape of a model, and the rank that low-rank methods use for it."""
 
     model: str
     shape: Shape
@@ -62,7 +62,7 @@ def layer_shapes(model: str, layers: int | None = None) -> list[Shape]:
 
     Args:
         model: name of the size.
-        layers: how many layers; None for the size's own number.
+        layers: number of layers; None for that of the size.
     """
     size = LLAMA_SIZES[model]
     count = size.layers if layers is None else layers
@@ -77,7 +77,7 @@ def layer_shapes(model: str, layers: int | None = None) -> list[Shape]:
 
 
 def check_ranks(models: Sequence[str], ranks: Sequence[int], option: str = "--ranks") -> None:
-    """Looks whether each of `ranks` is below the sides of some model's matrices.
+    """Check that each rank is below the hidden size of at least one model.
 
     Raises:
         InputError: one is not.
@@ -87,13 +87,13 @@ def check_ranks(models: Sequence[str], ranks: Sequence[int], option: str = "--ra
     for rank in ranks:
         if rank >= sides:
             raise InputError(
-                f"{option} {rank}: the matrices of {widest} have sides from {sides} on, and a "
-                f"low-rank method needs a smaller rank; give at most {sides - 1}"
+                f"{option} {rank}: must be below the hidden size of {widest}, {sides}; use at most "
+                f"{sides - 1}"
             )
 
 
 def cases(models: Sequence[str], ranks: Sequence[int]) -> Iterator[Case]:
-    """Every shape of every model with every rank that it has."""
+    """Every shape of every model with every rank below its shorter side."""
     for model in models:
         for rank in ranks:
             for shape in layer_shapes(model):
@@ -102,9 +102,10 @@ def cases(models: Sequence[str], ranks: Sequence[int]) -> Iterator[Case]:
 
 
 def left_out(models: Sequence[str], ranks: Sequence[int]) -> list[str]:
-    """A sentence for each pair of a model and a rank of which :func:`cases` has none."""
+    """A note for each pair of a model and a rank that :func:`cases` omits."""
     return [
-        f"{model} has no rank {rank}: its matrices have sides from {LLAMA_SIZES[model].hidden} on."
+        f"{model}: rank {rank} omitted, it must be below the hidden size, "
+        f"{LLAMA_SIZES[model].hidden}."
         for model in models
         for rank in ranks
         if rank >= LLAMA_SIZES[model].hidden
@@ -112,6 +113,6 @@ def left_out(models: Sequence[str], ranks: Sequence[int]) -> list[str]:
 
 
 def copies(shape: Shape, element_size: int) -> int:
-    """How many matrices of a shape are timed together."""
+    """Number of matrices of a shape to time together."""
     cold = math.ceil(COLD_BYTES / (shape.numel * element_size))
     return max(1, min(shape.count, cold))

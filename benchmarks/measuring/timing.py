@@ -1,4 +1,4 @@
-"""Times that can be compared: taken in turns, in one process, so that all meet the same machine."""
+"""Comparable timings: interleaved in one process, so that all see the same machine conditions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 WARM_UP = 2
-"""Calls before the first that counts."""
+"""Untimed calls before the first round."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some numbers, and between which two half of them lie (quartiles)."""
+    """Median and quartiles of some numbers."""
 
     median: float
     low: float
@@ -24,7 +24,7 @@ class Spread:
 
     @classmethod
     def of(cls, numbers: Iterable[float]) -> Spread:
-        """Of at least one number."""
+        """The spread of at least one number."""
         given = sorted(numbers)
         if len(given) == 1:
             return cls(given[0], given[0], given[0])
@@ -32,7 +32,7 @@ class Spread:
         return cls(middle, low, high)
 
     def times(self, factor: float) -> Spread:
-        """All three, multiplied by a positive number."""
+        """All three values multiplied by a positive number."""
         return Spread(factor * self.median, factor * self.low, factor * self.high)
 
 
@@ -53,20 +53,20 @@ class Times:
         return Spread.of(self.seconds)
 
     def over(self, other: Times) -> Spread:
-        """The rounds' ratios: both numbers of one round have met the same machine."""
+        """Ratios per round: both times of a round see the same machine conditions."""
         return Spread.of(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
     def less(self, other: Times) -> Spread:
-        """The rounds' differences, in seconds."""
+        """Differences per round, in seconds."""
         return Spread.of(a - b for a, b in zip(self.seconds, other.seconds, strict=True))
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> Times:
-        """What :meth:`as_json` has made."""
+        """The inverse of :meth:`as_json`."""
         return cls(tuple(kept["rounds"]))
 
     def as_json(self) -> dict[str, Any]:
-        """All rounds, in their order, with median and quartiles."""
+        """All rounds in order, with median and quartiles."""
         spread = self.spread
         return {
             "median": spread.median,
@@ -76,10 +76,10 @@ class Times:
 
 
 def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Calls every function once a round, in an order that turns by one from round to round.
+    """Time every function once per round, rotating the order by one each round.
 
     Args:
-        functions: what is timed, by name.
+        functions: the functions to time, by name.
         rounds: timed calls of each.
     """
     names = list(functions)
@@ -95,7 +95,7 @@ def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict
 
 
 def wait_for_device() -> None:
-    """Returns once a GPU, if there is one, has done all it was given."""
+    """Synchronize the accelerator, if there is one."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 

@@ -1,4 +1,4 @@
-"""What ``bench step`` and ``bench refresh`` have alike: optimizers take turns on shapes."""
+"""Shared by the step and refresh benchmarks: interleaved timing of optimizers on shapes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.measuring.timing import Times
 
 @dataclass(frozen=True)
 class Turns:
-    """Which optimizers are timed, on what, and how often.
+    """The optimizers to time, on what, and how often.
 
     Attributes:
-        models: sizes of Llamas, whose layers' shapes are taken.
-        ranks: of the low-rank methods; one that a shape does not have is left out.
-        names: of the optimizers, see :data:`benchmarks.measuring.contenders.NAMES`.
-        device: where.
-        rounds: timed steps of each kind, in turns.
+        models: Llama sizes whose layer shapes are timed.
+        ranks: ranks of the low-rank methods; skipped for shapes that are too small.
+        names: optimizers, see :data:`benchmarks.measuring.contenders.NAMES`.
+        device: device to run on.
+        rounds: interleaved timed steps of each kind.
     """
 
     models: Sequence[str]
@@ -32,11 +32,11 @@ class Turns:
     rounds: int
 
     def cases(self) -> Iterator[Case]:
-        """Every shape with every rank that it has."""
+        """Every shape with every rank below its shorter side."""
         return cases(self.models, self.ranks)
 
     def left_out(self) -> list[str]:
-        """A sentence for each rank that a model does not have."""
+        """A note for each omitted pair of a model and a rank."""
         return left_out(self.models, self.ranks)
 
     def sample(
@@ -47,14 +47,14 @@ class Turns:
         refused: Mapping[str, str],
         **more: Any,
     ) -> dict[str, Any]:
-        """What was measured of one shape, as JSON.
+        """The measurements of one shape, as JSON.
 
         Args:
             case: the shape, its model and the rank.
-            place: where its matrices lay, and in which type.
-            times: by name.
-            refused: why an optimizer has none, by name.
-            more: what else there is to tell.
+            place: device and data type of its matrices.
+            times: times by name.
+            refused: reasons why an optimizer has no times, by name.
+            more: further entries.
         """
         return {
             "model": case.model,
@@ -75,20 +75,20 @@ def times_in(sample: Mapping[str, Any]) -> dict[str, Times]:
 
 
 def shape_in(sample: Mapping[str, Any]) -> str:
-    """The shape in a sample, as headings have it."""
+    """The shape in a sample, as shown in headings."""
     return " x ".join(map(str, sample["shape"]))
 
 
 def notes(
     what: str, rounds: int, samples: Sequence[Mapping[str, Any]], left_out: Sequence[str]
 ) -> list[str]:
-    """What a reader of the table must know.
+    """Notes that explain a table of timed steps.
 
     Args:
-        what: was timed; one sentence or two.
+        what: one or two sentences on what was timed.
         rounds: timed steps of each kind.
-        samples: all of them.
-        left_out: sentences about ranks that were.
+        samples: all samples.
+        left_out: notes on omitted ranks.
     """
-    how = f"{rounds} rounds in turns; medians, and quartiles in brackets."
+    how = f"{rounds} interleaved rounds; medians, with quartiles in parentheses."
     return [f"{what} {how}", *left_out, *refusals.of_steps(samples)]

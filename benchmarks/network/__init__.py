@@ -1,1 +1,1 @@
-"""Several hosts on one machine: network namespaces joined by a switch, and what a network costs."""
+"""Cost of a network, measured on several hosts on one machine: network namespaces and a switch."""

@@ -1,13 +1,13 @@
-"""What a network costs: the main job on several hosts, whose links have one bandwidth or another.
+"""Cost of a network: pre-train on several hosts with links of different bandwidths.
 
     sudo .venv/bin/python -m benchmarks.network --out runs/network
 
-The hosts are network namespaces of this machine (Linux, root and iproute2 are needed), which train
-through launchers.cluster, AdamW and AdaRankGrad in turn. Processors are shared, so a step's time
-without its waiting is not that of real hosts; bytes and the time that a link takes for them are.
+The hosts are network namespaces on this machine (requires Linux, root and iproute2) that train
+through launchers.cluster, alternating between AdamW and AdaRankGrad. Hosts share the cores, so the
+compute part of a step's time is not that of real hosts; bytes and their transfer time are.
 
-Leaves network.json (every run, its command, versions, hardware, date), network.md (the table) and
-network.png in --out. Options that are not listed here go to launchers/train_lm.py, for instance
+Writes network.json (every run, with command, versions, hardware and date), network.md (the table)
+and network.png to --out. Unlisted options are passed to launchers/train_lm.py, for instance
 --set energy=0.9.
 """
 
@@ -45,39 +45,41 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the words that are for the job."""
+    """Parse the command line into options and the arguments for the job."""
     parser = OneLineParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # or it would take what is the job's
+        allow_abbrev=False,  # else it would consume the job's options
     )
     add = parser.add_argument
-    add("--bandwidths", nargs="+", type=bandwidth, metavar="BITS", help="per second and direction "
-        "of a host's link (default: 100M 1G 10G unlimited)",
+    add("--bandwidths", nargs="+", type=bandwidth, metavar="BITS", help="bits per second and "
+        "direction of a host's link (default: 100M 1G 10G unlimited)",
         default=[1e8, 1e9, 1e10, None])  # fmt: skip
-    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "adarankgrad"])
-    add("--repeats", type=at_least(1), default=3, help="runs of each, in turn (default: 3)")
-    add("--steps", type=at_least(2), default=30, help="measured steps of a run (default: 30)")
-    add("--warmup-steps", type=at_least(1), default=5, help="steps before these (default: 5)")
-    add("--hosts", type=at_least(2), default=2, help="default: 2")
-    add("--processes-per-host", type=at_least(1), default=1, help="default: 1")
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "adarankgrad"],
+        help="optimizers to compare (default: adamw adarankgrad)")  # fmt: skip
+    add("--repeats", type=at_least(1), default=3, help="interleaved runs of each (default: 3)")
+    add("--steps", type=at_least(2), default=30, help="measured steps per run (default: 30)")
+    add("--warmup-steps", type=at_least(1), default=5, help="unmeasured steps before (default: 5)")
+    add("--hosts", type=at_least(2), default=2, help="number of hosts (default: 2)")
+    add("--processes-per-host", type=at_least(1), default=1, help="(default: 1)")
     add("--model", default="nano", help="as in train_lm.py (default: nano)")
     add("--batch-size", type=at_least(1), default=16, help="sequences per step (default: 16)")
     add("--seq-len", type=at_least(2), default=128, help="tokens per sequence (default: 128)")
     add("--deepspeed_config", type=Path, default=CHECKOUT / "ds_configs" / "zero2.json",
-        metavar="JSON", help="default: ds_configs/zero2.json")  # fmt: skip
-    add("--limit", type=at_least(1), default=1800, metavar="SECONDS", help="for one run "
+        metavar="JSON", help="DeepSpeed config (default: ds_configs/zero2.json)")  # fmt: skip
+    add("--limit", type=at_least(1), default=1800, metavar="SECONDS", help="time limit of one run "
         "(default: 1800)")  # fmt: skip
-    add("--out", type=Path, default=Path("runs/network"), help="default: runs/network")
+    add("--out", type=Path, default=Path("runs/network"), help="output directory (default: "
+        "runs/network)")  # fmt: skip
     return parser.parse_known_args()
 
 
 def bench(options: argparse.Namespace, job: list[str]) -> None:
-    """Runs everything, and leaves the results after each run."""
+    """Run all trials, saving the results after each."""
     if (why := obstacle()) is not None:
-        raise InputError(f"no hosts can be made here: {why}")
+        raise InputError(f"cannot create hosts here: {why}")
     if (options.out / JSON).exists():
-        raise InputError(f"--out {options.out}: has results already; give another directory")
+        raise InputError(f"--out {options.out}: already contains results; use another directory")
     sizes = ("--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len))
     config = ("--deepspeed_config", str(options.deepspeed_config.resolve()))
     trial = Trial(
@@ -115,11 +117,11 @@ def bench(options: argparse.Namespace, job: list[str]) -> None:
     (options.out / TABLE).write_text(markdown(rows))
     draw(rows, options.out / PICTURE)
     print_table(rows)
-    print(f"bytes are those of one host and step; {options.out / JSON}, {options.out / PICTURE}")
+    print(f"bytes are per host and step; wrote {options.out / JSON}, {options.out / PICTURE}")
 
 
 def main() -> int:
-    """The benchmark, with what is wrong told in one line."""
+    """Run the benchmark and report errors in one line."""
     options, job = parse_options()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(exit_code(number)))
     try:
@@ -134,5 +136,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "network"  # the name under which mistakes are reported
+    sys.argv[0] = "network"  # the prefix of error messages
     sys.exit(main())

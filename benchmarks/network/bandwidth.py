@@ -1,4 +1,4 @@
-"""Bandwidths of links, in words and in bits per second."""
+"""Bandwidths of links: parse and format bits per second."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def bandwidth(text: str) -> float | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text)
     if found is None or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(
-            f"bits per second are needed, like 100M or 10G, or unlimited, got {text!r}"
+            f"expected bits per second, such as 100M or 10G, or unlimited, got {text!r}"
         )
     return float(found[1]) * UNITS[found[2]]
 
 
 def name_of(bits_per_second: float | None) -> str:
-    """A bandwidth for people: ``100 Mbit/s``, ``1 Gbit/s``, ``unlimited``."""
+    """Format a bandwidth: ``100 Mbit/s``, ``1 Gbit/s``, ``unlimited``."""
     if bits_per_second is None:
         return "unlimited"
     for factor, unit in ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")):

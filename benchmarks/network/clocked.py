@@ -1,12 +1,12 @@
-"""Runs a training script and notes what each of its steps took: ``clocked.py NOTES SCRIPT ARG...``
+"""Run a training script and record each of its steps: ``clocked.py NOTES SCRIPT ARG...``
 
-Each process leaves NOTES/process-K.json, a list with an entry for each call of the engine's
-``train_step``, taken at its end: seconds by a clock that all processes of a machine share, seconds
-that this process has spent until then waiting for collectives, and bytes that its host's cable has
-carried. Everything else is as without it.
+Each process writes NOTES/process-K.json, a list with an entry at the end of each call to the
+engine's ``train_step``: seconds on a clock shared by all processes of the machine, seconds this
+process has waited for collectives so far, and bytes its host's link has carried so far. Otherwise
+the script runs unchanged.
 
-Waiting is the time inside ``Work.wait``, through which every collective of ZeRO on CPUs goes: also
-the time in which the backend copies and adds, and in which the others are not yet there.
+Waiting is the time inside ``Work.wait``, which every ZeRO collective on CPUs calls. It includes the
+backend's copies and reductions, and the time until stragglers arrive.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from tests.hosts.namespaces import INTERFACE, read_traffic
 
 
 class Notes:
-    """What this process has noted so far; `steps` has the entries, `waited` counts up."""
+    """Records of this process: `steps` has the entries, `waited` is the cumulative wait."""
 
     def __init__(self) -> None:
         self.waited = 0.0
         self.steps: list[dict[str, float]] = []
 
     def end_step(self) -> None:
-        """Notes the end of a step."""
+        """Record the end of a step."""
         traffic = read_traffic(Path("/proc/net/dev").read_text(), INTERFACE)
         entry = {"clock": time.monotonic(), "waited": self.waited}
         self.steps.append(entry | {"received": traffic.received, "sent": traffic.sent})
 
     def listen(self) -> None:
-        """Hears of every wait and every step of this process from now on."""
+        """Patch torch and the engine to record every wait and every step from now on."""
         wait, train_step = dist.Work.wait, Engine.train_step
 
         def clocked_wait(*arguments: Any, **named: Any) -> Any:
@@ -61,7 +61,7 @@ class Notes:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     folder, script = Path(sys.argv[1]), sys.argv[2]
     notes = Notes()
     notes.listen()

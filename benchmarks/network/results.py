@@ -1,4 +1,4 @@
-"""The results of a benchmark: their rows, a table, a picture."""
+"""The results of the network benchmark: rows, a table, a plot."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ HEADINGS = (
     "link",
     "optimizer",
     "s/step",
-    "fastest to slowest run",
+    "fastest - slowest run",
     "waiting",
-    "sent and received",
-    "of these the optimizer",
+    "sent, received",
+    "sent by optimizer",
 )
 WIDTH = 120
-"""Columns of the printed table; in 80, every cell would be broken up."""
+"""Width of the printed table; in 80 columns every cell would wrap."""
 _COLORS = {"adamw": "#c9c9c9", "adarankgrad": "#1f5fa8"}
 _WAITING = "#d1495b"
 
 
 def combine(runs: Rows) -> list[dict[str, Any]]:
-    """One row for each bandwidth and optimizer, in the order of the runs: medians over its runs.
+    """One row per bandwidth and optimizer, in the order of the runs: medians over its runs.
 
     Args:
-        runs: results of :func:`benchmarks.network.trial.run_trial`, each with ``optimizer`` and
-            ``bits_per_second``.
+        runs: results of :func:`benchmarks.network.trial.run_trial`, with ``optimizer`` and
+            ``bits_per_second`` added.
     """
     rows = []
     places = dict.fromkeys((run["bits_per_second"], run["optimizer"]) for run in runs)
@@ -88,7 +88,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def print_table(rows: Rows, console: Console | None = None) -> None:
-    """Prints `rows`; bytes are those of one host and step."""
+    """Print `rows`; bytes are per host and step."""
     table = Table(*HEADINGS, box=box.ROUNDED)
     for row in rows:
         table.add_row(*cells(row))
@@ -96,13 +96,13 @@ def print_table(rows: Rows, console: Console | None = None) -> None:
 
 
 def markdown(rows: Rows) -> str:
-    """`rows` as a table in Markdown."""
+    """`rows` as a Markdown table."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Draws time and bytes of a step: at `path`, a PNG."""
+    """Draw time and bytes per step as a PNG at `path`."""
     from matplotlib import rc_context
 
     with rc_context(STYLE):
@@ -123,7 +123,7 @@ def _draw_time(axes: Axes, rows: Rows) -> None:
     axes.barh(0, 0, color=_WAITING, alpha=0.55, label="waiting for collectives")
     _label(axes, rows)
     axes.legend(loc="lower right")
-    axes.set(title="Time of a step", xlabel="seconds")
+    axes.set(title="Time per step", xlabel="seconds")
     axes.margins(x=0.15)
 
 
@@ -133,7 +133,7 @@ def _draw_traffic(axes: Axes, rows: Rows) -> None:
         axes.barh(place, both, color=_COLORS.get(row["optimizer"], "#2a7f62"))
         axes.text(both, place, f" {both:.2f}", va="center")
     _label(axes, rows)
-    axes.set(title="Through the cable of a host in a step", xlabel="MiB, both directions")
+    axes.set(title="Traffic per host and step", xlabel="MiB, both directions")
     axes.margins(x=0.15)
 
 

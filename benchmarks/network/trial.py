@@ -1,4 +1,4 @@
-"""One job on hosts of which the links have a bandwidth, and what its steps cost."""
+"""Run one job on hosts with links of a given bandwidth, and measure its steps."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from tests.hosts.namespaces import Host, network
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 60.0
-"""For the other hosts to end by themselves once one has failed."""
+"""Time for the other hosts to exit by themselves once one has failed."""
 TOLD_LINES = 20
+"""Lines of the log to include in an error."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is run.
+    """The job to run.
 
     Attributes:
         hosts: number of hosts.
-        processes: number of training processes on each.
-        script: the training job, which takes the options of ``launchers/train_lm.py``.
-        words: its options, but for the optimizer's, the number of steps and --out.
-        warmup: steps that are not measured, in which memory is allocated and bases are found.
-        steps: steps that are measured.
-        limit: seconds that it may take altogether.
+        processes: number of training processes per host.
+        script: the training script, which takes the options of ``launchers/train_lm.py``.
+        words: arguments of the script, without the optimizer, the number of steps and --out.
+        warmup: unmeasured steps, in which memory is allocated and all bases are refreshed.
+        steps: measured steps.
+        limit: time limit of the whole job in seconds.
     """
 
     hosts: int
@@ -50,20 +51,21 @@ class Trial:
 def run_trial(
     trial: Trial, optimizer: str, bits_per_second: float | None, folder: Path
 ) -> dict[str, Any]:
-    """Trains on new hosts.
+    """Train on new hosts.
 
     Args:
-        trial: what is run.
-        optimizer: value of the job's option ``--optimizer``.
-        bits_per_second: of every host's cable, in each direction; None for no limit.
-        folder: a directory that is not there yet, for logs, notes and the run's report.
+        trial: the job to run.
+        optimizer: value of the job's ``--optimizer``.
+        bits_per_second: bandwidth of every host's link in each direction; None for no limit.
+        folder: new directory for logs, records and the run's report.
 
     Returns:
-        The numbers of :func:`measured`; and the job's own ``sent_bytes_per_step``: the mean over
-        processes of what the optimizer sent, None if it does not count.
+        The numbers of :func:`measured`, and ``optimizer_bytes``: the job's ``sent_bytes_per_step``,
+        averaged over processes; None if the optimizer does not count them.
 
     Raises:
-        InputError: a host has failed, or the time limit is over; its last lines are in the message.
+        InputError: a host failed, or the time limit expired; the message includes the last lines of
+            its log.
     """
     folder.mkdir(parents=True)
     notes, out = folder / "notes", folder / "run"
@@ -89,18 +91,17 @@ def run_trial(
 
 
 def measured(processes: Sequence[Sequence[dict[str, float]]], *, warmup: int) -> dict[str, float]:
-    """What a step cost, out of the notes that each process took.
+    """The cost of a step, from the records of each process.
 
     Args:
-        processes: notes of :mod:`benchmarks.network.clocked`, for each process; those of one host
-            read the same counters, and every host has as many.
-        warmup: steps that do not count; at least 1, since a step is measured from the end of the
-            one before.
+        processes: records of :mod:`benchmarks.network.clocked` by process; processes of one host
+            read the same counters, and all hosts have the same number of processes.
+        warmup: steps to skip; at least 1, as a step is measured from the end of the previous one.
 
     Returns:
-        ``seconds``: the median time of a step; ``waiting``: the share of the time that processes
-        waited for collectives, the mean over processes; ``sent`` and ``received``: bytes that went
-        through a host's cable in a step, the mean over steps and hosts.
+        ``seconds``: median time of a step; ``waiting``: share of the time spent waiting for
+        collectives, averaged over processes; ``sent`` and ``received``: bytes through a host's link
+        per step, averaged over steps and hosts.
     """
     durations, shares, sent, received = [], [], [], []
     for notes in processes:
@@ -129,13 +130,13 @@ def _start(
         "MASTER_ADDR": members[0].address,
         "NPROC_PER_NODE": str(trial.processes),
     }
-    # Each process would take every core of what are several hosts to it alone.
+    # Hosts share the cores: without this, every process would use all of them.
     cores = len(os.sched_getaffinity(0)) // (trial.hosts * trial.processes)
     environment = {"OMP_NUM_THREADS": str(max(1, cores)), **os.environ, **place}
-    words = [sys.executable, "-m", "launchers.cluster", *job]
+    command = [sys.executable, "-m", "launchers.cluster", *job]
     with _log(folder, number).open("wb") as output:
         return members[number].start(
-            words, output=output, environment=environment, folder=Path.cwd()
+            command, output=output, environment=environment, folder=Path.cwd()
         )
 
 
@@ -154,10 +155,10 @@ def _wait(started: Sequence[subprocess.Popen[bytes]], folder: Path, limit: float
     if not any(code != 0 for code in codes):
         return
     number = failed if failed is not None else next(n for n, code in enumerate(codes) if code != 0)
-    what = f"ended with {codes[number]}" if codes[number] else f"was not done after {limit:g} s"
+    what = f"exited with {codes[number]}" if codes[number] else f"not finished after {limit:g} s"
     log = _log(folder, number)
     tail = log.read_text(errors="replace").splitlines()[-TOLD_LINES:]
-    raise InputError("\n".join([f"host {number} {what} (all it printed: {log}):", *tail]))
+    raise InputError("\n".join([f"host {number}: {what} (full log: {log}):", *tail]))
 
 
 def _log(folder: Path, number: int) -> Path:

@@ -1,18 +1,18 @@
-"""Hosts that are network namespaces of this machine: own addresses, own host names, one switch.
+"""Hosts as network namespaces of this machine, with their own addresses and host names, one switch.
 
     with network(2) as (first, second):
         process = first.start(["python", "-m", "http.server"], ...)
         second.limit(1e9)
         second.cut()
 
-Each host is a namespace with one cable to a bridge, which lies in a namespace of its own: no route,
-address or firewall of the machine is touched, and any number of networks lie side by side. Files
-and processors are those of the machine. As on Debian, a host's own name leads to 127.0.1.1, and
-nobody knows the names of the others.
+Each host is a namespace with one link to a bridge in a separate namespace: the machine's routes,
+addresses and firewall are unchanged, and any number of networks can coexist. Hosts share the files
+and processors of the machine. As on Debian, a host's own name resolves to 127.0.1.1, and hosts
+cannot resolve each other's names.
 
-All processes of the hosts are killed, and the namespaces removed, at the end of the block. The
-names carry the process that made them, so that what a killed process has left is removed by the
-next one. Linux, root, and iproute2 are needed.
+At the end of the block, all processes of the hosts are killed and the namespaces removed. Namespace
+names contain the id of the process that created them, so that the next process can remove what a
+killed one left behind. Requires Linux, root and iproute2.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ PREFIX = "argdist"
 INTERFACE = "eth0"
 SUBNET = "10.83.0."
 BURST_SECONDS = 0.004
-"""How long a link may send at full speed without being held back; kernels look that often."""
+"""Time a link may send at full speed without throttling, about one kernel timer tick."""
 LEAST_BURST = 128 * 1024
-"""Bytes; no less than one packet before it is segmented."""
+"""Minimum burst in bytes; must fit one packet before segmentation."""
 QUEUE = "50ms"
 SETTINGS = Path("/etc/netns")
-"""Where ``ip netns exec`` looks for a namespace's own ``/etc/hosts``."""
+"""Directory in which ``ip netns exec`` looks for a namespace's ``/etc/hosts``."""
 
 _numbers = count()
 
 
 class NetworkError(Exception):
-    """Hosts cannot be made, or changed, here; the message is what the system said."""
+    """Hosts cannot be created or changed; the message is the system's error."""
 
 
 def obstacle() -> str | None:
-    """Why no hosts can be made on this machine; None if they can."""
+    """Why hosts cannot be created on this machine; None if they can."""
     missing = [name for name in ("ip", "tc", "unshare", "hostname") if shutil.which(name) is None]
     if missing:
-        return f"{', '.join(missing)} not found; Debian: apt-get install iproute2 hostname"
+        return f"{', '.join(missing)} not found; on Debian: apt-get install iproute2 hostname"
     if os.geteuid() != 0:
-        return "network namespaces need root"
+        return "network namespaces require root"
     try:
         with network(1) as (host,):
             host.limit(1e9)
@@ -64,7 +64,7 @@ def obstacle() -> str | None:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that an interface has carried, headers among them."""
+    """Bytes that an interface has carried, including headers."""
 
     received: int
     sent: int
@@ -74,9 +74,9 @@ class Host:
     """One host of a :func:`network`.
 
     Attributes:
-        name: of its network namespace.
-        hostname: what its processes see; no other host knows it.
-        address: its IPv4 address, on :data:`INTERFACE`.
+        name: name of its network namespace.
+        hostname: host name seen by its processes; other hosts cannot resolve it.
+        address: its IPv4 address on :data:`INTERFACE`.
     """
 
     def __init__(self, switch: str, name: str, index: int) -> None:
@@ -88,7 +88,7 @@ class Host:
         self._started: list[subprocess.Popen[bytes]] = []
 
     def command(self, words: Sequence[object]) -> list[str]:
-        """`words` as a command line that runs in the host; the process keeps its id."""
+        """The command line that runs `words` in the host; the process keeps its id."""
         named = f'hostname {self.hostname} && exec "$@"'
         inside = ["unshare", "--uts", "sh", "-c", named, "sh"]
         return ["ip", "netns", "exec", self.name, *inside, *map(str, words)]
@@ -101,13 +101,13 @@ class Host:
         environment: Mapping[str, str],
         folder: Path,
     ) -> subprocess.Popen[bytes]:
-        """Starts a command in the host, in a session of its own.
+        """Start a command in the host, in a new session.
 
         Args:
             words: the command line.
-            output: an open file, or ``subprocess.DEVNULL``, for all that it prints.
-            environment: all of its variables.
-            folder: where it works.
+            output: an open file or ``subprocess.DEVNULL``, for stdout and stderr.
+            environment: the complete environment.
+            folder: the working directory.
         """
         process = subprocess.Popen(
             self.command(words),
@@ -126,25 +126,25 @@ class Host:
         return _processes(self.name)
 
     def kill(self) -> None:
-        """Kills all processes of the host, as when its power fails but for the open connections."""
+        """Kill all processes of the host: a power failure, except that connections are closed."""
         _kill(self.name)
         for process in self._started:
             process.wait()
 
     def cut(self) -> None:
-        """Pulls the cable: packets are lost, and nobody is told."""
+        """Unplug the link: packets are lost silently."""
         _run("ip", "-n", self._switch, "link", "set", self._port, "down")
 
     def restore(self) -> None:
-        """Plugs the cable in again."""
+        """Plug the link in again."""
         _run("ip", "-n", self._switch, "link", "set", self._port, "up")
 
     def limit(self, bits_per_second: float | None) -> None:
-        """Gives the host's cable so much bandwidth in each direction; None for no limit."""
+        """Limit the bandwidth of the host's link in each direction; None for no limit."""
         for namespace, interface in ((self.name, INTERFACE), (self._switch, self._port)):
             where = ("tc", "-n", namespace, "qdisc")
             if bits_per_second is None:
-                with contextlib.suppress(NetworkError):  # there was none
+                with contextlib.suppress(NetworkError):  # no limit was set
                     _run(*where, "del", "dev", interface, "root")
                 continue
             burst = max(LEAST_BURST, int(bits_per_second / 8 * BURST_SECONDS))
@@ -152,16 +152,16 @@ class Host:
             _run(*where, "replace", "dev", interface, "root", "tbf", *rate)
 
     def traffic(self) -> Traffic:
-        """What has gone through the host's cable so far."""
+        """Bytes that the host's link has carried so far."""
         printed = _run("ip", "netns", "exec", self.name, "cat", "/proc/net/dev")
         return read_traffic(printed, INTERFACE)
 
 
 def read_traffic(table: str, interface: str) -> Traffic:
-    """The row of `interface` in `table`, which is what ``/proc/net/dev`` says.
+    """Read the row of `interface` in `table`, the contents of ``/proc/net/dev``.
 
     Raises:
-        NetworkError: there is no such interface.
+        NetworkError: the interface was not found.
     """
     for line in table.splitlines():
         name, _, numbers = line.partition(":")
@@ -173,10 +173,10 @@ def read_traffic(table: str, interface: str) -> Traffic:
 
 @contextlib.contextmanager
 def network(hosts: int) -> Iterator[tuple[Host, ...]]:
-    """So many hosts, each with a cable to one switch.
+    """Create `hosts` hosts, each linked to one switch.
 
     Raises:
-        NetworkError: the system refuses; what was made has been removed.
+        NetworkError: the system refused; everything created so far has been removed.
     """
     remove_leftovers()
     stem = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
@@ -212,15 +212,15 @@ def _connect(switch: str, port: str, host: Host) -> None:
 
 
 def remove_leftovers() -> list[str]:
-    """Ends what networks of processes that are gone have left; the namespaces' names."""
+    """Remove the networks of processes that no longer exist; returns the namespaces' names."""
     printed = _run("ip", "netns", "list")
     names = {line.split()[0] for line in printed.splitlines() if line.strip()}
     if SETTINGS.is_dir():
         names |= {path.name for path in SETTINGS.iterdir()}
-    gone = sorted(name for name in names if _is_left_over(name))
-    for name in gone:
+    stale = sorted(name for name in names if _is_left_over(name))
+    for name in stale:
         _remove(name)
-    return gone
+    return stale
 
 
 def _is_left_over(name: str) -> bool:
@@ -230,7 +230,7 @@ def _is_left_over(name: str) -> bool:
 
 
 def _remove(name: str) -> None:
-    """Kills the processes in a namespace, and removes it; no matter how much of it is there."""
+    """Kill the processes in a namespace and remove it, even if only partly created."""
     with contextlib.suppress(NetworkError):
         _kill(name)
         _run("ip", "netns", "delete", name)
@@ -239,12 +239,12 @@ def _remove(name: str) -> None:
 
 def _kill(name: str) -> None:
     deadline = time.monotonic() + 10
-    while there := _processes(name):  # some may be starting others
+    while there := _processes(name):  # repeat: they may be forking
         for process in there:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         if time.monotonic() > deadline:
-            raise NetworkError(f"processes {there} of {name} do not end")
+            raise NetworkError(f"processes {there} of {name} do not terminate")
         time.sleep(0.02)
 
 

@@ -50,11 +50,11 @@ def test_a_short_benchmark(job: SmallJob, tmp_path: Path) -> None:
     assert f"{MEGABITS} Mbit/s" in finished.stdout
 
     again = bench(*once, "--out", out, folder=tmp_path)
-    assert again.returncode == 2 and "has results already" in again.stderr
+    assert again.returncode == 2 and "already contains results" in again.stderr
 
 
 def test_without_root_it_says_so(tmp_path: Path) -> None:
     code = "import runpy; runpy.run_module('benchmarks.network', run_name='__main__')"
     (line,) = told_without_root(code, tmp_path).splitlines()
-    assert line.startswith("network: no hosts can be made here: ")
-    assert "need root" in line or "not found" in line
+    assert line.startswith("network: cannot create hosts here: ")
+    assert "require root" in line or "not found" in line

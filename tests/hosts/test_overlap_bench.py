@@ -38,5 +38,5 @@ def test_lanes_that_take_turns_send_the_same_in_more_collectives(
 def test_without_root_it_says_so(tmp_path: Path) -> None:
     code = "import sys; from benchmarks.overlap import main\n"
     told = told_without_root(f"{code}sys.exit(main(['--out', 'o.json']))", tmp_path)
-    assert "no hosts can be made here: " in told
-    assert "need root" in told or "not found" in told
+    assert "cannot create hosts here: " in told
+    assert "require root" in told or "not found" in told

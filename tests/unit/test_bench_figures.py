@@ -61,9 +61,7 @@ def test_a_rank_that_one_model_has_is_left_out_of_the_others() -> None:
     assert [(case.model, case.rank) for case in found[::3]] == [
         ("60m", 128), ("1b", 128), ("1b", 512)
     ]  # fmt: skip
-    assert [sentence[:18] for sentence in left_out(["60m", "1b"], [128, 512])] == [
-        "60m has no rank 51"
-    ]
+    assert [note[:21] for note in left_out(["60m", "1b"], [128, 512])] == ["60m: rank 512 omitted"]
 
 
 @pytest.mark.parametrize("shape", [Shape(6, 4, 1), Shape(4, 6, 1)])
@@ -85,7 +83,7 @@ STEP = {
 
 def test_a_step_is_held_against_the_products_on_cpus() -> None:
     table = step.figures([STEP], ["no rank"], rounds=3)
-    assert table.columns[1:] == ["ms a matrix", "of the floor", "of recommended"]
+    assert table.columns[1:] == ["ms per matrix", "vs. floor", "vs. recommended"]
     assert table.blocks == [
         Block(
             "60m: 32 of 512 x 512, rank 128, bf16",
@@ -148,7 +146,7 @@ def test_a_table_fits_a_terminal_of_100_columns_and_loses_no_number() -> None:
     name, cell = max(NAMES, key=len), with_spread(Spread(1234.5, 1200, 9999))
     heading = "350m: 96 of 11008 x 4096, rank 512, bf16 and more of such words"
     table = Figures(
-        "T", ["", "ms a matrix", "of the floor", "of recommended"],
+        "T", ["", "ms per matrix", "vs. floor", "vs. recommended"],
         [Block(heading, [[name, cell, cell, "0.82"]])], ["[note]"],
     )  # fmt: skip
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -160,7 +158,7 @@ def test_a_table_fits_a_terminal_of_100_columns_and_loses_no_number() -> None:
         assert word in printed
     lines = table.markdown().splitlines()
     assert lines[2:6] == [
-        "|  | ms a matrix | of the floor | of recommended |", "| --- | ---: | ---: | ---: |",
+        "|  | ms per matrix | vs. floor | vs. recommended |", "| --- | ---: | ---: | ---: |",
         f"| **{heading}** |  |  |  |", f"| {name} | {cell} | {cell} | 0.82 |",
     ]  # fmt: skip
 
@@ -197,15 +195,15 @@ MAINS = {"step": step.main, "refresh": refresh.main, "memory": memory.main}
         (
             "step",
             "--models 60m 350m --ranks 128 1024",
-            "--ranks 1024: .* sides from 1024 .* at most",
+            "--ranks 1024: must be below .* 1024; use at most 1023",
         ),
-        ("step", "--device nowhere", "--device nowhere: .* there is cpu"),
+        ("step", "--device nowhere", "--device nowhere: not available; choose from .*cpu"),
         ("refresh", "--methods adamw", "--methods: invalid choice: 'adamw'"),
-        ("step", "--out table.md", "--out table.md: a name that ends in .json is needed"),
+        ("step", "--out table.md", "--out table.md: expected a file name ending in .json"),
         (
             "memory",
             "--rank 128 --seq-len 64",
-            "--seq-len 64, --batch-size 1: 64 .* rank 64 at most",
+            "--seq-len 64, --batch-size 1: 64 .* rank 64, but --rank is 128",
         ),
         ("step", "--rounds 0", "--rounds: expected an integer of at least 1"),
     ],

@@ -150,7 +150,7 @@ def test_state_by_the_number_of_processes_is_held_against_the_fewest() -> None:
         ["2 processes", "7.50", "1.000", "250"],
         ["4 processes", "3.75", "1.000", "not measured"],
     ]
-    assert any("more processes than cores, here 2" in note for note in table.notes)
+    assert any("more processes than cores (2)" in note for note in table.notes)
 
 
 def test_what_of_ours_fails_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_a_line_through_times_of_layers() -> None:
     }  # fmt: skip
     broken = {**sample, "optimizer": "fira", "not_possible": {"fira": "RuntimeError: no"}}
     table = scaling.layer_figures([sample, broken], rounds=1)
-    assert table.blocks[0].heading == "adamw: 1.00 ms a layer, within 0.0 %"
+    assert table.blocks[0].heading == "adamw: 1.00 ms per layer, fit within 0.0 %"
     assert list(table.blocks[0].rows[2]) == ["8 layers", "8.00 (8.00..8.00)", "1.00", "+0.0 %"]
     assert table.blocks[1].rows[0][1] == "not possible"
     assert sample["largest_deviation"] == pytest.approx(0.0)
@@ -186,15 +186,15 @@ def test_a_line_through_times_of_layers() -> None:
 def test_each_process_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     memory.check_devices(CPU, 4)
-    with pytest.raises(InputError, match=r"--processes 2: .* there is 1; give --device cpu"):
+    with pytest.raises(InputError, match=r"--processes 2: .* found 1; use --device cpu"):
         memory.check_devices(torch.device("cuda"), 2)
 
 
 @pytest.mark.parametrize(
     ("program", "limit", "told", "reason"),
     [
-        ("import sys; print('its word'); sys.exit(3)", 60.0, "ended with 3:\nits word", None),
-        ("import time; time.sleep(60)", 0.5, "was not done after 0.5 s", None),
+        ("import sys; print('its word'); sys.exit(3)", 60.0, "exited with 3:\nits word", None),
+        ("import time; time.sleep(60)", 0.5, "not finished after 0.5 s", None),
     ],
 )
 def test_a_job_that_fails_or_hangs_is_told_with_its_last_lines(

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from lockstep_steps import step_of
 
 from arg_dist.cli.main import main
-from arg_dist.cli.parsing import InputError
 from arg_dist.config import ConfigError, parse_config
 from arg_dist.planning.choices import ENGINES
 from arg_dist.planning.cuts import lay_out
@@ -288,5 +287,5 @@ def test_what_cannot_be_planned_is_told_in_one_line(words, told, capsys):
 
 
 def test_an_unknown_engine_is_an_error_of_the_function_too():
-    with pytest.raises(InputError, match="--engine fsdp3: unknown; choose from .*fsdp2$"):
+    with pytest.raises(ConfigError, match="--engine fsdp3: unknown; choose from .*fsdp2$"):
         plan("fsdp3", 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from arg_dist.cli.parsing import InputError, parse_overrides
+from arg_dist.config import ConfigError
 from arg_dist.planning.llama import LLAMA_SIZES, model_config
 from launchers.pretraining.job_config import (
     choose_optimizer,
@@ -57,15 +58,15 @@ def test_a_checkpoint_directory_brings_its_weights(tmp_path):
     config = model_config(str(tmp_path), vocab_size=258, length=64)
     loaded = build_model(str(tmp_path), config, seed=0, deepspeed_config={})
     assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight)
-    with pytest.raises(InputError, match="has 258 tokens, but the tokenizer has 300"):
+    with pytest.raises(ConfigError, match="has 258 tokens, but the tokenizer has 300"):
         model_config(str(tmp_path), vocab_size=300, length=64)
-    with pytest.raises(InputError, match=r"--seq-len 65: .* has only 64 positions"):
+    with pytest.raises(ConfigError, match=r"--seq-len 65: .* has only 64 positions"):
         model_config(str(tmp_path), vocab_size=258, length=65)
 
 
 def test_an_unknown_model_is_told_with_the_known_ones():
     with pytest.raises(
-        InputError, match="61m: neither a path nor one of " + ", ".join(LLAMA_SIZES)
+        ConfigError, match="61m: neither a path nor one of " + ", ".join(LLAMA_SIZES)
     ):
         model_config("61m", vocab_size=258, length=8)
 
