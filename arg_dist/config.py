@@ -198,7 +198,7 @@ class AdaRankGradConfig(BaseModel):
         "fits. If not set, there is no limit",
     )
     bucket_size: Bytes = Field(
-        2**30,
+        ByteSize(2**30),
         description="limit on the fp32 size of the weights processed at a time, in bytes or as a "
         'string such as `"1GiB"`. They are split into two lanes that alternate: one computes while '
         "the messages of the other are in flight. Smaller values need less temporary memory and "

@@ -15,8 +15,9 @@ python -m ruff check .
 python -m ruff format --check .
 python -m mypy
 shopt -s globstar nullglob
-shellcheck launchers/**/*.sh launchers/**/*.sbatch docker/**/*.sh
+shellcheck launchers/**/*.sh launchers/**/*.sbatch benchmarks/*.sh docker/**/*.sh
 hadolint docker/Dockerfile docker/Dockerfile.cpu
+python -m mkdocs --quiet build --strict --site-dir "$(mktemp -d)"
 
 # Tests on hosts wait for much of their time: they run beside the others. Their report comes last.
 report=$(mktemp)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 import warnings
@@ -72,6 +73,10 @@ def initialize(
         ConfigError: a setting is unknown, ill-typed or not supported; the message names its path.
         RuntimeError: on every process: the processes have different configurations.
     """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ImportError(
+            "initialize: DeepSpeed is not installed; pip install 'arg-dist[deepspeed]'"
+        )
     args, loaded = _one_config(args, config if config is not None else config_params)
     if optimizer is None:
         optimizer_settings(loaded)

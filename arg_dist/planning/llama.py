@@ -52,9 +52,9 @@ def model_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig
         ConfigError: `name` is neither, or the model at the path has a vocabulary smaller than
             `vocab_size` or fewer positions than `length`.
     """
-    from transformers import LlamaConfig
-
     if size := LLAMA_SIZES.get(name):
+        from transformers import LlamaConfig
+
         return LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=size.hidden,

@@ -99,9 +99,10 @@ def _built(name: str, vocab_size: int | None) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise ConfigError(f"--model {name}: {str(error).splitlines()[0]}") from None
+    return model
 
 
 def describe(

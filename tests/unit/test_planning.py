@@ -287,5 +287,5 @@ def test_what_cannot_be_planned_is_told_in_one_line(words, told, capsys):
 
 
 def test_an_unknown_engine_is_an_error_of_the_function_too():
-    with pytest.raises(ConfigError, match="--engine fsdp3: unknown; choose from .*fsdp2$"):
+    with pytest.raises(ConfigError, match=r"--engine fsdp3: unknown; choose from .*fsdp2$"):
         plan("fsdp3", 2)

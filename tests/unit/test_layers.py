@@ -1,9 +1,9 @@
-"""The rooms of the checkout, and who may import whom: imports run one way.
+"""The layers of the checkout, and what may import what: imports run one way.
 
 In the package: `cli` -> `planning`, `integrations` -> `engines` -> `checkpoint` -> `core` (the
-optimizer) -> `sharding` -> `subspace` -> torch, and `config` knows none of them. A room is a folder
-of `arg_dist`; `core` is the files beside them. Around it: `benchmarks` -> `launchers` -> package,
-and the package imports neither. CONTRIBUTING.md gives the reasons.
+optimizer) -> `sharding` -> `subspace` -> torch, and `config` imports none of them. A layer is a
+folder of `arg_dist`; `core` is the files next to them. Around it: `benchmarks` -> `launchers` ->
+package, and the package imports neither. CONTRIBUTING.md gives the reasons.
 """
 
 import ast
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "arg_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
 AROUND = sorted(
-    path for room in ("launchers", "benchmarks") for path in (ROOT / room).rglob("*.py")
+    path for layer in ("launchers", "benchmarks") for path in (ROOT / layer).rglob("*.py")
 )
 RIG = ROOT / "tests/hosts/namespaces.py"
 LONGEST = 350
@@ -42,25 +42,25 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "package": {"checkpoint", "config", "core", "engines", "integrations", "sharding"},
 }
-PACKAGE_ROOMS = set(MAY_IMPORT)
+PACKAGE_LAYERS = set(MAY_IMPORT)
 MAY_IMPORT |= {
-    "launchers.cluster": PACKAGE_ROOMS,
-    "launchers.reporting": PACKAGE_ROOMS,
-    "launchers.pretraining": PACKAGE_ROOMS | {"launchers.reporting"},
-    "launchers.finetuning": PACKAGE_ROOMS | {"launchers.pretraining", "launchers.reporting"},
-    "launchers": PACKAGE_ROOMS
+    "launchers.cluster": PACKAGE_LAYERS,
+    "launchers.reporting": PACKAGE_LAYERS,
+    "launchers.pretraining": PACKAGE_LAYERS | {"launchers.reporting"},
+    "launchers.finetuning": PACKAGE_LAYERS | {"launchers.pretraining", "launchers.reporting"},
+    "launchers": PACKAGE_LAYERS
     | {"launchers.pretraining", "launchers.finetuning", "launchers.reporting"},
 }
-JOBS = {room for room in MAY_IMPORT if room.startswith("launchers.")}
-RIG_ROOM = "tests.hosts"
+JOBS = {layer for layer in MAY_IMPORT if layer.startswith("launchers.")}
+RIG_LAYER = "tests.hosts"
 MAY_IMPORT |= {
-    "benchmarks.compare": PACKAGE_ROOMS | JOBS,
-    "benchmarks.network": PACKAGE_ROOMS | JOBS | {RIG_ROOM},
-    "benchmarks.measuring": PACKAGE_ROOMS | JOBS | {"benchmarks.compare", RIG_ROOM},
-    "benchmarks": PACKAGE_ROOMS
+    "benchmarks.compare": PACKAGE_LAYERS | JOBS,
+    "benchmarks.network": PACKAGE_LAYERS | JOBS | {RIG_LAYER},
+    "benchmarks.measuring": PACKAGE_LAYERS | JOBS | {"benchmarks.compare", RIG_LAYER},
+    "benchmarks": PACKAGE_LAYERS
     | JOBS
-    | {"benchmarks.compare", "benchmarks.measuring", "benchmarks.network", RIG_ROOM},
-    RIG_ROOM: set(),
+    | {"benchmarks.compare", "benchmarks.measuring", "benchmarks.network", RIG_LAYER},
+    RIG_LAYER: set(),
 }
 THIRD_PARTY = {
     "config": {"pydantic"},
@@ -69,9 +69,9 @@ THIRD_PARTY = {
     "core": {"torch"},
     "checkpoint": {"numpy", "pydantic", "safetensors", "torch"},
     "package": set(),
-    RIG_ROOM: set(),
+    RIG_LAYER: set(),
 }
-"""Rooms that are not listed may import any package."""
+"""Layers that are not listed may import any package."""
 PEERS = {"galore_torch", "apollo_torch", "fira", "peft"}
 WITHOUT_PROCESSES = {"checkpoint", "config", "core", "package", "subspace"}
 WITHOUT_ENGINES = {"checkpoint", "core", "sharding", "subspace"}
@@ -79,12 +79,12 @@ ENGINE_NAMES = re.compile(r"(?i:(?<![a-z])(deepspeed|fsdp\d?|accelerate|trainer)
 """Names of engines; in lower case, zero is a number."""
 
 
-def room_of(module: str) -> str:
-    """The room of a dotted module of the checkout."""
+def layer_of(module: str) -> str:
+    """The layer of a dotted module of the checkout."""
     top, _, inside = module.partition(".")
     first = inside.partition(".")[0]
     if top == "arg_dist":
-        return first if first in PACKAGE_ROOMS else "core" if first else "package"
+        return first if first in PACKAGE_LAYERS else "core" if first else "package"
     return f"{top}.{first}" if f"{top}.{first}" in MAY_IMPORT else top
 
 
@@ -110,25 +110,25 @@ def full_name(module: str, name: str) -> str:
     return f"{module}.{name}" if is_module or module == "torch" else module
 
 
-def each(*, room: set[str] | None = None) -> list[object]:
+def each(*, layer: set[str] | None = None) -> list[object]:
     everything = [*FILES, *AROUND, RIG]
-    chosen = [path for path in everything if room is None or room_of(module_of(path)) in room]
+    chosen = [path for path in everything if layer is None or layer_of(module_of(path)) in layer]
     return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in chosen]
 
 
 @pytest.mark.parametrize("path", each())
 def test_imports_run_one_way(path: Path) -> None:
-    room = room_of(module_of(path))
-    allowed = {room} | MAY_IMPORT[room]
+    layer = layer_of(module_of(path))
+    allowed = {layer} | MAY_IMPORT[layer]
     for name in imports(path):
         if name.partition(".")[0] in ("arg_dist", "launchers", "benchmarks", "tests"):
-            assert room_of(name) in allowed, f"{room} may not import {name}"
+            assert layer_of(name) in allowed, f"{layer} may not import {name}"
 
 
-@pytest.mark.parametrize("path", each(room=set(THIRD_PARTY)))
+@pytest.mark.parametrize("path", each(layer=set(THIRD_PARTY)))
 def test_the_core_depends_on_torch_and_pydantic_only(path: Path) -> None:
-    room = room_of(module_of(path))
-    allowed = {"arg_dist"} | THIRD_PARTY[room] | sys.stdlib_module_names
+    layer = layer_of(module_of(path))
+    allowed = {"arg_dist"} | THIRD_PARTY[layer] | sys.stdlib_module_names
     assert {name.partition(".")[0] for name in imports(path)} <= allowed
 
 
@@ -139,10 +139,10 @@ def test_other_optimizers_are_known_where_they_are_compared_alone(path: Path) ->
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= {node.value} & PEERS
-    assert not found or room_of(module_of(path)) == "benchmarks.compare", f"names {found}"
+    assert not found or layer_of(module_of(path)) == "benchmarks.compare", f"names {found}"
 
 
-@pytest.mark.parametrize("path", each(room=WITHOUT_PROCESSES))
+@pytest.mark.parametrize("path", each(layer=WITHOUT_PROCESSES))
 def test_only_sharding_and_engines_talk_to_other_processes(path: Path) -> None:
     assert not [name for name in imports(path) if name.startswith("torch.distributed")]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -150,7 +150,7 @@ def test_only_sharding_and_engines_talk_to_other_processes(path: Path) -> None:
             assert ast.unparse(node) != "torch.distributed", f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", each(room=WITHOUT_ENGINES))
+@pytest.mark.parametrize("path", each(layer=WITHOUT_ENGINES))
 def test_the_core_names_no_engine(path: Path) -> None:
     for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
         named = ENGINE_NAMES.search(token.string.replace("_", " "))
@@ -158,7 +158,7 @@ def test_the_core_names_no_engine(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", each())
-def test_a_file_is_a_room_of_moderate_size(path: Path) -> None:
+def test_files_are_of_moderate_size(path: Path) -> None:
     lines = len(path.read_text().splitlines())
     assert lines <= LONGEST, f"{path.name} has {lines} lines; split it"
 
