@@ -3,8 +3,8 @@
 python launchers/finetune.py --model DIR --task classification --train a.csv --eval b.csv
 
 The same command runs under torchrun (DDP), accelerate launch, and with --deepspeed JSON under the
-deepspeed launcher. It leaves the model and its tokenizer in OUT/model, and metrics.jsonl,
-report.json and report.png in OUT, also when it is stopped by Ctrl-C or SIGTERM.
+deepspeed launcher. It saves the model and its tokenizer in OUT/model, and writes metrics.jsonl,
+report.json and report.png to OUT, also when stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TASKS = ("classification", "causal-lm")
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line; see --help."""
+    """Parses the command line; see --help."""
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,12 +69,13 @@ def parse_options() -> argparse.Namespace:
         ".jsonl; causal-lm: text files, directories, globs, .jsonl")  # fmt: skip
     add("--eval", nargs="+", default=[], metavar="FILE", help="held-out data (causal-lm: default "
         "3 %% of the training text)")  # fmt: skip
-    add("--text-key", default="text", metavar="COLUMN", help="header name or jsonl key of the "
-        "text; a number, from 1, for files without a header (default: text)")  # fmt: skip
-    add("--pair-key", metavar="COLUMN", help="of a second text, for pairs")
-    add("--label-key", default="label", metavar="COLUMN", help="of the label (default: label)")
+    add("--text-key", default="text", metavar="COLUMN", help="column of the text: header name, "
+        "jsonl key, or number, from 1, in files without a header (default: text)")  # fmt: skip
+    add("--pair-key", metavar="COLUMN", help="column of the second text, for pairs")
+    add("--label-key", default="label", metavar="COLUMN", help="column of the label (default: "
+        "label)")  # fmt: skip
     add("--max-length", type=at_least(2), default=128, metavar="TOKENS", help="longer texts are "
-        "cut; causal-lm: the length of its blocks (default: 128)")  # fmt: skip
+        "truncated; causal-lm: the block length (default: 128)")  # fmt: skip
     add(
         "--epochs",
         type=not_negative,
@@ -84,29 +85,30 @@ def parse_options() -> argparse.Namespace:
     add("--steps", type=at_least(1), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=at_least(1), help="examples per step over all processes (default: 32, "
         "or the JSON's)")  # fmt: skip
-    add("--micro-batch", type=at_least(1), help="examples that a process has in work at once; the "
-        "rest of its share is accumulated (default: all)")  # fmt: skip
-    add("--group-by-length", action="store_true", help="batches of texts of similar length")
+    add("--micro-batch", type=at_least(1), help="examples per forward pass of a process; the rest "
+        "of its share is accumulated (default: all)")  # fmt: skip
+    add("--group-by-length", action="store_true", help="batch texts of similar length together")
     add("--optimizer", choices=OPTIMIZERS, help="default: the JSON's, or adarankgrad")
     add("--lr", type=float, help="peak learning rate (default: the JSON's, or 1e-3)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="an optimizer setting, e.g. --set max_rank=48; may be repeated")  # fmt: skip
-    add("--weight-decay", type=float, help="norms and biases are never decayed (default: 0)")
-    add("--schedule", choices=SCHEDULES, default="linear", help="the learning rate's course")
+        help="an optimizer setting, e.g. --set max_rank=48; repeatable")  # fmt: skip
+    add("--weight-decay", type=float, help="never applied to norms and biases (default: 0)")
+    add("--schedule", choices=SCHEDULES, default="linear", help="learning-rate schedule (default: "
+        "linear)")  # fmt: skip
     add("--warmup-ratio", type=share, default=0.06, help="share of the steps until the peak "
-        "(default: 0.06)")  # fmt: skip
-    add("--clip", type=not_negative, help="the gradient's largest norm (default: 1, or the JSON's)")
+        "learning rate (default: 0.06)")  # fmt: skip
+    add("--clip", type=not_negative, help="maximum gradient norm (default: 1, or the JSON's)")
     add("--precision", choices=PRECISIONS, help="of the forward and backward pass; weights stay "
         "in fp32 (default: accelerate's, or the JSON's, or fp32)")  # fmt: skip
     add("--seed", type=at_least(0), default=0)
     add("--deepspeed", metavar="JSON", help="DeepSpeed configuration")
     add("--eval-every", type=at_least(1), metavar="STEPS", help="default: each epoch")
     add("--log-ranks-every", type=at_least(1), default=10, metavar="STEPS")
-    add("--save-every", type=at_least(1), metavar="STEPS", help="in OUT/checkpoints; the "
-        "last two are kept (default: none)")  # fmt: skip
-    add("--resume", action="store_true", help="go on from the last checkpoint in OUT")
+    add("--save-every", type=at_least(1), metavar="STEPS", help="save checkpoints in "
+        "OUT/checkpoints; the last two are kept (default: none)")  # fmt: skip
+    add("--resume", action="store_true", help="resume from the last checkpoint in OUT")
     add("--report-to", default="none", metavar="WHERE", help="where the Trainer reports "
-        "too, ranks included, e.g. tensorboard")  # fmt: skip
+        "in addition, ranks included, e.g. tensorboard")  # fmt: skip
     add("--out", type=Path, help="the run's directory (default: runs/MODEL-TASK-OPTIMIZER)")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args()
@@ -115,12 +117,12 @@ def parse_options() -> argparse.Namespace:
     if options.epochs == 0:
         parser.error("--epochs: a number above 0 is needed, got 0")
     if options.warmup_ratio == 1:
-        parser.error("--warmup-ratio: below 1 is needed, or the learning rate only rises")
+        parser.error("--warmup-ratio: a number below 1 is needed, or the learning rate only rises")
     return options
 
 
 def read_task(options: argparse.Namespace) -> Task:
-    """Reads checkpoint and data, and says in one line what is wrong with them."""
+    """Reads checkpoint and data; errors are reported in one line."""
     given: dict[str, Any] = {"training": options.train, "held_out": options.eval}
     given["max_length"] = options.max_length
     if options.task == "causal-lm":
@@ -132,7 +134,7 @@ def read_task(options: argparse.Namespace) -> Task:
 def choose(options: argparse.Namespace, config: dict[str, Any]) -> OptimizerChoice:
     """The optimizer: the JSON's, completed by the command line.
 
-    Its section leaves the JSON, because the Trainer builds the optimizer itself.
+    Its section is removed from the JSON, because the Trainer builds the optimizer itself.
     """
     name = choose_optimizer(config, options.optimizer)
     overrides = parse_overrides(options.overrides)
@@ -143,7 +145,7 @@ def choose(options: argparse.Namespace, config: dict[str, Any]) -> OptimizerChoi
 
 
 def train(options: argparse.Namespace, stop: StopRequest) -> int | None:
-    """Checks all that can be checked, then builds and runs the job."""
+    """Validates everything that can be validated, then builds and runs the job."""
     config = read_deepspeed_config(options.deepspeed) if options.deepspeed else {}
     optimizer = choose(options, config)
     out = options.out or Path("runs") / (
@@ -172,11 +174,11 @@ def train(options: argparse.Namespace, stop: StopRequest) -> int | None:
 
 
 def main() -> int:
-    """The job, with what is wrong told in one line."""
+    """Runs the job; errors are reported in one line."""
     options = parse_options()
     stop = StopRequest()
     if options.deepspeed is None and asks_for("DEEPSPEED"):
-        # one way for both launchers, and an optimizer in the file is understood
+        # one path for both launchers, which also supports an optimizer in the file
         options.deepspeed = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     with_deepspeed = options.deepspeed is not None or asks_for("DEEPSPEED")
     try:

@@ -1,4 +1,4 @@
-"""Parts of a fine-tuning job with ``transformers.Trainer``: examples, tasks, metrics, its record.
+"""Components of a fine-tuning job with ``transformers.Trainer``: data, tasks, metrics, recording.
 
-Nothing here knows AdaRankGrad's mathematics; ``launchers/finetune.py`` puts these parts together.
+They are independent of AdaRankGrad's mathematics; ``launchers/finetune.py`` assembles them.
 """

@@ -1,4 +1,4 @@
-"""The pretrained checkpoint that is fine-tuned: a local Hugging Face directory."""
+"""The pretrained checkpoint to fine-tune: a local Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def read_config(directory: str, max_length: int) -> PretrainedConfig:
 
 
 def read_tokenizer(directory: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model; one without a padding token pads with its last token.
+    """The model's tokenizer; without a padding token it pads with the end-of-text token.
 
     Raises:
-        InputError: there is none.
+        InputError: the directory holds none.
     """
     tokenizer = tokenizer_at(directory, "--model")
     if tokenizer.pad_token is None:
@@ -48,7 +48,7 @@ def read_tokenizer(directory: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(auto_class: Any, directory: str, **settings: Any) -> PreTrainedModel:
-    """The model in fp32; weights that the checkpoint lacks (a new head) are drawn.
+    """The model in fp32; weights missing from the checkpoint (a new head) are initialized.
 
     Raises:
         InputError: the checkpoint does not fit `auto_class`.
@@ -59,4 +59,4 @@ def load_model(auto_class: Any, directory: str, **settings: Any) -> PreTrainedMo
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
-        raise InputError(f"--model {directory}: {auto_class.__name__} says: {first}") from None
+        raise InputError(f"--model {directory}: {auto_class.__name__}: {first}") from None

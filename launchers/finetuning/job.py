@@ -1,4 +1,4 @@
-"""A fine-tuning job, put together: settings checked, processes joined, Trainer built and run."""
+"""Builds the Trainer of a fine-tuning job, runs it, and saves the model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ TYPE_NAMES = {"adarankgrad": "AdaRankGrad", "adamw": "AdamW"}
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """An optimizer by name, what the user set of it, and all its settings."""
+    """An optimizer by name, the settings that the user passed, and all its settings."""
 
     name: str
     given: dict[str, Any]
     settings: dict[str, Any]
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """The part of the settings that the Trainer's arguments have too."""
+        """The settings that are arguments of the Trainer as well."""
         beta1, beta2 = self.settings["betas"]
         return {
             "learning_rate": self.settings["lr"],
@@ -44,12 +44,12 @@ class OptimizerChoice:
 
 
 def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoice) -> Trainer:
-    """The Trainer of `task`; the model's new weights follow ``args.seed`` alone.
+    """The Trainer of `task`; the model's new weights depend on ``args.seed`` alone.
 
     Raises:
         InputError: the checkpoint does not fit the task.
-        ConfigError: a setting of the optimizer is unknown or out of range, or accelerate trains
-            otherwise than it was told.
+        ConfigError: a setting of the optimizer is unknown or out of range, or accelerate does not
+            train as configured.
     """
     from transformers import set_seed
 
@@ -69,9 +69,9 @@ def build_trainer(task: Task, args: TrainingArguments, optimizer: OptimizerChoic
 
 
 def trainer_of(task: Task, args: TrainingArguments, model: Any, **chosen: Any) -> Trainer:
-    """A Trainer of `model` with the examples and measures of `task`, which prints nothing.
+    """A Trainer of `model` with the examples and metrics of `task`, which prints nothing.
 
-    `chosen` are further arguments of the Trainer, such as the optimizer.
+    `chosen` are further arguments of the Trainer, for example the optimizer.
     """
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
@@ -92,7 +92,7 @@ def trainer_of(task: Task, args: TrainingArguments, model: Any, **chosen: Any) -
 
 
 def facts_of(trainer: Trainer, task: Task, optimizer: OptimizerChoice, model: str) -> RunFacts:
-    """What the report tells of a job before its first step."""
+    """What the report records of a job before its first step."""
     args = trainer.args
     alone = args.world_size == 1 and not trainer.is_deepspeed_enabled
     return run_facts(
@@ -135,10 +135,10 @@ def run_job(
     checkpoint: str | None,
     sample_every: int,
 ) -> int | None:
-    """Trains until the last step or a signal; leaves the report, and the model in ``out/model``.
+    """Trains until the last step or a signal; writes the report, and the model to ``out/model``.
 
     Returns:
-        The number of the signal that ended the run early, or None.
+        The number of the signal that stopped the run early, or None.
     """
     first, steps = is_first_process(), planned_steps(trainer)
     earlier = Earlier(int(checkpoint.rpartition("-")[2])) if checkpoint else None
@@ -160,8 +160,8 @@ def run_job(
 
 
 def save_model(trainer: Trainer, directory: Path) -> None:
-    """Saves model and tokenizer so that ``from_pretrained`` loads them, whoever holds the parts."""
+    """Saves model and tokenizer for ``from_pretrained``; sharded weights are gathered."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and trainer.is_fsdp_enabled:
-        plugin.set_state_dict_type("FULL_STATE_DICT")  # else the Trainer would save nothing here
+        plugin.set_state_dict_type("FULL_STATE_DICT")  # otherwise the Trainer saves nothing here
     trainer.save_model(str(directory))

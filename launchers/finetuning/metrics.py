@@ -1,4 +1,4 @@
-"""How good a classifier is, by scikit-learn."""
+"""Classification metrics, by scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def classification_metrics(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Accuracy, F1 and Matthews correlation of `predicted` against `labels`, whole numbers each.
+    """Accuracy, F1 and Matthews correlation of `predicted` against `labels`, integers each.
 
-    F1 is that of label 1 where there are two labels, 0 and 1; else the mean over the labels.
+    F1 is that of label 1 if the labels are 0 and 1, else the mean over the labels.
     """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -25,7 +25,7 @@ def classification_metrics(labels: np.ndarray, predicted: np.ndarray) -> dict[st
 
 
 def metrics_of_logits() -> Callable[[Any], dict[str, float]]:
-    """What the Trainer calls with all predictions of an evaluation: logits `examples x labels`."""
+    """The Trainer's ``compute_metrics``, from the logits of an evaluation, `examples x labels`."""
 
     def compute(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions

@@ -1,4 +1,4 @@
-"""The Trainer's progress as the main job shows it: one line a step, a bar, the same report."""
+"""Records the Trainer's progress like that of pre-training: metrics by step, bar, report."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from launchers.reporting import MEASURES, RunRecord, sample_optimizer
 
 
 class OptimizerCheck(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Makes sure that AdaRankGrad is what trains.
+    """Verifies that AdaRankGrad is the optimizer that trains.
 
     Raises:
-        ConfigError: it is not; the message has the reason and what to do.
+        ConfigError: it is not; the message gives the reason and the remedy.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks into what accelerate has made of the optimizer."""
+        """Checks the optimizer as accelerate has prepared it."""
         check_optimizer(kwargs["optimizer"])
 
 
 class RecordingCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Writes each step to `record` and to the terminal, and ends the run at a signal.
+    """Writes each step to `record` and to the terminal, and stops the run at a signal.
 
-    The Trainer tells a step's loss, then perhaps an evaluation, in calls of their own; so a step's
-    line waits for the next step before it is written. All processes must have this callback.
+    The Trainer reports a step's loss and its evaluation in separate calls, so a step's line is
+    written when the next step begins. All processes must have this callback.
 
     Args:
-        record: where the lines go.
-        progress: what the user sees.
-        stop: a signal to any process ends all of them after the step, with a checkpoint if the run
-            saves any.
-        sample_every: steps between two looks at the optimizer.
+        record: receives the lines.
+        progress: what the terminal shows.
+        stop: a signal to any process stops all of them after the step, with a checkpoint if the
+            run saves any.
+        sample_every: steps between two samples of the optimizer.
 
     Raises:
         FloatingPointError: a step's loss is NaN or infinite.
@@ -63,12 +63,12 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
         self.stopped_by: int | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the step before, which is complete now."""
+        """Writes the previous step, which is complete now."""
         self.flush(kwargs["optimizer"])
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the time, and asks all processes whether a signal came."""
+        """Takes the time, and checks whether any process received a signal."""
         self._seconds = time.perf_counter() - self._began
         signal = self._stop.signal
         if dist.is_initialized():
@@ -79,7 +79,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
             control.should_save |= args.save_strategy != "no"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Takes a step's loss; the Trainer logs each step, with the mean over the processes."""
+        """Records a step's loss; the Trainer logs each step, with the mean over the processes."""
         if "loss" not in logs:
             return
         self._line = {
@@ -108,7 +108,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
         return "held_out_loss" in self._line
 
     def flush(self, optimizer: Any, *, last: bool = False) -> None:
-        """Writes the step that waits, if one does; all processes must call this together."""
+        """Writes the pending step, if any; all processes must call this together."""
         line, self._line = self._line, {}
         if not line:
             return

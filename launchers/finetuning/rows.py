@@ -1,4 +1,4 @@
-"""Labelled texts out of csv, tsv and jsonl files; what is broken is told by file and line."""
+"""Labelled texts from csv, tsv and jsonl files; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FORMATS = (".csv", ".tsv", ".jsonl")
 
 Cells = dict[str, object]
 Line = tuple[int, Cells]
-"""A row and the number of the line on which it begins, from 1."""
+"""A row and the number of its first line, from 1."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row keeps its parts: header names, jsonl keys, or column numbers from 1.
+    """The columns of a row: header names, jsonl keys, or column numbers from 1.
 
     Numbers are for csv and tsv files without a header. `pair` is the second text, if there is one.
     """
@@ -31,7 +31,7 @@ class Columns:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns that a row must have."""
+        """The required columns."""
         return (self.text, self.label) if self.pair is None else (self.text, self.label, self.pair)
 
     @property
@@ -44,7 +44,7 @@ class Columns:
         numbers = [name.isdecimal() and int(name) > 0 for name in self.names]
         if any(numbers) and not all(numbers):
             raise InputError(
-                "--text-key, --label-key, --pair-key: give all as numbers (files without a "
+                "--text-key, --label-key, --pair-key: pass all as numbers (files without a "
                 f"header) or all as names, got {', '.join(self.names)}"
             )
         return all(numbers)
@@ -52,7 +52,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled text, and where it stands: ``"train.csv, line 3"``."""
+    """One labelled text, and its place: ``"train.csv, line 3"``."""
 
     text: str
     pair: str | None
@@ -61,10 +61,10 @@ class Row:
 
 
 def read_rows(paths: Sequence[str], columns: Columns, option: str) -> list[Row]:
-    """The rows of all files, in order; blank lines are left out.
+    """The rows of all files, in order; blank lines are skipped.
 
     Raises:
-        InputError: a file cannot be read, a row is broken, or a file has no row; the message
+        InputError: a file cannot be read, a row is malformed, or a file has no rows; the message
             begins with `option`, the file and the line.
     """
     return [row for path in paths for row in _rows_of(Path(path), columns, option)]
@@ -72,18 +72,20 @@ def read_rows(paths: Sequence[str], columns: Columns, option: str) -> list[Row]:
 
 def _rows_of(path: Path, columns: Columns, option: str) -> list[Row]:
     if path.suffix not in FORMATS:
-        raise InputError(f"{option} {path}: one of {', '.join(FORMATS)} is needed, by its ending")
+        raise InputError(f"{option} {path}: the extension must be one of {', '.join(FORMATS)}")
     text = _read(path, option)
     numbered = columns.numbered
     if path.suffix == ".jsonl":
         if numbered:
-            raise InputError(f"{option} {path}: rows of .jsonl have keys, not numbers; name them")
+            raise InputError(
+                f"{option} {path}: rows of .jsonl have keys, not column numbers; pass the keys"
+            )
         lines = _objects(text, path, option)
     else:
         lines = _table(text, path, option, numbered=numbered)
     rows = [_row(cells, columns, f"{path}, line {number}", option) for number, cells in lines]
     if not rows:
-        raise InputError(f"{option} {path}: no rows in it")
+        raise InputError(f"{option} {path}: contains no rows")
     return rows
 
 
@@ -119,19 +121,21 @@ def _table(text: str, path: Path, option: str, *, numbered: bool) -> Iterator[Li
         if header is None:
             header = [str(i) for i in range(1, len(cells) + 1)] if numbered else cells
             if len(set(header)) < len(header):
-                raise InputError(f"{option} {path}, line {number}: a name occurs twice: {header}")
+                raise InputError(
+                    f"{option} {path}, line {number}: a column name occurs twice: {header}"
+                )
             if not numbered:
                 continue
         if len(cells) != len(header):
             raise InputError(
-                f"{option} {path}, line {number}: {len(cells)} columns, where the first line has "
+                f"{option} {path}, line {number}: {len(cells)} columns, but the first line has "
                 f"{len(header)}"
             )
         yield number, dict(zip(header, cells, strict=True))
 
 
 def _records(text: str, path: Path, option: str) -> Iterator[tuple[int, list[str]]]:
-    # Tab-separated files have no quoting: a quotation mark in them is one of the text.
+    # Tab-separated files have no quoting: quotation marks belong to the text.
     if path.suffix == ".tsv":
         reader = csv.reader(io.StringIO(text, newline=""), "excel-tab", quoting=csv.QUOTE_NONE)
     else:
@@ -150,7 +154,7 @@ def _row(cells: Cells, columns: Columns, where: str, option: str) -> Row:
     for name in columns.names:
         if name not in cells:
             raise InputError(
-                f"{option} {where}: no column {name!r} among {', '.join(cells)}; name the columns "
+                f"{option} {where}: no column {name!r} among {', '.join(cells)}; select columns "
                 "with --text-key, --label-key and --pair-key (numbers for files without a header)"
             )
     text = _text(cells[columns.text], columns.text, where, option)
@@ -158,7 +162,7 @@ def _row(cells: Cells, columns: Columns, where: str, option: str) -> Row:
     label = cells[columns.label]
     if not isinstance(label, (str, int)) or str(label).strip() == "":
         raise InputError(
-            f"{option} {where}: {columns.label!r} must be a label, a word or a whole number, "
+            f"{option} {where}: {columns.label!r} must be a label, a string or a whole number, "
             f"got {label!r}"
         )
     return Row(text, pair, str(label).strip(), where)
@@ -166,13 +170,12 @@ def _row(cells: Cells, columns: Columns, where: str, option: str) -> Row:
 
 def _text(value: object, name: str, where: str, option: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{option} {where}: {name!r} must be a text that is not empty, "
-                         f"got {value!r}")  # fmt: skip
+        raise InputError(f"{option} {where}: {name!r} must be a non-empty text, got {value!r}")
     return value
 
 
 def label_names(rows: Iterable[Row], option: str) -> list[str]:
-    """The distinct labels, sorted: as numbers if all of them are, else as words.
+    """The distinct labels, sorted as numbers if all of them are, else as strings.
 
     Raises:
         InputError: there are fewer than two.
@@ -180,8 +183,7 @@ def label_names(rows: Iterable[Row], option: str) -> list[str]:
     names = {row.label for row in rows}
     if len(names) < 2:
         raise InputError(
-            f"{option}: at least two labels are needed to tell apart, found only "
-            f"{', '.join(map(repr, names))}"
+            f"{option}: at least two labels are needed, found only {', '.join(map(repr, names))}"
         )
     try:
         return sorted(names, key=int)
@@ -190,7 +192,7 @@ def label_names(rows: Iterable[Row], option: str) -> list[str]:
 
 
 def label_numbers(rows: Sequence[Row], names: Sequence[str], option: str) -> list[int]:
-    """Each row's label as its position in `names`.
+    """Each row's label as its index in `names`.
 
     Raises:
         InputError: a label is not among them.
@@ -199,7 +201,7 @@ def label_numbers(rows: Sequence[Row], names: Sequence[str], option: str) -> lis
     for row in rows:
         if row.label not in numbers:
             raise InputError(
-                f"{option} {row.where}: the label {row.label!r} is not one of the training data's: "
-                f"{', '.join(names)}"
+                f"{option} {row.where}: the label {row.label!r} does not occur in the training "
+                f"data, which has: {', '.join(names)}"
             )
     return [numbers[row.label] for row in rows]

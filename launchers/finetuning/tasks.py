@@ -1,4 +1,4 @@
-"""What a model is fine-tuned for: its examples, its head, and how it is judged."""
+"""Fine-tuning tasks: their examples, the model's head, and the metrics."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ Examples = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Task:
-    """All that the Trainer needs to know of a job but its hyperparameters.
+    """Everything that the Trainer needs for a job except its hyperparameters.
 
     Attributes:
         training: examples with `input_ids` and `labels` (classification: one number each).
-        held_out: the examples that judge the model.
-        build_model: loads the checkpoint; call it once the seed is set and the processes are known.
-        collator: makes a batch of examples.
-        compute_metrics: None where the loss is all there is.
-        compute_loss: where the model's own loss cannot be relied on.
-        measure: the key of the number that judges a run, one of `launchers.reporting.MEASURES`.
-        facts: what the report tells of the data.
+        held_out: the examples for evaluation.
+        build_model: loads the checkpoint; call it after setting the seed and connecting the
+            processes.
+        collator: collates examples into a batch.
+        compute_metrics: None if the loss is the only metric.
+        compute_loss: replaces the model's own loss where that is not reliable.
+        measure: key of the metric that judges a run, one of `launchers.reporting.MEASURES`.
+        facts: what the report records about the data.
     """
 
     training: Examples
@@ -52,9 +53,9 @@ def text_classification(
     model: str, *, training: Sequence[str], held_out: Sequence[str], columns: Columns,
     max_length: int,
 ) -> Task:  # fmt: skip
-    """Texts, or pairs of texts, and their labels; longer ones are cut to `max_length` tokens.
+    """Texts, or pairs of texts, and their labels, truncated to `max_length` tokens.
 
-    The labels are those of the training files. The report counts what was cut.
+    The labels are those of the training files. The report counts the truncated examples.
 
     Raises:
         InputError: a file, a row, a label or the checkpoint cannot be used.
@@ -64,7 +65,9 @@ def text_classification(
     config = read_config(model, max_length)
     tokenizer = read_tokenizer(model)
     if tokenizer.pad_token is None:
-        raise InputError(f"--model {model}: its tokenizer has neither a padding nor an end token")
+        raise InputError(
+            f"--model {model}: its tokenizer has neither a padding nor an end-of-text token"
+        )
     training_rows = read_rows(training, columns, "--train")
     names = label_names(training_rows, "--train")
     held_out_rows = read_rows(held_out, columns, "--eval")
@@ -84,7 +87,7 @@ def text_classification(
         "label2id": {name: number for number, name in enumerate(names)},
         "pad_token_id": tokenizer.pad_token_id,
     }
-    # a head for other labels is replaced by a new one
+    # a head for other labels is replaced
     settings["ignore_mismatched_sizes"] = config.num_labels != len(names)
     return Task(
         training=parts[0],
@@ -108,15 +111,15 @@ def text_classification(
 def cross_entropy_share(
     outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """This part of the global batch's mean loss: its sum over the examples of the whole batch.
+    """This part's share of the global batch's mean loss: its sum / examples of the whole batch.
 
-    The Trainer takes that of a model to be such a share, if its ``forward`` has ``**kwargs``. Some
-    classifiers take no notice and return the mean over their own examples: loss and gradient are
-    then too large by the number of processes, and by that of accumulation steps.
+    The Trainer assumes that a model's loss is such a share if its ``forward`` has ``**kwargs``.
+    Some classifiers ignore that and return the mean over their own examples: loss and gradient are
+    then too large by the number of processes times the number of accumulation steps.
 
     Args:
-        outputs: the model's; logits are `examples x labels`.
-        labels: one number an example.
+        outputs: the model's outputs; logits are `examples x labels`.
+        labels: one number per example.
         num_items_in_batch: examples of the whole batch; None if they are those of `labels`.
     """
     logits = outputs["logits"].float()
@@ -127,7 +130,7 @@ def cross_entropy_share(
 def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], **settings: Any) -> Examples:
     texts = [row.text for row in rows]
     pairs = None if rows[0].pair is None else [row.pair for row in rows]
-    # The mask is made with the padding; token types, where a model has them, tell a pair apart.
+    # Padding creates the mask; token types, if a model has them, separate the texts of a pair.
     encoded = tokenizer(texts, pairs, return_attention_mask=False, verbose=False, **settings)
     return [dict(zip(encoded, parts, strict=True)) for parts in zip(*encoded.values(), strict=True)]
 
@@ -135,12 +138,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], **settings:
 def causal_language_model(
     model: str, *, training: Sequence[str], held_out: Sequence[str], text_key: str, max_length: int
 ) -> Task:
-    """Text in blocks of `max_length` tokens, documents one after the other; the loss judges.
+    """Concatenated documents in blocks of `max_length` tokens, judged by the loss.
 
     Without held-out files about 3 % of the training text is held out.
 
     Raises:
-        InputError: a file cannot be read, gives less than one block, or the checkpoint has none.
+        InputError: a file cannot be read, the text is shorter than one block, or the checkpoint
+            cannot be used.
     """
     from transformers import AutoModelForCausalLM, default_data_collator
 
@@ -158,8 +162,8 @@ def causal_language_model(
         blocks = _blocks(tokenizer, part, max_length)
         if not blocks:
             raise InputError(
-                f"{option}: the {'held-out' if parts else 'training'} text has less than one "
-                f"block of --max-length {max_length} tokens; give more text or a shorter length"
+                f"{option}: the {'held-out' if parts else 'training'} text is shorter than one "
+                f"block of --max-length {max_length} tokens; use more text or a smaller length"
             )
         parts.append([{"input_ids": block, "labels": block} for block in blocks])
     return Task(
@@ -187,7 +191,7 @@ def _documents(paths: Sequence[str], text_key: str, option: str) -> list[bytes]:
 def _blocks(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[bytes], length: int
 ) -> list[list[int]]:
-    """All whole blocks of the documents' tokens, each document closed by the end token."""
+    """All full blocks of the documents' tokens, each document closed by the end token."""
     tokens: list[int] = []
     for document in documents:
         text = document.decode("utf-8", errors="replace")

@@ -1,7 +1,7 @@
-"""The record of a training run: metrics by step, a report, a picture, a table, a comparison.
+"""The record of a training run: metrics by step, a report, a chart, a table, a comparison.
 
 A run directory holds ``metrics.jsonl`` (one line per step), ``report.json`` and ``report.png``.
-``python -m launchers.reporting compare RUN_DIR...`` puts several runs side by side.
+``python -m launchers.reporting compare RUN_DIR...`` compares several runs.
 """
 
 from arg_dist.telemetry import OptimizerSample, sample_optimizer

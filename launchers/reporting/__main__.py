@@ -1,4 +1,4 @@
-"""``python -m launchers.reporting compare RUN_DIR [RUN_DIR ...]``: several runs side by side."""
+"""``python -m launchers.reporting compare RUN_DIR [RUN_DIR ...]`` compares training runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     compare = commands.add_parser("compare", help="print a table of runs and draw compare.png")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    compare.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture's path")
+    compare.add_argument("--out", type=Path, default=Path("compare.png"), help="path of the chart")
     options = parser.parse_args(arguments)
     runs = {}
     for directory in options.runs:
@@ -33,10 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _label(directory: Path, all_runs: list[Path]) -> str:
-    """The directory's name; the whole path where two runs share their name."""
+    """The directory's name, or its path if several runs share the name."""
     name = directory.resolve().name
-    alike = [other for other in all_runs if other.resolve().name == name]
-    return name if len(alike) == 1 else str(directory)
+    sharing = [other for other in all_runs if other.resolve().name == name]
+    return name if len(sharing) == 1 else str(directory)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``report.png`` and ``compare.png``: pictures drawn without a display."""
+"""``report.png`` and ``compare.png``: charts drawn without a display."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "font.size": 10,
 }
-"""Matplotlib's settings for every picture."""
+"""Matplotlib's settings for every chart."""
 _OWN, _OTHER, _FAINT = "#1f5fa8", "#c9c9c9", "#9db8d6"
 _HIGHLIGHT, _GOOD = "#d1495b", "#2a7f62"
 _MIB = 2**20
@@ -38,7 +38,7 @@ _MIB = 2**20
 def draw_report(report: dict[str, Any], steps: Steps, path: Path) -> None:
     """Four panels: losses, the optimizer state, the rank and the kept energy of each matrix.
 
-    The first one shows what judges the run too, where that is not the loss.
+    The first one also shows the measure that judges the run, if that is not the loss.
     """
     from matplotlib import rc_context
 
@@ -52,7 +52,7 @@ def draw_report(report: dict[str, Any], steps: Steps, path: Path) -> None:
         _draw_state(state, report)
         _draw_matrices(ranks, steps, "ranks", "Rank of each matrix", whole=True)
         _draw_matrices(energy, steps, "energy", "Gradient energy kept by each basis")
-        # Both panels colour a matrix by its kind, so one legend below serves them.
+        # Both panels color a matrix by its kind, so they share one legend below.
         legend = figure.legend(
             *ranks.get_legend_handles_labels(), loc="outside lower center", ncols=10
         )
@@ -69,7 +69,7 @@ def draw_report(report: dict[str, Any], steps: Steps, path: Path) -> None:
 
 
 def draw_comparison(runs: Mapping[str, tuple[dict[str, Any], Steps]], path: Path) -> None:
-    """Two panels: what judges the runs over steps, and their largest state on one process."""
+    """Two panels: the measure that judges the runs by step, and their largest state per process."""
     from matplotlib import colormaps, rc_context
 
     colors = colormaps["tab10"].colors
@@ -98,13 +98,13 @@ def draw_comparison(runs: Mapping[str, tuple[dict[str, Any], Steps]], path: Path
         state.invert_yaxis()
         state.margins(x=0.15)
         state.grid(axis="y", visible=False)
-        state.set(title="Optimizer state on the fullest process", xlabel="MiB")
+        state.set(title="Optimizer state, largest of any process", xlabel="MiB")
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, of inches; draw into it inside ``rc_context(STYLE)``."""
-    # Not pyplot: a figure of its own needs no display and leaves no global state behind.
+    """An empty figure, sized in inches; draw into it inside ``rc_context(STYLE)``."""
+    # Not pyplot: needs no display and leaves no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -130,7 +130,7 @@ def _draw_losses(axes: Axes, steps: Steps) -> None:
 
 
 def _draw_checkpoints(axes: Axes, report: dict[str, Any], steps: Steps) -> None:
-    """Marks where the run was saved, and where it went on from a checkpoint."""
+    """Marks where the run was saved, and where it was resumed."""
     saved, _ = _series(steps, "save_seconds")
     if saved:
         typical = f", {typical_save(report['saves'])}" if report["saves"] else ""
@@ -145,14 +145,14 @@ def _draw_checkpoints(axes: Axes, report: dict[str, Any], steps: Steps) -> None:
 
 
 def _draw_measure(axes: Axes, steps: Steps, measure: Measure) -> None:
-    """Adds `measure` to the losses, with a scale of its own on the right."""
+    """Adds `measure` to the losses, with its own axis on the right."""
     right = axes.twinx()
     numbers, values = _series(steps, measure.key)
     right.plot(numbers, values, color=_GOOD, marker="s", markersize=4, label=measure.title)
     right.set_ylabel(measure.title, color=_GOOD)
     right.spines.right.set_visible(True)
     right.grid(visible=False)
-    for scale in (axes, right):  # room for the legend above both
+    for scale in (axes, right):  # space for the legend above both
         low, high = scale.get_ylim()
         scale.set_ylim(low, high + 0.25 * (high - low))
     handles = [line for line in (*axes.lines, *right.lines) if line.get_label()[0] != "_"]
@@ -209,7 +209,7 @@ def _draw_state(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def kind_of(name: str) -> str:
-    """What a matrix does in its layer: ``q_proj`` of ``model.layers.3.self_attn.q_proj.weight``."""
+    """A matrix's role in its layer: ``q_proj`` of ``model.layers.3.self_attn.q_proj.weight``."""
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
@@ -219,7 +219,7 @@ def _series(steps: Steps, key: str) -> tuple[list[int], list[float]]:
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """The exponential moving average, unbiased at its start."""
+    """The exponential moving average, with bias correction."""
     smoothed, total, mass = [], 0.0, 0.0
     for value in values:
         total = weight * total + (1 - weight) * value
@@ -229,7 +229,7 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def _crop_start(axes: Axes, steps: Steps) -> None:
-    """Cuts off the first steps' high losses, which would flatten all that follows."""
+    """Crops the high losses of the first steps, which would flatten the rest."""
     late = [step["loss"] for step in steps if step["loss"] is not None and step["step"] > 20]
     late += [step[LOSS] for step in steps if step.get(LOSS) is not None]
     if len(late) > 20:
@@ -238,7 +238,7 @@ def _crop_start(axes: Axes, steps: Steps) -> None:
 
 
 def cycle_of(colors: Sequence[Any]) -> Any:
-    """The colors over and over."""
+    """The colors, repeated forever."""
     from itertools import cycle
 
     return cycle(colors)

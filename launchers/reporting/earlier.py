@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint has behind it."""
+"""The history of a resumed run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from launchers.reporting.files import METRICS, read_metrics
 
 @dataclass(frozen=True)
 class Earlier:
-    """The run up to the checkpoint that it goes on from; without one, nothing.
+    """The run up to the checkpoint that it resumes from; empty without one.
 
     Attributes:
-        step: of the checkpoint; lines of later steps are cut off.
+        step: the checkpoint's step; lines of later steps are dropped.
         directory: of the run that wrote the checkpoint; None for the run's own.
-        last_line: of that step, should the run have been killed before it could write it.
-        seconds: that training has taken.
+        last_line: the line of that step, in case the run was killed before writing it.
+        seconds: training time so far.
         parts: where the run's parts ran, in order: first_step, engine, world_size, date, command.
     """
 
@@ -31,7 +31,7 @@ class Earlier:
         """The lines of ``metrics.jsonl`` up to the checkpoint; `own` is the run's directory.
 
         Raises:
-            ValueError: a line of the file, other than its last, is no JSON.
+            ValueError: a line of the file, other than its last, is not JSON.
         """
         directory = self.directory or own
         if not self.step:

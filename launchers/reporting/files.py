@@ -1,4 +1,4 @@
-"""The files of a run directory, written so that a reader never meets half of one."""
+"""The files of a run directory, written so that a reader never sees a partial one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PICTURE = "report.png"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as JSON; numbers that JSON does not have (NaN, infinity) become null."""
+    """Writes `content` as JSON; NaN and infinity, which JSON lacks, become null."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
@@ -34,29 +34,29 @@ def _finite(content: Any) -> Any:
 class MetricsLog:
     """Appends one JSON line per step to ``metrics.jsonl`` and keeps them for the report.
 
-    Each line reaches the operating system at once, so a killed run keeps all its finished steps.
-    The file begins with the lines `earlier`, whatever it held before.
+    Each line is flushed to the operating system, so a killed run keeps all its finished steps. The
+    file begins with the lines `earlier`; its previous contents are replaced.
     """
 
     def __init__(self, directory: Path, earlier: Sequence[dict[str, Any]] = ()) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        for stale in (REPORT, PICTURE):  # an earlier run's would seem to belong to these metrics
+        for stale in (REPORT, PICTURE):  # an earlier run's would appear to match these metrics
             (directory / stale).unlink(missing_ok=True)
         self.lines = list(earlier)
         text = "".join(map(_json_line, self.lines))
-        # at no moment, not even that of a crash, are the earlier lines nowhere
+        # atomic, so that not even a crash can lose the earlier lines
         write_atomically(directory / METRICS, lambda temporary: temporary.write_text(text))
         self._file = open(directory / METRICS, "a")  # noqa: SIM115 - open for the whole run
 
     def append(self, line: dict[str, Any]) -> None:
-        """Writes one step; what was not measured at it is absent."""
+        """Writes one step; measures that were not taken are absent."""
         line = _finite(line)
         self.lines.append(line)
         self._file.write(_json_line(line))
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; the lines stay readable here."""
+        """Closes the file; `lines` stays available."""
         self._file.close()
 
 
@@ -65,7 +65,7 @@ def _json_line(line: dict[str, Any]) -> str:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The steps of a run; the last line may be cut off if the machine died while it was written."""
+    """The steps of a run; a last line that a crash has truncated is ignored."""
     lines = (directory / METRICS).read_text().splitlines()
     steps = []
     for number, line in enumerate(lines, start=1):

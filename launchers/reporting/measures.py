@@ -1,4 +1,4 @@
-"""The numbers that a run can be judged by, measured on held-out data."""
+"""The measures on held-out data by which runs are judged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LOSS = "held_out_loss"
-"""The key of the measure that every run has."""
+"""Key of the measure that every run has."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Measure:
     lower_is_better: bool = False
 
     def best(self, values: Sequence[float]) -> float | None:
-        """The best of `values`, if there are any."""
+        """The best of `values`; None if there are none."""
         return (min if self.lower_is_better else max)(values, default=None)
 
 
@@ -40,6 +40,6 @@ def measured(line: dict[str, Any]) -> dict[str, float]:
 
 
 def judging(reports: Sequence[dict[str, Any]]) -> Measure:
-    """The measure that all of `reports` are judged by; the loss where they differ."""
+    """The measure by which all of `reports` are judged; the loss if they differ."""
     keys = {report.get("measure", LOSS) for report in reports}
     return MEASURES[keys.pop() if len(keys) == 1 else LOSS]

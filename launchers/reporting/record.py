@@ -1,4 +1,4 @@
-"""One run's files, from its first step to its last."""
+"""The files of one run, from its first step to its last."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from launchers.reporting.tables import print_summary
 
 
 class RunRecord:
-    """Writes ``metrics.jsonl`` while the run goes on, and its report however it ends.
+    """Writes ``metrics.jsonl`` during the run, and its report however the run ends.
 
-    As a context manager: an error inside leaves a report with the status ``failed``.
+    As a context manager: an error inside results in a report with the status ``failed``.
 
     Args:
         directory: where the files go; an earlier run's are replaced.
-        active: False on all processes but the first, which then only pass through.
-        earlier: what was before the checkpoint that the run goes on from.
+        active: False on all processes but the first; nothing is written then.
+        earlier: the run up to the checkpoint that it resumes from.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RunRecord:
             self.finish("failed")
 
     def step(self, line: dict[str, Any], sample: OptimizerSample | None = None) -> None:
-        """Writes one step; `sample` adds the ranks and energies where the optimizer was asked."""
+        """Writes one step; `sample` adds ranks and energies if the optimizer was sampled."""
         if sample is not None:
             self.observe(sample)
             line = self._with_sample(line, sample)
@@ -72,7 +72,7 @@ class RunRecord:
     def observe(self, sample: OptimizerSample) -> None:
         """Takes the optimizer's numbers for the report."""
         self._sample = sample
-        # Ranks fall as well as rise; what must fit into memory is the most there ever was.
+        # Ranks rise and fall; the peak is what must fit into memory.
         shares = (self._largest_share, sample.largest_share)
         self._largest_share = max((share for share in shares if share), default=None)
         self._low_rank_bytes = max(self._low_rank_bytes, sample.low_rank_bytes)
@@ -80,11 +80,11 @@ class RunRecord:
     def progress(
         self, line: dict[str, Any], sample: OptimizerSample | None = None
     ) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON, for a run that goes on from it: fields of `Earlier`.
+        """What a checkpoint stores for a run that resumes from it, as JSON: fields of `Earlier`.
 
-        `line` and `sample` are those of the checkpoint's step, which :meth:`step` has not got yet.
+        `line` and `sample` are those of the checkpoint's step, not yet passed to :meth:`step`.
         """
-        # a copy: what was saved at this step is added to the line while the checkpoint is written
+        # a copy: later entries are added to the line while the checkpoint is written
         last_line = self._with_sample(line, sample) if sample else dict(line)
         return {"last_line": last_line, "seconds": self.seconds, "parts": self.parts}
 
@@ -95,7 +95,7 @@ class RunRecord:
 
     @property
     def seconds(self) -> float:
-        """Seconds that training has taken, with all of its earlier parts."""
+        """Seconds of training, earlier parts included."""
         return self._earlier.seconds + time.perf_counter() - self._began
 
     @property

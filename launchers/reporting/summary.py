@@ -1,4 +1,4 @@
-"""``report.json``: what was run, on what, and how it went."""
+"""``report.json``: what was run, on which machine, and with what result."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def run_facts(
     measure: str = LOSS,
     **job: Any,
 ) -> RunFacts:
-    """Adds command, date, versions and hardware to what the caller knows.
+    """Adds command, date, versions and hardware to the caller's facts.
 
-    `measure` judges the run. `job` takes everything else worth keeping: batch size, sequence
+    `measure` judges the run. `job` takes everything else worth recording: batch size, sequence
     length, seed, data.
     """
-    arguments = [word for word in sys.argv if not word.startswith("--local_rank")]
+    arguments = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
     return RunFacts(
         command=shlex.join(arguments),
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -73,7 +73,7 @@ def run_facts(
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide about a run's numbers."""
+    """Python and the packages that affect a run's numbers."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -84,7 +84,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """This process's machine: CPU model and cores it may use, and its GPUs."""
+    """This process's machine: CPU model, usable cores, and GPUs."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {"cpu": _cpu_model(), "cpu_cores": len(os.sched_getaffinity(0)), "gpus": gpus}
 
@@ -114,13 +114,13 @@ def summarize(
     parts: Sequence[dict[str, Any]],
     saves: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The report of a run that is over, whether it came to its end or not.
+    """The report of a run that is over, whether it finished or not.
 
-    Bytes are per process, in the order of their indexes, at the end of the run; `largest_share` is
-    the largest of any process at any sampled step. The low-rank matrices' bytes are those of all
-    processes together: the most at any sampled step, and what AdamW keeps for the same matrices.
-    Of `steps`, `own_steps` are not those of earlier `parts` of the run, which `seconds`, the whole
-    training time, counts too. `saves` are the checkpoints that this part wrote.
+    Bytes are per process, by process index, at the end of the run; `largest_share` is the largest
+    of any process at any sampled step. The bytes of the low-rank matrices are totals over all
+    processes: the most at any sampled step, and what AdamW holds for the same matrices. Of `steps`,
+    the last `own_steps` belong to this part of the run; `seconds`, the total training time,
+    includes the earlier `parts`. `saves` are the checkpoints that this part wrote.
     """
     evaluated = [numbers for step in steps if (numbers := measured(step))]
     judged = {

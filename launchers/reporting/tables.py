@@ -1,4 +1,4 @@
-"""Small tables for the terminal."""
+"""Summary tables for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = tuple[str, str]
 
 
 def summary_rows(report: dict[str, Any]) -> list[Row]:
-    """What a run is judged by, one named value per row."""
+    """The figures of a run, one named value per row."""
     parameters = f"{report['model_parameters'] / 1e6:.1f}M parameters"
     state = f"{in_bytes(max(report['state_bytes'], default=0))}"
     adamw = f"{in_bytes(max(report['adamw_state_bytes'], default=0))}"
@@ -31,7 +31,7 @@ def summary_rows(report: dict[str, Any]) -> list[Row]:
         (f"best {MEASURES[report['measure']].title}", loss(report["best_measure"])),
         ("mean rank", "-" if report["mean_rank"] is None else f"{report['mean_rank']:.1f}"),
         ("optimizer state per process", f"{state} (AdamW: {adamw})"),
-        ("largest share of AdamW's", share(report["largest_share"])),
+        ("largest share of AdamW's state", share(report["largest_share"])),
         *_low_rank_rows(report),
         ("seconds per step", seconds(report["seconds_per_step"])),
         *_checkpoint_rows(report),
@@ -42,7 +42,7 @@ def summary_rows(report: dict[str, Any]) -> list[Row]:
 
 def _collective_rows(report: dict[str, Any]) -> list[Row]:
     count = report.get("collectives_per_step")  # earlier reports have none
-    return [("its collectives per step", f"{count:.1f}")] if count else []
+    return [("optimizer collectives per step", f"{count:.1f}")] if count else []
 
 
 def _low_rank_rows(report: dict[str, Any]) -> list[Row]:
@@ -63,7 +63,7 @@ def _checkpoint_rows(report: dict[str, Any]) -> list[Row]:
 
 
 def resumed_steps(report: dict[str, Any]) -> list[int]:
-    """The steps of the checkpoints that the run's parts went on from."""
+    """The steps of the checkpoints from which the run was resumed."""
     return [part["first_step"] - 1 for part in report["parts"] if part["first_step"] > 1]
 
 
@@ -86,7 +86,7 @@ def print_summary(report: dict[str, Any], where: str, console: Console | None = 
 
 
 def print_comparison(reports: dict[str, dict[str, Any]], console: Console | None = None) -> None:
-    """Prints several runs, one row each; state is that of the fullest process."""
+    """Prints several runs, one row each; state is the largest of any process."""
     table = Table(box=box.ROUNDED)
     table.add_column("run", style="bold", no_wrap=True)
     table.add_column("optimizer", no_wrap=True)

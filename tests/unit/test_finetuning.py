@@ -76,7 +76,7 @@ def test_a_jsonl_has_pairs_and_numbers_as_labels(tmp_path):
         ("a.jsonl", '{"text": "a", "label": 1}\n[]\n', NAMED, ["line 2", "JSON object"]),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', NAMED, ["line 1", "0.5"]),
         ("a.jsonl", '{"text": 3, "label": 0}\n', NAMED, ["line 1", "'text'"]),
-        ("a.jsonl", '{"text": "a", "label": 0}\n', NUMBERED, ["keys, not numbers"]),
+        ("a.jsonl", '{"text": "a", "label": 0}\n', NUMBERED, ["keys, not column numbers"]),
         ("a.csv", "a,1\n", Columns("1", "label"), ["all as numbers", "1, label"]),
         ("a.txt", "a,1\n", NAMED, ["a.txt", ".csv, .tsv, .jsonl"]),
     ],

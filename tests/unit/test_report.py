@@ -78,8 +78,8 @@ def test_a_run_leaves_its_three_files(tmp_path, capsys):
     assert report["versions"]["torch"] == torch.__version__
     assert report["job"] == {"batch_size": 16}
     printed = capsys.readouterr().out
-    assert "largest share of AdamW's" in printed
-    assert "its collectives per step" in printed
+    assert "largest share of AdamW's state" in printed
+    assert "optimizer collectives per step" in printed
 
 
 def test_a_run_without_low_rank_matrices_or_evaluations_has_a_report_too(tmp_path):
