@@ -48,29 +48,29 @@ def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
     size, processes = DTYPES[dtype], layout.processes
     elements = sum(parameter.numel for call in layout.calls for parameter in call)
 
-    def alike(count: int) -> Counts:
+    def uniform(count: int) -> Counts:
         return np.full(processes, count, np.int64)
 
-    nothing = alike(0)
+    nothing = uniform(0)
     if layout.engine in ("zero1", "zero2"):
         part, whole = layout.part, layout.part * processes
         return Held(
-            alike(size * whole),
-            alike(FP32 * part),
-            alike(FP32 * part),  # the flat fp32 copy; the original gradients are freed by then
+            uniform(size * whole),
+            uniform(FP32 * part),
+            uniform(FP32 * part),  # the flat fp32 copy; the original gradients are freed by then
             nothing,
-            alike(part),
+            uniform(part),
             FP32,
         )
     if layout.engine == "zero3":
         calls = [sum(layout.chunk(p) for p in call) for call in layout.calls]
         part = sum(calls)
         return Held(
-            alike(size * part),
-            alike(FP32 * part),
-            alike(size * part + FP32 * max(calls)),  # fp32 copy of the sub-group being stepped
-            alike(size * bucket),
-            alike(part),
+            uniform(size * part),
+            uniform(FP32 * part),
+            uniform(size * part + FP32 * max(calls)),  # fp32 copy of the sub-group being stepped
+            uniform(size * bucket),
+            uniform(part),
             FP32,
         )
     if layout.engine == "fsdp2":
@@ -79,14 +79,14 @@ def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
         for call in layout.calls:
             for piece in layout.pieces(call):
                 local[piece.owners] += [stop - start for start, stop in piece.ranges]
-        return Held(alike(size * part), nothing, alike(size * part), nothing, local, size)
+        return Held(uniform(size * part), nothing, uniform(size * part), nothing, local, size)
     copies = FP32 if layout.engine == "zero0" and dtype != "fp32" else 0
     return Held(
-        alike(size * elements),
-        alike(copies * elements),
-        alike((size + copies) * elements),
-        alike(size * elements) if layout.engine == "ddp" else nothing,
-        alike(elements),
+        uniform(size * elements),
+        uniform(copies * elements),
+        uniform((size + copies) * elements),
+        uniform(size * elements) if layout.engine == "ddp" else nothing,
+        uniform(elements),
         copies or size,
     )
 

@@ -105,7 +105,7 @@ def first(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> It
     width, size = sketch_width(sides.spread, settings), sides.spread.basis.size
     columns, squares = (FP32 * width,), (FP64 * width,)
 
-    def handed_out(columns: tuple[int, ...]) -> Iterator[Request]:
+    def distributed(columns: tuple[int, ...]) -> Iterator[Request]:
         yield Request(sides.at(home, size), sides.relay(home, size), columns)
         yield Request(sides.relay(home, size), sides.basis_touch, columns)
 
@@ -116,15 +116,15 @@ def first(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> It
     image = Request(sides.moment_touch, sides.moment_keep, columns, adds=True)
     yield from collected(sides.basis_touch, size, columns)
     for _ in range(settings.power_passes):
-        yield from handed_out(columns)
+        yield from distributed(columns)
         yield image
         yield Request(sides.moment_keep, sides.moment_touch, columns)
         yield from collected(sides.basis_touch, size, columns)
-    yield from handed_out(columns)
+    yield from distributed(columns)
     yield image
     yield from collected(sides.whole(width), width, squares)
     yield Request(sides.at(home, 1), sides.whole(1), squares)
-    yield from handed_out((FP32 * rank,))
+    yield from distributed((FP32 * rank,))
     yield from projection(sides, settings, rank)
 
 

@@ -77,7 +77,7 @@ def notes(plan: Plan) -> list[str]:
         _ranks(plan),
         "With refresh: all matrices refresh in one step, as in the first; later refreshes are "
         "staggered. Engine traffic is estimated for ring collectives, with one micro-batch per "
-        "step; optimizer traffic is exact.",
+        "step; optimizer traffic matches the optimizer's own byte counters.",
     ]
     if plan.engine == "zero3":
         found.append(
