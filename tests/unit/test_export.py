@@ -270,7 +270,7 @@ def test_checkpoints_are_inspected(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
     _, broken, _, empty, *reasons = capsys.readouterr().out.splitlines()
     assert broken.split()[4] == "broken" and empty.split()[1:] == [*"---", "broken", *"----"]
-    assert reasons[0].startswith(f"broken: {file}: has ")
+    assert reasons[0].startswith(f"broken: {file}: damaged (has ")
     assert reasons[1].startswith(f"broken: {tmp_path / 'step-00000020'}: it has no index.json")
 
     assert main(["inspect", str(first)]) == 1
