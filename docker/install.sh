@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The steps that both Dockerfiles share; each runs as one RUN, inside the image.
+# The steps that both Dockerfiles share; each is one RUN inside the image.
 #
-#   install.sh dependencies FILES   Python, tini, the user, and what FILES (pyproject.toml,
-#                                   constraints.txt, requirements.py, wheelhouse/) name, in /opt/venv
+#   install.sh dependencies FILES   Python, tini, the user, and in /opt/venv the requirements of
+#                                   FILES (pyproject.toml, constraints.txt, requirements.py,
+#                                   wheelhouse/)
 #   install.sh package CONTEXT      arg_dist itself
 #
-# With wheels in FILES/wheelhouse nothing is asked of a package index, and without, TORCH_INDEX names
-# the one that has torch (empty: pip's own). apt is asked for what the base image lacks alone.
+# With wheels in FILES/wheelhouse no package index is used; otherwise TORCH_INDEX is the index for
+# torch (empty: pip's own). apt installs only what the base image lacks.
 set -euo pipefail
 
 venv=/opt/venv
@@ -52,8 +53,8 @@ install_dependencies() {
     elif [[ -n ${TORCH_INDEX:-} ]]; then
         source=(--extra-index-url "$TORCH_INDEX")
     fi
-    # DeepSpeed's build looks at the installed torch, so torch comes first. No operator is compiled:
-    # training needs none of them.
+    # DeepSpeed's build imports the installed torch, so torch comes first. No operator is compiled:
+    # training needs none.
     pip_install "${source[@]}" --constraint "$files/constraints.txt" torch numpy setuptools
     DS_BUILD_OPS=0 pip_install "${source[@]}" --constraint "$files/constraints.txt" \
         --requirement "$requirements"
@@ -62,7 +63,7 @@ install_dependencies() {
 
 install_package() {
     local sources
-    sources=$(mktemp -d) # the context cannot be written to, and a build leaves files beside it
+    sources=$(mktemp -d) # the build writes next to its sources, and the context is read-only
     cp -r "$1/arg_dist" "$1/pyproject.toml" "$1/README.md" "$1/LICENSE" "$sources"
     pip_install --no-index --no-deps --no-build-isolation "$sources"
     rm -rf "$sources"

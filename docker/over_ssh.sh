@@ -3,14 +3,14 @@
 #
 #   bash docker/over_ssh.sh HOSTFILE IMAGE [ARG...]      # ARGs as after `docker run IMAGE`
 #
-# HOSTFILE has a line "host slots=N" for each host, as DeepSpeed's; slots is the number of processes
-# there and may be left out. ssh must get there without a password, and IMAGE must be there; nothing
-# inside the containers needs ssh. MASTER_ADDR (default: the first host) and MASTER_PORT (29400) say
-# where node 0 is found; DOCKER_OPTIONS are further options of `docker run` on every host, such as
-# "--gpus all --shm-size 8g -v /data/runs:/workspace/runs".
+# HOSTFILE has a line "host slots=N" for each host, as for DeepSpeed; slots is the host's number of
+# processes and optional. Each host must accept ssh without a password and have IMAGE; the
+# containers themselves need no ssh. MASTER_ADDR (default: the first host) and MASTER_PORT (29400)
+# are the address of node 0; DOCKER_OPTIONS are further options of `docker run` on every host, for
+# example "--gpus all --shm-size 8g -v /data/runs:/workspace/runs".
 #
-# Ctrl-C and SIGTERM stop all containers, with time for a checkpoint. The exit code is the first one
-# that is not 0.
+# Ctrl-C and SIGTERM stop all containers, with time for a checkpoint. The exit code is the first
+# nonzero one.
 set -euo pipefail
 
 if [[ $# -lt 2 ]]; then
@@ -27,7 +27,7 @@ while read -r host options; do
     hosts+=("$host") slots+=("$slot")
 done <"$hostfile"
 if [[ ${#hosts[@]} -eq 0 ]]; then
-    echo "over_ssh: no host in $hostfile; a line is: host slots=N" >&2
+    echo "over_ssh: no host in $hostfile; expected lines of the form: host slots=N" >&2
     exit 2
 fi
 master=${MASTER_ADDR:-${hosts[0]##*@}} port=${MASTER_PORT:-29400}
@@ -49,7 +49,7 @@ for node in "${!hosts[@]}"; do
         -e "NNODES=${#hosts[@]}" -e "NODE_RANK=$node"
         -e "MASTER_ADDR=$master" -e "MASTER_PORT=$port")
     [[ -n ${slots[node]} ]] && command+=(-e "NPROC_PER_NODE=${slots[node]}")
-    # DOCKER_OPTIONS is several words, which the shell of the host takes apart
+    # DOCKER_OPTIONS is left unquoted, so the host's shell splits it into arguments
     line="${command[*]@Q} ${DOCKER_OPTIONS:-} ${image@Q}"
     [[ $# -gt 0 ]] && line+=" ${*@Q}"
     echo "over_ssh: ${hosts[node]}: $line"
@@ -59,7 +59,7 @@ done
 
 code=0
 for child in "${children[@]}"; do
-    # a signal ends `wait`, not the child
+    # a signal interrupts `wait`, not the child
     while :; do
         status=0
         wait "$child" || status=$?

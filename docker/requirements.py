@@ -1,9 +1,9 @@
-"""Prints what the images install beside arg_dist itself, a requirement a line.
+"""Prints what the images install in addition to arg_dist itself, one requirement per line.
 
     python docker/requirements.py pyproject.toml
 
-These are its dependencies with those of the extra `train`, and what builds it. They change seldom,
-so they are a layer of their own, which a change of the package's code leaves alone.
+These are its dependencies, those of the extra `train`, and its build requirements. They rarely
+change, so they are a separate layer that code changes do not rebuild.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ EXTRA = "train"
 
 
 def requirements(path: Path) -> list[str]:
-    """The requirements that the pyproject.toml at `path` names; extras of its own are followed.
+    """The requirements in the pyproject.toml at `path`; the project's own extras are expanded.
 
     Raises:
-        KeyError: an extra is named that the file does not have.
+        KeyError: the file lacks a referenced extra.
     """
     content = tomllib.loads(path.read_text())
     project = content["project"]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh machine with Python 3.11 to a trained model: installs what is needed, then trains a
-# 3M-parameter Llama on the Python source it finds, on two processes with ZeRO-2.
+# From a fresh machine with Python 3.11 to a trained model: installs the dependencies, then trains a
+# 3M-parameter Llama on the installed Python source, on two processes with ZeRO-2.
 # Further arguments go to launchers/train_lm.py, for instance: launchers/quickstart.sh --steps 1000
 set -euo pipefail
 
@@ -17,8 +17,8 @@ elif (($(nvidia-smi -L | wc -l) < processes)); then
 fi
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
-# DeepSpeed's outer process would die of a signal and leave its children alone. So it gets none:
-# they take Ctrl-C from the terminal, and a SIGTERM from here, and it waits for their report.
+# DeepSpeed's outer process would die of a signal and orphan its children, so it ignores them: the
+# children receive Ctrl-C from the terminal, a SIGTERM from here, and it waits for their report.
 (
     trap '' INT TERM
     exec deepspeed --log_level critical --num_gpus "$processes" --master_port "$port" \
@@ -34,7 +34,7 @@ trap 'stopped=130' INT
 trap 'stopped=143; python -c "$terminate_children" "$deepspeed"' TERM
 
 while kill -0 "$deepspeed" 2>/dev/null; do
-    # A signal ends `wait` early, with its own code; the last one is that of the job.
+    # A signal interrupts `wait`, which returns the signal's code; the last code is the job's.
     wait "$deepspeed" && status=0 || status=$?
 done
 exit "$((stopped ? stopped : status))"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The quickstart's job with AdaRankGrad and with AdamW, four learning rates each, one after the
-# other, and a table of all eight. Further arguments go to launchers/quickstart.sh.
+# Runs the quickstart's job with AdaRankGrad and with AdamW, one after the other at four learning
+# rates each, and prints a table of all eight. Further arguments go to launchers/quickstart.sh.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

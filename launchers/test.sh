@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every check, then every test, the fast tiers first. Arguments go to pytest:
-#   bash launchers/test.sh             all of it
+# Runs all checks, then all tests, the fast tiers first. Arguments go to pytest:
+#   bash launchers/test.sh             everything
 #   bash launchers/test.sh -x -k zero3
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,15 +19,15 @@ shellcheck launchers/**/*.sh launchers/**/*.sbatch benchmarks/*.sh docker/**/*.s
 hadolint docker/Dockerfile docker/Dockerfile.cpu
 python -m mkdocs --quiet build --strict --site-dir "$(mktemp -d)"
 
-# Tests on hosts wait for much of their time: they run beside the others. Their report comes last.
+# tests/hosts spends most of its time waiting, so it runs in parallel; its report is printed last.
 report=$(mktemp)
 python -m pytest tests/hosts "$@" >"$report" 2>&1 &
 hosts=$!
 trap 'kill "$hosts" 2>/dev/null || true; rm -f "$report"' EXIT
-none=5 # pytest's exit code where nothing is selected
+none=5 # pytest's exit code if no test is selected
 codes=()
 python -m pytest tests/unit tests/lockstep "$@" && codes+=(0) || codes+=($?)
-# Launches wait for each other's starts and ends: two workers, which take whole files, overlap them.
+# Launch tests mostly wait for processes to start and exit; two workers, by file, overlap the waits.
 workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 python -m pytest tests/pool tests/launch "${workers[@]}" "$@" && codes+=(0) || codes+=($?)
 wait "$hosts" && codes+=(0) || codes+=($?)

@@ -153,4 +153,4 @@ def test_a_run_goes_from_engine_to_engine(job: tuple[object, ...], tmp_path: Pat
     again = refused(*words, "--out", out)
     assert "--resume auto" in again and "step-00000020" in again
     other_seed = refused(*words, "--out", out, "--resume", "auto", "--seed", 1)
-    assert "--seed 1" in other_seed and "give --seed 0" in other_seed
+    assert "--seed 1" in other_seed and "pass --seed 0" in other_seed

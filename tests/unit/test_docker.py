@@ -131,7 +131,7 @@ def test_a_container_is_healthy_while_its_processes_live_and_steps_come(
     started: list[subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     assert health(container(started)) == (0, "healthy")
-    assert health(container(started, 0)) == (1, "1 of 2 training processes live")
+    assert health(container(started, 0)) == (1, "1 of 2 training processes are running")
     both = container(started, 0, 1)
     assert health(both) == (0, "healthy")
 
@@ -144,7 +144,7 @@ def test_a_container_is_healthy_while_its_processes_live_and_steps_come(
     assert "no step for" in health(both, **runs)[1]
     assert health(both, **{**runs, "HEALTH_SECONDS": 1000}) == (0, "healthy")
     assert health(both, HEALTH_SECONDS="soon")[0] == 2
-    assert health(2**22 - 1) == (1, f"process {2**22 - 1} is gone")
+    assert health(2**22 - 1) == (1, f"process {2**22 - 1} no longer exists")
 
 
 STAND_IN = """#!/usr/bin/env bash
