@@ -71,7 +71,7 @@ class Watch:
         return found
 
     def others_run(self) -> bool:
-        """Whether another node is alive whose launcher has not exited."""
+        """Whether another live node has a running launcher."""
         return any(
             node.exit_code is None and node.silence < TELL_AFTER
             for node in self._presence.nodes.values()
