@@ -19,6 +19,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from launchers.pretraining.environment import quiet_libraries  # noqa: E402
 from tests.launch.models import batch, build  # noqa: E402
 from tests.launch.pages import Block, blocks_of, checkout_at  # noqa: E402
 
@@ -27,6 +28,7 @@ Names = dict[str, Any]
 
 def main() -> None:
     torch.set_num_threads(1)
+    quiet_libraries()  # saves a compilation, too
     page = Path(sys.argv[1])
     blocks = [b for b in blocks_of(page) if b.language == "python" and b.reason is None]
     if page.name == "README.md":
