@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ class Parameter:
     shape: tuple[int, ...]
     views: tuple[MatrixView, ...]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Its number of elements."""
         return math.prod(self.shape)

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 import arg_dist
 
-PACKAGES = ("arg_dist", "torch", "deepspeed", "accelerate", "transformers")
+PACKAGES = ("arg_dist", "deepspeed", "accelerate", "transformers")
 CONFIGURATIONS = (".json", ".yaml", ".yml")
 ABSENT = "not found"
 
@@ -39,6 +41,7 @@ def describe(
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
+        "torch": torch.__version__,  # with its build, which the metadata may lack
         "source of arg_dist": _source_digest(Path(arg_dist.__file__).parent),
         "source of launchers": _source_digest(Path(__file__).parents[1]),
         "NNODES": str(nodes),

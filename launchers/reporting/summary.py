@@ -80,7 +80,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return found | {"torch": torch.__version__}  # with its build, which the metadata may lack
 
 
 def hardware() -> dict[str, Any]:
