@@ -281,6 +281,18 @@ def rank_of(rank: int | float, short: int) -> int:
     return min(rank, short) if isinstance(rank, int) else max(1, round(rank * short))
 
 
+def plain(value: Any) -> Any:
+    """Converts scalars and short arrays, as NumPy and torch have them, to Python's numbers."""
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(each) for each in value)
+    if not callable(getattr(value, "tolist", None)):
+        return value
+    values = value.tolist()
+    while isinstance(values, list) and len(values) == 1:
+        [values] = values
+    return plain(values)
+
+
 def in_bytes(number: float) -> str:
     """Formats a number of bytes: ``"0 B"``, ``"1.5 KiB"``, ``"12.3 MiB"``."""
     return ByteSize(round(number)).human_readable(separator=" ")
@@ -299,7 +311,7 @@ def parse_config(settings: Mapping[str, Any], where: str = "AdaRankGrad") -> Ada
         ConfigError: one line per error, each with the key's path and what is needed.
     """
     try:
-        return AdaRankGradConfig.model_validate(dict(settings))
+        return AdaRankGradConfig.model_validate({k: plain(v) for k, v in settings.items()})
     except ValidationError as error:
         lines: dict[str, str] = {}
         for fault in error.errors():

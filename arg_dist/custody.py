@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from arg_dist.algorithm import State
+from arg_dist.parameter_groups import without_arrays
 from arg_dist.saved_forms import ELSEWHERE, WHOLE, Place, cut_state, is_packed, pack, unpack
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
@@ -64,6 +65,7 @@ class Custody:
         Raises:
             RuntimeError: the state has not been consolidated.
         """
+        saved["param_groups"] = [without_arrays(group) for group in saved["param_groups"]]
         for plan in plans:
             place = (plan.communicator.me, plan.communicator.size)
             saved["process"] = saved["process"] or place

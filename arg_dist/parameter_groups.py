@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import Any
 
-from arg_dist.config import AdaRankGradConfig, ConfigError
+from torch import Tensor
+
+from arg_dist.config import AdaRankGradConfig, ConfigError, plain
 from arg_dist.sharding.fragment import ParameterGroup, hold
 from arg_dist.sharding.layout import MatrixView, matrix_views
 from arg_dist.sharding.plan import GroupSpec
@@ -17,7 +19,7 @@ SETTINGS = tuple(AdaRankGradConfig.model_fields)
 
 def settings_of(group: Mapping[str, Any]) -> AdaRankGradConfig:
     """A group's current settings: schedulers change the learning rate between steps."""
-    values = {key: group[key] for key in SETTINGS}
+    values = {key: plain(group[key]) for key in SETTINGS}
     return AdaRankGradConfig.model_construct(**{**values, "lr": float(values["lr"])})
 
 
@@ -57,6 +59,20 @@ def trained_views(
 def members(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
     """All members of the groups, in order: tensors, or their indexes in a saved state."""
     return [member for group in groups for member in group["params"]]
+
+
+def without_arrays(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group with Python's numbers in place of NumPy's, which safe readers refuse.
+
+    A tensor, such as a learning rate, stays one.
+    """
+    numbers = {
+        key: plain(value)
+        for key, value in group.items()
+        if not isinstance(value, Tensor)
+        and (key in SETTINGS or getattr(value, "shape", None) == ())
+    }
+    return {**group, **numbers}
 
 
 def check_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

@@ -48,10 +48,11 @@ def save(
             all processes.
         optimizer: the AdaRankGrad itself, without wrappers, after the engine has taken it over.
         model: the model, to save its configuration and what the optimizer does not train.
-        scheduler: the learning-rate scheduler, or any object with ``state_dict`` (of plain data)
-            and ``load_state_dict``.
+        scheduler: the learning-rate scheduler, or any object with ``state_dict`` (of data; see
+            :func:`arg_dist.checkpoint.values.encode`) and ``load_state_dict``.
         step: optimizer steps of the job so far.
-        job: plain data that :func:`load` returns, such as the position in the data.
+        job: data that :func:`load` returns, such as the position in the data; what the first
+            process gives. See :func:`arg_dist.checkpoint.values.encode`.
         weights: whether to save the weights in addition to the optimizer's state.
 
     Raises:

@@ -14,8 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from arg_dist.checkpoint.values import decode, encode
+
 FORMAT = "arg_dist checkpoint"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+PLAIN_VERSION = 1
+"""Its `scheduler` and `job` are what JSON leaves of them; since version 2 they are encoded."""
 INDEX_NAME = "index.json"
 
 
@@ -65,7 +69,7 @@ class StateEntry(_Part):
     transposed: bool
     side: Literal["right", "left"] | None
     numbers: dict[str, int | float]
-    lists: dict[str, list[float]] = {}
+    lists: dict[str, list[int | float]] = {}
     tensors: dict[str, SlicedTensor]
     kept_sq: list[tuple[int, int, float]] = []
 
@@ -113,10 +117,13 @@ class Index(_Part):
         states: the optimizer's state, by matrix or tensor.
         weights: by name; empty if only the optimizer was saved.
         random_states: names of the random number generator states that each process wrote.
-        scheduler: state of the learning-rate scheduler.
-        job: data of the training job, such as its position in the data and its own settings.
+        scheduler: state of the learning-rate scheduler, as :mod:`arg_dist.checkpoint.values`
+            encodes it.
+        job: data of the training job, such as its position in the data and its own settings,
+            likewise.
         model_config_values: configuration of the model, where it has one (Hugging Face).
         files: size and checksum of each file, by name.
+        schema_version: of the file that this was read from.
     """
 
     step: int
@@ -127,10 +134,16 @@ class Index(_Part):
     states: dict[str, StateEntry]
     weights: dict[str, Weight]
     random_states: list[str]
-    scheduler: dict[str, Any] | None
+    scheduler: Any
     job: dict[str, Any]
     model_config_values: dict[str, Any] | None
     files: dict[str, FileEntry]
+    schema_version: int = Field(SCHEMA_VERSION, exclude=True)
+
+    def job_values(self) -> dict[str, Any]:
+        """Returns the data of the training job as it was given."""
+        values: dict[str, Any] = decode(self.job)
+        return values
 
 
 def file_name(process: int, world_size: int) -> str:
@@ -169,27 +182,37 @@ def read_index(checkpoint: Path) -> Index:
             f"{path}: damaged, or not the index of an arg_dist checkpoint; use another checkpoint"
         )
     version = envelope.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in (PLAIN_VERSION, SCHEMA_VERSION):
         raise CheckpointError(
             f"{path}: written with schema version {version!r} by {envelope.get('written_by')}; "
-            f"this arg_dist reads version {SCHEMA_VERSION}; use the version that wrote it"
+            f"this arg_dist reads versions {PLAIN_VERSION} to {SCHEMA_VERSION}; use the version "
+            "that wrote it"
         )
     content = envelope.get("content")
     if envelope.get("sha256") != _digest(content):
         raise CheckpointError(f"{path}: damaged (sha256 mismatch); use another checkpoint")
     try:
-        return Index.model_validate(content)
+        index = Index.model_validate(content)
+        if version == PLAIN_VERSION:  # what is in it may look like an encoded value
+            free = {key: encode(getattr(index, key), key) for key in ("scheduler", "job")}
+            return index.model_copy(update={**free, "schema_version": version})
+        decode([index.scheduler, index.job])
+        return index
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise CheckpointError(
             f"{path}: damaged ({where}: {fault['msg']}); use another checkpoint"
         ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; use the version that wrote it") from None
 
 
 def index_bytes(index: Index, written_by: str) -> bytes:
     """Serializes an index; `written_by` is the name and version of the writing software."""
-    content = index.model_dump(mode="json")
+    free = ("scheduler", "job", "model_config_values")  # JSON already
+    content = index.model_dump(mode="json", exclude=set(free))
+    content |= {key: getattr(index, key) for key in free}
     envelope = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from arg_dist.algorithm import ALIKE, State
 from arg_dist.checkpoint.contents import held_untrained, local_values
 from arg_dist.checkpoint.files import describe, on_all, verify
-from arg_dist.checkpoint.fitting import check_model, check_plans, put_back_settings, saved_settings
+from arg_dist.checkpoint.fitting import (
+    check_model,
+    check_plans,
+    put_back_settings,
+    put_settings,
+    saved_settings,
+)
 from arg_dist.checkpoint.index import (
     INDEX_NAME,
     CheckpointError,
@@ -22,6 +28,7 @@ from arg_dist.checkpoint.index import (
     tensor_key,
 )
 from arg_dist.checkpoint.random_states import restore_random_states
+from arg_dist.checkpoint.scheduling import load_scheduler
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.checkpoint.writing import persistent_buffers, untrained_parameters
 from arg_dist.optimizer import AdaRankGrad
@@ -101,7 +108,7 @@ def restore(
         on_all(job, lambda: check_plans(checkpoint, index, plans, weights=weights))
     except CheckpointError:
         for group, settings in zip(optimizer.param_groups, before, strict=True):
-            group.update(settings)
+            put_settings(group, settings)
         raise
     if different and job.me == 0:
         warnings.warn(
@@ -137,8 +144,15 @@ def restore(
         for adapter in ADAPTERS:
             adapter.weights_loaded(optimizer)
     if scheduler is not None and index.scheduler is not None:
-        scheduler.load_state_dict(index.scheduler)
-    return Restored(checkpoint, index.step, index.world_size, index.job, same_processes)
+        load_scheduler(scheduler, index)
+    elif (scheduler is not None or index.scheduler is not None) and job.me == 0:
+        has, lacks = ("it", "the job") if scheduler is None else ("the job", "it")
+        warnings.warn(
+            f"{checkpoint}: {has} has the state of a scheduler and {lacks} has none: the learning "
+            "rates are not those of an uninterrupted run; pass scheduler= when saving and loading",
+            stacklevel=4,
+        )
+    return Restored(checkpoint, index.step, index.world_size, index.job_values(), same_processes)
 
 
 def _state(reader: SliceReader, shard: Shard) -> State:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from arg_dist.checkpoint.claim import claim
 from arg_dist.checkpoint.files import on_all, sync_folder, write_bytes
 from arg_dist.checkpoint.index import CheckpointError
 from arg_dist.checkpoint.reading import Restored, restore, verified_index
+from arg_dist.checkpoint.scheduling import check_scheduler
 from arg_dist.checkpoint.writing import Draft, draft, write
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.sharding.job import for_host_data, job_communicator
@@ -58,8 +60,8 @@ class Checkpoints:
         folder: folder of the checkpoints, on a file system shared by all processes.
         optimizer: the AdaRankGrad itself, without wrappers, after the engine has taken it over.
         model: the model, to save its configuration and what the optimizer does not train.
-        scheduler: the learning-rate scheduler, or any object with ``state_dict`` (of plain data)
-            and ``load_state_dict``.
+        scheduler: the learning-rate scheduler, or any object with ``state_dict`` (of data; see
+            :func:`arg_dist.checkpoint.values.encode`) and ``load_state_dict``.
         keep: number of checkpoints to keep.
         background: whether to write in a thread, overlapped with training.
         time_limit: seconds that one process waits for the others.
@@ -70,7 +72,7 @@ class Checkpoints:
     Raises:
         ValueError: `keep` is below 1.
         CheckpointError: on every process: the folder is not writable, is in use by another job, or
-            is not the same on all processes.
+            is not the same on all processes; or the scheduler's state cannot be stored.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Checkpoints:
         self._keep = keep
         job = job_communicator(optimizer.process_group, optimizer.bind())
         self._processes = for_host_data(job, time_limit)
+        on_all(self._processes, partial(check_scheduler, scheduler))
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[SaveTimes] | None = None
         self._claim = claim(self.folder, self._processes, time_limit)
@@ -102,7 +105,8 @@ class Checkpoints:
 
         Args:
             step: optimizer steps of the job so far.
-            job: plain data that :meth:`load` returns.
+            job: data that :meth:`load` returns, as it is now, with the types it has now; what the
+                first process gives. See :func:`arg_dist.checkpoint.values.encode`.
 
         Raises:
             CheckpointError: on every process: this checkpoint or the previous one could not be

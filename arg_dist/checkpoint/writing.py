@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from arg_dist.checkpoint.contents import (
@@ -18,6 +21,7 @@ from arg_dist.checkpoint.contents import (
     add_states,
     add_trained_weights,
     add_untrained_weights,
+    dtype_name,
 )
 from arg_dist.checkpoint.files import (
     cannot_write,
@@ -38,6 +42,8 @@ from arg_dist.checkpoint.index import (
     tensor_key,
 )
 from arg_dist.checkpoint.random_states import random_states
+from arg_dist.checkpoint.scheduling import scheduler_state
+from arg_dist.checkpoint.values import UnstorableError, encode
 from arg_dist.groups import named_parameters, own_name, unwrapped
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import settings_of
@@ -71,8 +77,8 @@ def draft(
     """Copies what this process will write, so that training can continue meanwhile.
 
     Raises:
-        CheckpointError: on every process: the scheduler's state or `job` cannot be written as
-            JSON, or a process could not copy its part.
+        CheckpointError: on every process: something in the scheduler's state or in `job` cannot
+            be stored, or a process could not copy its part.
     """
     plans = optimizer.bind()
     communicator = job_communicator(optimizer.process_group, plans)
@@ -80,7 +86,7 @@ def draft(
     made: list[Draft] = []
 
     def make() -> None:
-        _check_json(scheduler, job)
+        free = _free_form(scheduler, job)
         contents = Contents()
         for plan in plans:
             # other replicas hold the same
@@ -105,9 +111,8 @@ def draft(
             states=contents.states,
             weights=contents.weights,
             random_states=list(generators),
-            scheduler=None if scheduler is None else scheduler.state_dict(),
-            job=dict(job or {}),
-            model_config_values=None if model is None else _model_config_values(model),
+            **free,
+            model_config_values=None if model is None or me != 0 else _config_values(model),
             files={},
         )
         made.append(Draft(index, on_host))
@@ -178,7 +183,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield own_name(f"{prefix}.{name}" if prefix else name), buffer
 
 
-def _model_config_values(model: nn.Module) -> dict[str, Any] | None:
+def _config_values(model: nn.Module) -> dict[str, Any] | None:
     """Returns the model's configuration, with the class of its code rather than an engine's."""
     own = unwrapped(model)
     config: Any = getattr(own, "config", None)
@@ -192,7 +197,32 @@ def _model_config_values(model: nn.Module) -> dict[str, Any] | None:
         for each in classes
         if getattr(sys.modules.get(each.__module__), each.__name__, None) is each
     )
-    return {**config.to_dict(), "architectures": [name]}
+    try:
+        values = json.loads(json.dumps(config.to_dict(), default=_as_json))
+    except (TypeError, ValueError) as error:
+        warnings.warn(
+            f"model.config: cannot be written as JSON ({error}): the checkpoint contains no model "
+            "configuration, and cannot be exported; use numbers, text, lists and dictionaries",
+            stacklevel=2,
+        )
+        return None
+    return {**values, "architectures": [name]}
+
+
+def _as_json(value: Any) -> Any:
+    """What a configuration stores of a value that JSON does not know, as transformers does."""
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    if isinstance(value, (Path, torch.device)):
+        return str(value)
+    for read in ("tolist", "to_dict"):
+        if callable(getattr(value, read, None)):
+            return getattr(value, read)()
+    raise TypeError(f"a {type(value).__name__} is in it")
 
 
 def _describe(group: Mapping[str, Any]) -> Group:
@@ -202,16 +232,12 @@ def _describe(group: Mapping[str, Any]) -> Group:
     return Group(names=list(group["param_names"]), settings=settings)
 
 
-def _check_json(scheduler: Any, job: Mapping[str, Any] | None) -> None:
-    given = {"scheduler": scheduler.state_dict() if scheduler is not None else None, "job": job}
-    for what, value in given.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{what}: its state cannot be written as JSON ({error}); use only numbers, "
-                "strings, and lists and dictionaries of them"
-            ) from None
+def _free_form(scheduler: Any, job: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Encodes the state of the scheduler and the data of the job."""
+    try:
+        return {"scheduler": scheduler_state(scheduler), "job": encode(dict(job or {}), "job")}
+    except UnstorableError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _make(partial: Path, directory: Path) -> None:

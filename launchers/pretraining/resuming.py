@@ -123,12 +123,13 @@ def find_checkpoint(plan: CheckpointPlan) -> Found | None:
 
 
 def _found(path: Path, index: Index) -> Found:
-    if index.job.get("program") != PROGRAM:
+    job = index.job_values()
+    if job.get("program") != PROGRAM:
         raise InputError(
             f"--resume: {path} was not written by this program, and does not record its position "
             "in the data; load it with arg_dist.checkpoint.load in the program that wrote it"
         )
-    return Found(path, index.step, index.job)
+    return Found(path, index.step, job)
 
 
 def describe_job(

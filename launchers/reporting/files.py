@@ -16,8 +16,8 @@ PICTURE = "report.png"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as JSON; NaN and infinity, which JSON lacks, become null."""
-    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    """Writes `content` as JSON, which lacks NaN and infinity (null) and many types (text)."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False, default=str) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
@@ -28,6 +28,8 @@ def _finite(content: Any) -> Any:
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
+    if callable(getattr(content, "tolist", None)):  # NumPy's and torch's numbers
+        return _finite(content.tolist())
     return content
 
 
@@ -61,7 +63,7 @@ class MetricsLog:
 
 
 def _json_line(line: dict[str, Any]) -> str:
-    return json.dumps(line, allow_nan=False) + "\n"
+    return json.dumps(line, allow_nan=False, default=str) + "\n"
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,12 @@ from checkpoint_jobs import (
 )
 
 from arg_dist.checkpoint import Checkpoints, load
-from arg_dist.checkpoint.index import INDEX_NAME, CheckpointError, read_index
+from arg_dist.checkpoint.index import (
+    INDEX_NAME,
+    SCHEMA_VERSION,
+    CheckpointError,
+    read_index,
+)
 
 PROCESSES = 3
 
@@ -61,7 +66,8 @@ def shorten(path: Path) -> None:
 
 def come_from_the_future(path: Path) -> None:
     envelope = json.loads(path.read_text())
-    path.write_text(json.dumps({**envelope, "schema_version": 2, "written_by": "arg_dist 9.9"}))
+    later = {"schema_version": SCHEMA_VERSION + 1, "written_by": "arg_dist 9.9"}
+    path.write_text(json.dumps({**envelope, **later}))
 
 
 def replace_by_older(path: Path) -> None:
@@ -79,7 +85,7 @@ DAMAGES = {
     "index: truncated": (lambda c: c / INDEX_NAME, shorten, "damaged"),
     "index: empty": (lambda c: c / INDEX_NAME, lambda path: path.write_bytes(b""), "damaged"),
     "index: of something else": (lambda c: c / INDEX_NAME, lambda p: p.write_text("[]"), "not the"),
-    "index: later version": (lambda c: c / INDEX_NAME, come_from_the_future, "version 2 by arg_d"),
+    "index: later version": (lambda c: c / INDEX_NAME, come_from_the_future, "version 3 by arg_d"),
     "index: missing": (lambda c: c, lambda path: (path / INDEX_NAME).unlink(), "no index.json"),
 }
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,24 @@ def test_an_unforeseen_error_on_one_process_keeps_nobody_waiting(pool, tmp_path)
         assert words == "process 1: ValueError: nobody has thought of this"
         assert is_cause == (process == 1)
     assert sorted(os.listdir(folder)) == [".claim"]
+
+
+def save_what_cannot_be_read_back(group: Any, folder: Path) -> list[str]:
+    """What is said of an object that one process passes: as data of the job, in a scheduler."""
+    optimizer, own = build(group), object() if dist.get_rank(group) == 1 else 1
+    scheduler = SimpleNamespace(state_dict=lambda: {"rules": [own]})
+    return [
+        told(lambda: Checkpoints(folder, optimizer).save(1, {"seen": {3: own}})),
+        told(lambda: Checkpoints(folder, optimizer, scheduler=scheduler)),
+    ]
+
+
+def test_what_cannot_be_read_back_is_refused_everywhere(pool, tmp_path):
+    folder = tmp_path / "checkpoints"
+    for words in pool.run(save_what_cannot_be_read_back, 3, folder, seconds=15):
+        assert words[0].startswith("process 1: job.seen[3]: got a value of type object, ")
+        assert words[1].startswith("process 1: scheduler.rules[0]: got a value of type object, ")
+    assert os.listdir(folder) == [".claim"]
 
 
 def save_here(group: Any, folder: Path, each_its_own: bool) -> tuple[str, str]:

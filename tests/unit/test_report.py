@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -274,3 +276,16 @@ def test_sizes_are_written_for_people(number, text):
 def test_a_matrix_is_named_by_its_kind():
     assert kind_of("model.layers.3.self_attn.q_proj.weight") == "q_proj"
     assert kind_of("experts") == "experts"
+
+
+def test_values_of_other_libraries_do_not_end_a_run(tmp_path):
+    settings = {"lr": np.float32(0.5), "betas": np.array([0.5, 0.75]), "dtype": torch.bfloat16}
+    with RunRecord(
+        tmp_path, facts(optimizer_settings=settings), planned_steps=1, active=True
+    ) as run:
+        run.step(step(1, held_out_loss=np.float32(2), best=torch.tensor(math.inf), data=Path("a")))
+        run.finish("finished")
+    [line] = read_metrics(tmp_path)
+    assert (line["held_out_loss"], line["best"], line["data"]) == (2.0, None, "a")
+    written = {"lr": 0.5, "betas": [0.5, 0.75], "dtype": "torch.bfloat16"}
+    assert read_report(tmp_path)["optimizer_settings"] == written
