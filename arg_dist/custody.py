@@ -53,10 +53,13 @@ class Custody:
         twin = Custody()
         twin.whole, twin._place, twin._uncut = self.whole, self._place, set(self._uncut)
         places = {(plan.communicator.me, plan.communicator.size) for plan in plans}
-        if len(places) == 1 and not self._uncut:
-            [twin._place] = places
-            if twin._place == WHOLE:  # several processes may each take their part of it
-                twin._uncut = {(target, name) for target, units in states.items() for name in units}
+        here = places.pop() if len(places) == 1 else None
+        if here == WHOLE and self._place in (None, WHOLE):
+            # several processes may each take their part of it
+            twin._place = WHOLE
+            twin._uncut = {(target, name) for target, units in states.items() for name in units}
+        elif here is not None and not self._uncut and self._place in (None, WHOLE, here):
+            twin._place = here
         return twin
 
     # -- out -------------------------------------------------------------------------------------
