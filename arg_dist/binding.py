@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,10 +9,13 @@ from torch import Tensor
 
 from arg_dist.config import ConfigError
 from arg_dist.parameter_groups import group_spec, settings_of
+from arg_dist.places import GradientsMissing, Layout, Place, has_changed, layout_of
 from arg_dist.self_report import SelfReport
 from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.fragment import ParameterGroup, step_calls
+from arg_dist.sharding.local import local_part
 from arg_dist.sharding.plan import Plan, make_plans
+from arg_dist.state import fits, move_state
 from arg_dist.state_budget import Call
 
 
@@ -28,13 +30,15 @@ class Binding(SelfReport):
     _every_group: list[dict[str, Any]]
     defaults: dict[str, Any]
     process_group: Any
-    _parameters: dict[str, weakref.ref[Tensor]]
+    _parameters: dict[str, Place]
+    _tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]]
     _full_rank_names: frozenset[str]
+    _gradients_missing: GradientsMissing
     _patterns_applied: bool
 
     def parameter_names(self) -> dict[int, str]:
         """Names of the parameters the optimizer was built with, by ``id``."""
-        return {id(p): name for name, ref in self._parameters.items() if (p := ref()) is not None}
+        return {id(place.parameter): name for name, place in self._parameters.items()}
 
     def adopt_names(self, names: Mapping[str, str], full_rank: Iterable[str]) -> None:
         """Rename parameters and keep some of them full-rank; only before the first step.
@@ -45,9 +49,12 @@ class Binding(SelfReport):
             names: new name for each old one.
             full_rank: new names of the parameters trained by full-rank Adam.
         """
-        if self._plans:
-            raise RuntimeError("parameters can be renamed only before the first step")
-        self._parameters = {names.get(old, old): ref for old, ref in self._parameters.items()}
+        if self._plans or any(self.state.values()):  # state is kept by name
+            raise RuntimeError(
+                "parameters can be renamed only before the first step; pass a new optimizer "
+                "without state to the engine, then load the state"
+            )
+        self._parameters = {names.get(old, old): place for old, place in self._parameters.items()}
         for group in self.param_groups:
             group["param_names"] = [names.get(old, old) for old in group["param_names"]]
         self._full_rank_names = frozenset(full_rank)
@@ -63,6 +70,7 @@ class Binding(SelfReport):
         """
         if anew:
             self._plans.clear()
+            self._tensors_of_plans.clear()
         return [plan for call in self.calls_of_a_step() for plan in call.plans]
 
     def calls_of_a_step(self) -> list[Call]:
@@ -70,9 +78,7 @@ class Binding(SelfReport):
 
         Collective: every process must call it, after the engine has taken over the parameters.
         """
-        if len(self.param_groups) >= len(self._every_group):
-            self._every_group = self.param_groups
-        every, calls = self._every_group, []
+        every, calls = self._all_groups(), []
         for call in step_calls([self._seen(group) for group in every]):
             groups = [{**every[i], "params": targets} for i, targets in call if targets]
             if groups:
@@ -80,12 +86,75 @@ class Binding(SelfReport):
                 calls.append(Call(settings, self._bound_plans(groups)))
         return calls
 
+    def _all_groups(self) -> list[dict[str, Any]]:
+        """All parameter groups, also while an engine steps some of them only."""
+        if len(self.param_groups) >= len(self._every_group):
+            self._every_group = self.param_groups
+        return self._every_group
+
+    def _follow_parameters(self, groups: list[dict[str, Any]], plans: list[Plan]) -> None:
+        """Move state to the devices of its tensors; warn if they never have gradients."""
+        for plan in plans:
+            for shard in plan.shards:
+                move_state(self.state_of(shard), local_part(shard.fragment.target).device)
+        tensors = (tensor for group in groups for tensor in group["params"])
+        self._gradients_missing.note(tensors, len(self._parameters))
+
     def _bound_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
-        """Plans for the tensors that the groups hold now, created on first use."""
-        key = tuple((id(p), p.requires_grad) for group in groups for p in group["params"])
+        """Plans for the tensors that the groups hold now, created on first use.
+
+        Raises:
+            RuntimeError: on every process: the state of a tensor does not fit its present shape.
+        """
+        tensors = [tensor for group in groups for tensor in group["params"]]
+        key = tuple(map(layout_of, tensors))
         if key not in self._plans:
-            self._plans[key] = self._make_plans(groups)
+            outdated = self._outdated(key)
+            plans = self._make_plans(groups)
+            if outdated:
+                self._refuse_misfits([plan for old in outdated for plan in self._plans[old]], plans)
+            for old in outdated:
+                del self._plans[old], self._tensors_of_plans[old]
+            self._plans[key] = plans
+            self._tensors_of_plans[key] = tensors  # alive, so that their ids stay theirs
         return self._plans[key]
+
+    def _outdated(self, key: tuple[Layout, ...]) -> list[tuple[Layout, ...]]:
+        """The plans of tensors that have changed, or that the groups no longer hold."""
+        calls = step_calls([self._seen(group) for group in self._all_groups()])
+        now = {layout[0]: layout for layout in key}
+        held = {id(tensor) for call in calls for _, targets in call for tensor in targets}
+        held |= now.keys()
+        return [
+            old
+            for old in self._plans
+            if any(layout[0] not in held for layout in old)
+            or any(has_changed(layout, now.get(layout[0], layout)) for layout in old)
+        ]
+
+    def _refuse_misfits(self, outdated: list[Plan], plans: list[Plan]) -> None:
+        """Check, on all processes, that state fits the tensors as they are now."""
+        before = {part.name: part.parameter_shape for plan in outdated for part in plan.held}
+        for plan in plans:
+            mine = [
+                shard.fragment
+                for shard in plan.shards
+                if (state := self.state_of(shard))
+                and (
+                    before.get(shard.fragment.name) not in (None, shard.fragment.parameter_shape)
+                    or not fits(shard, state)
+                )
+            ]
+            found = [(each.name, each.parameter_shape) for each in mine]
+            everyone = plan.communicator.gather_objects(found, "comparing changed parameters")
+            for name, shape in (misfit for found in everyone for misfit in found):
+                raise RuntimeError(
+                    f"{name}: after its last step it was given another shape or distribution over "
+                    f"the processes (shape {before.get(name, shape)}, now {shape}), and its "
+                    "optimizer state does not fit; build a new optimizer from the model's "
+                    "parameters, or delete its state (del optimizer.state[parameter], on every "
+                    "process) to start it anew"
+                )
 
     def _make_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
         if not self._patterns_applied:
@@ -101,9 +170,19 @@ class Binding(SelfReport):
         return make_plans(specs, self._communicators, time_limit, bucket_size)
 
     def _seen(self, group: dict[str, Any]) -> ParameterGroup:
-        """A group in the form that the engine adapters take."""
-        parameters = [self._parameters[name]() for name in group["param_names"]]
+        """A group in the form that the engine adapters take.
+
+        Raises:
+            RuntimeError: parameters were added to the group's list, or removed from it.
+        """
+        names = group["param_names"]
+        places = [self._parameters[name] for name in names]
+        if places and places[0].params is group["params"] and len(places) != len(group["params"]):
+            raise RuntimeError(
+                f"parameter group of {names[0]}: it was built with {len(names)} parameters, and "
+                f"its list has {len(group['params'])} now; to freeze a parameter use "
+                "requires_grad_(False), to add one add_param_group, or build a new optimizer"
+            )
         process_group = training_group(self.process_group)
-        return ParameterGroup(
-            list(group["params"]), group["param_names"], parameters, process_group
-        )
+        parameters = [place.parameter for place in places]
+        return ParameterGroup(list(group["params"]), names, parameters, process_group)

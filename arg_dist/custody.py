@@ -42,6 +42,27 @@ class Custody:
         self._place: Place | None = None
         self._uncut: set[tuple[Tensor, str]] = set()
 
+    def carried(
+        self, states: Mapping[Tensor, Mapping[str, State]], plans: Sequence[Plan]
+    ) -> Custody:
+        """The custody of a copy of the optimizer: its state is of the process that copies it.
+
+        Args:
+            states: the optimizer's state.
+            plans: the optimizer's plans; empty before its first step.
+        """
+        twin = Custody()
+        twin.whole, twin._place, twin._uncut = self.whole, self._place, set(self._uncut)
+        places = {(plan.communicator.me, plan.communicator.size) for plan in plans}
+        here = places.pop() if len(places) == 1 else None
+        if here == WHOLE and self._place in (None, WHOLE):
+            # several processes may each take their part of it
+            twin._place = WHOLE
+            twin._uncut = {(target, name) for target, units in states.items() for name in units}
+        elif here is not None and not self._uncut and self._place in (None, WHOLE, here):
+            twin._place = here
+        return twin
+
     # -- out -------------------------------------------------------------------------------------
 
     def keep_whole(self, plan: Plan, shard: Shard, state: State | None, to: int) -> None:

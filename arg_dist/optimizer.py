@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -14,8 +13,10 @@ from arg_dist.agreement import Agreement, agree
 from arg_dist.algorithm import State, is_due, rounds
 from arg_dist.binding import Binding
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
+from arg_dist.copying import CopiedOptimizer
 from arg_dist.custody import Custody
 from arg_dist.parameter_groups import SETTINGS, check_names, members, settings_of
+from arg_dist.places import GradientsMissing, Layout, Place
 from arg_dist.saved_forms import WHOLE, whole_state
 from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of
 from arg_dist.sharding.communicator import Communicator
@@ -34,7 +35,7 @@ RENEWED_TOGETHER = 2
 """At least this many parameters may refresh early in one step; further ones are staggered."""
 
 
-class AdaRankGrad(Binding, torch.optim.Optimizer):
+class AdaRankGrad(Binding, CopiedOptimizer):
     """Adam in an adaptive low-rank subspace of each gradient (arXiv 2410.17881), sharded.
 
     Each matrix ``G`` has a basis ``Q`` on its shorter side. One call to :meth:`step` processes all
@@ -92,8 +93,9 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     ) -> None:
         given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)
         config = parse_config(given)
-        self._parameters: dict[str, weakref.ref[Tensor]] = {}
-        self._plans: dict[tuple[tuple[int, bool], ...], list[Plan]] = {}
+        self._parameters: dict[str, Place] = {}
+        self._plans: dict[tuple[Layout, ...], list[Plan]] = {}
+        self._tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]] = {}
         self._communicators: dict[Any, Communicator] = {}
         self._full_rank_names: frozenset[str] = frozenset()
         self._patterns_applied = config.targets is None and config.exclude is None
@@ -102,6 +104,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         self._custody = Custody()
         self._every_group: list[dict[str, Any]] = []
         self._budget = StateBudget(config.state_budget)
+        self._gradients_missing = GradientsMissing()
         self.calls = 0
         self.skipped_steps = 0
         super().__init__(params, dict(config))
@@ -143,10 +146,10 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         super().add_param_group(group)
         self._every_group = self.param_groups
         added = self.param_groups[-1]
-        for name, parameter in zip(added["param_names"], added["params"], strict=True):
+        for index, name in enumerate(added["param_names"]):
             if name in self._parameters:
                 raise ConfigError(f"{where}: the parameter name {name!r} occurs twice")
-            self._parameters[name] = weakref.ref(parameter)
+            self._parameters[name] = Place(added["params"], index)
 
     # -- the step --------------------------------------------------------------------------------
 
@@ -170,6 +173,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         settings = [settings_of(group) for group in groups]
         self._custody.whole = None
         plans = self._bound_plans(groups)
+        self._follow_parameters(groups, plans)
         calls = self._calls_that_share_a_budget(plans)
         for plan in plans:
             self._custody.cut_loaded(plan, self.state)

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 from arg_dist.algorithm import State
+from arg_dist.places import Layout
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
@@ -17,7 +18,7 @@ class SelfReport:
     """The part of :class:`arg_dist.AdaRankGrad` that reports statistics to the user."""
 
     state: Any
-    _plans: dict[tuple[tuple[int, bool], ...], list[Plan]]
+    _plans: dict[tuple[Layout, ...], list[Plan]]
     _communicators: dict[Any, Communicator]
 
     def every_plan(self) -> Iterator[Plan]:

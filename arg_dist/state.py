@@ -58,6 +58,13 @@ def matrix_stats(shard: MatrixShard, state: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
+def move_state(state: dict[str, Any], device: torch.device) -> None:
+    """Move a state's tensors to `device`, in place, if the model or the state was moved."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.device != device:
+            state[key] = value.to(device)
+
+
 def copy_state(value: Any, device: torch.device) -> Any:
     """Copy nested dictionaries to `device`; dtypes are kept."""
     if isinstance(value, Tensor):

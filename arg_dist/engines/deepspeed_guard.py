@@ -6,13 +6,13 @@ optimizer that has replaced AdaRankGrad.
 
 from __future__ import annotations
 
+import uuid
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_checkpoints import follow_checkpoints
@@ -26,8 +26,15 @@ MOE = (
     "AdaRankGrad does not support these groups; use a model without deepspeed.moe layers, or AdamW"
 )
 
-_EXPECTED: Any = WeakIdKeyDictionary()
-"""Parameters of each AdaRankGrad that has been built but has not stepped yet."""
+_EXPECTED: set[str] = set()
+"""A token for each AdaRankGrad that has been built but has not stepped yet."""
+
+_TOKEN = "_token_of_adarankgrad"
+"""Attribute of its parameters with this token.
+
+No weak reference: ``torch.utils.swap_tensors``, which moves some modules, refuses tensors with
+them. Nor ``id``, which another tensor may have later.
+"""
 
 
 _ENGINES: weakref.WeakKeyDictionary[AdaRankGrad, weakref.ref[Any]] = weakref.WeakKeyDictionary()
@@ -45,22 +52,18 @@ def expect(optimizer: AdaRankGrad) -> None:
 
     The optimizer may no longer exist when another one is passed to DeepSpeed for these parameters.
     """
-    built = object()
+    token = uuid.uuid4().hex
+    _EXPECTED.add(token)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            _EXPECTED[parameter] = built
+            setattr(parameter, _TOKEN, token)
+    # the hook is not removed: torch iterates over the hooks when it runs, and fails with others
+    optimizer.register_step_pre_hook(lambda *_: _EXPECTED.discard(token))
 
-    first = True
 
-    def forget(*_: Any) -> None:
-        nonlocal first
-        # the hook is not removed: torch iterates over the hooks here, and would fail with others
-        if first:
-            for parameter in [each for each, owner in _EXPECTED.items() if owner is built]:
-                del _EXPECTED[parameter]
-        first = False
-
-    optimizer.register_step_pre_hook(forget)
+def _is_expected(parameter: Any) -> bool:
+    """Whether an AdaRankGrad was built for a parameter and has not stepped."""
+    return getattr(parameter, _TOKEN, None) in _EXPECTED
 
 
 def introduce(optimizer_class: type) -> None:
@@ -145,7 +148,8 @@ def _refuse_replacement(engine: Any, trains: Any) -> None:
     Raises:
         ConfigError: another optimizer would train them; the message gives the likely cause.
     """
-    name = next((name for name, p in named_parameters(engine.module) if p in _EXPECTED), None)
+    parameters = named_parameters(engine.module)
+    name = next((name for name, parameter in parameters if _is_expected(parameter)), None)
     if name is None:
         return
     kind = type(trains).__name__

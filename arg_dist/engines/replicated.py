@@ -38,6 +38,7 @@ class ReplicatedAdapter(Adapter):
                 for (name, original), target in zip(_trainable(group), group.targets, strict=True)
                 if _check_copy(name, original, target)
             ]
+            _check_order(group, pairs)
         fragments = []
         for name, target in pairs:
             if getattr(target, "_is_flat_param", False) or hasattr(target, "_fsdp_flattened"):
@@ -84,6 +85,18 @@ def _check_copy(name: str, original: Tensor, copy: Tensor) -> bool:
             f"group, found {tuple(copy.shape)}: an engine has reordered the parameters"
         )
     return True
+
+
+def _check_order(group: ParameterGroup, pairs: list[tuple[str, Tensor]]) -> None:
+    """Check that parameters themselves, in a new list, are at the places of their names."""
+    names = {id(parameter): name for name, parameter in group.alive()}
+    for name, target in pairs:
+        own = names.get(id(target), name)
+        if own != name:
+            raise RuntimeError(
+                f"{own}: it is at the place of {name} in the parameter group now; a group keeps "
+                "the order in which its parameters were given; build a new optimizer for others"
+            )
 
 
 ADAPTERS.append(ReplicatedAdapter())

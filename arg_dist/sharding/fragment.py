@@ -75,7 +75,8 @@ class ParameterGroup:
     Attributes:
         targets: the tensors in the group now; engines replace the original ones.
         names: names of the parameters originally in the group.
-        parameters: those parameters; None for each that no longer exists.
+        parameters: those parameters, or what an engine or the user has put in their places; None
+            for each whose place no longer exists.
         process_group: processes that train the same model together, for tensors that do not carry
             this information.
     """
@@ -86,7 +87,7 @@ class ParameterGroup:
     process_group: dist.ProcessGroup | None
 
     def alive(self) -> list[tuple[str, Any]]:
-        """Names and parameters of those that still exist."""
+        """Names and parameters of those that exist."""
         return [
             (name, parameter)
             for name, parameter in zip(self.names, self.parameters, strict=True)
@@ -148,8 +149,16 @@ def hold(group: ParameterGroup) -> Holding:
     """What this process holds of `group`, from the first adapter that recognizes it.
 
     Raises:
-        RuntimeError: no adapter recognizes it.
+        RuntimeError: no adapter recognizes it, or a tensor is on the meta device.
     """
+    for target in group.targets:
+        if target.is_meta and target.requires_grad:
+            raise RuntimeError(
+                f"the parameter group of {group.names[0]} holds tensors of shape "
+                f"{tuple(target.shape)} on the meta device, which have no values; to_empty() and "
+                "load_state_dict(assign=True) replace the parameters of a model: build the "
+                "optimizer after them"
+            )
     for adapter in ADAPTERS:
         if adapter.recognizes(group):
             return adapter.hold(group)

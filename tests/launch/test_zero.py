@@ -73,3 +73,14 @@ def test_collectives_of_a_step_do_not_depend_on_the_number_of_matrices(
 ) -> None:
     _, refreshing = rounds(power_passes=1, residual="matched", relayed=True)
     assert runs("deepspeed", 4)[case]["most_collectives"] <= 1 + refreshing
+
+
+@pytest.mark.parametrize("case", [case.name for case in EVERYWHERE])
+def test_copies_are_refused_where_the_engine_trains_tensors_of_its_own(
+    runs: Runs, case: str
+) -> None:
+    message = runs("deepspeed", 2)[case]["copied"]
+    if CASES[case].stage == 0:
+        assert message == ""
+    else:
+        assert message.startswith("AdaRankGrad: an engine has replaced the parameters of group 0")

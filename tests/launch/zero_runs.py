@@ -8,6 +8,7 @@ gives is computed by the first launch that asks for it, and stays in FOLDER for 
 """
 
 import argparse
+import copy
 import faulthandler
 import gc
 import json
@@ -147,9 +148,19 @@ def train(case: Case, expected: dict[str, Any]) -> dict[str, Any]:
         "engine": type(engine.optimizer).__name__,
         "optimizer": type(optimizer).__name__,
         "skipped_steps": engine.skipped_steps,
+        "copied": copied(optimizer),
     }
     engine.destroy()
     return result
+
+
+def copied(optimizer: arg_dist.AdaRankGrad) -> str:
+    """How a copy of the optimizer is refused; empty if it is not."""
+    try:
+        copy.deepcopy(optimizer)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def projector_difference(whole: torch.Tensor, parts: list[torch.Tensor]) -> float:

@@ -1,0 +1,140 @@
+"""Copies of the optimizer: ``copy``, ``pickle``, ``torch.save`` and processes started with it.
+
+A copy carries what the next step depends on and trains on as the original would. Layouts and
+communicators belong to the processes that made them: a copy makes its own at its next step. As in
+torch, hooks are not copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arg_dist.custody import Custody
+from arg_dist.places import Layout, Place
+from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.fragment import ADAPTERS
+from arg_dist.sharding.plan import Plan
+
+CARRIED = (
+    "_parameters",
+    "_full_rank_names",
+    "_patterns_applied",
+    "is_classified",
+    "process_group",
+    "_custody",
+    "_budget",
+    "_gradients_missing",
+    "calls",
+    "skipped_steps",
+)
+"""Attributes of the optimizer that a copy carries, beside those that torch copies."""
+
+RENEWED = ("_plans", "_tensors_of_plans", "_communicators", "_every_group")
+"""Attributes that a copy makes anew."""
+
+REMEDY = (
+    "save optimizer.state_dict(), or a checkpoint with arg_dist.checkpoint.save, and load it into "
+    "a new optimizer"
+)
+
+
+class CopiedOptimizer(torch.optim.Optimizer):
+    """The part of :class:`arg_dist.AdaRankGrad` that is copied and pickled.
+
+    Raises:
+        RuntimeError: from every way to copy: an engine has replaced the parameters by tensors of
+            its own, or shards them (a shallow copy shares these), or the copy is pickled and
+            `process_group` cannot be; or, when unpickled, another version has written the pickle.
+    """
+
+    _parameters: dict[str, Place]
+    _custody: Custody
+    _plans: dict[tuple[Layout, ...], list[Plan]]
+    _tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]]
+    _communicators: dict[Any, Communicator]
+    process_group: Any
+    calls: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The contents of a pickle."""
+        try:
+            pickle.dumps(self.process_group)
+        except Exception as error:
+            raise RuntimeError(
+                f"process_group: got a {type(self.process_group).__name__}, with which the "
+                f"optimizer cannot be pickled ({error}); {REMEDY}"
+            ) from error
+        self._refuse_sharded()
+        return self._carried()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill a copy; torch also calls this with the state and groups that it has loaded."""
+        if "_parameters" in vars(self):
+            super().__setstate__(state)
+            return
+        missing = [key for key in CARRIED if key not in state]
+        if missing:
+            raise RuntimeError(
+                f"AdaRankGrad: this pickle was written by another version of arg_dist and has no "
+                f"{', '.join(missing)}; with that version, {REMEDY}"
+            )
+        super().__setstate__(state)
+        self._plans, self._tensors_of_plans, self._communicators = {}, {}, {}
+        self._every_group = self.param_groups
+        if not self.calls:
+            for adapter in ADAPTERS:
+                adapter.on_construction(self)
+
+    def __copy__(self) -> CopiedOptimizer:
+        """A copy that shares parameters and state with the original, as in torch."""
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(self._carried())
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedOptimizer:
+        """A copy with its own parameters and state, in the same group of processes."""
+        self._refuse_sharded()
+        carried = self._carried()
+        memo[id(self.process_group)] = self.process_group
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(carried, memo))
+        return twin
+
+    def _carried(self) -> dict[str, Any]:
+        """What a copy carries."""
+        self._refuse_replaced()
+        plans: Sequence[Plan] = [plan for made in self._plans.values() for plan in made]
+        carried = {**super().__getstate__(), **{key: getattr(self, key) for key in CARRIED}}
+        return {**carried, "_custody": self._custody.carried(self.state, plans)}
+
+    def _refuse_replaced(self) -> None:
+        """Refuse to copy parts of parameters that only an engine can put together again."""
+        own = {id(place.parameter) for place in self._parameters.values()}
+        for position, group in enumerate(self.param_groups):
+            is_emptied = not group["params"] and group["param_names"]
+            if is_emptied or any(id(target) not in own for target in group["params"]):
+                held = ", ".join(_described(target) for target in group["params"][:2]) or "nothing"
+                raise RuntimeError(
+                    f"AdaRankGrad: an engine has replaced the parameters of group {position} (it "
+                    f"holds {held} now), so a copy could not train a copy of the model; {REMEDY}"
+                )
+
+    def _refuse_sharded(self) -> None:
+        """Refuse to copy this process's parts of parameters; models of them are not copied."""
+        for name, place in self._parameters.items():
+            if hasattr(place.parameter, "to_local"):
+                raise RuntimeError(
+                    f"AdaRankGrad: {name} is sharded over processes, and neither it nor its model "
+                    f"can be copied; {REMEDY}"
+                )
+
+
+def _described(target: Tensor) -> str:
+    return f"a {type(target).__name__} of shape {tuple(target.shape)}"
