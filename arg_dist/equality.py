@@ -59,6 +59,7 @@ class Comparison:
         plan: the plan of the step.
         step: steps taken before.
         settings: settings of the plan's parameter groups, as text.
+        due: names of the matrices that refresh; of those that every process holds whole.
         shards: matrices and tensors that every process holds whole, and that are compared now.
         fingerprints: ``shards x 2 x 2``, of their gradients and weights; None without `shards`.
         apart: differences from other copies of the model, in words.
@@ -67,6 +68,7 @@ class Comparison:
     plan: Plan
     step: int
     settings: list[str]
+    due: list[str] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     fingerprints: Tensor | None = None
     apart: list[str] = field(default_factory=list)
@@ -74,7 +76,7 @@ class Comparison:
     @property
     def likeness(self) -> Likeness:
         """What the agreement carries."""
-        checksum = zlib.crc32("\n".join(self.settings).encode()) >> 1
+        checksum = zlib.crc32("\n".join([*self.settings, *self.due]).encode()) >> 1
         if self.fingerprints is None:
             return Likeness(checksum, None, bool(self.apart))
         units = [shard.unit for shard in self.shards]
@@ -98,11 +100,13 @@ class Comparison:
             return
         seen = _seen(self.shards, self.fingerprints)
         everyone = self.plan.communicator.gather_objects(
-            (self.settings, seen, self.apart), "comparing the processes"
+            (self.settings, self.due, seen, self.apart), "comparing the processes"
         )
-        _check_settings([settings for settings, *_ in everyone], self.step)
-        _check_tensors([{each.name: each for each in seen} for _, seen, _ in everyone], self.step)
-        for difference in chain.from_iterable(apart for *_, apart in everyone):
+        settings, due, tensors, apart = zip(*everyone, strict=True)
+        _check_settings(settings, self.step)
+        _check_tensors([{each.name: each for each in seen} for seen in tensors], self.step)
+        _check_due(due)
+        for difference in chain.from_iterable(apart):
             raise RuntimeError(difference)
 
 
@@ -125,17 +129,17 @@ def compare(
         return Comparison(plan, step, texts, apart=_apart_from_copies(plan, step))
     if not plan.replicated or not plan.shards:
         return Comparison(plan, step, texts)
-    shards = _due(plan.shards, state_of, step)
-    return Comparison(plan, step, texts, shards, _fingerprints(shards))
+    states = [(shard, state_of(shard)) for shard in plan.shards]
+    due = [shard for shard, state in states if isinstance(shard, MatrixShard) and is_due(state)]
+    new = [shard for shard, state in states if not state]
+    shards = _chosen([*due, *new], plan.shards, step)
+    names = [shard.name for shard in due]
+    return Comparison(plan, step, texts, names, shards, _fingerprints(shards))
 
 
-def _due(shards: Sequence[Shard], state_of: Callable[[Shard], State], step: int) -> list[Shard]:
-    """Everything at its first step, matrices that refresh, and a few others by turns."""
-    chosen = {}
-    for shard in shards:
-        state = state_of(shard)
-        if not state or (isinstance(shard, MatrixShard) and is_due(state)):
-            chosen[shard.unit] = shard
+def _chosen(certain: Sequence[Shard], shards: Sequence[Shard], step: int) -> list[Shard]:
+    """The `certain` ones, and a few others by turns."""
+    chosen = {shard.unit: shard for shard in certain}
     elements, first = 0, step % len(shards)
     for shard in islice(chain(shards[first:], shards[:first]), AT_MOST_TENSORS):
         chosen[shard.unit] = shard
@@ -219,8 +223,11 @@ def _check_tensors(everyone: Sequence[dict[str, Seen]], step: int) -> None:
         if apart:
             name = next(name for name in first if name in apart)
             raise RuntimeError(_TELLS[what](name, apart, everyone, step))
+
+
+def _check_due(everyone: Sequence[Sequence[str]]) -> None:
     for process, theirs in enumerate(everyone):
-        for name in sorted(first.keys() ^ theirs.keys()):
+        for name in sorted({*everyone[0]} ^ {*theirs}):
             raise RuntimeError(
                 f"{name}: is due for a new basis on one of processes 0 and {process} of the group "
                 "only, so their optimizer states differ; load the same checkpoint on every process"

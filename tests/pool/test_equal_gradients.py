@@ -25,7 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 import arg_dist
 from arg_dist import AdaRankGrad
 from arg_dist.equality import COPIES_EVERY
+from arg_dist.subspace import fingerprint, norms
 from arg_dist.subspace.fingerprint import TOLERANCE
+from tests.unit.test_host_reads import READS
 
 SHAPES = [(24, 16), (16, 24), (2, 8, 12), (9,)]
 NAMES = ["wide", "tall", "experts", "bias"]
@@ -149,6 +151,32 @@ def test_the_last_bits_of_a_gradient_may_differ(pool):
     assert pool.run(rounded_differently, 2) == ["", ""]
 
 
+def reads_of_a_steady_step(group: Any) -> list[str]:
+    """The reads of tensors in a step without a refresh, on a device where each of them waits."""
+    optimizer, seen = build(group), []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (norms, fingerprint):
+            patch.setattr(module, "in_host_memory", lambda part: False)
+        for name in READS:
+            patch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name), name, seen))
+        for step in range(3):
+            seen.clear()
+            feed(optimizer, *gradients(optimizer, step))
+    return seen
+
+
+def counted(method: Any, name: str, seen: list[str]) -> Any:
+    def read(self: torch.Tensor, *args: object) -> object:
+        seen.append(name)
+        return method(self, *args)
+
+    return read
+
+
+def test_comparing_makes_no_step_wait_for_the_device_once_more(pool):
+    assert pool.run(reads_of_a_steady_step, 2) == [["tolist", "tolist"]] * 2
+
+
 def one_drifts(group: Any) -> str:
     optimizer = build(group)
     for step in range(3):
@@ -194,9 +222,12 @@ def one_has_other_state(group: Any) -> str:
     feed(optimizer, *gradients(optimizer, 0))
     if dist.get_rank(group) == 1:
         optimizer.state[parameters_of(optimizer)[0]]["wide"]["gap"] = 1
-        optimizer.state[parameters_of(optimizer)[0]]["wide"]["since_refresh"] = 1
-    many = gradients(optimizer, 1)
-    return told(lambda: feed(optimizer, *many))
+    return told(lambda: feed(optimizer, *gradients(optimizer, 1)))
+
+
+def test_state_that_refreshes_elsewhere_is_an_error_on_all(pool):
+    for message in pool.run(one_has_other_state, 3):
+        assert message.startswith("wide: is due for a new basis on one of processes 0 and 1")
 
 
 class Net(nn.Module):
