@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,34 @@ import torch
 from torch import Tensor
 
 from arg_dist.subspace.exchange import Exchange, Steps, even_rows
+from arg_dist.subspace.fingerprint import TOLERANCE
 
 LARGEST_NORM_SQ = 1e36
 """Squares and products of larger gradients overflow in fp32."""
+
+OWN_STATE, REFRESHING, COMPARES, APART = 1, 2, 4, 8
+"""Flags in the lowest 8 bits of the first word of a report; above them steps and settings."""
+SETTINGS_BIT = 32
+STEPS = (1 << SETTINGS_BIT - 8) - 1
+"""Mask of the number of steps in a report, which is compared only."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What must be alike on all processes, in short.
+
+    Attributes:
+        settings: checksum of the settings, 31 bits.
+        summary: of the tensors that every process holds whole, an fp64 scalar; None: none compared.
+        apart: this process has found that its part differs from another copy of the model.
+    """
+
+    settings: int = 0
+    summary: Tensor | None = None
+    apart: bool = False
+
+
+ALIKE = Likeness()
 
 
 @dataclass(frozen=True)
@@ -26,6 +52,7 @@ class Agreement:
             count differs from the first process's.
         processes: size of the group.
         refreshing: whether any process reports that a matrix of the optimizer is due for a refresh.
+        unlike: whether something that must be alike on all processes seems to differ.
     """
 
     norm_sq: list[float]
@@ -34,6 +61,7 @@ class Agreement:
     strangers: list[int]
     processes: int
     refreshing: bool = False
+    unlike: bool = False
 
     def is_usable(self, names: Sequence[str], *, skip: bool) -> bool:
         """Whether the step can be taken.
@@ -80,6 +108,7 @@ def agree(
     processes: int,
     me: int,
     refreshing: bool = False,
+    likeness: Likeness = ALIKE,
 ) -> Steps[Agreement]:
     """Sum squared norms over all processes, and take the maximum number of rounds per lane.
 
@@ -94,6 +123,7 @@ def agree(
         processes: size of the group.
         me: this process's index.
         refreshing: whether this process has matrices due for a refresh.
+        likeness: what must be alike on all processes.
     """
     device = norms_sq[0][1].device if norms_sq else torch.device("cpu")
     part = torch.zeros(units, 2, dtype=torch.float64, device=device)
@@ -103,22 +133,57 @@ def agree(
         part[[unit for unit, _ in kept_sq], 1] = torch.stack([value for _, value in kept_sq])
     all_units = ((0, units),) * processes
     all_rows = ((0, processes),) * processes
-    mine = torch.tensor([[int(own_state) + 2 * int(refreshing), steps, *rounds]])
+    flags = OWN_STATE * own_state + REFRESHING * refreshing
+    mine = _report(flags, steps, rounds, likeness)
     answers = yield (
         Exchange(part, all_units, all_units),
         Exchange(mine, even_rows(processes, processes), all_rows),
     )
     totals, reports = answers[0].tolist(), answers[1].tolist()
-    steps_of_first = reports[0][1]
+    taken = [_steps_in(report[0]) for report in reports]
     return Agreement(
         norm_sq=[row[0] for row in totals],
         kept_sq=[row[1] for row in totals],
         rounds=[max(needed) for needed in zip(*(report[2:] for report in reports), strict=True)],
         strangers=[
             process
-            for process, (bits, taken, *_) in enumerate(reports)
-            if not bits & 1 or taken != steps_of_first
+            for process, report in enumerate(reports)
+            if not report[0] & OWN_STATE or taken[process] != taken[0]
         ],
         processes=processes,
-        refreshing=any(bits & 2 for bits, *_ in reports),
+        refreshing=any(report[0] & REFRESHING for report in reports),
+        unlike=_are_unlike(reports),
     )
+
+
+def _report(flags: int, steps: int, rounds: Sequence[int], likeness: Likeness) -> Tensor:
+    """What this process tells each other one: ``1 x (2 + lanes)``, int64."""
+    compares = likeness.summary is not None
+    flags += COMPARES * compares + APART * likeness.apart
+    first = flags | (steps & STEPS) << 8 | likeness.settings << SETTINGS_BIT
+    report = torch.tensor([[first, 0, *rounds]], dtype=torch.int64, device="cpu")
+    if likeness.summary is not None:
+        report = report.to(likeness.summary.device)
+        report[0, 1] = likeness.summary.view(torch.int64)
+    return report
+
+
+def _steps_in(word: int) -> int:
+    return word >> 8 & STEPS
+
+
+def _are_unlike(reports: Sequence[Sequence[int]]) -> bool:
+    """Whether flags, settings or summaries differ, or a process has found a difference."""
+    words = [(report[0] >> SETTINGS_BIT, report[0] & COMPARES) for report in reports]
+    first, *others = [_number(report[1]) for report in reports]
+    return (
+        len(set(words)) > 1
+        or any(report[0] & APART for report in reports)
+        or any(str(each) != str(first) and not abs(each - first) <= TOLERANCE for each in others)
+    )
+
+
+def _number(word: int) -> float:
+    """The fp64 number that has the bits of an int64."""
+    number: float = struct.unpack("<d", word.to_bytes(8, "little", signed=True))[0]
+    return number

@@ -15,6 +15,7 @@ from arg_dist.binding import Binding
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.copying import CopiedOptimizer
 from arg_dist.custody import Custody
+from arg_dist.equality import compare
 from arg_dist.parameter_groups import SETTINGS, check_names, members, settings_of
 from arg_dist.places import GradientsMissing, Layout, Place
 from arg_dist.saved_forms import WHOLE, whole_state
@@ -25,7 +26,6 @@ from arg_dist.sharding.fragment import ADAPTERS
 from arg_dist.sharding.lanes import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.sharding.waiting import named
 from arg_dist.state import copy_state
 from arg_dist.state_budget import Call, StateBudget
 from arg_dist.subspace.exchange import Steps
@@ -161,6 +161,7 @@ class AdaRankGrad(Binding, CopiedOptimizer):
             NoAnswerError: another process did not join a collective within `time_limit` seconds,
                 or has terminated.
             ConfigError: `state_budget` is too small for the smallest ranks; on every process.
+            RuntimeError: gradients, weights or settings differ between processes; on all of them.
             FloatingPointError: a gradient is NaN or infinite and ``nonfinite="error"``; raised on
                 every process of the group. Weights and state of this call are unchanged (an engine
                 may call once per parameter group).
@@ -219,6 +220,7 @@ class AdaRankGrad(Binding, CopiedOptimizer):
         any_due: bool,
     ) -> Agreement:
         """Agree on ``||G||^2``, finiteness and rounds of all matrices across the processes."""
+        compared = compare(plan, self.state_of, settings, self.calls)
         kept, needed = [], []
         for shards in plan.shards_by_lane:
             needed.append(max((self._rounds_of(shard, settings) for shard in shards), default=0))
@@ -234,8 +236,9 @@ class AdaRankGrad(Binding, CopiedOptimizer):
             processes=plan.communicator.size,
             me=plan.communicator.me,
             refreshing=any_due,
+            likeness=compared.likeness,
         )
-        return run([norms], plan.communicator, 1, "the sum of norms", [named(plan.names)])[0]
+        return compared.agreement(norms)
 
     def _update(
         self,

@@ -23,6 +23,11 @@ def settings_of(group: Mapping[str, Any]) -> AdaRankGradConfig:
     return AdaRankGradConfig.model_construct(**{**values, "lr": float(values["lr"])})
 
 
+def settings_text(settings: AdaRankGradConfig) -> str:
+    """The settings as text, by which processes compare them."""
+    return "; ".join(f"{key}={value!r}" for key, value in settings)
+
+
 def group_spec(
     group: ParameterGroup, settings: AdaRankGradConfig, full_rank: frozenset[str]
 ) -> GroupSpec:
@@ -42,7 +47,7 @@ def group_spec(
         side=settings.side,
         shard_basis=settings.shard_basis,
         views=views,
-        settings="; ".join(f"{key}={value!r}" for key, value in settings),
+        settings=settings_text(settings),
     )
 
 

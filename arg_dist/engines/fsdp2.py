@@ -27,15 +27,21 @@ class ShardedTensorAdapter(Adapter):
             RuntimeError: a parameter is sharded over two mesh axes, or in an unsupported way.
         """
         fragments, process_group = [], None
+        copies: tuple[dist.ProcessGroup, ...] = ()
         for name, target in zip(group.names, group.targets, strict=True):
             if target.requires_grad:
                 axis, dimension = _cut(name, target)
                 process_group = target.device_mesh.get_group(axis)  # type: ignore[attr-defined]
                 fragments.append(_fragment(name, target, axis, dimension))
+                copies = _copies(target, axis)
         if process_group is not None and dist.get_world_size(process_group) == 1:
             process_group = None
         return Holding(
-            fragments, process_group, saved_by_key=True, saved_by_first=first_process_saves
+            fragments,
+            process_group,
+            copies=copies,
+            saved_by_key=True,
+            saved_by_first=first_process_saves,
         )
 
     def untrained(self, name: str, parameter: Tensor) -> Holding | None:
@@ -97,6 +103,13 @@ def _cut(name: str, target: Any) -> tuple[int, int]:
             "axis; tensor parallelism is not supported"
         )
     return sharded[0]
+
+
+def _copies(target: Any, axis: int) -> tuple[dist.ProcessGroup, ...]:
+    """The groups over which a DTensor is replicated: every mesh axis except the sharded one."""
+    mesh = target.device_mesh
+    others = [other for other in range(mesh.ndim) if other != axis and mesh.size(other) > 1]
+    return tuple(mesh.get_group(other) for other in others)
 
 
 def _fragment(name: str, target: Any, axis: int, dimension: int) -> Fragment:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from arg_dist.config import ConfigError
+from arg_dist.engines.joining import support_join
 from arg_dist.sharding.fragment import ADAPTERS, Adapter, Fragment, Holding, ParameterGroup
 
 
@@ -18,6 +21,10 @@ class ReplicatedAdapter(Adapter):
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the targets are the parameters themselves, or copies of the trainable ones."""
         return len(group.targets) == len(_trainable(group)) or _are_originals(group)
+
+    def on_construction(self, optimizer: Any) -> None:
+        """Prepares for DDP's ``join()``."""
+        support_join(optimizer)
 
     def hold(self, group: ParameterGroup) -> Holding:
         """Returns each trainable parameter as a whole.

@@ -55,6 +55,7 @@ class Holding:
         group: the processes over which the parameters are sharded; None for a single process.
         replicated: every process holds all parameters whole, with equal gradients; work and state
             are sharded.
+        copies: groups of processes that hold the same parts in different copies of the model.
         saved_by_key: the engine's checkpoints merge the state of all processes by key, so each
             process must save its state under its own key.
         saved_by_first: whether checkpoints currently contain only the first process's state, which
@@ -64,6 +65,7 @@ class Holding:
     fragments: list[Fragment]
     group: dist.ProcessGroup | None
     replicated: bool = False
+    copies: tuple[dist.ProcessGroup, ...] = ()
     saved_by_key: bool = False
     saved_by_first: Callable[[], bool] = bool
 

@@ -59,9 +59,12 @@ class Plan:
         communicator: the process group.
         shards: this process's parts, in an order equal on all processes.
         names: names of all matrices and tensors, including those that other processes hold.
+        groups: positions of its parameter groups among those of the call.
         lanes: their positions, divided into lanes (:mod:`arg_dist.sharding.lanes`).
         held: the fragments that this process holds.
         replicated: every process holds all parameters; only the state is sharded.
+        copies: communicators of the processes that hold the same parts in other copies of the
+            model.
         saved_by_key: see :class:`arg_dist.sharding.fragment.Holding`.
         saved_by_first: see :class:`arg_dist.sharding.fragment.Holding`.
     """
@@ -69,9 +72,11 @@ class Plan:
     communicator: Communicator
     shards: list[Shard]
     names: list[str]
+    groups: list[int]
     lanes: list[range]
     held: list[Fragment]
     replicated: bool
+    copies: list[Communicator]
     saved_by_key: bool
     saved_by_first: Callable[[], bool]
 
@@ -105,16 +110,25 @@ def make_plans(
     by_group: dict[Any, list[tuple[int, GroupSpec]]] = {}
     for position, spec in enumerate(specs):
         by_group.setdefault(spec.holding.group, []).append((position, spec))
+
+    def communicator_of(group: Any) -> Communicator:
+        if group not in communicators:
+            communicators[group] = Communicator(group, time_limit)
+        return communicators[group]
+
     plans = []
     for group, members in by_group.items():
-        communicator = communicators.get(group) or Communicator(group, time_limit)
-        communicators[group] = communicator
-        plans.append(_make_plan(members, communicator, bucket_size))
+        found = dict.fromkeys(copies for _, spec in members for copies in spec.holding.copies)
+        copies = [communicator_of(each) for each in found]
+        plans.append(_make_plan(members, communicator_of(group), copies, bucket_size))
     return plans
 
 
 def _make_plan(
-    members: list[tuple[int, GroupSpec]], communicator: Communicator, bucket_size: int
+    members: list[tuple[int, GroupSpec]],
+    communicator: Communicator,
+    copies: list[Communicator],
+    bucket_size: int,
 ) -> Plan:
     described = [_describe(spec) for _, spec in members]
     everyone = communicator.gather_objects(described, "comparing layouts at the first step")
@@ -140,9 +154,11 @@ def _make_plan(
         communicator,
         shards,
         names,
+        [position for position, _ in members],
         lanes_of(sizes, bucket_size),
         held,
         replicated=any(holding.replicated for holding in holdings),
+        copies=copies,
         saved_by_key=any(holding.saved_by_key for holding in holdings),
         saved_by_first=holdings[0].saved_by_first,
     )
@@ -252,7 +268,7 @@ def _check_agreement(everyone: list[list[dict[str, Any]]]) -> None:
             _disagree("number of parameter groups", process, len(first), len(other))
         for k, (ours, theirs) in enumerate(zip(first, other, strict=True)):
             if ours["settings"] != theirs["settings"]:
-                a, b = _first_difference(ours["settings"], theirs["settings"])
+                a, b = first_difference(ours["settings"], theirs["settings"])
                 _disagree(f"settings of parameter group {k}", process, a, b)
             if len(ours["fragments"]) != len(theirs["fragments"]):
                 _disagree(
@@ -284,7 +300,7 @@ def _alike(ours: tuple[float, float], theirs: tuple[float, float]) -> bool:
     return all(not abs(a - b) > scale for a, b in zip(ours, theirs, strict=True))
 
 
-def _first_difference(ours: str, theirs: str) -> tuple[str, str]:
+def first_difference(ours: str, theirs: str) -> tuple[str, str]:
     """The first items in which two lists of settings differ."""
     for a, b in zip(ours.split("; "), theirs.split("; "), strict=False):
         if a != b:

@@ -143,7 +143,8 @@ class Waiting:
         return (
             f"{self._roll.this_process} {happened} in {words}; {found}. Weights and state may be "
             "partially updated: terminate all processes and resume from the last checkpoint. A "
-            "process that does not respond has terminated, is stuck (check its own output), or is "
+            "process that does not respond has terminated, is stuck (check its own output), has made "
+            "another number of calls (each process must call step() equally often), or is "
             f"slower than time_limit allows. Cause: {_shortened(cause)}"
         )
 

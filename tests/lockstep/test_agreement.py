@@ -11,12 +11,12 @@ from hypothesis import given
 from matrices import whole_numbers
 from tolerances import FP64
 
-from arg_dist.agreement import Agreement, agree
+from arg_dist.agreement import ALIKE, Agreement, Likeness, agree
 from arg_dist.sharding.drivers import run_local, run_lockstep
 from arg_dist.subspace.norms import norm_sq
 
 
-def agreed(ranges, gradients, rounds, strangers=(), steps=()) -> list[Agreement]:
+def agreed(ranges, gradients, rounds, strangers=(), steps=(), likenesses=()) -> list[Agreement]:
     """The agreement of shards that hold these ranges of each gradient, as each of them sees it."""
     return run_lockstep(
         [
@@ -33,6 +33,7 @@ def agreed(ranges, gradients, rounds, strangers=(), steps=()) -> list[Agreement]
                 units=len(gradients),
                 processes=len(ranges),
                 me=me,
+                likeness=likenesses[me] if likenesses else ALIKE,
             )
             for me, (start, stop) in enumerate(ranges)
         ]
@@ -76,3 +77,29 @@ def test_norms_do_not_overflow():
     )
     agreed_norm_sq = torch.tensor(run_local(steps).norm_sq, dtype=torch.float64)
     FP64.check(agreed_norm_sq, gradient.double().square().sum()[None])
+
+
+def summed(value: float) -> Likeness:
+    return Likeness(summary=torch.tensor(value, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("likenesses", "unlike"),
+    [
+        ((ALIKE, ALIKE, ALIKE), False),
+        ((Likeness(7), Likeness(7), Likeness(7)), False),
+        ((Likeness(7), Likeness(7), Likeness(2**31 - 1)), True),
+        ((summed(-3.5), summed(-3.5), summed(-3.5)), False),
+        ((summed(math.nan),) * 3, False),
+        ((summed(-3.5), summed(-3.5 + 1e-6), summed(-3.5)), False),
+        ((summed(-3.5), summed(3.5), summed(-3.5)), True),
+        ((summed(-3.5), summed(math.nan), summed(-3.5)), True),
+        ((summed(0.0), ALIKE, summed(0.0)), True),
+        ((ALIKE, ALIKE, Likeness(apart=True)), True),
+    ],
+)
+def test_everyone_knows_whether_all_are_alike(likenesses, unlike):
+    ranges, last_step = ((0, 3), (3, 3), (3, 8)), (2**24 - 1,) * 3
+    answers = agreed(ranges, [torch.ones(8)], [2, 9, 0], steps=last_step, likenesses=likenesses)
+    for answer in answers:
+        assert (answer.unlike, answer.strangers, answer.rounds) == (unlike, [], [9, 1])
