@@ -14,6 +14,7 @@ from arg_dist.agreement import Agreement, agree
 from arg_dist.algorithm import State, is_due, rounds
 from arg_dist.binding import Binding
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
+from arg_dist.coverage import Coverage
 from arg_dist.custody import Custody
 from arg_dist.parameter_groups import SETTINGS, check_names, members, settings_of
 from arg_dist.saved_forms import WHOLE, whole_state
@@ -100,6 +101,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         self.is_classified = False
         self.process_group = process_group
         self._custody = Custody()
+        self._coverage = Coverage()
         self._every_group: list[dict[str, Any]] = []
         self._budget = StateBudget(config.state_budget)
         self.calls = 0
@@ -147,6 +149,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
             if name in self._parameters:
                 raise ConfigError(f"{where}: the parameter name {name!r} occurs twice")
             self._parameters[name] = weakref.ref(parameter)
+            self._coverage.add(name, parameter)
 
     # -- the step --------------------------------------------------------------------------------
 
