@@ -107,7 +107,8 @@ def make_plans(
         by_group.setdefault(spec.holding.group, []).append((position, spec))
     plans = []
     for group, members in by_group.items():
-        communicator = communicators.get(group) or Communicator(group, time_limit)
+        holdings = [spec.holding for _, spec in members]
+        communicator = communicators.get(group) or Communicator(group, time_limit, holdings)
         communicators[group] = communicator
         plans.append(_make_plan(members, communicator, bucket_size))
     return plans
