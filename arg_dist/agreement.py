@@ -127,10 +127,8 @@ def agree(
     """
     device = norms_sq[0][1].device if norms_sq else torch.device("cpu")
     part = torch.zeros(units, 2, dtype=torch.float64, device=device)
-    if norms_sq:
-        part[[unit for unit, _ in norms_sq], 0] = torch.stack([value for _, value in norms_sq])
-    if kept_sq:
-        part[[unit for unit, _ in kept_sq], 1] = torch.stack([value for _, value in kept_sq])
+    for column, values in enumerate((norms_sq, kept_sq)):
+        _fill_in(part[:, column], values)
     all_units = ((0, units),) * processes
     all_rows = ((0, processes),) * processes
     flags = OWN_STATE * own_state + REFRESHING * refreshing
@@ -187,3 +185,16 @@ def _number(word: int) -> float:
     """The fp64 number that has the bits of an int64."""
     number: float = struct.unpack("<d", word.to_bytes(8, "little", signed=True))[0]
     return number
+
+
+def _fill_in(column: Tensor, values: Sequence[tuple[int, Tensor]]) -> None:
+    """Write scalars to their positions in a column; one copy from each device.
+
+    Args:
+        column: ``units``.
+        values: positions and scalars, on any devices.
+    """
+    for device in dict.fromkeys(value.device for _, value in values):
+        there = [(unit, value) for unit, value in values if value.device == device]
+        scalars = torch.stack([value for _, value in there])
+        column[[unit for unit, _ in there]] = scalars.to(column.device)

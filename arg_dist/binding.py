@@ -8,15 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from arg_dist.config import ConfigError
+from arg_dist.coverage import Coverage
 from arg_dist.parameter_groups import group_spec, settings_of
 from arg_dist.places import GradientsMissing, Layout, Place, has_changed, layout_of
 from arg_dist.self_report import SelfReport
 from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.fragment import ParameterGroup, step_calls
+from arg_dist.sharding.job import is_first_process
 from arg_dist.sharding.local import local_part
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.state import fits, move_state
 from arg_dist.state_budget import Call
+from arg_dist.uses import Use
 
 
 class Binding(SelfReport):
@@ -35,12 +38,19 @@ class Binding(SelfReport):
     _full_rank_names: frozenset[str]
     _gradients_missing: GradientsMissing
     _patterns_applied: bool
+    _coverage: Coverage
+    is_classified: bool
 
     def parameter_names(self) -> dict[int, str]:
         """Names of the parameters the optimizer was built with, by ``id``."""
         return {id(place.parameter): name for name, place in self._parameters.items()}
 
-    def adopt_names(self, names: Mapping[str, str], full_rank: Iterable[str]) -> None:
+    def adopt_names(
+        self,
+        names: Mapping[str, str],
+        full_rank: Iterable[str],
+        uses: Mapping[str, Use] | None = None,
+    ) -> None:
         """Rename parameters and keep some of them full-rank; only before the first step.
 
         For engines that build the optimizer from bare parameters and have the model.
@@ -48,6 +58,7 @@ class Binding(SelfReport):
         Args:
             names: new name for each old one.
             full_rank: new names of the parameters trained by full-rank Adam.
+            uses: uses of the model's parameters, by new name.
         """
         if self._plans or any(self.state.values()):  # state is kept by name
             raise RuntimeError(
@@ -57,6 +68,7 @@ class Binding(SelfReport):
         self._parameters = {names.get(old, old): place for old, place in self._parameters.items()}
         for group in self.param_groups:
             group["param_names"] = [names.get(old, old) for old in group["param_names"]]
+        self._coverage.rename(names, uses or {})
         self._full_rank_names = frozenset(full_rank)
         self._patterns_applied = True
 
@@ -166,6 +178,12 @@ class Binding(SelfReport):
             group_spec(self._seen(group), settings_of(group), self._full_rank_names)
             for group in groups
         ]
+        self._coverage.tell(
+            self._every_group,
+            self._full_rank_names,
+            is_classified=self.is_classified,
+            aloud=is_first_process(training_group(self.process_group)),
+        )
         time_limit, bucket_size = self.defaults["time_limit"], self.defaults["bucket_size"]
         return make_plans(specs, self._communicators, time_limit, bucket_size)
 

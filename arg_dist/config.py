@@ -225,7 +225,8 @@ class AdaRankGradConfig(BaseModel):
     targets: tuple[str, ...] | None = Field(
         None,
         description="glob patterns of the names of modules whose matrices are trained in low rank; "
-        "if not set, all linear layers except output heads",
+        "if not set, all whose weights multiply their input (linear layers, attention, experts, "
+        "recurrent layers) except output heads and routers",
     )
     exclude: tuple[str, ...] | None = Field(
         None,

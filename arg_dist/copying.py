@@ -29,6 +29,7 @@ CARRIED = (
     "process_group",
     "_custody",
     "_budget",
+    "_coverage",
     "_gradients_missing",
     "calls",
     "skipped_steps",

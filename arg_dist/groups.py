@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from arg_dist.config import ConfigError
+from arg_dist.coverage import note_use
+from arg_dist.heads import HEADS as HEADS
+from arg_dist.heads import output_heads
+from arg_dist.uses import Owner, Place, Use, full_shape, is_added, owner_of, use_of
 
 Kind = Literal["matrix", "convolution", "rest"]
 
-HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls", "pooler")
-"""Common names of output heads; kept full-rank unless a target matches them."""
-
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Name components that wrapper modules add."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One use of a parameter in a model.
-
-    Attributes:
-        module_name: dotted name of the module.
-        module: the module.
-        name: dotted name of the parameter.
-        parameter: the parameter.
-    """
-
-    module_name: str
-    module: nn.Module
-    name: str
-    parameter: nn.Parameter
 
 
 def classify(
@@ -52,10 +35,34 @@ def classify(
 
     Args:
         model: the model.
-        targets: modules whose matrices are low-rank; default: all linear layers (``nn.Linear`` and
-            Hugging Face's ``Conv1D``) except output heads.
+        targets: modules whose matrices are low-rank; default: all whose weights multiply their
+            input (:mod:`arg_dist.uses`): linear layers, attention, fused experts, recurrent layers;
+            but no output heads (:mod:`arg_dist.heads`) and no routers.
         exclude: modules kept full-rank, overriding `targets`; embeddings always are.
         convolutions: treat flattened convolution kernels as low-rank too.
+
+    Raises:
+        ConfigError: a pattern matches no module.
+    """
+    kinds: dict[str, Kind] = {}
+    for name, use in uses(model, targets=targets, exclude=exclude).items():
+        is_low_rank = use == "matrix" or (use == "convolution" and convolutions)
+        kinds[name] = use if is_low_rank else "rest"  # type: ignore[assignment]
+    return kinds
+
+
+def uses(
+    model: nn.Module,
+    *,
+    targets: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> dict[str, Use]:
+    """Use of each trainable parameter, from which :func:`classify` follows; recorded with each.
+
+    Args:
+        model: the model.
+        targets: as for :func:`classify`.
+        exclude: as for :func:`classify`.
 
     Raises:
         ConfigError: a pattern matches no module.
@@ -63,16 +70,15 @@ def classify(
     places = _places(model)
     for key, patterns in (("targets", targets), ("exclude", exclude)):
         _check_patterns(key, patterns or (), [place.module_name for place in _flat(places)])
-    heads = _output_heads(model)
-    kinds: dict[str, Kind] = {}
+    heads = output_heads(unwrapped(model), by_name=exclude is None)
+    modules = {own_name(name): module for name, module in unwrapped(model).named_modules()}
+    found: dict[str, Use] = {}
     for used in places:
-        kinds[used[0].name] = "rest"
-        if any(_is_kept(place, targets, exclude, heads) for place in used):
-            continue
-        kind = _matrix_kind(used[0], named=targets is not None)
-        if kind != "convolution" or convolutions:
-            kinds[used[0].name] = kind
-    return kinds
+        each = [_use(place, modules, targets, exclude, heads) for place in used]
+        kept = [use for use in each if use in ("embedding", "head", "kept")]
+        found[used[0].name] = kept[0] if kept else each[0]
+        note_use(used[0].parameter, found[used[0].name])
+    return found
 
 
 def param_groups(
@@ -151,11 +157,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """A parameter's full shape; one sharded at creation records it as ``ds_shape``."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def _places(model: nn.Module) -> list[list[Place]]:
     """All uses of each trainable parameter, in order of first use."""
     places: dict[int, list[Place]] = {}
@@ -171,35 +172,33 @@ def _flat(places: list[list[Place]]) -> Iterator[Place]:
     return (place for used in places for place in used)
 
 
-def _output_heads(model: nn.Module) -> set[int]:
-    find = getattr(unwrapped(model), "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return set() if head is None else {id(head)}
-
-
-def _is_kept(
+def _use(
     place: Place,
+    modules: Mapping[str, nn.Module],
     targets: Sequence[str] | None,
     exclude: Sequence[str] | None,
     heads: set[int],
-) -> bool:
-    """Whether this use of a parameter keeps it full-rank."""
+) -> Use:
+    """How this use of a parameter is to be trained, after `targets` and `exclude`."""
+    owner, shape = owner_of(place, modules), full_shape(place.parameter)
+    use = use_of(owner, shape, modules)
+    if len(shape) < 2:
+        return use
     if isinstance(place.module, (nn.Embedding, nn.EmbeddingBag)):
-        return True
+        return "embedding"
     if _matches(place.module_name, exclude or ()):
-        return True
+        return "kept"
     if targets is not None:
-        return not _matches(place.module_name, targets)
-    return id(place.module) in heads or (exclude is None and _matches(place.module_name, HEADS))
+        if not _matches(place.module_name, targets):
+            return use if use in ("embedding", "vector") else "kept"
+        return _use_if_named(owner, shape, use)
+    return "head" if id(owner.module) in heads and use != "vector" else use
 
 
-def _matrix_kind(place: Place, *, named: bool) -> Kind:
-    if isinstance(place.module, nn.modules.conv._ConvNd):
-        return "convolution" if len(full_shape(place.parameter)) > 2 else "rest"
-    is_linear = isinstance(place.module, nn.Linear) or type(place.module).__name__ == "Conv1D"
-    if (is_linear or named) and len(full_shape(place.parameter)) >= 2:
-        return "matrix"
-    return "rest"
+def _use_if_named(owner: Owner, shape: tuple[int, ...], use: Use) -> Use:
+    """Use of a tensor in a module that `targets` names: what is not clearly no matrix is one."""
+    is_kernel = isinstance(owner.module, nn.modules.conv._ConvNd)
+    return use if is_kernel or is_added(owner, shape) else "matrix"
 
 
 def _matches(module_name: str, patterns: Sequence[str]) -> bool:

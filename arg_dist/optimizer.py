@@ -14,6 +14,7 @@ from arg_dist.algorithm import State, is_due, rounds
 from arg_dist.binding import Binding
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.copying import CopiedOptimizer
+from arg_dist.coverage import Coverage
 from arg_dist.custody import Custody
 from arg_dist.equality import compare
 from arg_dist.parameter_groups import SETTINGS, check_names, members, settings_of
@@ -102,6 +103,7 @@ class AdaRankGrad(Binding, CopiedOptimizer):
         self.is_classified = False
         self.process_group = process_group
         self._custody = Custody()
+        self._coverage = Coverage()
         self._every_group: list[dict[str, Any]] = []
         self._budget = StateBudget(config.state_budget)
         self._gradients_missing = GradientsMissing()
@@ -150,6 +152,7 @@ class AdaRankGrad(Binding, CopiedOptimizer):
             if name in self._parameters:
                 raise ConfigError(f"{where}: the parameter name {name!r} occurs twice")
             self._parameters[name] = Place(added["params"], index)
+            self._coverage.add(name, added["params"][index])
 
     # -- the step --------------------------------------------------------------------------------
 

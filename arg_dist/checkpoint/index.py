@@ -28,7 +28,8 @@ class CheckpointError(RuntimeError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # `model_config_values` is a field, though names that begin with "model_" are reserved
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 Slice = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]

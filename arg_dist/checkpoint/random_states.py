@@ -48,5 +48,6 @@ def restore_random_states(states: Mapping[str, Tensor]) -> None:
 
 
 def _device_module() -> Any:
-    device = torch.accelerator.current_accelerator(check_available=True)
+    has_one = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if has_one else None
     return None if device is None else torch.get_device_module(device)

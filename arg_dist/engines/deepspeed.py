@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arg_dist.groups import full_shape
 from arg_dist.sharding.fragment import (
     ADAPTERS,
     Adapter,
@@ -26,6 +25,7 @@ from arg_dist.sharding.fragment import (
     ParameterGroup,
     StepCall,
 )
+from arg_dist.uses import full_shape
 
 
 class FlatPartitionAdapter(Adapter):

@@ -18,8 +18,9 @@ from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_checkpoints import follow_checkpoints
 from arg_dist.engines.deepspeed_config import refuse_unsupported
 from arg_dist.engines.library_hooks import wrap_method
-from arg_dist.groups import classify, named_parameters
+from arg_dist.groups import named_parameters, uses
 from arg_dist.optimizer import AdaRankGrad
+from arg_dist.uses import Use
 
 MOE = (
     "model: got DeepSpeed MoE layers, whose experts are reduced over separate process groups; "
@@ -120,10 +121,11 @@ def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:
         if identity in names
     }
     full_rank: list[str] = []
+    found: dict[str, Use] = {}
     if not optimizer.is_classified:
-        kinds = classify(model, **patterns)
-        full_rank = [name for name, kind in kinds.items() if kind != "matrix"]
-    optimizer.adopt_names(renamed, full_rank)
+        found = uses(model, **patterns)
+        full_rank = [name for name, use in found.items() if use != "matrix"]
+    optimizer.adopt_names(renamed, full_rank, found)
 
 
 def _refuse_model(engine: Any) -> None:

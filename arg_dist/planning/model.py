@@ -101,6 +101,7 @@ def _built(name: str, vocab_size: int | None) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model.tie_weights()  # type: ignore[operator]  # transformers 5.0 does not
     except ValueError as error:
         raise ConfigError(f"--model {name}: {str(error).splitlines()[0]}") from None
     return model

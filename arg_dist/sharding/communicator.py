@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions  # nowhere public
 
+from arg_dist.sharding.fragment import Holding
+from arg_dist.sharding.message_device import message_device
 from arg_dist.sharding.messages import Messages
 from arg_dist.sharding.waiting import Waiting, Words
 from arg_dist.subspace.exchange import Exchange
@@ -52,10 +54,13 @@ class Communicator:
         group: the process group; None for a single process.
         time_limit: seconds to wait for the other processes in one collective; None: the group's
             own timeout.
+        holdings: the fragments that the processes share, which lie on the device of the messages.
+        known: the device of the messages if there are no fragments.
 
     Attributes:
         group: the process group; None for a single process.
         time_limit: as passed.
+        device: the device of the messages; tensors elsewhere are copied to it.
         size: number of processes.
         me: this process's index in the group.
         sent_bytes: bytes sent by this process so far.
@@ -65,15 +70,24 @@ class Communicator:
         NoAnswerError: from every method: other processes did not join in time, or have terminated.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, time_limit: float | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        time_limit: float | None = None,
+        holdings: Sequence[Holding] = (),
+        known: torch.device | None = None,
+    ) -> None:
         self.group = group
         self.time_limit = time_limit
         self.size = 1 if group is None else dist.get_world_size(group)
         self.me = 0 if group is None else dist.get_rank(group)
         self.sent_bytes = 0
         self.collectives = 0
-        self._device = torch.device("cpu") if group is None else _device_of(group)
-        self._waiting = None if group is None else Waiting(group, self._device, time_limit)
+        self.device = torch.device("cpu")
+        self._waiting: Waiting | None = None
+        if group is not None:
+            self.device = message_device(group, holdings, known)
+            self._waiting = Waiting(group, self.device, time_limit)
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -95,7 +109,7 @@ class Communicator:
             return [value]
         group, mine = self.group, self._pickled(value)
         sizes = self._sizes(mine, purpose)
-        longest = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
+        longest = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         longest[: mine.numel()] = mine
         received = [torch.empty_like(longest) for _ in sizes]
 
@@ -122,7 +136,7 @@ class Communicator:
         mine = self._pickled(value)
         sizes = self._sizes(mine, purpose)
         expected = sizes if self.me == 0 else [0] * self.size
-        data = torch.empty(sum(expected), dtype=torch.uint8, device=self._device)
+        data = torch.empty(sum(expected), dtype=torch.uint8, device=self.device)
         to_first = [mine.numel()] + [0] * (self.size - 1)
         self._all_to_all(data, mine, expected, to_first, lambda: f"{purpose} (a gather)")()
         return [_unpickled(part) for part in torch.split(data, expected)] if self.me == 0 else []
@@ -152,7 +166,7 @@ class Communicator:
         Returns:
             A function that waits for the answers and returns them; to be called once.
         """
-        messages = Messages(exchanges, self.me, self.size, self._device)
+        messages = Messages(exchanges, self.me, self.size, self.device)
         send = messages.packed()
         receive = send.new_empty(sum(messages.receive_sizes))
         finish = self._all_to_all(receive, send, messages.receive_sizes, messages.send_sizes, words)
@@ -190,20 +204,13 @@ class Communicator:
 
     def _sizes(self, mine: Tensor, purpose: str) -> list[int]:
         """Exchange the message sizes of all processes."""
-        send = torch.full((self.size,), mine.numel(), device=self._device)
+        send = torch.full((self.size,), mine.numel(), device=self.device)
         receive = torch.empty_like(send)
         self._all_to_all(receive, send, [1] * self.size, [1] * self.size, lambda: purpose)()
         return [int(size) for size in receive.tolist()]
 
     def _pickled(self, value: Any) -> Tensor:
-        return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self._device)
-
-
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    """The device of the group's messages; tensors offloaded to the host are copied there."""
-    if dist.get_backend(group) in ("gloo", "mpi", "ucc"):
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
 
 
 def _unpickled(data: Tensor) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from arg_dist.sharding.communicator import Communicator, training_group
@@ -25,12 +26,26 @@ def job_communicator(
     is_single = process_group is None and not is_sharded
     group = None if is_single else training_group(process_group or "world")
     limits = [limit for plan in plans if (limit := plan.communicator.time_limit) is not None]
-    return Communicator(group, max(limits, default=None))
+    devices = [plan.communicator.device for plan in plans if plan.communicator.group is not None]
+    known = devices[0] if devices else _first_device(plans)
+    return Communicator(group, max(limits, default=None), known=known)
+
+
+def _first_device(plans: Sequence[Plan]) -> torch.device | None:
+    """Device of the first fragment; None without any."""
+    return next((held.target.device for plan in plans for held in plan.held), None)
 
 
 def has_first_process(communicator: Communicator, job: Communicator) -> bool:
     """Whether the group contains the job's first process; this selects one of several replicas."""
     return _ranks(job)[0] in _ranks(communicator)
+
+
+def is_first_process(group: dist.ProcessGroup | None) -> bool:
+    """Whether this is the first process of the group, or alone and the first one of the job."""
+    if group is not None:
+        return dist.get_rank(group) == 0
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def for_host_data(job: Communicator, seconds: float) -> Communicator:

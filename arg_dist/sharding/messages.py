@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arg_dist.sharding.routes import Route, route
+from arg_dist.sharding.transfers import gathered, spread_out
 from arg_dist.subspace.exchange import Exchange, add_up, put_together
 
 ALIGNMENT = 8
@@ -59,7 +60,10 @@ class Messages:
 
     def packed(self) -> Tensor:
         """All messages to other processes, concatenated."""
-        padding = torch.zeros(self._unit, dtype=self.dtype, device=self._device)
+        devices = {self._device, *(each.part.device for each in self._exchanges)}
+        zeros = {
+            device: torch.zeros(self._unit, dtype=self.dtype, device=device) for device in devices
+        }
         pieces: list[list[Tensor]] = [[] for _ in self.send_sizes]
         same_for_all = bool(self._routes) and all(each.is_for_all for each in self._routes)
         for exchange, each in self._both():
@@ -68,8 +72,9 @@ class Messages:
             for process, low, high in each.outgoing[:1] if same_for_all else each.outgoing:
                 piece = flat[width * (low - first) : width * (high - first)]
                 gap = self._padded(piece.numel()) - piece.numel()
-                pieces[process] += [piece, padding[:gap]] if gap else [piece]
-        message = torch.cat([padding[:0], *chain.from_iterable(pieces)])
+                pieces[process] += [piece, zeros[piece.device][:gap]] if gap else [piece]
+        nothing = zeros[self._device][:0]
+        message = gathered(list(chain.from_iterable(pieces)) or [nothing], self._device)
         return message.repeat(len(self.send_sizes) - 1) if same_for_all else message
 
     def answers(self, received: Tensor) -> list[Tensor]:
@@ -89,7 +94,8 @@ class Messages:
         arrived: list[list[Tensor]] = [[] for _ in self._exchanges]
         in_order = list(chain.from_iterable(self._slots))
         places = torch.split_with_sizes(received, [self._padded(numel) for _, numel in in_order])
-        for (k, numel), place in zip(in_order, places, strict=True):
+        devices = [self._exchanges[k].part.device for k, _ in in_order]
+        for (k, numel), place in zip(in_order, spread_out(received, places, devices), strict=True):
             arrived[k].append(place if place.numel() == numel else place[:numel])
         return arrived
 
@@ -105,7 +111,7 @@ class Messages:
                 pieces.append(next(others))
 
         def rows(piece: Tensor) -> Tensor:
-            typed = piece.to(part.device).view(part.dtype)
+            typed = piece.view(part.dtype)
             return typed.view(-1 if typed.numel() else 0, *part.shape[1:])
 
         if pieces and each.tiles:
@@ -117,7 +123,7 @@ class Messages:
         return zip(self._exchanges, self._routes, strict=True)
 
     def _flat(self, part: Tensor) -> Tensor:
-        return part.contiguous().view(-1).view(self.dtype).to(self._device)
+        return part.contiguous().view(-1).view(self.dtype)
 
     def _width(self, part: Tensor) -> int:
         """Message elements per row."""

@@ -111,16 +111,17 @@ def make_plans(
     for position, spec in enumerate(specs):
         by_group.setdefault(spec.holding.group, []).append((position, spec))
 
-    def communicator_of(group: Any) -> Communicator:
+    def communicator_of(group: Any, holdings: Sequence[Holding]) -> Communicator:
         if group not in communicators:
-            communicators[group] = Communicator(group, time_limit)
+            communicators[group] = Communicator(group, time_limit, holdings)
         return communicators[group]
 
     plans = []
     for group, members in by_group.items():
-        found = dict.fromkeys(copies for _, spec in members for copies in spec.holding.copies)
-        copies = [communicator_of(each) for each in found]
-        plans.append(_make_plan(members, communicator_of(group), copies, bucket_size))
+        holdings = [spec.holding for _, spec in members]
+        found = dict.fromkeys(copies for holding in holdings for copies in holding.copies)
+        copies = [communicator_of(each, holdings) for each in found]
+        plans.append(_make_plan(members, communicator_of(group, holdings), copies, bucket_size))
     return plans
 
 

@@ -2,7 +2,8 @@
 
 On gloo, a process that waits too long raises an error. Other backends return before the collective
 completes, and an exception cannot interrupt a process blocked on its device; there, a thread logs
-the same message, and the backend's own watchdog (NCCL's) terminates the process.
+the same message, and the backend's own watchdog (NCCL's) terminates the process after the process
+group's timeout. This applies to all collectives of the group, so a longer limit cannot be set here.
 """
 
 from __future__ import annotations
@@ -28,6 +29,21 @@ NAMED = 3
 
 UNKNOWN_SECONDS = 1800.0
 """Time limit of a backend that does not report its own."""
+
+POLLING_SECONDS = 0.1
+"""How often a thread looks whether a collective has completed, to free its buffers."""
+
+SILENCE = re.compile(
+    # gloo
+    r"Timed out waiting \d+ms|Application timeout|Connection (?:closed|reset|refused)|Broken pipe|"
+    # NCCL: a watchdog's timeout, a group that was aborted after another's error, a lost connection
+    r"collective operation timeout|before timing out|communicator was aborted|ncclRemoteError|"
+    r"remote process exited|network error|"
+    # the store of the rendezvous
+    r"Socket Timeout|wait timeout",
+    re.IGNORECASE,
+)
+"""Words of backends for other processes that do not answer, or have exited."""
 
 Words = Callable[[], str]
 """Returns the purpose of a collective for messages; called only if a process waits too long."""
@@ -77,6 +93,7 @@ class Waiting:
         self._count = 0
         self._watch: Watch | None = None
         if backend.name() != "gloo" if watched is None else watched:
+            self._compare(own)
             # log before the group's own timeout terminates the process
             self._watch = Watch(self._roll, min(self.seconds, 0.9 * own))
 
@@ -108,6 +125,17 @@ class Waiting:
             self._watch.look_at(work, count, words)
         return finish
 
+    def _compare(self, own: float) -> None:
+        """Log if the group's timeout, which cannot be changed here, is shorter than the limit."""
+        if self.seconds > own:
+            level = logging.INFO if self.seconds == UNKNOWN_SECONDS else logging.WARNING
+            log.log(
+                level,
+                f"time_limit: got {self.seconds:g} s, but torch terminates the process when a "
+                f"collective of the process group has taken {own:g} s; pass timeout=timedelta("
+                f"seconds={self.seconds:g}) to init_process_group as well",
+            )
+
     def _wait(self, work: dist.Work, count: int, started: float, words: Words) -> None:
         if self._watch is not None:
             work.wait()
@@ -127,11 +155,13 @@ class Waiting:
 
     @contextmanager
     def _no_answer_error(self, count: int, started: float, words: Words) -> Iterator[None]:
-        """Convert a RuntimeError of the backend to a NoAnswerError."""
+        """Convert a RuntimeError of the backend to a NoAnswerError, unless it has another cause."""
         try:
             yield
         except RuntimeError as error:
             waited = time.monotonic() - started
+            if self._watch is not None and not SILENCE.search(str(error)):
+                raise  # of the device: out of memory, two processes on one device
             raise NoAnswerError(self._message(count, waited, words(), str(error))) from error
 
     def _message(self, count: int, waited: float, words: str, cause: str) -> str:
@@ -143,7 +173,7 @@ class Waiting:
         return (
             f"{self._roll.this_process} {happened} in {words}; {found}. Weights and state may be "
             "partially updated: terminate all processes and resume from the last checkpoint. A "
-            "process that does not respond has terminated, is stuck (check its own output), has made "
+            "process that does not respond has terminated, is stuck (see its output), has made "
             "another number of calls (each process must call step() equally often), or is "
             f"slower than time_limit allows. Cause: {_shortened(cause)}"
         )
@@ -164,14 +194,17 @@ class Watch:
         self._seconds = seconds
         self._begun: deque[tuple[float, dist.Work, int, Words]] = deque()
         self._lock = threading.Lock()
+        self._waking = threading.Event()
         self._logged = self._noted = 0
-        threading.Thread(target=_keep_watch, args=(weakref.ref(self),), daemon=True).start()
+        arguments = (weakref.ref(self), self._waking)
+        threading.Thread(target=_keep_watch, args=arguments, daemon=True).start()
 
     def look_at(self, work: dist.Work, count: int, words: Words) -> None:
         """Watch collective number `count`; collectives complete in the order they start."""
         with self._lock:
             self._begun.append((time.monotonic(), work, count, words))
         self._oldest()
+        self._waking.set()
 
     def check(self) -> float:
         """Log the oldest collective, once, if it is late; return seconds until the next check."""
@@ -182,7 +215,7 @@ class Watch:
         if oldest is not None:
             started, _, count, words = oldest
             waited = time.monotonic() - started
-            if waited >= self._seconds / 2:
+            if waited >= self._seconds / 2 and self._noted != count:
                 self._noted = count
                 self._roll.say_here(count, words())
             if waited >= self._seconds and count != self._logged:
@@ -191,7 +224,9 @@ class Watch:
                     f"{self._roll.this_process} has waited {waited:.1f} s in {words()}; "
                     f"{self._roll.call(count, words())}"
                 )
-        return self._seconds / 8
+        if oldest is None:
+            return self._seconds / 8
+        return min(self._seconds / 8, POLLING_SECONDS)
 
     def _oldest(self) -> tuple[float, dist.Work, int, Words] | None:
         with self._lock:
@@ -200,10 +235,13 @@ class Watch:
             return self._begun[0] if self._begun else None
 
 
-def _keep_watch(watch: weakref.ref[Watch]) -> None:
+def _keep_watch(watch: weakref.ref[Watch], waking: threading.Event) -> None:
     pause = 0.0
     while True:
-        time.sleep(pause)
+        # while nothing is under way, until something begins; else until it may have completed
+        if waking.wait(pause):
+            waking.clear()
+            time.sleep(POLLING_SECONDS)
         alive = watch()
         if alive is None:
             return
@@ -218,7 +256,7 @@ def _until(moment: float) -> timedelta:
 
 def _shortened(cause: str) -> str:
     """The first sentence of a backend's error, without its source location."""
-    line = re.sub(r"^\[\S+\] ", "", cause.partition("\n")[0])
+    line = re.sub(r"^\[[^]]+\] *", "", cause.partition("\n")[0])
     return line.partition(". This is typically")[0][:200]
 
 

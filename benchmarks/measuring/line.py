@@ -125,7 +125,8 @@ def _device(name: str | None) -> torch.device:
     Raises:
         InputError: the device is not available.
     """
-    best = torch.accelerator.current_accelerator(check_available=True)
+    has_one = torch.accelerator.is_available()
+    best = torch.accelerator.current_accelerator() if has_one else None
     if name is None:
         return best or torch.device("cpu")
     try:

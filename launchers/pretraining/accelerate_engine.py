@@ -239,7 +239,8 @@ def _check(prepared: Any, wanted: str) -> Optimizer:
 
 def _has_gpu() -> bool:
     """Whether accelerate runs multiple processes on this machine's accelerator (MPS: no)."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    has_one = torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator() if has_one else None
     return accelerator is not None and accelerator.type != "mps"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -12,25 +11,39 @@ import torch.distributed as dist
 
 from arg_dist import ConfigError, NoAnswerError
 from arg_dist.cli.parsing import InputError, is_first_process
+from arg_dist.sharding.waiting import SILENCE
 
 T = TypeVar("T")
+
+PREPARATION = timedelta(days=1)
+"""How long processes wait for the first one to read and tokenize text; if it exits, they notice."""
 
 
 def from_first_process(produce: Callable[[], T]) -> T:
     """Calls `produce` on the first process and broadcasts its result.
 
-    Files need to be readable there only, and user errors are raised on every process.
+    Files need to be readable there only, and user errors are raised on every process. The result
+    passes through the host's memory, and the others wait for :data:`PREPARATION`, whatever the
+    device and the timeout of the job's own group are.
     """
+    group = _host_group() if dist.get_world_size() > 1 else None
     box: list[T | InputError | ConfigError | None] = [None]
     if is_first_process():
         try:
             box[0] = produce()
         except (InputError, ConfigError) as error:
             box[0] = error
-    dist.broadcast_object_list(box, src=0)
+    if group is not None:
+        dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
+        dist.destroy_process_group(group)
     if isinstance(box[0], (InputError, ConfigError)):
         raise box[0]
     return box[0]  # type: ignore[return-value]
+
+
+def _host_group() -> dist.ProcessGroup:
+    """A group of all processes whose messages do not pass through a device."""
+    return dist.new_group(backend="gloo", timeout=PREPARATION)
 
 
 def limit_waiting(limit: timedelta) -> None:
@@ -47,11 +60,11 @@ def limit_waiting(limit: timedelta) -> None:
 def no_answer(error: RuntimeError) -> str | None:
     """The message for an `error` caused by unresponsive processes; None for other errors.
 
-    The optimizer's errors name its matrices; gloo's, from an engine's collectives, hold little.
+    The optimizer's errors name its matrices; those of an engine's collectives hold little.
     """
     if isinstance(error, NoAnswerError):
         return str(error)
-    found = _SILENCE.search(str(error))
+    found = SILENCE.search(str(error))
     if found is None:
         return None
     return (
@@ -59,9 +72,6 @@ def no_answer(error: RuntimeError) -> str | None:
         "outside the optimizer); check its own output, and continue with --resume; --time-limit "
         "sets how long to wait"
     )
-
-
-_SILENCE = re.compile(r"Timed out waiting \d+ms|Connection (?:closed|reset) by peer|Broken pipe")
 
 
 def mean_and_stop(

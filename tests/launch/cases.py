@@ -120,6 +120,8 @@ VARIANTS = [
     Case("zero1-fp16", "llama", 1, top=FP16),
     Case("zero2-fp16", "llama", 2, top=FP16),
     Case("zero3-fp16", "llama", 3, WHOLE, top=FP16),
+    Case("zero2-experts", "moe", 2),
+    Case("zero3-experts", "moe", 3, WHOLE),
 ]  # fmt: skip
 """Run with 2 processes; `json` and `client` are the other ways in."""
 

@@ -21,6 +21,15 @@ TINY_LLAMA: dict[str, Any] = {
 }
 """A configuration of transformers, without the vocabulary; cuts fall inside its rows."""
 
+TINY_MOE: dict[str, Any] = {
+    **TINY_LLAMA,
+    "hidden_size": 40,
+    "intermediate_size": 28,
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+}
+"""A configuration with experts, which transformers keeps as one tensor a layer."""
+
 
 class Scale(nn.Module):
     """Multiplies by one learned number."""
@@ -79,6 +88,12 @@ def build(name: str) -> nn.Module:
             attn_implementation="eager",
         )
         return GPT2LMHeadModel(config)
+    if name == "moe":
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        # every token goes to every expert: no rounding can send it elsewhere
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 4}
+        return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **TINY_MOE, **experts))
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=VOCABULARY, **TINY_LLAMA, attn_implementation="eager")

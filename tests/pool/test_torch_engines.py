@@ -37,7 +37,7 @@ def train(
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     runs = {}
-    for name in ("llama", "gpt2", "odd"):
+    for name in ("llama", "gpt2", "odd", "moe"):
         mine = training.one_process(name)
         runs[name] = {**training.train(mine), "state_bytes": mine.optimizer.state_bytes()}
     return runs
@@ -46,6 +46,7 @@ def alone() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("processes", "name", "engine"),
     [(n, name, how) for how in HOW for n in (1, 2, 3, 4) for name in ("llama", "gpt2", "odd")]
+    + [(2, "moe", "ROWS"), (3, "moe", "ROWS"), (2, "moe", "DDP"), (2, "moe", "COLUMNS")]
     + [(2, "llama", "COLUMNS"), (4, "llama", "COLUMNS"), (4, "llama", "HSDP")]
     + [(2, "llama", "OFFLOAD"), (4, "llama", "OFFLOAD")]
     + [(2, "llama", "DDP_STATIC"), (2, "llama", "DDP_VIEWS"), (4, "llama", "DDP_STATIC_VIEWS")],

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from arg_dist import AdaRankGrad, NoAnswerError
 from arg_dist.checkpoint import CheckpointError, Restored, SaveTimes
 from arg_dist.cli.parsing import InputError
-from launchers.pretraining import saving
+from launchers.pretraining import processes, saving
 from launchers.pretraining.processes import limit_waiting, no_answer
 from launchers.pretraining.resuming import CheckpointPlan
 from launchers.pretraining.saving import RunCheckpoints
@@ -178,13 +178,41 @@ def test_an_error_of_all_processes_leaves_the_last_save_whole(run):
 
 
 @pytest.mark.parametrize(
-    "text", ["gloo: Timed out waiting 8000ms for recv", "pair.cc: Connection closed by peer [::1]"]
+    "text",
+    [
+        "gloo: Timed out waiting 8000ms for recv",
+        "pair.cc: Connection closed by peer [::1]",
+        "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, "
+        "OpType=ALLREDUCE, Timeout(ms)=600000) ran for 600043 milliseconds before timing out.",
+        "NCCL communicator was aborted on rank 1.",
+        "NCCL error in: ProcessGroupNCCL.cpp:1970, remote process exited or there was a network "
+        "error, NCCL version 2.21.5",
+        "ncclRemoteError: A call failed possibly due to a network error",
+    ],
 )
 def test_the_silence_of_others_is_told_in_one_line(text):
     told = no_answer(RuntimeError(text))
     assert "stopped answering" in told and "--time-limit" in told
     assert no_answer(NoAnswerError("waited for q_proj")) == "waited for q_proj"
     assert no_answer(RuntimeError("size mismatch")) is None
+
+
+def test_data_reaches_the_processes_through_the_host_with_time_to_prepare_it(monkeypatch):
+    seen = {}
+
+    def send(box, src, group, device):
+        assert group is made and device == torch.device("cpu")
+        seen["sent"] = list(box)
+
+    made = object()
+    monkeypatch.setattr(processes, "is_first_process", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda **kept: seen.update(kept) or made)
+    monkeypatch.setattr(dist, "broadcast_object_list", send)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: seen.update(gone=group))
+    assert processes.from_first_process(lambda: [1, 2]) == [1, 2]
+    assert seen == {"backend": "gloo", "timeout": processes.PREPARATION, "sent": [[1, 2]],
+                    "gone": made}  # fmt: skip
 
 
 def test_every_group_gets_the_time_limit(alone):

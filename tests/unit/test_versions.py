@@ -26,3 +26,27 @@ def test_everything_that_is_asked_for_by_name_has_its_version() -> None:
         asked += extra
     names = {name_of(requirement) for requirement in asked} - {project["name"]}
     assert len(names) > 20 and not names - pinned
+
+
+OLDEST_TESTED = {
+    "torch": "2.6",
+    "pydantic": "2.7",
+    "safetensors": "0.8",
+    "numpy": "1.26",
+    "rich": "13",
+    "deepspeed": "0.19",
+    "accelerate": "1.15",
+    "transformers": "5",
+}
+"""The oldest versions that the unit, lockstep and pool tests have passed with; to promise an older
+one, run them with it."""
+
+
+def test_the_oldest_versions_that_are_promised_are_those_that_were_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = list(project["dependencies"])
+    for extra in ("deepspeed", "accelerate", "transformers"):
+        asked += project["optional-dependencies"][extra]
+    promised = dict(requirement.split(">=") for requirement in asked)
+    assert promised == OLDEST_TESTED
+    assert project["requires-python"] == ">=3.11"

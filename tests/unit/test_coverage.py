@@ -1,0 +1,106 @@
+"""How much is trained in low rank is told at the first step, and what may be an oversight."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+from one_process import parameters_of
+from torch import nn
+
+from arg_dist import AdaRankGrad, param_groups
+
+
+class Net(nn.Module):
+    """A layer, a table, a head, and something of one's own."""
+
+    def __init__(self, own: tuple[int, ...] = (32, 16), name: str = "mixing") -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 16)
+        self.layer = nn.Linear(16, 32)
+        self.lm_head = nn.Linear(16, 40, bias=False)
+        self.inner = nn.Module()
+        self.inner.register_parameter(name, nn.Parameter(torch.zeros(own)))
+
+
+def first_step(optimizer: AdaRankGrad) -> list[str]:
+    """The warnings of the first step."""
+    for parameter in parameters_of(optimizer):
+        parameter.grad = torch.ones_like(parameter)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        optimizer.step()
+    return [str(warning.message) for warning in caught]
+
+
+def of(model: nn.Module, *, max_rank: float | int = 0.25, **patterns) -> list[str]:
+    return first_step(AdaRankGrad(param_groups(model, **patterns), max_rank=max_rank))
+
+
+def test_one_line_tells_what_is_in_low_rank_and_what_is_not(caplog):
+    with caplog.at_level(logging.INFO, "arg_dist"):
+        assert of(Net(name="weight")) == []
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "AdaRankGrad trains 2 matrices in low rank, 43.8 % of 2,336 weights; full-rank Adam "
+        "trains embeddings 27.4 %, output heads 27.4 %, norms, biases and other vectors 1.37 %"
+    )
+
+
+def test_a_tensor_of_unknown_use_is_told_with_the_targets_that_train_it():
+    (warning,) = of(Net())
+    assert "full-rank Adam trains 50 % of the weights of matrices" in warning
+    assert "inner.mixing (32, 16)" in warning and "targets=['inner', 'layer']" in warning
+    assert of(Net(), targets=["inner", "layer"]) == []
+
+
+@pytest.mark.parametrize("patterns", [{"targets": ["layer"]}, {"exclude": ["inner", "lm_head"]}])
+def test_what_was_left_on_purpose_is_not_told(patterns):
+    assert of(Net(), **patterns) == []
+
+
+def test_little_is_not_told():
+    assert of(Net(own=(2, 16))) == []
+
+
+def test_convolutions_are_told_with_the_argument_that_trains_them():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 8))
+    (warning,) = of(model)
+    assert "0.weight (8, 8, 3, 3). To train them" in warning and "convolutions=True" in warning
+    assert of(model, convolutions=True) == []
+
+
+def test_a_max_rank_that_leaves_everything_to_adam_is_told():
+    (warning,) = of(Net(own=(2, 16)), max_rank=64)
+    assert "trains 100 % of the weights" in warning and "lower max_rank" in warning
+
+
+def test_groups_that_say_what_is_low_rank_are_taken_at_their_word():
+    model = Net()
+    groups = [
+        {"params": [model.layer.weight], "low_rank": True},
+        {"params": [model.table.weight, model.inner.mixing], "low_rank": False},
+    ]
+    assert first_step(AdaRankGrad(groups)) == []
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_bare_parameters_are_told_that_nothing_is_known_of_the_model(named):
+    model = Net()
+    parameters = model.named_parameters() if named else model.parameters()
+    (warning,) = first_step(AdaRankGrad(parameters))
+    assert "every tensor of two or more dimensions is trained in low rank (4), embe" in warning
+    assert "arg_dist.param_groups(model)" in warning
+
+
+def test_names_that_an_engine_brings_are_as_good_as_a_model():
+    model = Net()
+    optimizer = AdaRankGrad(list(model.parameters()))
+    uses = {"table.weight": "embedding", "lm_head.weight": "head", "inner.mixing": "other"}
+    names = {f"group0.param{i}": name for i, (name, _) in enumerate(model.named_parameters())}
+    optimizer.adopt_names(names, list(uses), {**uses, "layer.weight": "matrix"})
+    (warning,) = first_step(optimizer)
+    assert "inner.mixing (32, 16)" in warning
