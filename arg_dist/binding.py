@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from arg_dist.config import ConfigError
+from arg_dist.groups import full_shape
 from arg_dist.parameter_groups import group_spec, settings_of
 from arg_dist.self_report import SelfReport
 from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.fragment import ParameterGroup, step_calls
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.state_budget import Call
+
+RESTING = (0, False)
+"""First in the key of the plans of frozen parameters."""
 
 
 class Binding(SelfReport):
@@ -65,6 +69,46 @@ class Binding(SelfReport):
             self._plans.clear()
         return [plan for call in self.calls_of_a_step() for plan in call.plans]
 
+    def bind_all(self, *, frozen: Collection[str] = (), anew: bool = False) -> list[Plan]:
+        """Plans of all that is saved: tensors that train, and frozen parameters that have state.
+
+        Collective: every process must call it, after the engine has taken over the parameters.
+
+        Args:
+            frozen: names of frozen parameters to include whether or not they have state.
+            anew: discard existing plans, because settings have changed.
+        """
+        return self.bind(anew=anew) + self._resting_plans(frozen)
+
+    def _resting_plans(self, frozen: Collection[str] = ()) -> list[Plan]:
+        """Plans of frozen parameters that have state, or whose names are given.
+
+        Local where every process holds the parameters whole; otherwise collective.
+        """
+        groups = []
+        for group in self._every_group:
+            if len(group["params"]) != len(group["param_names"]):
+                continue  # an engine's own tensors, which are never frozen
+            rest = [
+                (name, target)
+                for name, target in zip(group["param_names"], group["params"], strict=True)
+                if not target.requires_grad and (name in frozen or self.state.get(target))
+            ]
+            if rest:
+                names, targets = map(list, zip(*rest, strict=True))
+                groups.append({**group, "params": targets, "param_names": names})
+        return self._bound_plans(groups, resting=True) if groups else []
+
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        """Full shapes of the parameters, by name, as far as they are known."""
+        shapes: dict[str, list[int]] = {}
+        for group in map(self._seen, self.param_groups):
+            known = group.alive()
+            if not known and len(group.targets) == len(group.names):
+                known = list(zip(group.names, group.targets, strict=True))
+            shapes |= {name: list(full_shape(parameter)) for name, parameter in known}
+        return shapes
+
     def calls_of_a_step(self) -> list[Call]:
         """The calls to :meth:`step` that the engine will make, without those that have no tensors.
 
@@ -80,30 +124,33 @@ class Binding(SelfReport):
                 calls.append(Call(settings, self._bound_plans(groups)))
         return calls
 
-    def _bound_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
+    def _bound_plans(self, groups: list[dict[str, Any]], *, resting: bool = False) -> list[Plan]:
         """Plans for the tensors that the groups hold now, created on first use."""
         key = tuple((id(p), p.requires_grad) for group in groups for p in group["params"])
+        key = (RESTING, *key) if resting else key
         if key not in self._plans:
-            self._plans[key] = self._make_plans(groups)
+            self._plans[key] = self._make_plans(groups, resting=resting)
         return self._plans[key]
 
-    def _make_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
+    def _make_plans(self, groups: list[dict[str, Any]], *, resting: bool) -> list[Plan]:
         if not self._patterns_applied:
             raise ConfigError(
                 "targets, exclude: the optimizer was built from bare parameters, which have no "
                 "module names; build its groups with arg_dist.param_groups(model, targets=..., ...)"
             )
         specs = [
-            group_spec(self._seen(group), settings_of(group), self._full_rank_names)
+            group_spec(
+                self._seen(group, resting=resting), settings_of(group), self._full_rank_names
+            )
             for group in groups
         ]
         time_limit, bucket_size = self.defaults["time_limit"], self.defaults["bucket_size"]
-        return make_plans(specs, self._communicators, time_limit, bucket_size)
+        return make_plans(specs, self._communicators, time_limit, bucket_size, resting=resting)
 
-    def _seen(self, group: dict[str, Any]) -> ParameterGroup:
+    def _seen(self, group: dict[str, Any], *, resting: bool = False) -> ParameterGroup:
         """A group in the form that the engine adapters take."""
         parameters = [self._parameters[name]() for name in group["param_names"]]
         process_group = training_group(self.process_group)
         return ParameterGroup(
-            list(group["params"]), group["param_names"], parameters, process_group
+            list(group["params"]), group["param_names"], parameters, process_group, resting
         )

@@ -74,13 +74,14 @@ def draft(
         CheckpointError: on every process: the scheduler's state or `job` cannot be written as
             JSON, or a process could not copy its part.
     """
-    plans = optimizer.bind()
+    plans = optimizer.plans_of_state()
     communicator = job_communicator(optimizer.process_group, plans)
     me = communicator.me
     made: list[Draft] = []
 
     def make() -> None:
         _check_json(scheduler, job)
+        optimizer.check_own_state(plans)
         contents = Contents()
         for plan in plans:
             # other replicas hold the same

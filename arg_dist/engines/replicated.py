@@ -20,7 +20,7 @@ class ReplicatedAdapter(Adapter):
         return len(group.targets) == len(_trainable(group)) or _are_originals(group)
 
     def hold(self, group: ParameterGroup) -> Holding:
-        """Returns each trainable parameter as a whole.
+        """Returns each parameter that trains, or rests, as a whole.
 
         Raises:
             RuntimeError: a parameter is sharded by FSDP1 or not contiguous, or its copy has another
@@ -30,7 +30,7 @@ class ReplicatedAdapter(Adapter):
             pairs = [
                 (name, target)
                 for name, target in zip(group.names, group.targets, strict=True)
-                if target.requires_grad
+                if group.holds(target)
             ]
         else:
             pairs = [

@@ -57,15 +57,12 @@ class Holding:
             are sharded.
         saved_by_key: the engine's checkpoints merge the state of all processes by key, so each
             process must save its state under its own key.
-        saved_by_first: whether checkpoints currently contain only the first process's state, which
-            must then include all keys; called on all processes at every save.
     """
 
     fragments: list[Fragment]
     group: dist.ProcessGroup | None
     replicated: bool = False
     saved_by_key: bool = False
-    saved_by_first: Callable[[], bool] = bool
 
 
 @dataclass(frozen=True)
@@ -78,12 +75,18 @@ class ParameterGroup:
         parameters: those parameters; None for each that no longer exists.
         process_group: processes that train the same model together, for tensors that do not carry
             this information.
+        resting: the parameters are frozen but have state, and are held as if they trained.
     """
 
     targets: list[Tensor]
     names: Sequence[str]
     parameters: list[Tensor | None]
     process_group: dist.ProcessGroup | None
+    resting: bool = False
+
+    def holds(self, target: Tensor) -> bool:
+        """Whether a target is to be held: it trains, or rests with state."""
+        return self.resting or target.requires_grad
 
     def alive(self) -> list[tuple[str, Any]]:
         """Names and parameters of those that still exist."""
