@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,10 @@ from arg_dist.sharding.local import local_part
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.state import fits, move_state
 from arg_dist.state_budget import Call
-from arg_dist.uses import Use
+from arg_dist.uses import Use, full_shape
+
+RESTING = (0, False)
+"""First in the key of the plans of frozen parameters."""
 
 
 class Binding(SelfReport):
@@ -85,6 +88,46 @@ class Binding(SelfReport):
             self._tensors_of_plans.clear()
         return [plan for call in self.calls_of_a_step() for plan in call.plans]
 
+    def bind_all(self, *, frozen: Collection[str] = (), anew: bool = False) -> list[Plan]:
+        """Plans of all that is saved: tensors that train, and frozen parameters that have state.
+
+        Collective: every process must call it, after the engine has taken over the parameters.
+
+        Args:
+            frozen: names of frozen parameters to include whether or not they have state.
+            anew: discard existing plans, because settings have changed.
+        """
+        return self.bind(anew=anew) + self._resting_plans(frozen)
+
+    def _resting_plans(self, frozen: Collection[str] = ()) -> list[Plan]:
+        """Plans of frozen parameters that have state, or whose names are given.
+
+        Local where every process holds the parameters whole; otherwise collective.
+        """
+        groups = []
+        for group in self._every_group:
+            if len(group["params"]) != len(group["param_names"]):
+                continue  # an engine's own tensors, which are never frozen
+            rest = [
+                (name, target)
+                for name, target in zip(group["param_names"], group["params"], strict=True)
+                if not target.requires_grad and (name in frozen or self.state.get(target))
+            ]
+            if rest:
+                names, targets = map(list, zip(*rest, strict=True))
+                groups.append({**group, "params": targets, "param_names": names})
+        return self._bound_plans(groups, resting=True) if groups else []
+
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        """Full shapes of the parameters, by name, as far as they are known."""
+        shapes: dict[str, list[int]] = {}
+        for group in map(self._seen, self.param_groups):
+            known = group.alive()
+            if not known and len(group.targets) == len(group.names):
+                known = list(zip(group.names, group.targets, strict=True))
+            shapes |= {name: list(full_shape(parameter)) for name, parameter in known}
+        return shapes
+
     def calls_of_a_step(self) -> list[Call]:
         """The calls to :meth:`step` that the engine will make, without those that have no tensors.
 
@@ -112,17 +155,18 @@ class Binding(SelfReport):
         tensors = (tensor for group in groups for tensor in group["params"])
         self._gradients_missing.note(tensors, len(self._parameters))
 
-    def _bound_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
+    def _bound_plans(self, groups: list[dict[str, Any]], *, resting: bool = False) -> list[Plan]:
         """Plans for the tensors that the groups hold now, created on first use.
 
         Raises:
             RuntimeError: on every process: the state of a tensor does not fit its present shape.
         """
         tensors = [tensor for group in groups for tensor in group["params"]]
-        key = tuple(map(layout_of, tensors))
+        layouts = tuple(map(layout_of, tensors))
+        key = (RESTING, *layouts) if resting else layouts
         if key not in self._plans:
-            outdated = self._outdated(key)
-            plans = self._make_plans(groups)
+            outdated = self._outdated(layouts)
+            plans = self._make_plans(groups, resting=resting)
             if outdated:
                 self._refuse_misfits([plan for old in outdated for plan in self._plans[old]], plans)
             for old in outdated:
@@ -131,17 +175,20 @@ class Binding(SelfReport):
             self._tensors_of_plans[key] = tensors  # alive, so that their ids stay theirs
         return self._plans[key]
 
-    def _outdated(self, key: tuple[Layout, ...]) -> list[tuple[Layout, ...]]:
+    def _outdated(self, layouts: tuple[Layout, ...]) -> list[tuple[Layout, ...]]:
         """The plans of tensors that have changed, or that the groups no longer hold."""
         calls = step_calls([self._seen(group) for group in self._all_groups()])
-        now = {layout[0]: layout for layout in key}
+        now = {layout[0]: layout for layout in layouts}
         held = {id(tensor) for call in calls for _, targets in call for tensor in targets}
         held |= now.keys()
         return [
             old
             for old in self._plans
-            if any(layout[0] not in held for layout in old)
-            or any(has_changed(layout, now.get(layout[0], layout)) for layout in old)
+            if any(
+                layout[0] not in held or has_changed(layout, now.get(layout[0], layout))
+                for layout in old
+                if layout != RESTING
+            )
         ]
 
     def _refuse_misfits(self, outdated: list[Plan], plans: list[Plan]) -> None:
@@ -168,14 +215,16 @@ class Binding(SelfReport):
                     "process) to start it anew"
                 )
 
-    def _make_plans(self, groups: list[dict[str, Any]]) -> list[Plan]:
+    def _make_plans(self, groups: list[dict[str, Any]], *, resting: bool) -> list[Plan]:
         if not self._patterns_applied:
             raise ConfigError(
                 "targets, exclude: the optimizer was built from bare parameters, which have no "
                 "module names; build its groups with arg_dist.param_groups(model, targets=..., ...)"
             )
         specs = [
-            group_spec(self._seen(group), settings_of(group), self._full_rank_names)
+            group_spec(
+                self._seen(group, resting=resting), settings_of(group), self._full_rank_names
+            )
             for group in groups
         ]
         self._coverage.tell(
@@ -185,9 +234,9 @@ class Binding(SelfReport):
             aloud=is_first_process(training_group(self.process_group)),
         )
         time_limit, bucket_size = self.defaults["time_limit"], self.defaults["bucket_size"]
-        return make_plans(specs, self._communicators, time_limit, bucket_size)
+        return make_plans(specs, self._communicators, time_limit, bucket_size, resting=resting)
 
-    def _seen(self, group: dict[str, Any]) -> ParameterGroup:
+    def _seen(self, group: dict[str, Any], *, resting: bool = False) -> ParameterGroup:
         """A group in the form that the engine adapters take.
 
         Raises:
@@ -203,4 +252,4 @@ class Binding(SelfReport):
             )
         process_group = training_group(self.process_group)
         parameters = [place.parameter for place in places]
-        return ParameterGroup(list(group["params"]), names, parameters, process_group)
+        return ParameterGroup(list(group["params"]), names, parameters, process_group, resting)

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from arg_dist.algorithm import State
-from arg_dist.parameter_groups import without_arrays
-from arg_dist.saved_forms import ELSEWHERE, WHOLE, Place, cut_state, is_packed, pack, unpack
+from arg_dist.loading import Loaded
+from arg_dist.saved_forms import ELSEWHERE, WHOLE, Place, cut_state
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
 from arg_dist.state import fits
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Contents of a state dictionary for this process.
-
-    Attributes:
-        calls: steps taken before it was saved.
-        states: states of the matrices and tensors in each target, by name.
-    """
-
-    calls: int
-    states: dict[Tensor, dict[str, State]]
 
 
 class Custody:
@@ -73,64 +59,47 @@ class Custody:
             by_target.setdefault(shard.fragment.target, {})[shard.name] = state
         self.whole = (WHOLE if plan.communicator.me == to else ELSEWHERE, by_target)
 
-    def prepare_saving(
-        self, saved: dict[str, Any], targets: Sequence[Tensor], plans: Sequence[Plan]
-    ) -> None:
-        """Record in `saved` which process it belongs to, in the form the engine's format requires.
+    def sign(self, saved: dict[str, Any], targets: Sequence[Tensor], plans: Sequence[Plan]) -> None:
+        """Record in `saved` which process it belongs to; replace sharded state by the whole.
 
         Args:
             saved: the optimizer's state dictionary.
             targets: the tensors of its groups, in the order of their indexes in it.
-            plans: the optimizer's plans.
+            plans: the optimizer's plans; empty if it has not stepped since it was loaded.
 
         Raises:
-            RuntimeError: the state has not been consolidated.
+            RuntimeError: the state has not been consolidated, or is another process's.
         """
-        saved["param_groups"] = [without_arrays(group) for group in saved["param_groups"]]
+        saved["process"] = None if plans else self._place
         for plan in plans:
-            place = (plan.communicator.me, plan.communicator.size)
-            saved["process"] = saved["process"] or place
+            saved["process"] = saved["process"] or (plan.communicator.me, plan.communicator.size)
             if plan.replicated:
                 if self.whole is None:
                     raise RuntimeError(_NOT_CONSOLIDATED)
                 saved["process"], whole = self.whole
                 saved["state"] = {i: whole[t] for i, t in enumerate(targets) if t in whole}
-            elif plan.saved_by_key:
-                here = {id(fragment.target) for fragment in plan.held}
-                packs = {
-                    index: pack(saved["state"].get(index, {}), place, saved["calls"], target.device)
-                    for index, target in enumerate(targets)
-                    if id(target) in here
-                }
-                saved["state"].update(packs)
-                for index, own in packs.items() if plan.saved_by_first() else ():
-                    for entry in plan.communicator.gather_objects_on_first(own, "state_dict"):
-                        saved["state"][index] = saved["state"][index] | entry
+            elif not self._is_of(plan):
+                where = OTHERS_STATE.format(plan.communicator.me, plan.communicator.size)
+                raise RuntimeError(f"state_dict: {where}")
 
     # -- in --------------------------------------------------------------------------------------
 
-    def load(
-        self, saved: Mapping[str, Any], targets: Mapping[Any, Tensor], plans: Sequence[Plan]
-    ) -> Loaded:
-        """Extract the states of a state dictionary, for the target of each index.
-
-        Raises:
-            ConfigError: it contains only states of other processes.
-        """
-        self.whole, self._place, calls = None, saved.get("process"), saved.get("calls", 0)
-        places = [(plan.communicator.me, plan.communicator.size) for plan in plans]
-        here = places[0] if places else None
-        states = {}
-        for index, target in targets.items():
-            units = saved["state"].get(index)
-            if units and is_packed(units):
-                self._place, calls, units = unpack(units, here)
-            if units is not None:  # engines may add entries for their own tools
-                states[target] = {k: v for k, v in units.items() if isinstance(v, dict)}
-        self._place = None if self._place is None else (self._place[0], self._place[1])
-        whole = states if self._place == WHOLE else {}
+    def take(self, loaded: Loaded) -> None:
+        """Begin to track state that was loaded."""
+        self.whole, self._place = None, loaded.place
+        whole = loaded.states if loaded.place == WHOLE else {}
         self._uncut = {(target, name) for target, units in whole.items() for name in units}
-        return Loaded(calls, states)
+
+    def cut_rest(self, plans: Sequence[Plan], states: Mapping[Tensor, dict[str, State]]) -> None:
+        """Reduce what is left, the state of frozen parameters, to this process's part."""
+        for plan in plans:
+            self.cut_loaded(plan, states)
+        self._uncut.clear()
+
+    @property
+    def has_uncut(self) -> bool:
+        """Whether state that was loaded whole may still have to be cut."""
+        return bool(self._uncut)
 
     def cut_loaded(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> None:
         """Reduce state that was loaded whole to this process's part, if the state is sharded."""
@@ -145,14 +114,20 @@ class Custody:
 
     def is_own(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> bool:
         """Whether the state, possibly loaded, belongs to this process and matches the shapes."""
-        here = (plan.communicator.me, plan.communicator.size)
-        was_cut = plan.replicated and self._place == WHOLE
-        if self._place not in (None, here) and not was_cut:
-            return False
-        return all(
+        return self._is_of(plan) and all(
             fits(shard, states[shard.fragment.target].get(shard.name, {})) for shard in plan.shards
         )
 
+    def _is_of(self, plan: Plan) -> bool:
+        here = (plan.communicator.me, plan.communicator.size)
+        was_cut = plan.replicated and self._place == WHOLE
+        return self._place in (None, here) or was_cut
+
+
+OTHERS_STATE = (
+    "the optimizer's state was loaded on process {} of {}, but is of another process, another "
+    "number of processes or another model; the state is sharded: each process must load its own"
+)
 
 _NOT_CONSOLIDATED = (
     "state_dict: the optimizer's state is sharded over the processes, and this process holds only "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -10,24 +10,21 @@ import torch
 from torch import Tensor
 
 from arg_dist.agreement import Agreement, agree
-from arg_dist.algorithm import State, is_due, rounds
-from arg_dist.binding import Binding
+from arg_dist.algorithm import is_due, rounds
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.copying import CopiedOptimizer
 from arg_dist.coverage import Coverage
 from arg_dist.custody import Custody
 from arg_dist.equality import compare
-from arg_dist.parameter_groups import SETTINGS, check_names, members, settings_of
+from arg_dist.parameter_groups import SETTINGS, settings_of
 from arg_dist.places import GradientsMissing, Layout, Place
-from arg_dist.saved_forms import WHOLE, whole_state
+from arg_dist.saving import Saving
 from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.drivers import run
 from arg_dist.sharding.fragment import ADAPTERS
 from arg_dist.sharding.lanes import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.state import copy_state
 from arg_dist.state_budget import Call, StateBudget
 from arg_dist.subspace.exchange import Steps
 from arg_dist.subspace.precision import matmul_precision
@@ -36,7 +33,7 @@ RENEWED_TOGETHER = 2
 """At least this many parameters may refresh early in one step; further ones are staggered."""
 
 
-class AdaRankGrad(Binding, CopiedOptimizer):
+class AdaRankGrad(Saving, CopiedOptimizer):
     """Adam in an adaptive low-rank subspace of each gradient (arXiv 2410.17881), sharded.
 
     Each matrix ``G`` has a basis ``Q`` on its shorter side. One call to :meth:`step` processes all
@@ -179,8 +176,7 @@ class AdaRankGrad(Binding, CopiedOptimizer):
         plans = self._bound_plans(groups)
         self._follow_parameters(groups, plans)
         calls = self._calls_that_share_a_budget(plans)
-        for plan in plans:
-            self._custody.cut_loaded(plan, self.state)
+        self._settle(plans)
         any_due, prepared = self._budget.any_due(calls, self.state_of), []
         for plan in plans:
             gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
@@ -284,72 +280,3 @@ class AdaRankGrad(Binding, CopiedOptimizer):
 
         shards = [shard for shard in held if self.state_of(shard) or agreed.norm_sq[shard.unit] > 0]
         return lane_of(shards, steps, settings)
-
-    # -- saving ------------------------------------------------------------------------------------
-
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gather sharded state on one process, for a checkpoint that only this process writes.
-
-        For replicated parameters; a no-op under engines that shard them. Collective: every process
-        must call it. Until the next step, :meth:`state_dict` on process `to` returns the whole
-        state, which any number of processes can load.
-
-        Args:
-            to: index in the group of the process that writes; it needs CPU memory for the whole
-                state, and device memory for one matrix at a time.
-        """
-        self._custody.whole = (WHOLE, {})
-        for plan in self.every_plan():
-            for shard in plan.shards if plan.replicated else ():
-                part = whole_state(shard, self.state_of(shard), to=to)
-                purpose = "consolidate_state_dict"
-                state = run([part], plan.communicator, 1, purpose, [shard.name])[0]
-                self._custody.keep_whole(plan, shard, state, to)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this process's state, marked with the process it belongs to.
-
-        Raises:
-            RuntimeError: the model is replicated and the state sharded, but
-                :meth:`consolidate_state_dict` has not been called since the last step.
-        """
-        saved = super().state_dict()
-        saved["process"], saved["calls"] = None, self.calls
-        self._custody.prepare_saving(saved, members(self.param_groups), list(self.every_plan()))
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a :meth:`state_dict`; unlike in torch, every tensor keeps its dtype.
-
-        State is sharded: if a process loads another process's state, the next step raises a
-        RuntimeError.
-        """
-        check_names(self.param_groups, state_dict["param_groups"])
-        before = [dict(group) for group in self.param_groups]
-        super().load_state_dict({**state_dict, "state": {}})
-        self._every_group = self.param_groups
-        for group, old in zip(self.param_groups, before, strict=True):
-            for key in SETTINGS:  # settings newer than the saved state keep their values
-                group.setdefault(key, old[key])
-        indexes = members(state_dict["param_groups"])
-        targets = dict(zip(indexes, members(self.param_groups), strict=False))
-        loaded = self._custody.load(state_dict, targets, list(self.every_plan()))
-        self.calls = loaded.calls
-        for target, units in loaded.states.items():
-            self.state[target] = copy_state(units, target.device)
-
-    def replace_state(
-        self, states: Mapping[Tensor, dict[str, State]], calls: int, skipped_steps: int
-    ) -> None:
-        """Replace this process's state.
-
-        Args:
-            states: for each tensor that :meth:`bind` found, the states of its matrices and tensors
-                by name.
-            calls: calls to :meth:`step` so far; equal on all processes.
-            skipped_steps: how many of them skipped the step.
-        """
-        self._custody = Custody()
-        self.state.clear()
-        self.state.update(states)
-        self.calls, self.skipped_steps = calls, skipped_steps

@@ -1,22 +1,17 @@
-"""Forms in which state is saved and loaded: whole, as on a single process, or packed per process.
+"""The whole state, as on a single process: gathered for saving, and cut when it was loaded.
 
 State is sharded, and engines save in two ways that would silently lose most of it. Some write the
 first process's state: there, the whole state is gathered on that process first, and each process
-takes its rows from it when loading. Others merge the state of all processes by key: there, each
-process packs its state under its own key.
+takes its rows from it when loading. Others merge the state of all processes by key
+(:mod:`arg_dist.packing`).
 """
 
 from __future__ import annotations
-
-import io
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from arg_dist.algorithm import State
-from arg_dist.config import ConfigError
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.exchange import Exchange, Interval, Rows, Steps, select_rows
 
@@ -101,48 +96,3 @@ def kept_part(value: Tensor, shard: Shard, key: str) -> Tensor:
 def _only(to: int, have: Rows) -> Rows:
     size = max(stop for _, stop in have)
     return tuple((0, size if i == to else 0) for i in range(len(have)))
-
-
-def pack(
-    units: Mapping[str, State], place: Place, calls: int, device: torch.device
-) -> dict[str, Any]:
-    """Pack one parameter's state under a key unique to this process.
-
-    The state is bytes, because its size depends on the ranks and readers of tensors need sizes in
-    advance. ``form`` is the version of the format; some readers require at least one tensor, on
-    `device`.
-    """
-    buffer = io.BytesIO()
-    torch.save({"process": place, "calls": calls, "units": dict(units)}, buffer)
-    return {_key(place): buffer.getvalue(), "form": torch.ones(1, device=device)}
-
-
-def is_packed(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of a state dictionary was written by :func:`pack`."""
-    return any(isinstance(value, bytes) for value in entry.values())
-
-
-def unpack(entry: Mapping[str, Any], place: Place | None) -> tuple[Place, int, dict[str, State]]:
-    """Unpack place, calls and units packed by :func:`pack`, without executing code.
-
-    Args:
-        entry: what one process packed, or the merged packs of all processes.
-        place: the process whose state to unpack; None for the only one.
-
-    Raises:
-        ConfigError: the entry has no state of `place`.
-    """
-    packed = {key: value for key, value in entry.items() if isinstance(value, bytes)}
-    key = _key(place) if place is not None and len(packed) > 1 else next(iter(packed))
-    if key not in packed:
-        raise ConfigError(
-            f"load_state_dict: no state of {key} was saved, but of {', '.join(packed)}; start the "
-            "same number of processes, or save with arg_dist.checkpoint, from which any number of "
-            "processes can resume"
-        )
-    unpacked = torch.load(io.BytesIO(packed[key]), map_location="cpu", weights_only=True)
-    return unpacked["process"], unpacked["calls"], unpacked["units"]
-
-
-def _key(place: Place) -> str:
-    return f"process {place[0]} of {place[1]}"

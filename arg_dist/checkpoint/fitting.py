@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -52,6 +53,14 @@ def check_model(checkpoint: Path, index: Index, optimizer: AdaRankGrad, *, weigh
             )
     for group in optimizer.param_groups:
         _settings_for(checkpoint, index, group)
+
+
+def trained_before(index: Index, *, weights: bool) -> set[str]:
+    """Names of parameters that had trained, which are loaded even if they are frozen now."""
+    names = {re.sub(r"\[\d+\]$", "", unit) for unit in index.states} | set(index.states)
+    if weights:
+        names |= {name for name, weight in index.weights.items() if weight.kind == "trained"}
+    return names
 
 
 def check_plans(checkpoint: Path, index: Index, plans: Iterable[Plan], *, weights: bool) -> None:

@@ -19,6 +19,7 @@ from arg_dist.checkpoint.fitting import (
     put_back_settings,
     put_settings,
     saved_settings,
+    trained_before,
 )
 from arg_dist.checkpoint.index import (
     INDEX_NAME,
@@ -103,7 +104,7 @@ def restore(
     on_all(job, lambda: check_model(checkpoint, index, optimizer, weights=weights))
     before = saved_settings(optimizer.param_groups)
     different = put_back_settings(optimizer, index)
-    plans = optimizer.bind(anew=True)
+    plans = optimizer.bind_all(frozen=trained_before(index, weights=weights), anew=True)
     try:
         on_all(job, lambda: check_plans(checkpoint, index, plans, weights=weights))
     except CheckpointError:
@@ -125,6 +126,9 @@ def restore(
                 if shard.name in index.states:
                     state = _state(reader, shard)
                     states.setdefault(shard.fragment.target, {})[shard.name] = state
+            for unit in (unit for plan in plans if plan.saved_by_key for unit in plan.elsewhere):
+                if unit.name in index.states:  # that it has state is known on every process
+                    states.setdefault(unit.fragment.target, {}).setdefault(unit.name, {})
             optimizer.replace_state(states, index.calls, index.skipped_steps)
             if weights:
                 held = [fragment for plan in plans for fragment in plan.held]

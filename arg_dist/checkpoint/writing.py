@@ -80,13 +80,14 @@ def draft(
         CheckpointError: on every process: something in the scheduler's state or in `job` cannot
             be stored, or a process could not copy its part.
     """
-    plans = optimizer.bind()
+    plans = optimizer.plans_of_state()
     communicator = job_communicator(optimizer.process_group, plans)
     me = communicator.me
     made: list[Draft] = []
 
     def make() -> None:
         free = _free_form(scheduler, job)
+        optimizer.check_own_state(plans)
         contents = Contents()
         for plan in plans:
             # other replicas hold the same

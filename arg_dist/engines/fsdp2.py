@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ class ShardedTensorAdapter(Adapter):
         return any(hasattr(target, "placements") for target in group.targets)
 
     def hold(self, group: ParameterGroup) -> Holding:
-        """Returns this process's rows (or columns) of each trainable parameter.
+        """Returns this process's rows (or columns) of each parameter that trains, or rests.
 
         Raises:
             RuntimeError: a parameter is sharded over two mesh axes, or in an unsupported way.
@@ -29,20 +28,14 @@ class ShardedTensorAdapter(Adapter):
         fragments, process_group = [], None
         copies: tuple[dist.ProcessGroup, ...] = ()
         for name, target in zip(group.names, group.targets, strict=True):
-            if target.requires_grad:
+            if group.holds(target):
                 axis, dimension = _cut(name, target)
                 process_group = target.device_mesh.get_group(axis)  # type: ignore[attr-defined]
                 fragments.append(_fragment(name, target, axis, dimension))
                 copies = _copies(target, axis)
         if process_group is not None and dist.get_world_size(process_group) == 1:
             process_group = None
-        return Holding(
-            fragments,
-            process_group,
-            copies=copies,
-            saved_by_key=True,
-            saved_by_first=first_process_saves,
-        )
+        return Holding(fragments, process_group, copies=copies, saved_by_key=True)
 
     def untrained(self, name: str, parameter: Tensor) -> Holding | None:
         """Returns this process's rows or columns."""
@@ -70,17 +63,6 @@ def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
         return Shard(1) if wide and parameter.shape[1] % processes == 0 else None
 
     return placement
-
-
-def first_process_saves() -> bool:
-    """Whether accelerate or the Trainer is configured to gather checkpoints on the first process.
-
-    If so, all processes create their state dictionaries, and that of the first one is written.
-    """
-    accelerate = sys.modules.get("accelerate.state")
-    shared = accelerate.AcceleratorState._shared_state if accelerate else {}
-    kind = getattr(shared.get("fsdp_plugin"), "state_dict_type", None)
-    return kind is not None and kind.name == "FULL_STATE_DICT"
 
 
 def _cut(name: str, target: Any) -> tuple[int, int]:

@@ -19,15 +19,15 @@ class ReplicatedAdapter(Adapter):
     """
 
     def recognizes(self, group: ParameterGroup) -> bool:
-        """Whether the targets are the parameters themselves, or copies of the trainable ones."""
-        return len(group.targets) == len(_trainable(group)) or _are_originals(group)
+        """Whether the targets are the parameters themselves, or copies of them."""
+        return len(group.targets) == len(_copied(group)) or _are_originals(group)
 
     def on_construction(self, optimizer: Any) -> None:
         """Prepares for DDP's ``join()``."""
         support_join(optimizer)
 
     def hold(self, group: ParameterGroup) -> Holding:
-        """Returns each trainable parameter as a whole.
+        """Returns each parameter that trains, or rests, as a whole.
 
         Raises:
             RuntimeError: a parameter is sharded by FSDP1 or not contiguous, or its copy has another
@@ -37,12 +37,12 @@ class ReplicatedAdapter(Adapter):
             pairs = [
                 (name, target)
                 for name, target in zip(group.names, group.targets, strict=True)
-                if target.requires_grad
+                if group.holds(target)
             ]
         else:
             pairs = [
                 (name, target)
-                for (name, original), target in zip(_trainable(group), group.targets, strict=True)
+                for (name, original), target in zip(_copied(group), group.targets, strict=True)
                 if _check_copy(name, original, target)
             ]
             _check_order(group, pairs)
@@ -68,8 +68,15 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _trainable(group: ParameterGroup) -> list[tuple[str, Tensor]]:
-    return [(name, parameter) for name, parameter in group.alive() if parameter.requires_grad]
+def _copied(group: ParameterGroup) -> list[tuple[str, Tensor]]:
+    """The parameters of which the targets would be copies: all, or those that train.
+
+    The engine made its copies at initialization; ``requires_grad`` may differ now.
+    """
+    alive = group.alive()
+    if len(alive) == len(group.targets):
+        return alive
+    return [(name, parameter) for name, parameter in alive if parameter.requires_grad]
 
 
 def _are_originals(group: ParameterGroup) -> bool:

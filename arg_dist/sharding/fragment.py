@@ -58,8 +58,6 @@ class Holding:
         copies: groups of processes that hold the same parts in different copies of the model.
         saved_by_key: the engine's checkpoints merge the state of all processes by key, so each
             process must save its state under its own key.
-        saved_by_first: whether checkpoints currently contain only the first process's state, which
-            must then include all keys; called on all processes at every save.
     """
 
     fragments: list[Fragment]
@@ -67,7 +65,6 @@ class Holding:
     replicated: bool = False
     copies: tuple[dist.ProcessGroup, ...] = ()
     saved_by_key: bool = False
-    saved_by_first: Callable[[], bool] = bool
 
 
 @dataclass(frozen=True)
@@ -81,12 +78,18 @@ class ParameterGroup:
             for each whose place no longer exists.
         process_group: processes that train the same model together, for tensors that do not carry
             this information.
+        resting: the parameters are frozen but have state, and are held as if they trained.
     """
 
     targets: list[Tensor]
     names: Sequence[str]
     parameters: list[Tensor | None]
     process_group: dist.ProcessGroup | None
+    resting: bool = False
+
+    def holds(self, target: Tensor) -> bool:
+        """Whether a target is to be held: it trains, or rests with state."""
+        return self.resting or target.requires_grad
 
     def alive(self) -> list[tuple[str, Any]]:
         """Names and parameters of those that exist."""

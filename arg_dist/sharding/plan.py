@@ -27,6 +27,7 @@ from arg_dist.sharding.layout import (
     matrix_spread,
 )
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
+from arg_dist.subspace.spread import Side, Spread
 
 FP32_BYTES = 4
 
@@ -52,33 +53,59 @@ class GroupSpec:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """A matrix or tensor of a plan, whether or not this process holds a part of it.
+
+    Attributes:
+        name: its name.
+        fragment: the parameter that contains it.
+        spread: how a matrix is distributed over the processes; None for a tensor.
+        side: how a tensor's elements are distributed; None for a matrix.
+    """
+
+    name: str
+    fragment: Fragment
+    spread: Spread | None = None
+    side: Side | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that one process group does in one call to ``step()``.
 
     Attributes:
         communicator: the process group.
         shards: this process's parts, in an order equal on all processes.
-        names: names of all matrices and tensors, including those that other processes hold.
         groups: positions of its parameter groups among those of the call.
+        units: all matrices and tensors, including those that other processes hold.
         lanes: their positions, divided into lanes (:mod:`arg_dist.sharding.lanes`).
         held: the fragments that this process holds.
         replicated: every process holds all parameters; only the state is sharded.
         copies: communicators of the processes that hold the same parts in other copies of the
             model.
         saved_by_key: see :class:`arg_dist.sharding.fragment.Holding`.
-        saved_by_first: see :class:`arg_dist.sharding.fragment.Holding`.
     """
 
     communicator: Communicator
     shards: list[Shard]
-    names: list[str]
     groups: list[int]
+    units: list[Unit]
     lanes: list[range]
     held: list[Fragment]
     replicated: bool
     copies: list[Communicator]
     saved_by_key: bool
-    saved_by_first: Callable[[], bool]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of all matrices and tensors."""
+        return [unit.name for unit in self.units]
+
+    @cached_property
+    def elsewhere(self) -> list[Unit]:
+        """Matrices and tensors of which this process holds nothing."""
+        held = {shard.unit for shard in self.shards}
+        return [unit for i, unit in enumerate(self.units) if i not in held]
 
     @cached_property
     def shards_by_lane(self) -> list[list[Shard]]:
@@ -95,6 +122,8 @@ def make_plans(
     communicators: dict[Any, Communicator],
     time_limit: float,
     bucket_size: int,
+    *,
+    resting: bool = False,
 ) -> list[Plan]:
     """Create one plan for each process group among the parameter groups.
 
@@ -103,6 +132,8 @@ def make_plans(
         communicators: existing communicators by process group; new ones are added.
         time_limit: seconds that a process waits for the others in one collective.
         bucket_size: bytes of fp32 weights in flight at a time.
+        resting: the parameters do not train now, and were compared when they did; then, if every
+            process holds them whole, the processes do not communicate.
 
     Raises:
         RuntimeError: on every process, if they disagree or the layout is not supported.
@@ -121,7 +152,8 @@ def make_plans(
         holdings = [spec.holding for _, spec in members]
         found = dict.fromkeys(copies for holding in holdings for copies in holding.copies)
         copies = [communicator_of(each, holdings) for each in found]
-        plans.append(_make_plan(members, communicator_of(group, holdings), copies, bucket_size))
+        communicator = communicator_of(group, holdings)
+        plans.append(_make_plan(members, communicator, copies, bucket_size, resting))
     return plans
 
 
@@ -130,12 +162,16 @@ def _make_plan(
     communicator: Communicator,
     copies: list[Communicator],
     bucket_size: int,
+    resting: bool,
 ) -> Plan:
     described = [_describe(spec) for _, spec in members]
-    everyone = communicator.gather_objects(described, "comparing layouts at the first step")
-    _check_agreement(everyone)
+    if resting and all(spec.holding.replicated for _, spec in members):
+        everyone = [described] * communicator.size
+    else:
+        everyone = communicator.gather_objects(described, "comparing layouts at the first step")
+        _check_agreement(everyone)
     shards: list[Shard] = []
-    names: list[str] = []
+    units: list[Unit] = []
     sizes: list[int] = []
     held: list[Fragment] = []
     for k, (position, spec) in enumerate(members):
@@ -143,10 +179,11 @@ def _make_plan(
             ranges = tuple(other[k]["fragments"][j]["range"] for other in everyone)
             if not spec.holding.replicated:
                 check_tiling(fragment.name, ranges, math.prod(fragment.shape))
-            found, elements = _shards_of(fragment, ranges, spec, position, communicator.me, names)
+            found, elements = _shards_of(fragment, ranges, spec, position, communicator.me, units)
             shards += found
             sizes += [FP32_BYTES * count for count in elements]
             held.append(fragment)
+    names = [unit.name for unit in units]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise RuntimeError(f"two matrices are named {twice!r}; rename one of the parameters")
@@ -154,14 +191,13 @@ def _make_plan(
     return Plan(
         communicator,
         shards,
-        names,
         [position for position, _ in members],
+        units,
         lanes_of(sizes, bucket_size),
         held,
         replicated=any(holding.replicated for holding in holdings),
         copies=copies,
         saved_by_key=any(holding.saved_by_key for holding in holdings),
-        saved_by_first=holdings[0].saved_by_first,
     )
 
 
@@ -171,11 +207,11 @@ def _shards_of(
     spec: GroupSpec,
     position: int,
     me: int,
-    names: list[str],
+    units: list[Unit],
 ) -> tuple[list[Shard], list[int]]:
     """This process's shards of one parameter, and the element counts of its matrices or tensor.
 
-    Appends their names to `names`.
+    Appends them to `units`, whether or not this process holds a part of them.
     """
     replicated = spec.holding.replicated
     views = spec.views(fragment.name, fragment.parameter_shape)
@@ -183,11 +219,8 @@ def _shards_of(
         views = [MatrixView(view.name, view.columns, view.rows, view.offset) for view in views]
     shards: list[Shard] = []
     for view in views:
-        unit = len(names)
-        names.append(view.name)
+        unit = len(units)
         mine = clip_ranges(ranges, view.offset, view.rows * view.columns)
-        if mine[me][0] == mine[me][1]:
-            continue
         spans_columns = basis_spans_columns(view.rows, view.columns, spec.side, fragment.transposed)
         spread = matrix_spread(
             view.rows,
@@ -199,6 +232,9 @@ def _shards_of(
             shard_basis=spec.shard_basis is not False,
             replicated=replicated,
         )
+        units.append(Unit(view.name, fragment, spread=spread))
+        if mine[me][0] == mine[me][1]:
+            continue
         shards.append(
             MatrixShard(
                 unit=unit,
@@ -216,9 +252,10 @@ def _shards_of(
             )
         )
     if not views:
-        unit = len(names)
-        names.append(fragment.name)
+        unit = len(units)
         numel = math.prod(fragment.shape)
+        side = element_side(ranges, numel, replicated)
+        units.append(Unit(fragment.name, fragment, side=side))
         if fragment.start < fragment.stop:
             shards.append(
                 TensorShard(
@@ -229,7 +266,7 @@ def _shards_of(
                     range=ranges[me],
                     group=position,
                     me=me,
-                    side=element_side(ranges, numel, replicated),
+                    side=side,
                 )
             )
     numel = math.prod(fragment.shape)

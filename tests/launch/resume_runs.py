@@ -41,11 +41,27 @@ def resume(case: Case, directory: Path) -> dict[str, Any]:
     _, client_state = job.engine.load_checkpoint(str(directory), tag="middle")
     assert client_state["mine"] == 5
     assert not [key for key in client_state if "adarankgrad" in key]
+    save_at_once(job, directory)
     runs["by DeepSpeed"] = {**job.train(SAVED_AFTER, STEPS), "weights": job.weights()}
     assert job.load(directory / "ours").step == SAVED_AFTER
     runs["by ours"] = {**job.train(SAVED_AFTER, STEPS), "weights": job.weights()}
+    job.engine.load_checkpoint(str(directory), tag="again")
+    runs["by DeepSpeed, again"] = {**job.train(SAVED_AFTER, STEPS), "weights": job.weights()}
+    job.load(directory / "ours again")
+    runs["by ours, again"] = {**job.train(SAVED_AFTER, STEPS), "weights": job.weights()}
     job.engine.destroy()
     return runs
+
+
+def save_at_once(job: Job, directory: Path) -> None:
+    """Saves by both ways what was just loaded, while half of the layers rest."""
+    resting = [p for p in job.engine.module.parameters() if p.requires_grad][::2]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    job.engine.save_checkpoint(str(directory), tag="again")
+    job.save(directory / "ours again", SAVED_AFTER)
+    for parameter in resting:
+        parameter.requires_grad_(True)
 
 
 def go_on(case: Case, directory: Path) -> dict[str, Any]:

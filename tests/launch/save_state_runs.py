@@ -41,13 +41,25 @@ def train(training: engines.AcceleratedTraining, first: int, last: int) -> list[
     return losses
 
 
+def rest(training: engines.AcceleratedTraining, wanted: bool) -> None:
+    """Freezes every other parameter, as gradual unfreezing would."""
+    for parameter in list(training.model.parameters())[::2]:
+        parameter.requires_grad_(not wanted)
+
+
 def resume(engine: str, folder: Path) -> dict[str, Any]:
     first = start(engine)
     train(first, 0, SAVED_AFTER)
+    rest(first, True)
     first.accelerator.save_state(str(folder))
+    rest(first, False)
     uninterrupted = train(first, SAVED_AFTER, STEPS)
     second = start(engine)
     second.accelerator.load_state(str(folder))
+    rest(second, True)
+    second.accelerator.save_state(f"{folder}-again")
+    second = start(engine)
+    second.accelerator.load_state(f"{folder}-again")
     continued = train(second, SAVED_AFTER, STEPS)
     return {
         "engine": second.accelerator.distributed_type.value,

@@ -61,6 +61,8 @@ def test_resuming_on_the_same_processes_is_bitwise(resumed: Results, case: str) 
         assert process["started anew"] == process["first"]
         assert process["by DeepSpeed"] == process["uninterrupted"]
         assert process["by ours"] == process["uninterrupted"]
+        assert process["by DeepSpeed, again"] == process["uninterrupted"]
+        assert process["by ours, again"] == process["uninterrupted"]
         assert len(process["by ours"]["losses"]) == 5
 
 

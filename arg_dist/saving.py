@@ -1,0 +1,210 @@
+"""The part of the optimizer that saves and loads its state."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arg_dist.algorithm import State
+from arg_dist.binding import Binding
+from arg_dist.custody import OTHERS_STATE, Custody
+from arg_dist.loading import check_shapes, groups_to_load, states_to_load
+from arg_dist.packing import expected_bytes, pack
+from arg_dist.parameter_groups import members, settings_of, without_arrays
+from arg_dist.saved_forms import WHOLE, Place, whole_state
+from arg_dist.sharding.communicator import training_group
+from arg_dist.sharding.drivers import run
+from arg_dist.sharding.plan import Plan
+from arg_dist.sharding.shares import is_merged, is_sharded, place_of
+from arg_dist.state import copy_state
+
+
+class Saving(Binding, torch.optim.Optimizer):
+    """The part of :class:`arg_dist.AdaRankGrad` that saves and loads its state.
+
+    Attributes:
+        expects_bytes: set to True to load, into an optimizer that has no state, what
+            ``torch.distributed.checkpoint`` wrote with a version of arg_dist before 0.2.
+    """
+
+    calls: int
+    skipped_steps: int
+    _custody: Custody
+    expects_bytes = False
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gather sharded state on one process, for a checkpoint that only this process writes.
+
+        For replicated parameters; a no-op under engines that shard them. Collective: every process
+        must call it. Until the next step, :meth:`state_dict` on process `to` returns the whole
+        state, which any number of processes can load.
+
+        Args:
+            to: index in the group of the process that writes; it needs CPU memory for the whole
+                state, and device memory for one matrix at a time.
+
+        Raises:
+            RuntimeError: on every process, if one of them has loaded another's state.
+        """
+        plans = self.plans_of_state()
+        self._custody.whole = (WHOLE, {})
+        for plan in plans:
+            if not plan.replicated:
+                continue
+            own = plan.communicator.gather_objects(
+                self._custody.is_own(plan, self.state), "consolidate_state_dict"
+            )
+            if not all(own):
+                raise RuntimeError(
+                    "consolidate_state_dict: " + OTHERS_STATE.format(own.index(False), len(own))
+                )
+            for shard in plan.shards:
+                part = whole_state(shard, self.state_of(shard), to=to)
+                purpose = "consolidate_state_dict"
+                state = run([part], plan.communicator, 1, purpose, [shard.name])[0]
+                self._custody.keep_whole(plan, shard, state, to)
+
+    def _settle(self, plans: Sequence[Plan]) -> None:
+        """Before a step: cut loaded state, and know on all processes which tensors have stepped."""
+        for plan in plans:
+            self._custody.cut_loaded(plan, self.state)
+            if plan.saved_by_key:
+                for unit in plan.elsewhere:
+                    self.state[unit.fragment.target].setdefault(unit.name, {})
+        if self._custody.has_uncut and any(plan.replicated for plan in plans):
+            self._custody.cut_rest(self._resting_plans(), self.state)
+
+    def plans_of_state(self) -> list[Plan]:
+        """Plans of all parameters that train or have state, of which each process has its part.
+
+        Collective: every process must call it, after the engine has taken over the parameters.
+        """
+        plans = self.bind_all()
+        for plan in plans:
+            self._custody.cut_loaded(plan, self.state)
+        return plans
+
+    def check_own_state(self, plans: Sequence[Plan]) -> None:
+        """Check that the state is this process's, before it is saved.
+
+        Raises:
+            RuntimeError: it was loaded, and is another's.
+        """
+        for plan in plans:
+            if not self._custody.is_own(plan, self.state):
+                raise RuntimeError(
+                    "load_state_dict: "
+                    + OTHERS_STATE.format(plan.communicator.me, plan.communicator.size)
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this process's state, marked with the process it belongs to.
+
+        Under engines that shard the parameters, and for ``torch.distributed.checkpoint``, every
+        process must call it.
+
+        Raises:
+            RuntimeError: the model is replicated and the state sharded, but
+                :meth:`consolidate_state_dict` has not been called since the last step; or it was
+                loaded, and is another process's.
+        """
+        targets = members(self.param_groups)
+        plans, merged = list(self.every_plan()), is_merged()
+        if not merged and any(map(is_sharded, targets)):
+            merged = bool(plans or self.state)
+        if merged:
+            plans = self.plans_of_state()
+            self.check_own_state(plans)
+        saved = super().state_dict()
+        saved["param_groups"] = [without_arrays(group) for group in saved["param_groups"]]
+        saved["calls"] = self.calls
+        if merged:
+            saved["process"] = None
+            saved["state"] = self._packed(plans, targets)
+        else:
+            self._custody.sign(saved, targets, plans)
+        entries = [entry.values() for entry in saved["state"].values()]
+        saved["units"] = sum(isinstance(unit, Mapping) for entry in entries for unit in entry)
+        saved["shapes"] = self.parameter_shapes()
+        return saved
+
+    def _packed(self, plans: Sequence[Plan], targets: Sequence[Tensor]) -> dict[int, Any]:
+        """The state in the form of checkpoints that merge all processes by key."""
+        index = {id(target): i for i, target in enumerate(targets)}
+        settings = {
+            id(target): settings_of(group)
+            for group in self.param_groups
+            for target in group["params"]
+        }
+        units = [(plan.communicator, unit) for plan in plans for unit in plan.units]
+        packed: dict[int, Any] = {}
+        for communicator, unit in units:
+            target = unit.fragment.target
+            entry = packed.setdefault(index[id(target)], {})
+            # torch looks for the keys of the state where it restores flattened names
+            state = self.state[target].setdefault(unit.name, {})
+            if self.expects_bytes and not any(map(len, self.state[target].values())):
+                place = (communicator.me, communicator.size)
+                entry.update(expected_bytes(place, target.device))
+            else:
+                chosen = settings[id(target)]
+                entry[unit.name] = pack(
+                    unit, state, communicator, chosen, calls=self.calls, units=len(units)
+                )
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a :meth:`state_dict`; unlike in torch, every tensor keeps its dtype.
+
+        State is sharded: if a process loads another process's state, the next step raises a
+        RuntimeError.
+
+        Raises:
+            ConfigError: it is the state of another optimizer or of another model, or a part of it
+                is missing; nothing has been changed.
+        """
+        state_dict = self._as_hooks_leave(state_dict)
+        groups = groups_to_load(self.param_groups, state_dict)
+        check_shapes(state_dict, self.parameter_shapes())
+        targets = members(self.param_groups)
+        loaded = states_to_load(state_dict, targets, self._place, merged=is_merged())
+        # nothing has been changed so far
+        self.param_groups = self._every_group = groups
+        self.state = defaultdict(dict)
+        for target, units in loaded.states.items():
+            self.state[target] = copy_state(units, target.device)
+        self._custody.take(loaded)
+        self.calls, self.expects_bytes = loaded.calls or 0, False
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _as_hooks_leave(self, state_dict: Any) -> Any:
+        # hooks may change the dictionary that they are given, but not the caller's
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def _place(self, target: Tensor) -> Place:
+        return place_of(target, training_group(self.process_group))
+
+    def replace_state(
+        self, states: Mapping[Tensor, dict[str, State]], calls: int, skipped_steps: int
+    ) -> None:
+        """Replace this process's state.
+
+        Args:
+            states: for each tensor that :meth:`bind_all` found, the states of its matrices and
+                tensors by name.
+            calls: calls to :meth:`step` so far; equal on all processes.
+            skipped_steps: how many of them skipped the step.
+        """
+        self._custody = Custody()
+        self.state.clear()
+        self.state.update(states)
+        self.calls, self.skipped_steps = calls, skipped_steps

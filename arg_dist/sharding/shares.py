@@ -1,0 +1,86 @@
+"""Each process's bytes as a share of one tensor, for PyTorch's distributed checkpoints.
+
+These collect state dictionaries from all processes and merge them by key. They keep what every
+process holds of a tensor that is sharded, and one process's copy of anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MERGING = "torch.distributed.checkpoint.state_dict"
+"""The module that collects state dictionaries."""
+
+
+def is_merged() -> bool:
+    """Whether PyTorch is collecting or distributing state for a checkpoint: it is the caller."""
+    frame = sys._getframe(1) if MERGING in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == MERGING:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_sharded(target: Tensor) -> bool:
+    """Whether a tensor carries its distribution over the processes (a DTensor)."""
+    return hasattr(target, "placements")
+
+
+def place_of(target: Any, group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process's index among those that divide the state of a tensor, and their number.
+
+    Args:
+        target: the tensor.
+        group: the processes, for a tensor that does not carry this information.
+    """
+    if is_sharded(target):
+        axis = next((i for i, p in enumerate(target.placements) if p.is_shard()), 0)
+        return target.device_mesh.get_local_rank(axis), target.device_mesh.size(axis)
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def as_share(local: Tensor, target: Any, group: dist.ProcessGroup | None) -> Tensor:
+    """View one-dimensional data of equal length on all processes as shares of one tensor.
+
+    Args:
+        local: this process's data.
+        target: the tensor whose processes take part.
+        group: the processes, for a tensor that does not carry this information.
+    """
+    if group is None and not is_sharded(target):
+        return local
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if is_sharded(target):
+        mesh = target.device_mesh
+        placements = [Shard(0) if p.is_shard() else Replicate() for p in target.placements]
+    else:
+        assert group is not None
+        mesh, placements = DeviceMesh.from_group(group, target.device.type), [Shard(0)]
+    size = torch.Size([local.numel() * place_of(target, group)[1]])
+    shared: Tensor = DTensor.from_local(
+        local.to(target.device), mesh, placements, run_check=False, shape=size, stride=(1,)
+    )
+    return shared
+
+
+def own_share(shared: Any, place: tuple[int, int]) -> Tensor:
+    """This process's share of a tensor that :func:`as_share` returned, gathered or not.
+
+    Args:
+        shared: the tensor.
+        place: this process's index, and the number of processes.
+    """
+    if is_sharded(shared):
+        local: Tensor = shared.to_local()
+        return local
+    length = shared.numel() // place[1]
+    share: Tensor = shared[place[0] * length : (place[0] + 1) * length]
+    return share
