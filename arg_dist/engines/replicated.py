@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from arg_dist.config import ConfigError
+from arg_dist.engines.library_hooks import meet_libraries
 from arg_dist.sharding.fragment import ADAPTERS, Adapter, Fragment, Holding, ParameterGroup
 
 
@@ -14,6 +17,10 @@ class ReplicatedAdapter(Adapter):
 
     Also supports engines that train fp32 copies of the parameters, of the same shapes and order.
     """
+
+    def on_construction(self, optimizer: Any) -> None:
+        """Makes libraries that save on the first process alone gather the state there first."""
+        meet_libraries()
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the targets are the parameters themselves, or copies of the trainable ones."""
@@ -26,6 +33,7 @@ class ReplicatedAdapter(Adapter):
             RuntimeError: a parameter is sharded by FSDP1 or not contiguous, or its copy has another
                 shape.
         """
+        meet_libraries()  # those that were imported after the optimizer was built
         if _are_originals(group):
             pairs = [
                 (name, target)
