@@ -39,7 +39,7 @@ def _prepare(prepare: Callable[..., Any], accelerator: Any, *given: Any, **more:
     if ours:
         check_accelerator(accelerator)
         if accelerator.distributed_type.value == "DEEPSPEED":
-            _check_together(given)
+            _check_together(accelerator, given)
             for optimizer in ours.values():  # it may have been built before this was imported
                 introduce(type(optimizer))
     before = _PREPARING.set(True)
@@ -93,11 +93,12 @@ def _adarankgrad(given: Any) -> AdaRankGrad | None:
     return inner if isinstance(inner, AdaRankGrad) else None
 
 
-def _check_together(given: tuple[Any, ...]) -> None:
+def _check_together(accelerator: Any, given: tuple[Any, ...]) -> None:
     """Refuses what accelerate would not pass on to DeepSpeed.
 
     Raises:
-        ConfigError: the model is missing, or there are several optimizers.
+        ConfigError: the model is missing, there are several optimizers, or this accelerator has an
+            engine, which alone it would step.
     """
     optimizers = sum(isinstance(each, Optimizer) for each in given)
     if not any(isinstance(each, nn.Module) for each in given):
@@ -108,8 +109,13 @@ def _check_together(given: tuple[Any, ...]) -> None:
     if optimizers > 1:
         raise ConfigError(
             f"prepare: got {optimizers} optimizers in one call, of which accelerate passes only "
-            "the last to DeepSpeed; use one optimizer with several parameter groups, or one call "
-            "of accelerator.prepare for each model and its optimizer"
+            "the last to DeepSpeed; use one optimizer with several parameter groups, or one "
+            "Accelerator for each model and its optimizer"
+        )
+    if getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
+        raise ConfigError(
+            "prepare: this accelerator has a DeepSpeed engine from an earlier call, and would step "
+            "only that one; use one Accelerator for each model and its optimizer"
         )
 
 

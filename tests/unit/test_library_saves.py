@@ -172,6 +172,13 @@ def test_what_accelerate_would_not_pass_on_is_refused(given: Any, told: str) -> 
         Engine("DEEPSPEED").prepare(*given())
 
 
+def test_a_second_deepspeed_engine_is_refused() -> None:
+    engine = Engine("DEEPSPEED")
+    engine.deepspeed_engine_wrapped = object()
+    with pytest.raises(ConfigError, match=r"has a DeepSpeed engine .*would step only that one"):
+        engine.prepare(nn.Linear(2, 2), ours())
+
+
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
 def test_an_optimizer_without_its_model_is_refused_where_parameters_are_replaced(kind: str) -> None:
     with pytest.raises(ConfigError, match=rf"without its model, under {kind}.*prepare\(model, "):
