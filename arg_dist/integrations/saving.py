@@ -46,7 +46,9 @@ def consolidate(*holders: Any) -> None:
         try:
             optimizer.consolidate_state_dict()
         except RuntimeError as error:
-            error.add_note("the optimizer's state is sharded: save on every process, not on one")
+            error.add_note(
+                "save_state and the Trainer gather sharded state here: call them on every process"
+            )
             raise
 
 

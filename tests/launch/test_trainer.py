@@ -40,7 +40,7 @@ TRAINED = [name for name, way in WAYS.items() if not way.refused and way.door no
 LOGGED = [name for name in TRAINED if not WAYS[name].bare]
 RESUMED = [name for name, way in WAYS.items() if way.resume]
 AT_THE_END = [name for name, way in WAYS.items() if way.arguments.get("load_best_model_at_end")]
-REPORTED = [name for name, way in WAYS.items() if "report_to" in way.arguments]
+REPORTED = [name for name, way in WAYS.items() if "report_to" in way.arguments and not way.bare]
 
 Ran = Callable[[str], dict[str, Any]]
 
