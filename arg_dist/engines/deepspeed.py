@@ -54,6 +54,9 @@ class FlatPartitionAdapter(Adapter):
         Raises:
             RuntimeError: the partition does not hold the parameters' values.
         """
+        from arg_dist.engines.deepspeed_guard import refuse_unguarded
+
+        refuse_unguarded()
         flat = group.targets[0]
         # DeepSpeed chose the trained parameters at initialization; requires_grad may differ now
         members = [(name, p) for name, p in group.alive() if hasattr(p, "_dp_group")]
@@ -103,6 +106,9 @@ class PartitionedParametersAdapter(Adapter):
         Raises:
             RuntimeError: the flat tensor does not belong to a sub-group of DeepSpeed's.
         """
+        from arg_dist.engines.deepspeed_guard import refuse_unguarded
+
+        refuse_unguarded()
         flat = group.targets[0]
         names = {id(parameter): name for name, parameter in group.alive()}
         zero: Any = next(p._z3_optimizer for _, p in group.alive() if hasattr(p, "_z3_optimizer"))

@@ -6,6 +6,7 @@ optimizer that has replaced AdaRankGrad.
 
 from __future__ import annotations
 
+import sys
 import uuid
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import nn
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_checkpoints import follow_checkpoints
 from arg_dist.engines.deepspeed_config import refuse_unsupported
-from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.engines.library_hooks import LIBRARIES, is_wrapped, wrap_method
 from arg_dist.groups import named_parameters, uses
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.uses import Use
@@ -26,6 +27,9 @@ MOE = (
     "model: got DeepSpeed MoE layers, whose experts are reduced over separate process groups; "
     "AdaRankGrad does not support these groups; use a model without deepspeed.moe layers, or AdamW"
 )
+
+GUARDED = "_do_optimizer_sanity_check"
+"""The method of DeepSpeed's engine that the guard wraps."""
 
 _EXPECTED: set[str] = set()
 """A token for each AdaRankGrad that has been built but has not stepped yet."""
@@ -80,11 +84,28 @@ def introduce(optimizer_class: type) -> None:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
     wrap_method(
         engine_module.DeepSpeedEngine,
-        "_do_optimizer_sanity_check",
+        GUARDED,
         _guard,
         library="DeepSpeed",
         tested="0.19.8",
     )
+
+
+def refuse_unguarded() -> None:
+    """Refuses an optimizer that DeepSpeed received before the guard was introduced.
+
+    Raises:
+        RuntimeError: DeepSpeed is in use, and was imported after every optimizer had been built.
+    """
+    engine_module = sys.modules.get("deepspeed.runtime.engine")
+    if engine_module is None or is_wrapped(engine_module.DeepSpeedEngine, GUARDED):
+        return
+    if sys.modules["deepspeed"].comm.is_initialized():
+        raise RuntimeError(
+            "DeepSpeed was imported after the AdaRankGrad was built, so its settings are unchecked "
+            "and its checkpoints would be incomplete; import deepspeed before building the "
+            "optimizer, or use arg_dist.initialize"
+        )
 
 
 def _guard(check: Callable[..., Any], engine: Any, basic_optimizer: Any) -> Any:
@@ -163,9 +184,13 @@ def _refuse_replacement(engine: Any, trains: Any) -> None:
     else:
         cause = (
             "the Trainer drops optimizers=(...) under DeepSpeed; use optimizer_cls_and_kwargs="
-            "arg_dist.for_trainer(args, ...), or name AdaRankGrad in the JSON's optimizer section"
+            "arg_dist.for_trainer(args, ...) (where a trainer has no such parameter, as TRL's DPO, "
+            "set its attribute of that name), or name AdaRankGrad in the JSON's optimizer section"
         )
     raise ConfigError(
         f"optimizer: an AdaRankGrad was built for {name} and others, but {kind} would train them: "
         f"{cause}"
     )
+
+
+LIBRARIES.append(refuse_unguarded)

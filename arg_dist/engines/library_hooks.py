@@ -8,6 +8,16 @@ from typing import Any
 
 _WRAPPED = "wrapped_by_arg_dist"
 
+LIBRARIES: list[Callable[[], None]] = []
+"""Called whenever an optimizer is built or first bound to replicated parameters: each wraps methods
+of a library, if that has been imported by then; idempotent."""
+
+
+def meet_libraries() -> None:
+    """Wraps methods of the libraries that have been imported since the last call."""
+    for meet in LIBRARIES:
+        meet()
+
 
 def wrap_method(
     owner: type, name: str, around: Callable[..., Any], *, library: str, tested: str
@@ -30,7 +40,7 @@ def wrap_method(
             f"{library}: {owner.__name__} has no {name} in the installed version, which is not "
             f"supported (tested: {tested})"
         )
-    if getattr(method, _WRAPPED, False):
+    if is_wrapped(owner, name):
         return
 
     @functools.wraps(method)
@@ -39,3 +49,15 @@ def wrap_method(
 
     setattr(wrapped, _WRAPPED, True)
     setattr(owner, name, wrapped)
+
+
+def is_wrapped(owner: type, name: str) -> bool:
+    """Whether :func:`wrap_method` has wrapped ``owner.name``."""
+    return getattr(getattr(owner, name, None), _WRAPPED, False)
+
+
+def overriding(owner: type, name: str) -> list[type]:
+    """Returns `owner` and those of its subclasses that define the method `name` themselves."""
+    children: list[type] = type.__subclasses__(owner)
+    below = [each for child in children for each in overriding(child, name)]
+    return [owner, *(each for each in dict.fromkeys(below) if name in vars(each))]

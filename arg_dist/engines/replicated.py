@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.joining import support_join
+from arg_dist.engines.library_hooks import meet_libraries
 from arg_dist.sharding.fragment import ADAPTERS, Adapter, Fragment, Holding, ParameterGroup
 
 
@@ -23,8 +24,9 @@ class ReplicatedAdapter(Adapter):
         return len(group.targets) == len(_copied(group)) or _are_originals(group)
 
     def on_construction(self, optimizer: Any) -> None:
-        """Prepares for DDP's ``join()``."""
+        """Prepares for DDP's ``join()`` and for libraries that save on the first process alone."""
         support_join(optimizer)
+        meet_libraries()
 
     def hold(self, group: ParameterGroup) -> Holding:
         """Returns each parameter that trains, or rests, as a whole.
@@ -33,6 +35,7 @@ class ReplicatedAdapter(Adapter):
             RuntimeError: a parameter is sharded by FSDP1 or not contiguous, or its copy has another
                 shape.
         """
+        meet_libraries()  # those that were imported after the optimizer was built
         if _are_originals(group):
             pairs = [
                 (name, target)

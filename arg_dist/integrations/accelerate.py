@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from arg_dist.config import ConfigError
@@ -17,22 +18,23 @@ if TYPE_CHECKING:
 def prepare(accelerator: Accelerator, model: Any, optimizer: Any, *more: Any) -> Any:
     """``accelerator.prepare`` for AdaRankGrad, with the same arguments and return values.
 
-    Refuses setups that would not train as configured, and makes ``accelerator.save_state`` save all
-    of the optimizer's state, which under DDP is distributed over the processes.
+    Refuses setups that would not train as configured. ``accelerator.save_state`` saves all of the
+    optimizer's state, which under DDP is distributed over the processes.
 
     Args:
         accelerator: the accelerator.
         model: the model.
         optimizer: an AdaRankGrad, or the ``DummyOptim`` in place of the DeepSpeed JSON's optimizer.
-        *more: data loaders and schedulers.
+        *more: data loaders, schedulers, and further models and optimizers; in any order.
 
     Raises:
         ConfigError: see :func:`check_accelerator` and :func:`check_optimizer`.
     """
     check_accelerator(accelerator)
     prepared = accelerator.prepare(model, optimizer, *more)
-    ours = check_optimizer(prepared[1])
-    accelerator.register_save_state_pre_hook(lambda *_: ours.consolidate_state_dict())
+    optimizers = [each for each in prepared if isinstance(each, Optimizer)]
+    if not any(isinstance(innermost(each), AdaRankGrad) for each in optimizers):
+        check_optimizer(optimizers[0] if optimizers else prepared[1])
     return prepared
 
 
@@ -117,11 +119,14 @@ def check_accelerator(accelerator: Accelerator) -> None:
             "MULTI_GPU, DEEPSPEED and FSDP (fsdp_version: 2)"
         )
     started = int(os.environ.get("WORLD_SIZE", 1))
+    if dist.is_initialized():
+        started = dist.get_world_size()
     if accelerator.num_processes != started:
         raise ConfigError(
             f"accelerate counts {accelerator.num_processes} process(es) where {started} were "
             "started, so each of them would train separately; on CPUs pass "
-            'kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator'
+            'kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] to Accelerator; for the '
+            'Trainer, call accelerate.PartialState(backend="gloo") before creating its arguments'
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch.distributed as dist
@@ -12,8 +14,10 @@ from torch import nn
 from arg_dist.config import ConfigError, parse_config
 from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.groups import param_groups
-from arg_dist.integrations.accelerate import innermost
 from arg_dist.optimizer import AdaRankGrad
+
+_ARGUMENTS: ContextVar[Any] = ContextVar("arguments", default=None)
+"""The arguments of the Trainer that is building its optimizer."""
 
 
 class OptimizerFactory:
@@ -22,36 +26,32 @@ class OptimizerFactory:
     The Trainer calls ``OptimizerFactory()(model, **settings)`` if the class is not an optimizer.
     """
 
-    def __call__(self, model: nn.Module, **settings: Any) -> AdaRankGrad:
-        """Builds the optimizer of `model`, without weight decay for norms and biases."""
-        consolidate_before_saving()
+    def __call__(self, model: nn.Module, *, args: Any, **settings: Any) -> AdaRankGrad:
+        """Builds the optimizer of `model`, without weight decay for norms and biases.
+
+        Args:
+            model: the Trainer's model.
+            args: the arguments that :func:`for_trainer` received; those of the Trainer, which may
+                be others, go first. They are read now: a search changes them for each trial.
+            **settings: what :func:`for_trainer` received; goes before `args`.
+
+        Raises:
+            ConfigError: a setting is out of range, or the processes would train separately.
+        """
+        args = _ARGUMENTS.get() or args
+        check_processes(args)
         chosen = {key: settings.pop(key) for key in CHOICES if key in settings}
-        groups = param_groups(model, decay_vectors=False, **chosen)
-        return AdaRankGrad(groups, **settings)
-
-
-def consolidate_before_saving() -> None:
-    """Makes the Trainer consolidate sharded state before its first process saves it; idempotent.
-
-    Raises:
-        RuntimeError: this version of transformers does not have the method to be wrapped.
-    """
-    from transformers import Trainer
-
-    wrap_method(
-        Trainer,
-        "_save_optimizer_and_scheduler",
-        _consolidate_and_save,
-        library="transformers",
-        tested="5.23.0",
-    )
-
-
-def _consolidate_and_save(save: Callable[..., None], trainer: Any, output_dir: str) -> None:
-    optimizer = innermost(trainer.optimizer)
-    if isinstance(optimizer, AdaRankGrad):
-        optimizer.consolidate_state_dict()
-    save(trainer, output_dir)
+        before, now = settings.pop("as_given", {}), from_arguments(args)
+        for key in settings.keys() & before.keys():
+            if before[key] != now[key]:
+                warnings.warn(
+                    f"for_trainer: {key}={settings[key]!r} was passed to it, so the arguments' "
+                    f"change from {before[key]!r} to {now[key]!r} has no effect",
+                    stacklevel=2,
+                )
+        given = {**now, **settings}
+        parse_config(given, "for_trainer")
+        return AdaRankGrad(param_groups(model, decay_vectors=False, **chosen), **given)
 
 
 CHOICES = ("targets", "exclude", "convolutions")
@@ -70,9 +70,12 @@ def for_trainer(
 
     ``Trainer(model, args, optimizer_cls_and_kwargs=arg_dist.for_trainer(args, max_rank=0.25))``
 
+    For a trainer without this parameter (DPO, GRPO, KTO and RLOO of TRL), under any engine:
+    ``trainer.optimizer_cls_and_kwargs = arg_dist.for_trainer(trainer.args)``.
+
     Args:
         args: the ``TrainingArguments``, which provide learning rate, betas, epsilon and weight
-            decay unless `settings` does.
+            decay unless `settings` does; they are read whenever the Trainer builds an optimizer.
         targets: see :func:`arg_dist.param_groups`.
         exclude: see :func:`arg_dist.param_groups`.
         convolutions: see :func:`arg_dist.param_groups`.
@@ -91,16 +94,51 @@ def for_trainer(
             "the optimizer instead of this one; remove the section, or move AdaRankGrad's "
             "settings into it and do not pass optimizer_cls_and_kwargs"
         )
-    given = {
+    parse_config(settings, "for_trainer")
+    _follow_arguments()
+    chosen = {"targets": targets, "exclude": exclude, "convolutions": convolutions}
+    return OptimizerFactory, {
+        "args": args,
+        "as_given": from_arguments(args),
+        **settings,
+        **chosen,
+    }
+
+
+def from_arguments(args: Any) -> dict[str, Any]:
+    """Returns the optimizer's settings that ``TrainingArguments`` have, as they are now."""
+    return {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
-        **settings,
     }
-    parse_config(given, "for_trainer")
-    chosen = {"targets": targets, "exclude": exclude, "convolutions": convolutions}
-    return OptimizerFactory, {**given, **chosen}
+
+
+def _follow_arguments() -> None:
+    """Makes the factory see the arguments of the Trainer that calls it; idempotent.
+
+    A trainer may replace the arguments that it was given, as TRL's do with TrainingArguments.
+    """
+    from transformers import Trainer
+
+    wrap_method(
+        Trainer,
+        "create_optimizer",
+        _create_with_arguments,
+        library="transformers",
+        tested="5.23.0",
+    )
+
+
+def _create_with_arguments(
+    create: Callable[..., Any], trainer: Any, *args: Any, **more: Any
+) -> Any:
+    before = _ARGUMENTS.set(trainer.args)
+    try:
+        return create(trainer, *args, **more)
+    finally:
+        _ARGUMENTS.reset(before)
 
 
 def check_processes(args: Any) -> None:

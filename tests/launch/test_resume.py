@@ -111,11 +111,23 @@ def accelerated(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     return [json.loads((out / f"process{i}.json").read_text()) for i in range(2)]
 
 
+@pytest.mark.parametrize("pair", ["", "-pair"])
 @pytest.mark.parametrize(("engine", "found"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")])
 def test_accelerates_save_state_brings_back_everything(
-    accelerated: list[dict[str, Any]], engine: str, found: str
+    accelerated: list[dict[str, Any]], engine: str, found: str, pair: str
 ) -> None:
     for process in accelerated:
-        assert process[engine]["engine"] == found
-        assert process[engine]["continued"] == process[engine]["uninterrupted"]
-        assert process[engine]["ranks_equal"]
+        result = process[engine + pair]
+        assert result["engine"] == found
+        assert result["continued"] == result["uninterrupted"]
+        assert result["ranks_equal"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_optimizers_of_one_accelerator_go_on(
+    accelerated: list[dict[str, Any]], engine: str
+) -> None:
+    for process in accelerated:
+        result = process[f"{engine}-pair"]
+        assert result["on_again"] == result["on"]
+        assert result["on"][-1] < result["uninterrupted"][0]

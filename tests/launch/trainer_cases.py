@@ -12,9 +12,12 @@ OWN = {key: value for key, value in SETTINGS.items() if key != "lr"}
 """Settings that TrainingArguments do not have."""
 SHIPPED = Path(__file__).parents[2] / "ds_configs"
 
-Door = Literal["line", "json", "both", "launcher", "optimizers", "none", "trl"]
+Door = Literal[
+    "line", "json", "both", "launcher", "optimizers", "override", "none", "trl", "dpo", "set"
+]
 """What names the optimizer: `optimizer_cls_and_kwargs`, the DeepSpeed JSON in the arguments, both,
-the JSON of accelerate's launcher, `optimizers`, or nothing; `trl` is the line in an SFTTrainer."""
+the JSON of accelerate's launcher, `optimizers`, a create_optimizer, or nothing; `trl` is the line
+in an SFTTrainer, `dpo` is `optimizers` in a DPOTrainer, and `set` the line as its attribute."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Way:
     deepspeed: str | int | None = None
     resume: bool = False
     refused: bool = False
+    bare: bool = False
+    """Without AdaRankGradCallback, so that logs have no ranks."""
     arguments: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +67,10 @@ KEPT = {
     "greater_is_better": True,  # so that the best is not the last, and the end has one to load
     "report_to": ["tensorboard"],
 }
+SAVED = {"save_strategy": "steps"}
+SKIPPED = {**SAVED, "ignore_data_skip": True}
+"""A resumed training begins the data anew; so these are one batch for all steps."""
+WEIGHTS_ONLY = {**SAVED, "save_only_model": True}
 IN_THREE = {"gradient_accumulation_steps": 3}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 NOT_REPLACED = {"zero_force_ds_cpu_optimizer": False}
@@ -72,12 +81,17 @@ ALONE = [
     Way("single", resume=True, arguments=KEPT),
     Way("single-accumulation", arguments=IN_THREE),
     Way("single-trl", "trl"),
+    Way("single-optimizers", "optimizers", resume=True, arguments=SAVED),
     Way("forgotten", "none", refused=True),
 ]
 DDP = [
     Way("ddp", resume=True, arguments=KEPT),
     Way("ddp-accumulation", arguments=IN_THREE),
     Way("ddp-trl", "trl"),
+    Way("ddp-optimizers", "optimizers", resume=True, bare=True, arguments=KEPT),
+    Way("ddp-override", "override", resume=True, bare=True, arguments=SKIPPED),
+    Way("ddp-dpo", "dpo", resume=True, bare=True, arguments=SAVED),
+    Way("ddp-set", "set", bare=True, arguments=WEIGHTS_ONLY),
 ]
 DEEPSPEED = [
     Way("zero0", deepspeed=0, resume=True, arguments=KEPT),
@@ -88,6 +102,7 @@ DEEPSPEED = [
     Way("zero2-offload", deepspeed=2, zero=OFFLOAD, top=NOT_REPLACED),
     Way("zero2-trl", "trl", 2),
     Way("zero3-trl", "trl", 3),
+    Way("zero2-set", "set", 2, resume=True, bare=True, arguments=SAVED),
     Way("json-zero0", "json", 0),
     Way("json-zero1", "json", 1),
     Way("json-zero2", "json", "trainer_zero2.json", resume=True, arguments=KEPT),
@@ -128,3 +143,5 @@ WAYS = {
         *(*ACCELERATE, *ACCELERATE_FSDP2, *ACCELERATE_DEEPSPEED),
     ]
 }
+PREFERENCES = ("dpo", "set")
+"""Doors of trainings on another task, whose losses are others."""

@@ -25,6 +25,7 @@ from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
+from tokenizers.pre_tokenizers import WhitespaceSplit  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments  # noqa: E402
 from transformers.integrations import TensorBoardCallback  # noqa: E402
 
@@ -32,7 +33,14 @@ import arg_dist  # noqa: E402
 from arg_dist.integrations.accelerate import innermost  # noqa: E402
 from arg_dist.integrations.callback import AdaRankGradCallback  # noqa: E402
 from tests.launch import models  # noqa: E402
-from tests.launch.trainer_cases import OWN, SAVED_AFTER, STEPS, WAYS, Way  # noqa: E402
+from tests.launch.trainer_cases import (  # noqa: E402
+    OWN,
+    PREFERENCES,
+    SAVED_AFTER,
+    STEPS,
+    WAYS,
+    Way,
+)
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -44,8 +52,54 @@ def rows(steps: int, *, labels: bool) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def pairs(steps: int) -> Dataset:
+    """As many preferences as there are sequences, in words of one number each."""
+    words = [
+        [" ".join(map(str, part)) for part in ([*line[:4], ""], line[4:9], line[9:14])]
+        for line in torch.cat([models.batch(step) for step in range(steps)]).tolist()
+    ]
+    columns = zip(*words, strict=True)
+    return Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), columns, strict=True)))
+
+
+class Overriding(Trainer):
+    """Builds its optimizer itself."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            groups = arg_dist.param_groups(self.model)
+            self.optimizer = arg_dist.AdaRankGrad(groups, lr=self.args.learning_rate, **OWN)
+        return self.optimizer
+
+
+def preferring(way: Way, settings: dict[str, Any]) -> Trainer:
+    """TRL's DPOTrainer, which has no `optimizer_cls_and_kwargs`."""
+    from trl import DPOConfig, DPOTrainer
+
+    more = {"bf16": False, "gradient_checkpointing": False, "beta": 2.0}
+    args, model = DPOConfig(**settings, **more), models.build("llama")
+    optimizers: tuple[Any, None] = (None, None)
+    if way.door == "dpo":
+        groups = arg_dist.param_groups(model)
+        optimizers = (arg_dist.AdaRankGrad(groups, lr=args.learning_rate, **OWN), None)
+    data, words = pairs(STEPS), tokenizer()
+    trainer = DPOTrainer(
+        model,
+        models.build("llama"),
+        args,
+        train_dataset=data,
+        processing_class=words,
+        optimizers=optimizers,
+    )
+    if way.door == "set":
+        trainer.optimizer_cls_and_kwargs = arg_dist.for_trainer(trainer.args, **OWN)
+    return trainer
+
+
 def trainer_of(way: Way, out: Path) -> Trainer:
     settings = arguments_of(way, out)
+    if way.door in PREFERENCES:
+        return preferring(way, settings)
     model = models.build("llama")
     optimizer: dict[str, Any] = {}
     if way.door == "trl":
@@ -55,18 +109,25 @@ def trainer_of(way: Way, out: Path) -> Trainer:
         trainer: Any = SFTTrainer
         optimizer["processing_class"] = tokenizer()
     else:
-        args, trainer = TrainingArguments(**settings), Trainer
+        args = TrainingArguments(**settings)
+        trainer = Overriding if way.door == "override" else Trainer
     if way.door in ("line", "trl", "both"):
         optimizer["optimizer_cls_and_kwargs"] = arg_dist.for_trainer(args, **OWN)
     if way.door == "optimizers":
         groups = arg_dist.param_groups(model)
-        optimizer["optimizers"] = (arg_dist.AdaRankGrad(groups, **OWN), None)
+        optimizer["optimizers"] = (
+            arg_dist.AdaRankGrad(groups, lr=args.learning_rate, **OWN),
+            None,
+        )
+    data = rows(STEPS, labels=way.door != "trl")
+    if way.arguments.get("ignore_data_skip"):
+        data = rows(1, labels=True).select(range(models.BATCH))
     return trainer(
         model,
         args,
-        train_dataset=rows(STEPS, labels=way.door != "trl"),
+        train_dataset=data,
         eval_dataset=rows(1, labels=way.door != "trl"),
-        callbacks=[AdaRankGradCallback(matrices=True)],
+        callbacks=[] if way.bare else [AdaRankGradCallback(matrices=True)],
         **optimizer,
     )
 
@@ -104,6 +165,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Words of one number each; SFTTrainer insists on a tokenizer, also where rows are tokens."""
     words = {str(i): i for i in range(models.VOCABULARY)}
     model = Tokenizer(WordLevel(words, unk_token="0"))
+    model.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="1", pad_token="2")
 
 

@@ -1,5 +1,6 @@
 """What `for_trainer` hands to the Trainer, and what the callback adds to its logs."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback
 
 import arg_dist
@@ -52,6 +53,72 @@ def test_learning_rate_betas_and_decay_are_those_of_the_arguments(args: Training
 
 def test_settings_go_before_the_arguments(args: TrainingArguments) -> None:
     assert build(args, lr=1e-2, weight_decay=0.0).param_groups[0]["lr"] == 1e-2
+
+
+CHANGES = {
+    "learning_rate": ("lr", 7e-3),
+    "adam_beta1": ("betas", (0.7, 0.999)),
+    "adam_beta2": ("betas", (0.8, 0.7)),
+    "adam_epsilon": ("eps", 1e-5),
+    "weight_decay": ("weight_decay", 0.3),
+}
+
+
+@pytest.mark.parametrize("argument", CHANGES)
+def test_arguments_are_read_when_the_optimizer_is_built(
+    args: TrainingArguments, argument: str
+) -> None:
+    factory, chosen = arg_dist.for_trainer(args, max_rank=4)
+    key, expected = CHANGES[argument]
+    for value in (0.01, 0.7 if "beta" in argument else expected):  # one trial after the other
+        setattr(args, argument, value)
+        built = factory()(Small(), **chosen)
+    assert built.param_groups[0][key] == expected
+
+
+@pytest.mark.parametrize("given", [{"lr": 1e-2}, {"lr": 1e-2, "betas": (0.5, 0.6)}])
+def test_a_change_without_effect_is_told(args: TrainingArguments, given: dict[str, Any]) -> None:
+    factory, chosen = arg_dist.for_trainer(args, max_rank=4, **given)
+    args.learning_rate = 0.3
+    with pytest.warns(UserWarning, match=r"for_trainer: lr=0.01 .* 0.003 to 0.3 has no effect"):
+        group = factory()(Small(), **chosen).param_groups[0]
+    assert {key: group[key] for key in given} == given
+
+
+def trainer_of(args: TrainingArguments, pair: tuple[Any, dict[str, Any]]) -> Trainer:
+    """What a Trainer needs to build its optimizer."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.args, trainer.model, trainer.optimizer = args, Small(), None
+    trainer.optimizer_cls_and_kwargs = pair
+    return trainer
+
+
+def test_the_arguments_that_a_trainer_has_put_in_place_of_the_given_ones_count(
+    args: TrainingArguments,
+) -> None:
+    trainer = trainer_of(copy.copy(args), arg_dist.for_trainer(args))
+    trainer.args.learning_rate = 9e-3
+    trainer.create_optimizer()
+    assert trainer.optimizer.param_groups[0]["lr"] == 9e-3
+    other = trainer_of(args, arg_dist.for_trainer(args))
+    other.create_optimizer()
+    assert other.optimizer.param_groups[0]["lr"] == 3e-3
+
+
+def test_arguments_that_have_become_wrong_are_refused(args: TrainingArguments) -> None:
+    pair = arg_dist.for_trainer(args)
+    args.adam_beta2 = 1.5
+    with pytest.raises(ConfigError, match=r"for_trainer\.betas"):
+        trainer_of(args, pair).create_optimizer()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused_when_it_is_built(
+    args: TrainingArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = arg_dist.for_trainer(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"counts 1 process.* where 2 were started"):
+        trainer_of(args, pair).create_optimizer()
 
 
 def test_the_default_optim_of_the_arguments_does_not_matter(args: TrainingArguments) -> None:
@@ -218,6 +285,55 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"counts 1 process.* where 2 were started"):
         training.begin()
+
+
+# -- without the callback ------------------------------------------------------------------------
+
+
+def begin_without_callback(
+    args: TrainingArguments, model: nn.Module | None, optimizer: Any
+) -> None:
+    handler = CallbackHandler([DefaultFlowCallback], model, None, optimizer, None)
+    handler.on_train_begin(args, TrainerState(), TrainerControl())
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"), [("learning_rate", "lr"), ("adam_beta1", "betas"), ("weight_decay", None)]
+)
+def test_arguments_that_changed_after_the_json_took_them_are_refused(
+    args: TrainingArguments, argument: str, key: str | None
+) -> None:
+    optimizer = optimizer_of(torch.randn(12, 16))
+    params = {"lr": 3e-3, "betas": [0.8, 0.999], "eps": "auto", "max_rank": 4}
+    section = {"type": "AdaRankGrad", "params": params}
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"optimizer": section})
+    begin_without_callback(args, None, optimizer)
+    setattr(args, argument, 0.5)
+    if key is None:  # the JSON does not have it
+        begin_without_callback(args, None, optimizer)
+        return
+    with pytest.raises(ConfigError, match=rf"optimizer\.params\.{key}: the DeepSpeed JSON has"):
+        begin_without_callback(args, None, optimizer)
+
+
+def test_an_optimizer_of_a_model_that_was_changed_is_refused(args: TrainingArguments) -> None:
+    model = Small()
+    optimizer = arg_dist.AdaRankGrad(arg_dist.param_groups(model))
+    begin_without_callback(args, model, SimpleNamespace(optimizer=optimizer))
+    model.requires_grad_(False)  # as adapters do
+    model.adapter = nn.Linear(3, 3)
+    with pytest.raises(ConfigError, match=r"none of the model's parameters .*for_trainer"):
+        begin_without_callback(args, model, SimpleNamespace(optimizer=optimizer))
+
+
+def test_processes_are_counted_without_the_callback_too(
+    args: TrainingArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = optimizer_of(torch.randn(12, 16))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"counts 1 process.* where 2 were started"):
+        begin_without_callback(args, None, optimizer)
+    begin_without_callback(args, None, torch.optim.AdamW(Small().parameters()))
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.0, "10"])

@@ -1,0 +1,122 @@
+"""``accelerator.prepare``: every AdaRankGrad that it gets is checked, also without arg_dist's own.
+
+accelerate replaces, drops or reloads optimizers silently; these are noticed before the first step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from arg_dist.config import ConfigError
+from arg_dist.engines.deepspeed_guard import introduce
+from arg_dist.engines.library_hooks import LIBRARIES, wrap_method
+from arg_dist.integrations.accelerate import check_accelerator, check_optimizer, innermost
+from arg_dist.optimizer import AdaRankGrad
+
+_PREPARING: ContextVar[bool] = ContextVar("preparing", default=False)
+"""Whether ``accelerator.prepare`` is running, which calls the methods for single objects."""
+
+
+def check_what_is_prepared() -> None:
+    """Makes accelerate check each AdaRankGrad that it prepares; idempotent."""
+    accelerator = getattr(sys.modules.get("accelerate.accelerator"), "Accelerator", None)
+    wrapper = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", None)
+    if accelerator is not None and wrapper is not None:
+        version = {"library": "accelerate", "tested": "1.15.0"}
+        wrap_method(accelerator, "prepare", _prepare, **version)
+        wrap_method(accelerator, "prepare_optimizer", _prepare_optimizer, **version)
+        wrap_method(wrapper, "__init__", _wrap, **version)
+
+
+def _prepare(prepare: Callable[..., Any], accelerator: Any, *given: Any, **more: Any) -> Any:
+    ours = {i: inner for i, each in enumerate(given) if (inner := _adarankgrad(each)) is not None}
+    if ours:
+        check_accelerator(accelerator)
+        if accelerator.distributed_type.value == "DEEPSPEED":
+            _check_together(accelerator, given)
+            for optimizer in ours.values():  # it may have been built before this was imported
+                introduce(type(optimizer))
+    before = _PREPARING.set(True)
+    try:
+        prepared = prepare(accelerator, *given, **more)
+    finally:
+        _PREPARING.reset(before)
+    results = prepared if len(given) > 1 else (prepared,)
+    for i, optimizer in ours.items():
+        if check_optimizer(results[i]) is not optimizer:
+            raise ConfigError(f"prepare: another AdaRankGrad took the place of argument {i}")
+    return prepared
+
+
+def _prepare_optimizer(
+    prepare: Callable[..., Any], accelerator: Any, optimizer: Any, *args: Any, **more: Any
+) -> Any:
+    ours = _adarankgrad(optimizer)
+    if ours is not None and not _PREPARING.get():
+        check_accelerator(accelerator)
+        kind = accelerator.distributed_type.value
+        targets = [p for group in ours.param_groups for p in group["params"]]
+        plain = not any(hasattr(target, "placements") for target in targets)
+        if kind == "DEEPSPEED" or (kind == "FSDP" and plain):
+            raise ConfigError(
+                f"prepare_optimizer: got an AdaRankGrad without its model, under {kind}, which "
+                "replaces the parameters: pass both to one accelerator.prepare(model, optimizer)"
+            )
+    return prepare(accelerator, optimizer, *args, **more)
+
+
+def _wrap(
+    init: Callable[..., None],
+    wrapper: Any,
+    optimizer: Any,
+    device_placement: bool = True,
+    scaler: Any = None,
+) -> None:
+    """Leaves the state of an optimizer that has trained where it is.
+
+    accelerate would load ``state_dict()`` back, which each process has a part of.
+    """
+    trained = isinstance(optimizer, AdaRankGrad) and any(True for _ in optimizer.every_plan())
+    init(wrapper, optimizer, device_placement and not trained, scaler)
+    wrapper.device_placement = device_placement
+
+
+def _adarankgrad(given: Any) -> AdaRankGrad | None:
+    """Returns the AdaRankGrad in an optimizer; None in anything else."""
+    inner = innermost(given) if isinstance(given, Optimizer) else None
+    return inner if isinstance(inner, AdaRankGrad) else None
+
+
+def _check_together(accelerator: Any, given: tuple[Any, ...]) -> None:
+    """Refuses what accelerate would not pass on to DeepSpeed.
+
+    Raises:
+        ConfigError: the model is missing, there are several optimizers, or this accelerator has an
+            engine, which alone it would step.
+    """
+    optimizers = sum(isinstance(each, Optimizer) for each in given)
+    if not any(isinstance(each, nn.Module) for each in given):
+        raise ConfigError(
+            "prepare: got an AdaRankGrad without its model; under DeepSpeed pass both to one "
+            "accelerator.prepare(model, optimizer)"
+        )
+    if optimizers > 1:
+        raise ConfigError(
+            f"prepare: got {optimizers} optimizers in one call, of which accelerate passes only "
+            "the last to DeepSpeed; use one optimizer with several parameter groups, or one "
+            "Accelerator for each model and its optimizer"
+        )
+    if getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
+        raise ConfigError(
+            "prepare: this accelerator has a DeepSpeed engine from an earlier call, and would step "
+            "only that one; use one Accelerator for each model and its optimizer"
+        )
+
+
+LIBRARIES.append(check_what_is_prepared)
