@@ -21,8 +21,9 @@ from arg_dist.algorithm import State, is_due
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.parameter_groups import settings_text
 from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.comparison import first_difference
 from arg_dist.sharding.drivers import run
-from arg_dist.sharding.plan import Plan, first_difference
+from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.roll_call import enumerated
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.sharding.waiting import named
