@@ -72,6 +72,7 @@ class NewBasis(NamedTuple):
         vectors: ``basis.touch x rank``.
         energies: ``rank``, fp64.
         rotation: ``rank x old rank``, or None at the first refresh.
+        energy: share of ``||G||^2`` kept.
         spectrum: share of ``||G||^2`` of each direction up to the largest rank; None without a
             budget.
     """
@@ -79,6 +80,7 @@ class NewBasis(NamedTuple):
     vectors: Tensor
     energies: Tensor
     rotation: Tensor | None
+    energy: float
     spectrum: list[float] | None = None
 
 
@@ -135,7 +137,7 @@ def low_rank_step(
         parts = product, row_sq
         projected, row_sq = yield from sum_scatter_both(parts, moment.touch, moment.keep, me)
     if new is not None:
-        _adopt(new, projected, state, spread, settings, phase, norm_sq)
+        _adopt(new, projected, state, spread, settings, phase)
     else:
         _watch(state, settings, kept_sq, phase, turns)
     direction = _advance(state, projected, settings)
@@ -272,12 +274,12 @@ def _refresh(
     found = yield from leading_directions(
         gradient, omega, spread, power_passes=settings.power_passes
     )
-    spectrum = None
+    energies, spectrum = found.energies.cpu(), None  # the refresh's only wait for the device
     if allowed is not None:  # the spectrum beyond `allowed` lets the rank rise again later
-        spectrum = (found.energies[:largest] / norm_sq).tolist()
+        spectrum = (energies[:largest] / norm_sq).tolist()
         largest = min(largest, allowed)
     rank = choose_rank(
-        found.energies,
+        energies,
         norm_sq,
         energy=settings.energy,
         smallest=smallest,
@@ -293,7 +295,8 @@ def _refresh(
         part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
         whole, shares = spread.whole(rank), spread.shares(rank)
         rotation = yield from relayed_sum(part, whole, shares, whole, me)
-    return NewBasis(vectors, found.energies[:rank], rotation, spectrum)
+    energy = min(1.0, float(energies[:rank].sum()) / norm_sq)
+    return NewBasis(vectors, found.energies[:rank], rotation, energy, spectrum)
 
 
 def _adopt(
@@ -303,7 +306,6 @@ def _adopt(
     spread: Spread,
     settings: AdaRankGradConfig,
     phase: float,
-    norm_sq: float,
 ) -> None:
     """Store a new basis and the transported moments in `state`."""
     if new.rotation is None:
@@ -334,7 +336,7 @@ def _adopt(
     state["refreshes"] += 1
     state["since_refresh"] = 0
     state["rank"] = projected.shape[1]
-    state["energy"] = min(1.0, float(new.energies.sum()) / norm_sq)
+    state["energy"] = new.energy
     state.pop("spectrum", None)
     if new.spectrum is not None:
         state["spectrum"] = new.spectrum

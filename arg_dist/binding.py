@@ -13,6 +13,7 @@ from arg_dist.parameter_groups import group_spec, settings_of
 from arg_dist.places import GradientsMissing, Layout, Place, has_changed, layout_of
 from arg_dist.self_report import SelfReport
 from arg_dist.sharding.communicator import training_group
+from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.fragment import ParameterGroup, step_calls
 from arg_dist.sharding.job import is_first_process
 from arg_dist.sharding.local import local_part
@@ -44,10 +45,12 @@ class Binding(SelfReport):
     _coverage: Coverage
     is_classified: bool
 
+    @entry_point
     def parameter_names(self) -> dict[int, str]:
         """Names of the parameters the optimizer was built with, by ``id``."""
         return {id(place.parameter): name for name, place in self._parameters.items()}
 
+    @entry_point
     def adopt_names(
         self,
         names: Mapping[str, str],
@@ -75,6 +78,7 @@ class Binding(SelfReport):
         self._full_rank_names = frozenset(full_rank)
         self._patterns_applied = True
 
+    @entry_point
     def bind(self, *, anew: bool = False) -> list[Plan]:
         """Plans for all tensors, as the engine will pass them to :meth:`step`.
 
@@ -88,6 +92,7 @@ class Binding(SelfReport):
             self._tensors_of_plans.clear()
         return [plan for call in self.calls_of_a_step() for plan in call.plans]
 
+    @entry_point
     def bind_all(self, *, frozen: Collection[str] = (), anew: bool = False) -> list[Plan]:
         """Plans of all that is saved: tensors that train, and frozen parameters that have state.
 
@@ -128,6 +133,7 @@ class Binding(SelfReport):
             shapes |= {name: list(full_shape(parameter)) for name, parameter in known}
         return shapes
 
+    @entry_point
     def calls_of_a_step(self) -> list[Call]:
         """The calls to :meth:`step` that the engine will make, without those that have no tensors.
 

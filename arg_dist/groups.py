@@ -13,6 +13,7 @@ from arg_dist.config import ConfigError
 from arg_dist.coverage import note_use
 from arg_dist.heads import HEADS as HEADS
 from arg_dist.heads import output_heads
+from arg_dist.sharding.entry import entry_point
 from arg_dist.uses import Owner, Place, Use, full_shape, is_added, owner_of, use_of
 
 Kind = Literal["matrix", "convolution", "rest"]
@@ -21,6 +22,7 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Name components that wrapper modules add."""
 
 
+@entry_point
 def classify(
     model: nn.Module,
     *,
@@ -81,6 +83,7 @@ def uses(
     return found
 
 
+@entry_point
 def param_groups(
     model: nn.Module,
     *,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from arg_dist.agreement import Agreement, agree
-from arg_dist.algorithm import is_due, rounds
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
 from arg_dist.copying import CopiedOptimizer
 from arg_dist.coverage import Coverage
@@ -19,13 +18,14 @@ from arg_dist.equality import compare
 from arg_dist.parameter_groups import SETTINGS, settings_of
 from arg_dist.places import GradientsMissing, Layout, Place
 from arg_dist.saving import Saving
-from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of
+from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of, rounds_of
 from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.entry import check_not_captured, eager, entry_point
 from arg_dist.sharding.fragment import ADAPTERS
 from arg_dist.sharding.lanes import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
-from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.state_budget import Call, StateBudget
+from arg_dist.sharding.shard import Shard
+from arg_dist.state_budget import StateBudget
 from arg_dist.subspace.exchange import Steps
 from arg_dist.subspace.precision import matmul_precision
 
@@ -78,6 +78,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         ConfigError: a setting is unknown, ill-typed or out of range, here or in a group.
     """
 
+    @entry_point
     def __init__(
         self,
         params: Iterable[Any],
@@ -112,6 +113,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
 
     # -- parameters and their names --------------------------------------------------------------
 
+    @entry_point
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its settings are validated like the optimizer's own.
 
@@ -153,14 +155,18 @@ class AdaRankGrad(Saving, CopiedOptimizer):
 
     # -- the step --------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @eager
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step on every tensor that the groups hold now.
+
+        `closure` runs in the modes of the caller (autocast, default device and the like), the step
+        in none of them.
 
         Raises:
             NoAnswerError: another process did not join a collective within `time_limit` seconds,
                 or has terminated.
-            ConfigError: `state_budget` is too small for the smallest ranks; on every process.
+            ConfigError: `state_budget` is too small for the smallest ranks; on every process. Or a
+                parameter was made in inference mode, or has no values (meta device).
             RuntimeError: gradients, weights or settings differ between processes; on all of them.
             FloatingPointError: a gradient is NaN or infinite and ``nonfinite="error"``; raised on
                 every process of the group. Weights and state of this call are unchanged (an engine
@@ -170,12 +176,18 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    @entry_point
+    def _take_step(self) -> None:
+        check_not_captured()
         groups = [group for group in self.param_groups if group["params"]]
         settings = [settings_of(group) for group in groups]
         self._custody.whole = None
         plans = self._bound_plans(groups)
         self._follow_parameters(groups, plans)
-        calls = self._calls_that_share_a_budget(plans)
+        calls = self._budget.calls_that_share(plans, self.calls_of_a_step)
         self._settle(plans)
         any_due, prepared = self._budget.any_due(calls, self.state_of), []
         for plan in plans:
@@ -194,17 +206,6 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         else:
             self.skipped_steps += 1
         self.calls += 1
-        return loss
-
-    def _calls_that_share_a_budget(self, plans: list[Plan]) -> list[Call]:
-        """All calls of the step if `plans` are its first call's; empty otherwise or unbudgeted."""
-        if self._budget.limit is None:
-            return []
-        calls = self.calls_of_a_step()
-        if not calls or calls[0].plans is not plans:
-            return []
-        self._budget.forget()
-        return calls
 
     @property
     def _turns(self) -> int:
@@ -222,9 +223,9 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         compared = compare(plan, self.state_of, settings, self.calls)
         kept, needed = [], []
         for shards in plan.shards_by_lane:
-            needed.append(max((self._rounds_of(shard, settings) for shard in shards), default=0))
-            states = [(shard.unit, self.state_of(shard)) for shard in shards]
-            kept += [(unit, state["kept_sq"]) for unit, state in states if "kept_sq" in state]
+            states = [(shard, self.state_of(shard)) for shard in shards]
+            needed.append(max((rounds_of(*each, settings) for each in states), default=0))
+            kept += [(s.unit, state["kept_sq"]) for s, state in states if "kept_sq" in state]
         norms = agree(
             [(unit, gradient.norm_sq) for unit, gradient in gradients.items()],
             kept,
@@ -252,14 +253,6 @@ class AdaRankGrad(Saving, CopiedOptimizer):
             for shards in plan.shards_by_lane
         ]
         run_lanes(lanes, plan.communicator, agreed.rounds)
-
-    def _rounds_of(self, shard: Shard, settings: list[AdaRankGradConfig]) -> int:
-        """Communication rounds that a shard's step may take."""
-        if not shard.is_shared or not isinstance(shard, MatrixShard):
-            return int(shard.is_shared)
-        chosen, relayed = settings[shard.group], shard.spread.is_relayed
-        steady, refreshing = rounds(chosen.power_passes, chosen.residual, relayed=relayed)
-        return refreshing if is_due(self.state_of(shard)) else steady
 
     def _lane(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig, ConfigError, plain
-from arg_dist.sharding.fragment import ParameterGroup, hold
+from arg_dist.sharding.fragment import Holding, ParameterGroup, hold
 from arg_dist.sharding.layout import MatrixView, matrix_views
 from arg_dist.sharding.plan import GroupSpec
 
@@ -20,7 +21,19 @@ SETTINGS = tuple(AdaRankGradConfig.model_fields)
 def settings_of(group: Mapping[str, Any]) -> AdaRankGradConfig:
     """A group's current settings: schedulers change the learning rate between steps."""
     values = {key: plain(group[key]) for key in SETTINGS}
-    return AdaRankGradConfig.model_construct(**{**values, "lr": float(values["lr"])})
+    lr = float(values.pop("lr"))
+    try:
+        others = _settings(*values.values())
+    except TypeError:  # cannot be hashed, as betas that are a list
+        return AdaRankGradConfig.model_construct(lr=lr, **values)
+    return others.model_copy(update={"lr": lr})
+
+
+@lru_cache(maxsize=64, typed=True)
+def _settings(*values: Any) -> AdaRankGradConfig:
+    """The settings of these values in the order of SETTINGS, without the learning rate."""
+    keys = (key for key in SETTINGS if key != "lr")
+    return AdaRankGradConfig.model_construct(**dict(zip(keys, values, strict=True)))
 
 
 def settings_text(settings: AdaRankGradConfig) -> str:
@@ -42,13 +55,34 @@ def group_spec(
     def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
         return [] if name in full_rank else trained_views(name, shape, settings)
 
+    holding = hold(group)
+    _check_trainable(holding)
     return GroupSpec(
-        holding=hold(group),
+        holding=holding,
         side=settings.side,
         shard_basis=settings.shard_basis,
         views=views,
         settings=settings_text(settings),
     )
+
+
+def _check_trainable(holding: Holding) -> None:
+    """Check that the tensors held can be changed by a step.
+
+    Raises:
+        ConfigError: one cannot, whose name the message has.
+    """
+    for fragment in holding.fragments:
+        if fragment.target.is_inference():
+            raise ConfigError(
+                f"{fragment.name}: was created in torch.inference_mode(), and such a tensor cannot "
+                "be trained; build or load the model outside of it (torch.no_grad() is fine)"
+            )
+        if fragment.target.is_meta:
+            raise ConfigError(
+                f"{fragment.name}: is on the meta device, without values; load the weights, or "
+                "call model.to_empty(device=...) and initialize them, before the first step"
+            )
 
 
 def trained_views(

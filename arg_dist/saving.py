@@ -18,6 +18,7 @@ from arg_dist.parameter_groups import members, settings_of, without_arrays
 from arg_dist.saved_forms import WHOLE, Place, whole_state
 from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.drivers import run
+from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shares import is_merged, is_sharded, place_of
 from arg_dist.state import copy_state
@@ -36,6 +37,7 @@ class Saving(Binding, torch.optim.Optimizer):
     _custody: Custody
     expects_bytes = False
 
+    @entry_point
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gather sharded state on one process, for a checkpoint that only this process writes.
 
@@ -78,6 +80,7 @@ class Saving(Binding, torch.optim.Optimizer):
         if self._custody.has_uncut and any(plan.replicated for plan in plans):
             self._custody.cut_rest(self._resting_plans(), self.state)
 
+    @entry_point
     def plans_of_state(self) -> list[Plan]:
         """Plans of all parameters that train or have state, of which each process has its part.
 
@@ -101,6 +104,7 @@ class Saving(Binding, torch.optim.Optimizer):
                     + OTHERS_STATE.format(plan.communicator.me, plan.communicator.size)
                 )
 
+    @entry_point
     def state_dict(self) -> dict[str, Any]:
         """Return this process's state, marked with the process it belongs to.
 
@@ -157,6 +161,7 @@ class Saving(Binding, torch.optim.Optimizer):
                 )
         return packed
 
+    @entry_point
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a :meth:`state_dict`; unlike in torch, every tensor keeps its dtype.
 
@@ -193,6 +198,7 @@ class Saving(Binding, torch.optim.Optimizer):
     def _place(self, target: Tensor) -> Place:
         return place_of(target, training_group(self.process_group))
 
+    @entry_point
     def replace_state(
         self, states: Mapping[Tensor, dict[str, State]], calls: int, skipped_steps: int
     ) -> None:

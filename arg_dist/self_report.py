@@ -9,6 +9,7 @@ from typing import Any
 from arg_dist.algorithm import State
 from arg_dist.places import Layout
 from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.state import matrix_stats, storage_bytes
@@ -30,6 +31,7 @@ class SelfReport:
         state: State = self.state[shard.fragment.target].setdefault(shard.name, {})
         return state
 
+    @entry_point
     def stats(self) -> list[dict[str, Any]]:
         """One entry for each matrix of which this process holds state.
 
@@ -44,18 +46,22 @@ class SelfReport:
             if isinstance(shard, MatrixShard) and (state := self.state_of(shard))
         ]
 
+    @entry_point
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this process, counted as whole storages, not views."""
         return storage_bytes(list(self.state.values()))
 
+    @entry_point
     def comm_bytes(self) -> int:
         """Bytes sent by this process in the optimizer's collectives since it was built."""
         return sum(communicator.sent_bytes for communicator in self._communicators.values())
 
+    @entry_point
     def collectives(self) -> int:
         """Collectives of the optimizer on this process since it was built."""
         return sum(communicator.collectives for communicator in self._communicators.values())
 
+    @entry_point
     def held_elements(self) -> int:
         """Parameter elements that the engine assigns to this process's optimizer."""
         held = {part.name: part.stop - part.start for p in self.every_plan() for part in p.held}

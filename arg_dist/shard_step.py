@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from arg_dist.agreement import Agreement
-from arg_dist.algorithm import LowRankUpdate, State, adam_step, low_rank_step
+from arg_dist.algorithm import (
+    LowRankUpdate,
+    State,
+    adam_step,
+    is_due,
+    low_rank_step,
+    rounds,
+)
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_local
 from arg_dist.sharding.lanes import Lane
@@ -96,6 +103,15 @@ def computation(
         )
     assert isinstance(shard, TensorShard)
     return adam_step(gradient.read(), state, shard.side, settings, me=shard.me)
+
+
+def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig]) -> int:
+    """Communication rounds that a shard's step may take."""
+    if not shard.is_shared or not isinstance(shard, MatrixShard):
+        return int(shard.is_shared)
+    chosen, relayed = settings[shard.group], shard.spread.is_relayed
+    steady, refreshing = rounds(chosen.power_passes, chosen.residual, relayed=relayed)
+    return refreshing if is_due(state) else steady
 
 
 def lane_of(

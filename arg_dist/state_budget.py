@@ -78,9 +78,18 @@ class StateBudget:
         reserved = claim_of(shard, state, settings).reserved
         return self._allowed.get(shard.name, reserved)
 
-    def forget(self) -> None:
-        """Discard the permitted ranks at the start of a step."""
+    def calls_that_share(
+        self, plans: Sequence[Plan], calls_of_a_step: Callable[[], list[Call]]
+    ) -> list[Call]:
+        """All calls of the step if `plans` are its first call's; empty otherwise or unbudgeted.
+
+        The first call discards the ranks permitted in the previous step.
+        """
+        calls = [] if self.limit is None else calls_of_a_step()
+        if not calls or calls[0].plans is not plans:
+            return []
         self._allowed = {}
+        return calls
 
     def share_out(
         self, calls: Sequence[Call], state_of: Callable[[Shard], State], states: Mapping[Any, Any]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.local import local_part
 
 ADAMW_BYTES_PER_ELEMENT = 8
@@ -78,6 +79,7 @@ class OptimizerSample:
         return max((own / adamw for own, adamw in pairs if adamw), default=None)
 
 
+@entry_point
 def sample_optimizer(optimizer: Optimizer) -> OptimizerSample:
     """Gathers the figures of `optimizer`; a collective: all processes call it at the same step."""
     own = _own_numbers(optimizer)

@@ -19,6 +19,7 @@ from arg_dist.checkpoint.reading import Restored, restore, verified_index
 from arg_dist.checkpoint.series import Checkpoints, SaveTimes
 from arg_dist.checkpoint.writing import draft, write
 from arg_dist.optimizer import AdaRankGrad
+from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.job import job_communicator
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 
+@entry_point
 def save(
     directory: str | Path,
     optimizer: AdaRankGrad,
@@ -65,6 +67,7 @@ def save(
     write(prepared, Path(directory), processes)
 
 
+@entry_point
 def load(
     directory: str | Path,
     optimizer: AdaRankGrad,

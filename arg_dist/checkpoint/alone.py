@@ -12,6 +12,7 @@ from arg_dist.checkpoint.reading import verified_index
 from arg_dist.checkpoint.series import checkpoints_in
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.entry import plain_mode
 
 
 def checkpoints_at(path: Path) -> list[Path]:
@@ -20,6 +21,7 @@ def checkpoints_at(path: Path) -> list[Path]:
     return found or [path]
 
 
+@plain_mode()
 def verified_alone(checkpoint: Path) -> Index:
     """Verifies all files of a checkpoint and returns its index.
 
@@ -49,6 +51,7 @@ def newest_intact(path: Path) -> tuple[Path, Index, list[str]]:
     raise CheckpointError(f"{path}: none of its checkpoints is intact: " + "; ".join(passed_over))
 
 
+@plain_mode()
 def whole_weight(reader: SliceReader, name: str) -> Tensor:
     """Reads a parameter or buffer in the model's shape and its stored type, on the CPU.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ def random_states() -> dict[str, Tensor]:
     version, internal, gauss = random.getstate()
     states = {
         "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *internal]),
-        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
+        "python": _tensor([version, *internal], torch.int64),
+        "python_gauss": _tensor([math.nan if gauss is None else gauss], torch.float64),
     }
     if "numpy" in sys.modules:
         _, keys, *rest = sys.modules["numpy"].random.get_state()
-        states["numpy"] = torch.tensor([int(key) for key in keys])
-        states["numpy_rest"] = torch.tensor(rest, dtype=torch.float64)
+        states["numpy"] = _tensor([int(key) for key in keys], torch.int64)
+        states["numpy_rest"] = _tensor(rest, torch.float64)
     device = _device_module()
     if device is not None:
         states["accelerator"] = device.get_rng_state()
@@ -45,6 +45,10 @@ def restore_random_states(states: Mapping[str, Tensor]) -> None:
     device = _device_module()
     if device is not None and "accelerator" in states:
         device.set_rng_state(states["accelerator"])
+
+
+def _tensor(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _device_module() -> Any:

@@ -115,7 +115,7 @@ def restore(
         warnings.warn(
             f"{checkpoint}: the optimizer continues with the checkpoint's settings: "
             + "; ".join(different),
-            stacklevel=4,
+            stacklevel=7,
         )
     same_processes = index.world_size == job.size and bool(index.random_states)
 
@@ -193,5 +193,6 @@ def _read_weight(reader: SliceReader, fragment: Fragment) -> None:
         transposed=fragment.transposed,
     )
     target = local_values(fragment)
-    with torch.no_grad():
+    # what was created in inference mode, as frozen weights may be, changes in that mode alone
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
         target.copy_(values.view(target.shape))

@@ -23,6 +23,7 @@ from arg_dist.checkpoint.reading import Restored, restore, verified_index
 from arg_dist.checkpoint.scheduling import check_scheduler
 from arg_dist.checkpoint.writing import Draft, draft, write
 from arg_dist.optimizer import AdaRankGrad
+from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.job import for_host_data, job_communicator
 
 LATEST_NAME = "latest"
@@ -75,6 +76,7 @@ class Checkpoints:
             is not the same on all processes; or the scheduler's state cannot be stored.
     """
 
+    @entry_point
     def __init__(
         self,
         folder: str | Path,
@@ -100,6 +102,7 @@ class Checkpoints:
         self._claim = claim(self.folder, self._processes, time_limit)
         on_all(self._processes, self._clear_leftovers)
 
+    @entry_point
     def save(self, step: int, job: Mapping[str, Any] | None = None) -> None:
         """Saves; with `background`, returns once everything is copied to host memory.
 
@@ -130,6 +133,7 @@ class Checkpoints:
         else:
             self._pending = self._thread.submit(self._write_beside, prepared, stall)
 
+    @entry_point
     def wait(self) -> None:
         """Waits until the last save is complete.
 
@@ -140,6 +144,7 @@ class Checkpoints:
         if pending is not None:
             self.times.append(pending.result())
 
+    @entry_point
     def load(self, which: str | Path = "auto") -> Restored | None:
         """Loads the newest intact checkpoint, or a given one.
 
@@ -171,6 +176,7 @@ class Checkpoints:
             )
         return None
 
+    @entry_point
     def found(self) -> list[Path]:
         """Lists the checkpoints in the folder as the first process sees them, newest last."""
         return on_all(self._processes, self._found)[0]

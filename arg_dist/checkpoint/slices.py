@@ -60,7 +60,9 @@ class SliceReader:
         """
         start, stop = wanted
         count = max(0, stop - start)
-        rows = torch.empty((count, *sliced.shape[1:]), dtype=getattr(torch, sliced.dtype))
+        rows = torch.empty(
+            (count, *sliced.shape[1:]), dtype=getattr(torch, sliced.dtype), device="cpu"
+        )
         filled = 0
         for process, low, high in sliced.slices:
             first, last = intersect((low, high), wanted)
@@ -96,7 +98,7 @@ class SliceReader:
         # stored as count x length, requested as length x count
         count, length = entry.shape[::-1] if entry.transposed else entry.shape
         first, last = start // count, -(-stop // count)
-        rows = torch.empty((last - first, count), dtype=getattr(torch, sliced.dtype))
+        rows = torch.empty((last - first, count), dtype=getattr(torch, sliced.dtype), device="cpu")
         step = max(1, BLOCK_ELEMENTS // length)
         for low in range(0, count, step):
             high = min(low + step, count)

@@ -185,7 +185,7 @@ def _add_zero_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     """Adds Adam's state for every flat tensor: a step, and moments expanded from a single zero."""
     assert isinstance(optimizer, AdaRankGrad)
     for index, target in enumerate(members(optimizer.param_groups)):
-        zeros = torch.zeros(1).expand(target.numel())
+        zeros = torch.zeros(1, dtype=torch.float32, device="cpu").expand(target.numel())
         dense = {"step": optimizer.calls, "exp_avg": zeros, "exp_avg_sq": zeros}
         saved["state"][index] = {**saved["state"].get(index, {}), **dense}
 

@@ -204,7 +204,7 @@ class Communicator:
 
     def _sizes(self, mine: Tensor, purpose: str) -> list[int]:
         """Exchange the message sizes of all processes."""
-        send = torch.full((self.size,), mine.numel(), device=self.device)
+        send = torch.full((self.size,), mine.numel(), dtype=torch.int64, device=self.device)
         receive = torch.empty_like(send)
         self._all_to_all(receive, send, [1] * self.size, [1] * self.size, lambda: purpose)()
         return [int(size) for size in receive.tolist()]

@@ -37,11 +37,39 @@ def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
         return
     backends: tuple[Any, Any] = (cpu.matmul, cuda)  # type: ignore[attr-defined]
-    both = [(backend, backend.fp32_precision) for backend in backends]
-    for (backend, _), names in zip(both, (CPU, CUDA), strict=True):
-        backend.fp32_precision = names[precision]
+    effective = tuple(_effective(backend) for backend in backends)
+    if (*effective, _older()) == (CPU[precision], CUDA[precision], precision):
+        yield
+        return
+    own = [_own_value(backend) for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"  # torch reads its older flag only where nothing contradicts
+    older = torch.get_float32_matmul_precision()
+    # sets the older flag and both backends: torch raises where one contradicts the other
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        for backend, earlier in both:
-            backend.fp32_precision = earlier
+        torch.set_float32_matmul_precision(older)
+        for backend, value in zip(backends, own, strict=True):
+            backend.fp32_precision = value
+
+
+def _effective(backend: Any) -> str:
+    name: str = backend.fp32_precision
+    return "ieee" if name == "none" else name
+
+
+def _older() -> str:
+    """The precision that torch's older flag says; empty if a newer one contradicts it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return ""
+
+
+def _own_value(backend: Any) -> str:
+    """The value set for this backend's products, which is cleared; "none" if it is inherited."""
+    effective: str = backend.fp32_precision
+    backend.fp32_precision = "none"
+    return "none" if backend.fp32_precision == effective else effective

@@ -103,4 +103,4 @@ def positive_peaks(vectors: Tensor) -> Tensor:
     The sign of an eigenvector is arbitrary; this makes it independent of the LAPACK implementation.
     """
     peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(peaks < 0, -1.0, 1.0).to(vectors.dtype)
+    return vectors * (1 - 2 * (peaks < 0).to(vectors.dtype))

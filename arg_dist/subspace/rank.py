@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -20,8 +23,9 @@ def choose_rank(
 
     Information-based selection (IASS, arXiv 2410.17881, algorithm 2) by one cumulative sum instead
     of a search, since ``||G - P_r G||^2 = ||G||^2 - sum_{i<=r} s_i^2``. The paper bounds the
-    discarded share: ``eta_th = 1 - energy``. A gradient of lower rank than `smallest` gets only its
-    own directions: in the others, Adam would amplify rounding noise to full steps.
+    discarded share: ``eta_th = 1 - energy``. Decided in Python from one read of the energies, so
+    that all devices decide alike. A gradient of lower rank than `smallest` gets only its own
+    directions: in the others, Adam would amplify rounding noise to full steps.
 
     Args:
         energies: ``width``, fp64, descending: ``s_i^2``.
@@ -36,30 +40,31 @@ def choose_rank(
     Returns:
         A rank between 1 and ``min(largest, width)``.
     """
-    largest = min(largest, energies.numel())
+    values: list[float] = energies.tolist()
+    largest = min(largest, len(values))
     # kept_r = sum_{i<=r} s_i^2 / ||G||^2
-    kept = energies.cumsum(0) / norm_sq
+    kept = [total / norm_sq for total in accumulate(values)]
 
     def needed(share: float) -> int:
         # min { r : kept_r >= share }
-        return int((kept < share).sum()) + 1
+        return sum(each < share for each in kept) + 1
 
     if before is None:
         rank = needed(energy)
     else:
         rank = max(needed(energy - hysteresis), min(before, needed(energy + hysteresis)))
     rank = max(min(smallest, largest), min(rank, largest))
-    return max(1, min(rank, numerical_rank(energies)))
+    return max(1, min(rank, numerical_rank(values)))
 
 
-def numerical_rank(energies: Tensor) -> int:
+def numerical_rank(energies: Sequence[float]) -> int:
     """Number of directions above fp32 rounding noise: ``s_i > 4 eps sqrt(width) s_1``.
 
     Args:
-        energies: ``width``, fp64, descending.
+        energies: ``width``, descending.
     """
-    tolerance = 16 * torch.finfo(torch.float32).eps ** 2 * energies.numel()
-    return int((energies > tolerance * energies[0]).sum())
+    tolerance = 16 * torch.finfo(torch.float32).eps ** 2 * len(energies)
+    return sum(each > tolerance * energies[0] for each in energies)
 
 
 def exit_early(

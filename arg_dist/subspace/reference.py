@@ -40,7 +40,7 @@ class ReferenceAdaRankGrad:
         self.steps = 0
         self.residual_norm: Tensor | None = None
         self.basis: Tensor | None = None
-        self.M = self.V = torch.empty(0)
+        self.M = self.V = self.weight.new_empty(0)
 
     @property
     def rank(self) -> int:

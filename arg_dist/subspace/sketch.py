@@ -33,12 +33,14 @@ def gaussian_rows(
     """
     low, high = rows
     if low >= high:
-        return torch.empty(0, columns)
+        return torch.empty(0, columns, dtype=torch.float32, device="cpu")
     blocks = []
     for block in range(low // BLOCK, (high - 1) // BLOCK + 1):
         text = f"{seed}|{name}|{refresh}|{block}|{columns}".encode()
         number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
-        generator = torch.Generator().manual_seed(number)
-        blocks.append(torch.randn(BLOCK, columns, generator=generator))
+        generator = torch.Generator(device="cpu").manual_seed(number)
+        blocks.append(
+            torch.randn(BLOCK, columns, generator=generator, dtype=torch.float32, device="cpu")
+        )
     start = low // BLOCK * BLOCK
     return torch.cat(blocks)[low - start : high - start]

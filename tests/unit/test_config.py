@@ -10,6 +10,7 @@ from torch import nn
 
 from arg_dist import AdaRankGrad, AdaRankGradConfig, ConfigError
 from arg_dist.config import parse_config
+from arg_dist.parameter_groups import settings_of
 
 
 @pytest.mark.parametrize(
@@ -141,3 +142,18 @@ def test_a_name_may_occur_only_once():
     named = [("w", nn.Parameter(gaussian(4, 3))), ("w", nn.Parameter(gaussian(4, 3)))]
     with pytest.raises(ConfigError, match="the parameter name 'w' occurs twice"):
         AdaRankGrad(named)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"lr": 0.5}, {"betas": (0.5, 0.6)}, {"betas": [0.5, 0.6]}, {"scale": 1}, {"scale": 1.0}],
+)
+def test_the_settings_of_a_group_are_those_it_holds_now(changed):
+    group = {**dict(parse_config({})), "params": [], "name": "theirs"}
+    settings_of(group)
+    group |= changed
+    found = settings_of(group)
+    assert [(key, repr(value)) for key, value in found] == [
+        (key, repr(group[key])) for key in AdaRankGradConfig.model_fields
+    ]
+    assert found.model_fields_set == set(AdaRankGradConfig.model_fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import ambient_modes
 import pytest
 import torch
 from matrices import gaussian
@@ -73,3 +74,26 @@ def test_medium_rounds_the_steps_products_and_no_basis():
     lost = (one["exp_avg"] - other["exp_avg"]).norm() / one["exp_avg"].norm()
     assert lost > 0
     BF16_PRODUCTS.check(lost, 0.0)
+
+
+CHOSEN = (
+    *("no_grad", "precision high", "precision medium", "allow_tf32", "fp32_precision tf32"),
+    "oneDNN in bf16",
+)
+
+
+@pytest.mark.parametrize("chosen", CHOSEN)
+@pytest.mark.parametrize("precision", CPU)
+def test_all_of_torchs_flags_agree_within_whatever_the_job_has_chosen(chosen, precision):
+    with ambient_modes.on(chosen), matmul_precision(precision):
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision != "highest")
+
+
+def test_a_backend_goes_on_inheriting_what_the_job_chooses():
+    with ambient_modes.on("fp32_precision tf32"):
+        trained(steps=1)
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "tf32"

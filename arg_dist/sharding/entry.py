@@ -1,0 +1,79 @@
+"""Public entry points that compute the same whatever modes of torch surround the call.
+
+Autocast, inference mode, a default device and ``torch.compile`` are the job's choices for its
+model. The default dtype belongs to all threads and is left alone: every tensor made in this package
+states its dtype (``tests/unit/test_factories.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch._compile import _disable_dynamo  # as torch.optim does: loads the compiler when called
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MARK = "__runs_plainly__"
+
+
+@contextmanager
+def plain_mode() -> Iterator[None]:
+    """Switch off autocast, inference mode, gradients and the default device in this thread."""
+    with ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())  # last: leaving inference mode enables gradients
+        for kind in _device_kinds():
+            if torch.is_autocast_enabled(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        yield
+
+
+def entry_point(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a public function in :func:`plain_mode`, and eagerly: ``torch.compile`` breaks there."""
+
+    @wraps(function)
+    def plainly(*args: P.args, **kwargs: P.kwargs) -> T:
+        with plain_mode():
+            return function(*args, **kwargs)
+
+    decorated = eager(plainly)
+    decorated.__dict__[MARK] = True
+    return decorated
+
+
+def is_entry_point(function: Callable[..., object]) -> bool:
+    """Whether a function is decorated with :func:`entry_point`."""
+    return MARK in vars(function)
+
+
+def eager(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that ``torch.compile`` calls instead of tracing it, as torch's optimizers are."""
+    return _disable_dynamo(function)
+
+
+def check_not_captured() -> None:
+    """Check that no CUDA graph is being captured.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if initialized and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step: cannot be captured in a CUDA graph, because every step reads values on the host "
+            "to decide what to compute; capture forward and backward only, and call step() after "
+            "each replay"
+        )
+
+
+def _device_kinds() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
