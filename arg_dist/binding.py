@@ -123,6 +123,7 @@ class Binding(SelfReport):
                 groups.append({**group, "params": targets, "param_names": names})
         return self._bound_plans(groups, resting=True) if groups else []
 
+    @entry_point
     def parameter_shapes(self) -> dict[str, list[int]]:
         """Full shapes of the parameters, by name, as far as they are known."""
         shapes: dict[str, list[int]] = {}

@@ -96,7 +96,9 @@ def pack(
     padded = torch.zeros(limit, dtype=torch.uint8, device="cpu")
     padded[: data.numel()] = data
     shared = as_share(padded, target, communicator.group)
-    form = torch.tensor([VERSION, place[1], limit, calls, units], device=shared.device)
+    form = torch.tensor(
+        [VERSION, place[1], limit, calls, units], dtype=torch.int64, device=shared.device
+    )
     return {_key(place[1], rank): shared, FORM: form}
 
 
@@ -232,7 +234,7 @@ def _from_bytes(data: Tensor, name: str) -> tuple[dict[str, Any], State]:
 
 def expected_bytes(place: Place, device: torch.device) -> dict[str, Any]:
     """What a new optimizer offers a checkpoint of an earlier version to load into."""
-    return {_process(place): b"", FORM: torch.ones(1, device=device)}
+    return {_process(place): b"", FORM: torch.ones(1, dtype=torch.float32, device=device)}
 
 
 def is_bytes(entry: Mapping[str, Any]) -> bool:

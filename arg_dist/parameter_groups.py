@@ -78,11 +78,6 @@ def _check_trainable(holding: Holding) -> None:
                 f"{fragment.name}: was created in torch.inference_mode(), and such a tensor cannot "
                 "be trained; build or load the model outside of it (torch.no_grad() is fine)"
             )
-        if fragment.target.is_meta:
-            raise ConfigError(
-                f"{fragment.name}: is on the meta device, without values; load the weights, or "
-                "call model.to_empty(device=...) and initialize them, before the first step"
-            )
 
 
 def trained_views(

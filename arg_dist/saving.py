@@ -91,6 +91,7 @@ class Saving(Binding, torch.optim.Optimizer):
             self._custody.cut_loaded(plan, self.state)
         return plans
 
+    @entry_point
     def check_own_state(self, plans: Sequence[Plan]) -> None:
         """Check that the state is this process's, before it is saved.
 

@@ -86,7 +86,7 @@ class JoinedSteps:
         """Before a step: tells the processes that have joined, and lends them what they need."""
         if self._has_joined:
             return
-        active = torch.full((1,), -1.0, device=self._device)
+        active = torch.full((1,), -1.0, dtype=torch.float32, device=self._device)
         dist.all_reduce(active, group=self._group)
         if active.item() > -self._communicator.size:
             self._lent(optimizer)

@@ -56,7 +56,7 @@ def summary(fingerprints: Tensor, positions: Sequence[int]) -> Tensor:
     terms = torch.where(some, sums / norms_sq.sqrt() + 0.5 * norms_sq.log(), 0.0)
     kinds = range(fingerprints.shape[1])
     factors = [[1 + _weight(1 + i * len(kinds) + j) for j in kinds] for i in positions]
-    return (terms * terms.new_tensor(factors)).sum()
+    return (terms * terms.new_tensor(factors, dtype=terms.dtype)).sum()
 
 
 def differ(ours: Numbers, theirs: Numbers) -> bool:
