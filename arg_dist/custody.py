@@ -52,18 +52,24 @@ class Custody:
         self.whole = (WHOLE if plan.communicator.me == to else ELSEWHERE, by_target)
 
     def prepare_saving(
-        self, saved: dict[str, Any], targets: Sequence[Tensor], plans: Sequence[Plan]
+        self,
+        saved: dict[str, Any],
+        calls: int,
+        targets: Sequence[Tensor],
+        plans: Sequence[Plan],
     ) -> None:
         """Record in `saved` which process it belongs to, in the form the engine's format requires.
 
         Args:
             saved: the optimizer's state dictionary.
+            calls: steps taken so far.
             targets: the tensors of its groups, in the order of their indexes in it.
             plans: the optimizer's plans.
 
         Raises:
             RuntimeError: the state has not been consolidated.
         """
+        saved["process"], saved["calls"] = None, calls
         for plan in plans:
             place = (plan.communicator.me, plan.communicator.size)
             saved["process"] = saved["process"] or place
@@ -75,7 +81,7 @@ class Custody:
             elif plan.saved_by_key:
                 here = {id(fragment.target) for fragment in plan.held}
                 packs = {
-                    index: pack(saved["state"].get(index, {}), place, saved["calls"], target.device)
+                    index: pack(saved["state"].get(index, {}), place, calls, target.device)
                     for index, target in enumerate(targets)
                     if id(target) in here
                 }

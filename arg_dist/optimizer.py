@@ -13,9 +13,17 @@ from torch import Tensor
 from arg_dist.agreement import Agreement, agree
 from arg_dist.algorithm import State, is_due, rounds
 from arg_dist.binding import Binding
-from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
+from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.custody import Custody
-from arg_dist.parameter_groups import SETTINGS, check_names, members, settings_of
+from arg_dist.group_keys import numbers, tensors
+from arg_dist.parameter_groups import (
+    check_names,
+    checked_last,
+    complete_group,
+    keep_newer,
+    members,
+    settings_of,
+)
 from arg_dist.saved_forms import WHOLE, whole_state
 from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of
 from arg_dist.sharding.communicator import Communicator
@@ -66,7 +74,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups; preferably from
             :func:`arg_dist.param_groups`, which separates embeddings and head from the rest.
             Without names, every tensor of two or more dimensions is a matrix.
-        lr: learning rate.
+        lr: learning rate; a tensor stays one, and is read at every step.
         betas: decay of the first and the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
@@ -91,7 +99,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         **settings: Any,
     ) -> None:
         given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)
-        config = parse_config(given)
+        config = parse_config(numbers(given))
         self._parameters: dict[str, weakref.ref[Tensor]] = {}
         self._plans: dict[tuple[tuple[int, bool], ...], list[Plan]] = {}
         self._communicators: dict[Any, Communicator] = {}
@@ -104,7 +112,7 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         self._budget = StateBudget(config.state_budget)
         self.calls = 0
         self.skipped_steps = 0
-        super().__init__(params, dict(config))
+        super().__init__(params, {**dict(config), **tensors(given)})
         for adapter in ADAPTERS:
             adapter.on_construction(self)
 
@@ -113,39 +121,19 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its settings are validated like the optimizer's own.
 
+        Keys that other libraries put into groups, such as ``name`` or ``lr_scale``, are kept.
+
         Raises:
-            ConfigError: a setting of the group is unknown or invalid, or a name occurs twice.
+            ConfigError: a setting of the group is misspelled or invalid, a name occurs twice, or a
+                parameter is of a kind that cannot be trained.
             TypeError: the parameters are a set.
         """
         position = len(self.param_groups)
-        group = dict(param_group)
-        self.is_classified |= "low_rank" in group
-        params = group["params"]
-        if isinstance(params, set):
-            raise TypeError(
-                f"parameter group {position}: got a set, which is unordered; use a list"
-            )
-        group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        own = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
-        where = f"parameter group {position}"
-        of_all = {"preset", "targets", "exclude", "time_limit", "state_budget", "bucket_size"}
-        for key in own.keys() & of_all:
-            raise ConfigError(
-                f"{where}.{key}: applies to the optimizer as a whole; pass it to the optimizer, "
-                "not in a group"
-            )
-        config = parse_config({**{k: self.defaults[k] for k in SETTINGS}, **own}, where)
-        group.update(config)
-        first = group["params"][0] if group["params"] else None
-        if not isinstance(first, tuple) and "param_names" not in group:
-            count = len(group["params"])
-            group["param_names"] = [f"group{position}.param{i}" for i in range(count)]
-        super().add_param_group(group)
+        self.is_classified |= "low_rank" in param_group
+        super().add_param_group(complete_group(param_group, position, self.defaults))
+        added = checked_last(self.param_groups, self._parameters)
         self._every_group = self.param_groups
-        added = self.param_groups[-1]
         for name, parameter in zip(added["param_names"], added["params"], strict=True):
-            if name in self._parameters:
-                raise ConfigError(f"{where}: the parameter name {name!r} occurs twice")
             self._parameters[name] = weakref.ref(parameter)
 
     # -- the step --------------------------------------------------------------------------------
@@ -303,10 +291,14 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
             RuntimeError: the model is replicated and the state sharded, but
                 :meth:`consolidate_state_dict` has not been called since the last step.
         """
-        saved = super().state_dict()
-        saved["process"], saved["calls"] = None, self.calls
-        self._custody.prepare_saving(saved, members(self.param_groups), list(self.every_plan()))
-        return saved
+        targets, plans = members(self.param_groups), list(self.every_plan())
+
+        def mark(_: Any, saved: dict[str, Any]) -> None:
+            self._custody.prepare_saving(saved, self.calls, targets, plans)
+
+        # before the hooks of others, which see what is saved
+        with self.register_state_dict_post_hook(mark, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a :meth:`state_dict`; unlike in torch, every tensor keeps its dtype.
@@ -314,16 +306,28 @@ class AdaRankGrad(Binding, torch.optim.Optimizer):
         State is sharded: if a process loads another process's state, the next step raises a
         RuntimeError.
         """
-        check_names(self.param_groups, state_dict["param_groups"])
-        before = [dict(group) for group in self.param_groups]
-        super().load_state_dict({**state_dict, "state": {}})
+        before, found = [dict(group) for group in self.param_groups], dict[str, Any]()
+
+        def keep(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+            check_names(self.param_groups, saved["param_groups"])
+            found.update(saved)
+            return {**saved, "state": {}}
+
+        def finish(_: Any) -> None:
+            self._load_own(found, before)
+
+        # between the hooks of others: they see what is loaded, and the result
+        last = self.register_load_state_dict_pre_hook(keep)
+        with last, self.register_load_state_dict_post_hook(finish, prepend=True):
+            super().load_state_dict(state_dict)
+
+    def _load_own(self, saved: Mapping[str, Any], before: list[dict[str, Any]]) -> None:
+        """Complete the groups that torch has loaded, and load the state."""
         self._every_group = self.param_groups
-        for group, old in zip(self.param_groups, before, strict=True):
-            for key in SETTINGS:  # settings newer than the saved state keep their values
-                group.setdefault(key, old[key])
-        indexes = members(state_dict["param_groups"])
+        keep_newer(self.param_groups, before)
+        indexes = members(saved["param_groups"])
         targets = dict(zip(indexes, members(self.param_groups), strict=False))
-        loaded = self._custody.load(state_dict, targets, list(self.every_plan()))
+        loaded = self._custody.load(saved, targets, list(self.every_plan()))
         self.calls = loaded.calls
         for target, units in loaded.states.items():
             self.state[target] = copy_state(units, target.device)

@@ -8,6 +8,7 @@ from typing import Any
 
 from arg_dist.checkpoint.index import CheckpointError, Group, Index
 from arg_dist.config import parse_config
+from arg_dist.group_keys import assign, numbers
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import SETTINGS
 from arg_dist.sharding.plan import Plan
@@ -93,19 +94,26 @@ def put_back_settings(optimizer: AdaRankGrad, index: Index) -> list[str]:
     for group in optimizer.param_groups:
         saved = _settings_for(Path(), index, group)
         initial = {"initial_lr": saved.pop("initial_lr")} if "initial_lr" in saved else {}
-        settings = parse_config({**{key: group[key] for key in SETTINGS}, **saved}, "checkpoint")
+        before = numbers({key: group[key] for key in SETTINGS})
+        settings = parse_config({**before, **saved}, "checkpoint")
         for key, value in settings:
-            if group[key] != value and key not in ("lr", *OF_THE_JOB):
-                different[key] = f"{key}={value!r} instead of {group[key]!r}"
-        group.update({key: value for key, value in settings if key not in OF_THE_JOB})
-        group.update(initial)
+            if before[key] != value and key not in ("lr", *OF_THE_JOB):
+                different[key] = f"{key}={value!r} instead of {before[key]!r}"
+        put_back(group, {key: value for key, value in settings if key not in OF_THE_JOB})
+        put_back(group, initial)
     return list(different.values())
 
 
 def saved_settings(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the settings of the optimizer's groups, so that they can be restored."""
     keys = (*SETTINGS, "initial_lr")
-    return [{key: group[key] for key in keys if key in group} for group in groups]
+    return [numbers({key: group[key] for key in keys if key in group}) for group in groups]
+
+
+def put_back(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Restores settings of a group; one that is a tensor stays that tensor."""
+    for key, value in settings.items():
+        assign(group, key, value)
 
 
 def _settings_for(checkpoint: Path, index: Index, group: Mapping[str, Any]) -> dict[str, Any]:

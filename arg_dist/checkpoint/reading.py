@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from arg_dist.algorithm import ALIKE, State
 from arg_dist.checkpoint.contents import held_untrained, local_values
 from arg_dist.checkpoint.files import describe, on_all, verify
-from arg_dist.checkpoint.fitting import check_model, check_plans, put_back_settings, saved_settings
+from arg_dist.checkpoint.fitting import (
+    check_model,
+    check_plans,
+    put_back,
+    put_back_settings,
+    saved_settings,
+)
 from arg_dist.checkpoint.index import (
     INDEX_NAME,
     CheckpointError,
@@ -101,7 +107,7 @@ def restore(
         on_all(job, lambda: check_plans(checkpoint, index, plans, weights=weights))
     except CheckpointError:
         for group, settings in zip(optimizer.param_groups, before, strict=True):
-            group.update(settings)
+            put_back(group, settings)
         raise
     if different and job.me == 0:
         warnings.warn(

@@ -26,6 +26,7 @@ from arg_dist.sharding.layout import (
     element_side,
     matrix_spread,
 )
+from arg_dist.sharding.local import as_reals
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 
 FP32_BYTES = 4
@@ -160,7 +161,8 @@ def _shards_of(
 
     Appends their names to `names`.
     """
-    replicated = spec.holding.replicated
+    replicated, width = spec.holding.replicated, fragment.width
+    numel = math.prod(fragment.shape) * width
     views = spec.views(fragment.name, fragment.parameter_shape)
     if fragment.transposed:
         views = [MatrixView(view.name, view.columns, view.rows, view.offset) for view in views]
@@ -201,7 +203,7 @@ def _shards_of(
     if not views:
         unit = len(names)
         names.append(fragment.name)
-        numel = math.prod(fragment.shape)
+        ranges = tuple((start * width, stop * width) for start, stop in ranges)
         if fragment.start < fragment.stop:
             shards.append(
                 TensorShard(
@@ -215,7 +217,6 @@ def _shards_of(
                     side=element_side(ranges, numel, replicated),
                 )
             )
-    numel = math.prod(fragment.shape)
     return shards, [view.rows * view.columns for view in views] or [numel]
 
 
@@ -241,7 +242,7 @@ def _describe(spec: GroupSpec) -> dict[str, Any]:
 
 def _fingerprint(fragment: Fragment) -> tuple[float, float]:
     """Sum and norm of weights that must be equal on every process."""
-    values = fragment.view(fragment.target.detach()).double()
+    values = as_reals(fragment.view(fragment.target.detach())).double()
     return float(values.sum()), float(values.norm())
 
 
@@ -273,8 +274,9 @@ def _check_agreement(everyone: list[list[dict[str, Any]]]) -> None:
                     raise RuntimeError(
                         f"{a['name']}: the weights of process {process} of the group differ from "
                         "process 0's; processes of one group must train one model from equal "
-                        "weights with averaged gradients (DistributedDataParallel ensures both); "
-                        "pass process_group=None if each trains its own model"
+                        "weights with averaged gradients (DistributedDataParallel ensures both, "
+                        "unless weights are changed on some processes later); pass "
+                        "process_group=None if each trains its own model"
                     )
 
 
@@ -294,6 +296,8 @@ def _first_difference(ours: str, theirs: str) -> tuple[str, str]:
 
 def _disagree(what: str, process: int, ours: object, theirs: object) -> None:
     raise RuntimeError(
-        f"the processes were started with different {what}: process 0 of the group has {ours}, "
-        f"process {process} has {theirs}; start all of them with the same model and configuration"
+        f"the processes of one group have different {what}: process 0 of the group has {ours}, "
+        f"process {process} has {theirs}; build the same model and optimizer on all of them, with "
+        "the same settings and the same parameters frozen; pass process_group=None if each trains "
+        "its own model"
     )
