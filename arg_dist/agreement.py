@@ -76,10 +76,11 @@ class Agreement:
         """
         if self.strangers:
             raise RuntimeError(
-                f"load_state_dict: process {', '.join(map(str, self.strangers))} of "
-                f"{self.processes} loaded optimizer state of another process, another number of "
-                "processes, another model or another step; the state is sharded: each process "
-                "must save and load its own"
+                f"load_state_dict: the optimizer state of process "
+                f"{', '.join(map(str, self.strangers))} of {self.processes} does not belong with "
+                "process 0's: it was loaded from another process, another number of processes, "
+                "another model or another step (or step() was called on some processes only); the "
+                "state is sharded: each process must save and load its own"
             )
         bad = self.nonfinite()
         if bad and not skip:

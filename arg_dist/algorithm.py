@@ -171,7 +171,7 @@ def adam_step(
     """One step of Adam on the elements of a tensor, distributed over the processes by `side`.
 
     Args:
-        gradient: ``touch``, fp32, this process's elements.
+        gradient: ``touch``, this process's elements, in the type of new moments.
         state: exp_avg and exp_avg_sq, ``keep``, and step; empty before the first step.
         side: how the elements are distributed over the processes.
         settings: the settings of the parameter group.
@@ -184,7 +184,8 @@ def adam_step(
         state.update(
             step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient)
         )
-    direction = _advance(state, gradient, settings)
+    # moments that were loaded keep their type
+    direction = _advance(state, gradient.to(state["exp_avg"].dtype), settings)
     return (yield from gather(direction, side.keep, side.update, me))
 
 

@@ -64,6 +64,7 @@ class Custody:
 
         Args:
             saved: the optimizer's state dictionary.
+            calls: steps taken so far.
             targets: the tensors of its groups, in the order of their indexes in it.
             plans: the optimizer's plans; empty if it has not stepped since it was loaded.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from arg_dist.algorithm import State
 from arg_dist.config import ConfigError, parse_config
 from arg_dist.packing import is_bytes, is_packed, unpack, unpack_bytes
-from arg_dist.parameter_groups import SETTINGS, check_names, members
+from arg_dist.parameter_groups import SETTINGS, check_names, keep_newer, members
 from arg_dist.saved_forms import WHOLE, Place
 
 OURS = ("energy", "max_rank")
@@ -77,8 +77,7 @@ def groups_to_load(
     loaded = []
     for position, (group, own) in enumerate(zip(groups, current, strict=True)):
         new = {k: deepcopy(v) for k, v in group.items() if k != "params"}
-        for key in SETTINGS:  # settings newer than the saved state keep their values
-            new.setdefault(key, own[key])
+        keep_newer([new], [own])
         settings = {key: new[key] for key in SETTINGS if key != "lr"}
         where = f"load_state_dict: parameter group {position}"
         checked = parse_config({**settings, "lr": _as_number(new["lr"])}, where)

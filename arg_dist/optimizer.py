@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from arg_dist.agreement import Agreement, agree
-from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config
+from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.copying import CopiedOptimizer
 from arg_dist.coverage import Coverage
 from arg_dist.custody import Custody
 from arg_dist.equality import compare
-from arg_dist.parameter_groups import SETTINGS, settings_of
+from arg_dist.group_keys import numbers, tensors
+from arg_dist.parameter_groups import checked_last, complete_group, settings_of
 from arg_dist.places import GradientsMissing, Layout, Place
 from arg_dist.saving import Saving
 from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of, rounds_of
@@ -65,7 +66,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups; preferably from
             :func:`arg_dist.param_groups`, which separates embeddings and head from the rest.
             Without names, every tensor of two or more dimensions is a matrix.
-        lr: learning rate.
+        lr: learning rate; a tensor stays one, and is read at every step.
         betas: decay of the first and the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
@@ -91,7 +92,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         **settings: Any,
     ) -> None:
         given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)
-        config = parse_config(given)
+        config = parse_config(numbers(given))
         self._parameters: dict[str, Place] = {}
         self._plans: dict[tuple[Layout, ...], list[Plan]] = {}
         self._tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]] = {}
@@ -107,7 +108,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         self._gradients_missing = GradientsMissing()
         self.calls = 0
         self.skipped_steps = 0
-        super().__init__(params, dict(config))
+        super().__init__(params, {**dict(config), **tensors(given)})
         for adapter in ADAPTERS:
             adapter.on_construction(self)
 
@@ -117,39 +118,19 @@ class AdaRankGrad(Saving, CopiedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its settings are validated like the optimizer's own.
 
+        Keys that other libraries put into groups, such as ``name`` or ``lr_scale``, are kept.
+
         Raises:
-            ConfigError: a setting of the group is unknown or invalid, or a name occurs twice.
+            ConfigError: a setting of the group is misspelled or invalid, a name occurs twice, or a
+                parameter is of a kind that cannot be trained.
             TypeError: the parameters are a set.
         """
         position = len(self.param_groups)
-        group = dict(param_group)
-        self.is_classified |= "low_rank" in group
-        params = group["params"]
-        if isinstance(params, set):
-            raise TypeError(
-                f"parameter group {position}: got a set, which is unordered; use a list"
-            )
-        group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        own = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
-        where = f"parameter group {position}"
-        of_all = {"preset", "targets", "exclude", "time_limit", "state_budget", "bucket_size"}
-        for key in own.keys() & of_all:
-            raise ConfigError(
-                f"{where}.{key}: applies to the optimizer as a whole; pass it to the optimizer, "
-                "not in a group"
-            )
-        config = parse_config({**{k: self.defaults[k] for k in SETTINGS}, **own}, where)
-        group.update(config)
-        first = group["params"][0] if group["params"] else None
-        if not isinstance(first, tuple) and "param_names" not in group:
-            count = len(group["params"])
-            group["param_names"] = [f"group{position}.param{i}" for i in range(count)]
-        super().add_param_group(group)
+        self.is_classified |= "low_rank" in param_group
+        super().add_param_group(complete_group(param_group, position, self.defaults))
+        added = checked_last(self.param_groups, self._parameters)
         self._every_group = self.param_groups
-        added = self.param_groups[-1]
         for index, name in enumerate(added["param_names"]):
-            if name in self._parameters:
-                raise ConfigError(f"{where}: the parameter name {name!r} occurs twice")
             self._parameters[name] = Place(added["params"], index)
             self._coverage.add(name, added["params"][index])
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from arg_dist.config import AdaRankGradConfig, ConfigError, plain
+from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config, plain
+from arg_dist.group_keys import numbers, own_settings, tensors
+from arg_dist.parameter_kinds import check_kind, check_shape, check_values
 from arg_dist.sharding.fragment import Holding, ParameterGroup, hold
 from arg_dist.sharding.layout import MatrixView, matrix_views
 from arg_dist.sharding.plan import GroupSpec
@@ -18,9 +20,74 @@ SETTINGS = tuple(AdaRankGradConfig.model_fields)
 """Keys of a parameter group that are settings."""
 
 
+OF_ALL = {"preset", "targets", "exclude", "time_limit", "state_budget", "bucket_size"}
+"""Settings that apply to the optimizer as a whole; a group cannot have others."""
+
+
+def complete_group(
+    param_group: Mapping[str, Any], position: int, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A parameter group with all settings: its own, else the optimizer's; and with names.
+
+    Args:
+        param_group: the group as the user gave it.
+        position: its position in the optimizer.
+        defaults: the optimizer's settings.
+
+    Raises:
+        ConfigError: a setting of the group is misspelled or invalid.
+        TypeError: the parameters are a set.
+    """
+    group, where = dict(param_group), f"parameter group {position}"
+    params = group["params"]
+    if isinstance(params, set):
+        raise TypeError(f"{where}: got a set, which is unordered; use a list")
+    group["params"] = [params] if isinstance(params, Tensor) else list(params)
+    own = own_settings(group, where)
+    chosen = {**{key: defaults[key] for key in SETTINGS}, **own}
+    config = parse_config(numbers(chosen, where), where)
+    for key in own.keys() & OF_ALL:
+        if getattr(config, key) != defaults[key]:
+            raise ConfigError(
+                f"{where}.{key}: applies to the optimizer as a whole; pass it to the optimizer, "
+                "not in a group"
+            )
+    group.update({**dict(config), **tensors(chosen)})
+    first = group["params"][0] if group["params"] else None
+    if not isinstance(first, tuple) and "param_names" not in group:
+        count = len(group["params"])
+        group["param_names"] = [f"group{position}.param{i}" for i in range(count)]
+    return group
+
+
+def checked_last(groups: list[dict[str, Any]], known: Iterable[str]) -> dict[str, Any]:
+    """The group that was added last; removed again if one of its parameters is refused.
+
+    Args:
+        groups: the optimizer's groups.
+        known: names of the parameters of the earlier ones.
+
+    Raises:
+        ConfigError: a name occurs twice, or a parameter cannot be trained.
+    """
+    names, group = set(known), groups[-1]
+    try:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            if name in names:
+                raise ConfigError(
+                    f"parameter group {len(groups) - 1}: the parameter name {name!r} occurs twice"
+                )
+            names.add(name)
+            check_kind(name, parameter)
+    except ConfigError:
+        groups.pop()
+        raise
+    return group
+
+
 def settings_of(group: Mapping[str, Any]) -> AdaRankGradConfig:
     """A group's current settings: schedulers change the learning rate between steps."""
-    values = {key: plain(group[key]) for key in SETTINGS}
+    values = numbers({key: group[key] for key in SETTINGS})
     lr = float(values.pop("lr"))
     try:
         others = _settings(*values.values())
@@ -51,12 +118,18 @@ def group_spec(
         settings: the group's settings.
         full_rank: names of parameters trained by full-rank Adam whatever their shape.
     """
-
-    def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
-        return [] if name in full_rank else trained_views(name, shape, settings)
-
+    for name, parameter in group.alive():
+        check_shape(name, parameter)
     holding = hold(group)
     _check_trainable(holding)
+    for fragment in holding.fragments:
+        check_values(fragment.name, fragment.target)
+    # complex numbers are trained as pairs of reals, which form no matrix
+    pairs = {fragment.name for fragment in holding.fragments if fragment.target.is_complex()}
+
+    def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
+        return [] if name in full_rank | pairs else trained_views(name, shape, settings)
+
     return GroupSpec(
         holding=holding,
         side=settings.side,
@@ -107,6 +180,13 @@ def without_arrays(group: Mapping[str, Any]) -> dict[str, Any]:
         and (key in SETTINGS or getattr(value, "shape", None) == ())
     }
     return {**group, **numbers}
+
+
+def keep_newer(groups: list[dict[str, Any]], before: list[dict[str, Any]]) -> None:
+    """Give groups that were loaded the keys that are newer than the saved state."""
+    for group, old in zip(groups, before, strict=True):
+        for key, value in old.items():
+            group.setdefault(key, value)
 
 
 def check_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

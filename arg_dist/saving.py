@@ -124,7 +124,23 @@ class Saving(Binding, torch.optim.Optimizer):
         if merged:
             plans = self.plans_of_state()
             self.check_own_state(plans)
-        saved = super().state_dict()
+
+        def sign(_: Any, saved: dict[str, Any]) -> None:
+            self._sign(saved, plans, targets, merged=merged)
+
+        # before the hooks of others, which see what is saved
+        with self.register_state_dict_post_hook(sign, prepend=True):
+            return super().state_dict()
+
+    def _sign(
+        self,
+        saved: dict[str, Any],
+        plans: Sequence[Plan],
+        targets: Sequence[Tensor],
+        *,
+        merged: bool,
+    ) -> None:
+        """Complete torch's state dictionary: whose state it is, in the form that is needed."""
         saved["param_groups"] = [without_arrays(group) for group in saved["param_groups"]]
         saved["calls"] = self.calls
         if merged:
@@ -135,7 +151,6 @@ class Saving(Binding, torch.optim.Optimizer):
         entries = [entry.values() for entry in saved["state"].values()]
         saved["units"] = sum(isinstance(unit, Mapping) for entry in entries for unit in entry)
         saved["shapes"] = self.parameter_shapes()
-        return saved
 
     def _packed(self, plans: Sequence[Plan], targets: Sequence[Tensor]) -> dict[int, Any]:
         """The state in the form of checkpoints that merge all processes by key."""

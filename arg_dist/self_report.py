@@ -63,6 +63,7 @@ class SelfReport:
 
     @entry_point
     def held_elements(self) -> int:
-        """Parameter elements that the engine assigns to this process's optimizer."""
-        held = {part.name: part.stop - part.start for p in self.every_plan() for part in p.held}
+        """Numbers (a complex element has two) that the engine assigns to this optimizer."""
+        parts = [part for plan in self.every_plan() for part in plan.held]
+        held = {part.name: (part.stop - part.start) * part.width for part in parts}
         return sum(held.values())

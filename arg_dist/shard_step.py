@@ -34,7 +34,8 @@ class GradientPart:
     """This process's part of one gradient, with the norms that the processes exchange.
 
     Attributes:
-        read: returns it in fp32, oriented as ``moment x basis``; copies only if necessary.
+        read: returns it in fp32, oriented as ``moment x basis`` (if it is not of a matrix, in the
+            type of the moments); copies only if necessary.
         norm_sq: ``||G||^2`` of the part, an fp64 scalar.
         row_sq: ``moment.touch``, ``||G_i||^2`` of the part; None if it is not of a matrix.
     """
@@ -61,7 +62,7 @@ def _oriented_gradient(shard: MatrixShard) -> Tensor:
 
 
 def _kept_gradient(shard: TensorShard) -> Tensor:
-    return shard.kept_gradient(_held_gradient(shard)).float()
+    return shard.kept_gradient(_held_gradient(shard)).to(shard.moment_type)
 
 
 def _held_gradient(shard: Shard) -> Tensor:

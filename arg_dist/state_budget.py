@@ -194,7 +194,7 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
         for shard, _ in call.shards():
             bound.add((id(shard.fragment.target), shard.name))
             if isinstance(shard, TensorShard):
-                size += 8 * row_count(shard.side.keep[shard.me])
+                size += 2 * shard.moment_type.itemsize * row_count(shard.side.keep[shard.me])
             elif isinstance(shard, MatrixShard) and shard.spread.home == shard.me:
                 size += SCALAR_BYTES * max(PROCESSES, len(shard.spread.owners))
     # include state left by parameters that have since been frozen

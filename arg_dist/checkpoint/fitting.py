@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from arg_dist.checkpoint.index import CheckpointError, Group, Index
-from arg_dist.config import parse_config, plain
+from arg_dist.config import parse_config
+from arg_dist.group_keys import assign, numbers
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import SETTINGS
 from arg_dist.sharding.plan import Plan
@@ -105,29 +103,26 @@ def put_back_settings(optimizer: AdaRankGrad, index: Index) -> list[str]:
     for group in optimizer.param_groups:
         saved = _settings_for(Path(), index, group)
         initial = {"initial_lr": saved.pop("initial_lr")} if "initial_lr" in saved else {}
-        settings = parse_config({**{key: group[key] for key in SETTINGS}, **saved}, "checkpoint")
+        before = numbers({key: group[key] for key in SETTINGS})
+        settings = parse_config({**before, **saved}, "checkpoint")
         for key, value in settings:
-            present = plain(group[key])
-            if present != value and key not in ("lr", *OF_THE_JOB):
-                different[key] = f"{key}={value!r} instead of {present!r}"
-        restored = {key: value for key, value in settings if key not in OF_THE_JOB}
-        put_settings(group, {**restored, **initial})
+            if before[key] != value and key not in ("lr", *OF_THE_JOB):
+                different[key] = f"{key}={value!r} instead of {before[key]!r}"
+        put_back(group, {key: value for key, value in settings if key not in OF_THE_JOB})
+        put_back(group, initial)
     return list(different.values())
 
 
 def saved_settings(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns copies of the settings of the optimizer's groups, so that they can be restored."""
     keys = (*SETTINGS, "initial_lr")
-    return [{key: deepcopy(group[key]) for key in keys if key in group} for group in groups]
+    return [numbers({key: group[key] for key in keys if key in group}) for group in groups]
 
 
-def put_settings(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Changes settings of a group; a tensor, which others may refer to, gets its new value."""
+def put_back(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Restores settings of a group; one that is a tensor stays that tensor."""
     for key, value in settings.items():
-        if isinstance(group.get(key), Tensor):
-            group[key].detach().fill_(value)
-        else:
-            group[key] = value
+        assign(group, key, value)
 
 
 def _settings_for(checkpoint: Path, index: Index, group: Mapping[str, Any]) -> dict[str, Any]:

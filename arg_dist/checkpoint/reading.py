@@ -16,8 +16,8 @@ from arg_dist.checkpoint.files import describe, on_all, verify
 from arg_dist.checkpoint.fitting import (
     check_model,
     check_plans,
+    put_back,
     put_back_settings,
-    put_settings,
     saved_settings,
     trained_before,
 )
@@ -109,7 +109,7 @@ def restore(
         on_all(job, lambda: check_plans(checkpoint, index, plans, weights=weights))
     except CheckpointError:
         for group, settings in zip(optimizer.param_groups, before, strict=True):
-            put_settings(group, settings)
+            put_back(group, settings)
         raise
     if different and job.me == 0:
         warnings.warn(

@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from arg_dist.engines.replicated import changed_weights
 from arg_dist.sharding.fragment import (
     ADAPTERS,
     Adapter,
@@ -104,7 +106,8 @@ class PartitionedParametersAdapter(Adapter):
         """Returns this process's partition of each parameter of the sub-group.
 
         Raises:
-            RuntimeError: the flat tensor does not belong to a sub-group of DeepSpeed's.
+            RuntimeError: the flat tensor does not belong to a sub-group of DeepSpeed's, or does not
+                hold the parameters' values.
         """
         from arg_dist.engines.deepspeed_guard import refuse_unguarded
 
@@ -116,9 +119,9 @@ class PartitionedParametersAdapter(Adapter):
         place = next((i for i, tensor in enumerate(flats) if tensor is flat), None)
         if place is None:
             raise RuntimeError(
-                f"a flat tensor of {flat.numel()} elements in the parameter group does not belong "
-                "to any of DeepSpeed's sub-groups; this version of DeepSpeed is not supported "
-                "(tested: 0.19.8)"
+                f"a flat tensor of {flat.numel()} elements in the parameter group is none of "
+                "DeepSpeed's sub-groups: the optimizer's groups were changed after "
+                f"deepspeed.initialize, or {_version()} keeps its fp32 weights elsewhere"
             )
         members = zero.fp16_groups[place]
         process_group = members[0].ds_process_group
@@ -130,7 +133,9 @@ class PartitionedParametersAdapter(Adapter):
             start = min(me * length, numel)
             stop = min(start + length, numel)
             name, shape = names[id(parameter)], full_shape(parameter)
-            fragments.append(_fragment(name, shape, start, stop, flat, offset))
+            fragment = _fragment(name, shape, start, stop, flat, offset)
+            _check_partition(fragment, parameter.ds_tensor)
+            fragments.append(fragment)
         return Holding(fragments, process_group)
 
     def step_calls(self, groups: Sequence[ParameterGroup]) -> list[StepCall] | None:
@@ -187,13 +192,34 @@ def _fragment(
 
 def _check_values(fragment: Fragment, parameter: Tensor) -> None:
     """Checks that the fp32 values equal the parameter's, as DeepSpeed's layout is not public."""
-    ours = fragment.view(fragment.target.data).to(parameter.device, parameter.dtype)
-    theirs = parameter.data.reshape(-1)[fragment.start : fragment.stop]
-    if not torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True):
-        raise RuntimeError(
-            f"{fragment.name}: DeepSpeed's fp32 partition does not hold this parameter's values "
-            "where its storage says; this version of DeepSpeed is not supported (tested: 0.19.8)"
-        )
+    ours = fragment.view(fragment.target.data)
+    if _equal(ours, parameter.data.reshape(-1)[fragment.start : fragment.stop]):
+        return
+    mapped = getattr(getattr(parameter, "_hp_mapping", None), "hp_fragment", None)
+    if mapped is not None and mapped.data_ptr() == ours.data_ptr():
+        raise RuntimeError(changed_weights(fragment.name))
+    raise RuntimeError(
+        f"{changed_weights(fragment.name)}. If the weights were not changed, {_version()} places "
+        "them differently in its partitions"
+    )
+
+
+def _check_partition(fragment: Fragment, partition: Tensor) -> None:
+    """Checks that the fp32 values equal those of the partition that the model computes with."""
+    theirs = partition.data.reshape(-1)[: fragment.stop - fragment.start]
+    ours = fragment.view(fragment.target.data)
+    # a partition that is swapped out is empty
+    if theirs.numel() == ours.numel() and not _equal(ours, theirs):
+        raise RuntimeError(changed_weights(fragment.name))
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    rounded = ours.to(theirs.device, theirs.dtype)
+    return torch.allclose(rounded, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def _version() -> str:
+    return f"DeepSpeed {version('deepspeed')} (tested: 0.19.8)"
 
 
 ADAPTERS.insert(0, FlatPartitionAdapter())

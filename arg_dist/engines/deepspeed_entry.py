@@ -142,16 +142,25 @@ def from_json(params: Iterable[Any], **settings: Any) -> AdaRankGrad:
 def _compare_across_processes(config: Mapping[str, Any]) -> None:
     if dist.get_world_size() == 1:
         return
-    text = json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__)
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, hashlib.sha256(text.encode()).hexdigest()[:16])
-    different = [i for i, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise RuntimeError(
-            "the processes were started with different DeepSpeed configurations: that of "
-            f"process {', '.join(map(str, different))} differs from that of process 0; start all "
-            "processes with the same file"
+    mine = {key: _digest(value) for key, value in config.items()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    first = everyone[0]
+    for process, theirs in enumerate(everyone):
+        keys = sorted(
+            key for key in first.keys() | theirs.keys() if first.get(key) != theirs.get(key)
         )
+        if keys:
+            raise RuntimeError(
+                "the processes were started with different DeepSpeed configurations: that of "
+                f"process {process} differs from that of process 0 in {', '.join(keys)}; start all "
+                "processes with the same file"
+            )
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 torch.optim.AdaRankGrad = from_json  # type: ignore[attr-defined]

@@ -164,6 +164,15 @@ def _refuse_model(engine: Any) -> None:
             "matrices within a data-parallel group; remove mpu"
         )
 
+    for name, parameter in named_parameters(engine.module):
+        if parameter.requires_grad and parameter.is_complex():
+            raise ConfigError(
+                f"{name}: got a parameter of type {parameter.dtype}; DeepSpeed does not average "
+                "gradients of complex numbers, or drops their imaginary part; store it as pairs of "
+                "reals (torch.view_as_real) and use torch.view_as_complex in forward(), or train "
+                "with DDP or FSDP2"
+            )
+
 
 def _refuse_replacement(engine: Any, trains: Any) -> None:
     """Refuses another optimizer for parameters for which an AdaRankGrad was built.
@@ -183,9 +192,10 @@ def _refuse_replacement(engine: Any, trains: Any) -> None:
         )
     else:
         cause = (
-            "the Trainer drops optimizers=(...) under DeepSpeed; use optimizer_cls_and_kwargs="
-            "arg_dist.for_trainer(args, ...) (where a trainer has no such parameter, as TRL's DPO, "
-            "set its attribute of that name), or name AdaRankGrad in the JSON's optimizer section"
+            "it did not reach deepspeed.initialize: pass it there (optimizer=...), or name "
+            "AdaRankGrad in the JSON's optimizer section. The Trainer drops optimizers=(...) under "
+            "DeepSpeed; there use optimizer_cls_and_kwargs=arg_dist.for_trainer(args, ...) (where "
+            "a trainer has no such parameter, as TRL's DPO, set its attribute of that name)"
         )
     raise ConfigError(
         f"optimizer: an AdaRankGrad was built for {name} and others, but {kind} would train them: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -59,7 +60,8 @@ def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
     from torch.distributed.tensor import Shard
 
     def placement(parameter: nn.Parameter) -> Any:
-        wide = parameter.ndim == 2 and parameter.shape[0] < parameter.shape[1]
+        is_matrix = parameter.ndim == 2 and not parameter.is_complex()
+        wide = is_matrix and parameter.shape[0] < parameter.shape[1]
         return Shard(1) if wide and parameter.shape[1] % processes == 0 else None
 
     return placement
@@ -84,6 +86,11 @@ def _cut(name: str, target: Any) -> tuple[int, int]:
             "that fully_shard has sharded in one dimension (0, or 1 of a matrix) over one mesh "
             "axis; tensor parallelism is not supported"
         )
+    if target.is_complex() and sharded[0][1] != 0:
+        raise RuntimeError(
+            f"{name}: a complex parameter sharded by columns; shard it by rows (Shard(0), which is "
+            "fully_shard's default)"
+        )
     return sharded[0]
 
 
@@ -98,7 +105,7 @@ def _fragment(name: str, target: Any, axis: int, dimension: int) -> Fragment:
     mesh, shape = target.device_mesh, tuple(target.shape)
     length = -(-shape[dimension] // mesh.size(axis))
     first = min(mesh.get_local_rank(axis) * length, shape[dimension])
-    others = target.numel() // shape[dimension]
+    others = math.prod(size for i, size in enumerate(shape) if i != dimension)
     numel = target.to_local().numel()
     if dimension == 1:
         shape = shape[::-1]

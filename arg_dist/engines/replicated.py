@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,21 +21,38 @@ class ReplicatedAdapter(Adapter):
     Also supports engines that train fp32 copies of the parameters, of the same shapes and order.
     """
 
+    def on_construction(self, optimizer: Any) -> None:
+        """Refuses torch's ZeroRedundancyOptimizer; prepares for ``join()`` and for saving.
+
+        Libraries that save on the first process alone are made to gather the state there first.
+
+        Raises:
+            ConfigError: it is.
+        """
+        wrapper: Any = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+        frame: FrameType | None = sys._getframe() if wrapper is not None else None
+        while frame is not None:
+            if isinstance(frame.f_locals.get("self"), wrapper.ZeroRedundancyOptimizer):
+                raise ConfigError(
+                    "ZeroRedundancyOptimizer: gives each process some of the parameters, so that "
+                    "it keeps their state alone; AdaRankGrad does that itself, and needs all of "
+                    "them on every process; build it without: "
+                    "arg_dist.AdaRankGrad(arg_dist.param_groups(model), ...)"
+                )
+            frame = frame.f_back
+        support_join(optimizer)
+        meet_libraries()
+
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the targets are the parameters themselves, or copies of them."""
         return len(group.targets) == len(_copied(group)) or _are_originals(group)
-
-    def on_construction(self, optimizer: Any) -> None:
-        """Prepares for DDP's ``join()`` and for libraries that save on the first process alone."""
-        support_join(optimizer)
-        meet_libraries()
 
     def hold(self, group: ParameterGroup) -> Holding:
         """Returns each parameter that trains, or rests, as a whole.
 
         Raises:
-            RuntimeError: a parameter is sharded by FSDP1 or not contiguous, or its copy has another
-                shape.
+            RuntimeError: a parameter is sharded by FSDP1, or its copy has another shape or other
+                values.
         """
         meet_libraries()  # those that were imported after the optimizer was built
         if _are_originals(group):
@@ -55,11 +74,6 @@ class ReplicatedAdapter(Adapter):
                 raise RuntimeError(
                     f"{name}: it is cut by FSDP1 (FullyShardedDataParallel), which is not "
                     "supported; use FSDP2 (torch.distributed.fsdp.fully_shard)"
-                )
-            if not target.is_contiguous():
-                raise RuntimeError(
-                    f"{name}: its memory is not contiguous (shape {tuple(target.shape)}, strides "
-                    f"{target.stride()}); set parameter.data = parameter.data.contiguous()"
                 )
             shape = tuple(target.shape)
             fragments.append(Fragment(name, shape, 0, target.numel(), target, _itself))
@@ -99,8 +113,11 @@ def _check_copy(name: str, original: Tensor, copy: Tensor) -> bool:
     if original.shape != copy.shape:
         raise RuntimeError(
             f"{name}: expected shape {tuple(original.shape)} at its position in the parameter "
-            f"group, found {tuple(copy.shape)}: an engine has reordered the parameters"
+            f"group, found {tuple(copy.shape)}: what replaced the optimizer's parameters (an "
+            "engine, or the job) has changed their order or shapes, which is not supported"
         )
+    if not torch.equal(copy.detach().to(original.device, original.dtype), original.detach()):
+        raise RuntimeError(changed_weights(name))
     return True
 
 
@@ -114,6 +131,16 @@ def _check_order(group: ParameterGroup, pairs: list[tuple[str, Tensor]]) -> None
                 f"{own}: it is at the place of {name} in the parameter group now; a group keeps "
                 "the order in which its parameters were given; build a new optimizer for others"
             )
+
+
+def changed_weights(name: str) -> str:
+    """The error for a parameter whose fp32 copy, which the optimizer trains, has other values."""
+    return (
+        f"{name}: the fp32 copy that the optimizer trains differs from the parameter; the weights "
+        "were changed after the engine made its copies (loaded after deepspeed.initialize?), and "
+        "training would go on from the old ones; load them before deepspeed.initialize, or call "
+        "engine.optimizer.refresh_fp32_params() after loading"
+    )
 
 
 ADAPTERS.append(ReplicatedAdapter())

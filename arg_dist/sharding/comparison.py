@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from arg_dist.sharding.fragment import Fragment
+from arg_dist.sharding.local import as_reals
 
 if TYPE_CHECKING:
     from arg_dist.sharding.plan import GroupSpec
@@ -28,7 +29,7 @@ def describe(spec: GroupSpec) -> dict[str, Any]:
 
 def _fingerprint(fragment: Fragment) -> tuple[float, float]:
     """Sum and norm of weights that must be equal on every process."""
-    values = fragment.view(fragment.target.detach()).double()
+    values = as_reals(fragment.view(fragment.target.detach())).double()
     return float(values.sum()), float(values.norm())
 
 
@@ -65,8 +66,9 @@ def check_agreement(everyone: list[list[dict[str, Any]]]) -> None:
                     raise RuntimeError(
                         f"{a['name']}: the weights of process {process} of the group differ from "
                         "process 0's; processes of one group must train one model from equal "
-                        "weights with averaged gradients (DistributedDataParallel ensures both); "
-                        "pass process_group=None if each trains its own model"
+                        "weights with averaged gradients (DistributedDataParallel ensures both, "
+                        "unless weights are changed on some processes later); pass "
+                        "process_group=None if each trains its own model"
                     )
 
 
@@ -86,6 +88,8 @@ def first_difference(ours: str, theirs: str) -> tuple[str, str]:
 
 def _disagree(what: str, process: int, ours: object, theirs: object) -> None:
     raise RuntimeError(
-        f"the processes were started with different {what}: process 0 of the group has {ours}, "
-        f"process {process} has {theirs}; start all of them with the same model and configuration"
+        f"the processes of one group have different {what}: process 0 of the group has {ours}, "
+        f"process {process} has {theirs}; build the same model and optimizer on all of them, with "
+        "the same settings and the same parameters frozen; pass process_group=None if each trains "
+        "its own model"
     )

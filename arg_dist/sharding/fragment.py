@@ -44,6 +44,11 @@ class Fragment:
         """The parameter's shape in the model."""
         return self.shape[::-1] if self.transposed else self.shape
 
+    @property
+    def width(self) -> int:
+        """Real numbers in one element: 2 if the parameter is complex."""
+        return 2 if self.target.is_complex() else 1
+
 
 @dataclass(frozen=True)
 class Holding:
@@ -168,8 +173,10 @@ def hold(group: ParameterGroup) -> Holding:
         if adapter.recognizes(group):
             return adapter.hold(group)
     kinds = sorted({type(target).__name__ for target in group.targets})
+    shapes = [tuple(target.shape) for target in group.targets[:3]]
     raise RuntimeError(
-        f"the parameter group holds {', '.join(kinds)} of shapes "
-        f"{[tuple(target.shape) for target in group.targets[:3]]}, a layout that arg_dist does not "
-        "support; see the README's table of supported engines"
+        f"{', '.join(group.names[:3])}: the parameter group was built with {len(group.names)} "
+        f"parameters and now holds {len(group.targets)} of the type {', '.join(kinds)} (shapes "
+        f"{shapes}), a layout that arg_dist does not know: they were replaced or removed by the "
+        "job, or by an engine that is not in the README's table"
     )

@@ -214,7 +214,8 @@ def _shards_of(
 
     Appends them to `units`, whether or not this process holds a part of them.
     """
-    replicated = spec.holding.replicated
+    replicated, width = spec.holding.replicated, fragment.width
+    numel = math.prod(fragment.shape) * width
     views = spec.views(fragment.name, fragment.parameter_shape)
     if fragment.transposed:
         views = [MatrixView(view.name, view.columns, view.rows, view.offset) for view in views]
@@ -254,7 +255,7 @@ def _shards_of(
         )
     if not views:
         unit = len(units)
-        numel = math.prod(fragment.shape)
+        ranges = tuple((start * width, stop * width) for start, stop in ranges)
         side = element_side(ranges, numel, replicated)
         units.append(Unit(fragment.name, fragment, side=side))
         if fragment.start < fragment.stop:
@@ -270,7 +271,6 @@ def _shards_of(
                     side=side,
                 )
             )
-    numel = math.prod(fragment.shape)
     return shards, [view.rows * view.columns for view in views] or [numel]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import MatrixView
+from arg_dist.sharding.local import as_reals, elements
 from arg_dist.subspace.exchange import Interval
 from arg_dist.subspace.spread import Side, Spread
 
@@ -23,7 +24,8 @@ class Shard:
         name: the matrix's or tensor's name.
         fragment: the fragment that contains it.
         offset: first element of the matrix or tensor within the parameter.
-        range: the elements held by this process, relative to `offset`.
+        range: the elements held by this process, relative to `offset`; of a complex tensor, the
+            real numbers.
         group: position of its parameter group in the plan.
         me: this process's index in the group of processes.
     """
@@ -37,23 +39,48 @@ class Shard:
     me: int
 
     def values(self) -> Tensor:
-        """The weights held, ``numel`` or in the engine's shape; a view into the model."""
-        local = self.fragment.view(self.fragment.target.detach())
-        # must be a view: view() raises if the memory is no longer contiguous
-        return self._cut(local if self.fragment.transposed else local.view(-1))
-
-    def gradient(self) -> Tensor | None:
-        """The gradient of the weights held, shaped like :meth:`values`; None if it is not set.
+        """The weights held, flat or (if not contiguous) in their own shape; a view into the model.
 
         Raises:
-            RuntimeError: the gradient is a sparse tensor.
+            RuntimeError: they are not a view: their strides have changed since the first step.
         """
-        gradient = self.fragment.target.grad
-        if gradient is not None and gradient.is_sparse:
+        local = as_reals(self.fragment.view(self.fragment.target.detach()))
+        values = self._cut(local)
+        if values.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
+            raise RuntimeError(
+                f"{self.name}: it is held in part and no longer contiguous (strides "
+                f"{local.stride()}); set parameter.data = parameter.data.contiguous()"
+            )
+        return values
+
+    def gradient(self) -> Tensor | None:
+        """The gradient of the weights held, in the order of :meth:`values`; None if it is not set.
+
+        Raises:
+            RuntimeError: the gradient is not dense, or complex where the parameter is not.
+        """
+        target = self.fragment.target
+        gradient = target.grad
+        if gradient is None:
+            return None
+        local = self.fragment.view(gradient)
+        if gradient.is_sparse:
             raise RuntimeError(
                 f"the gradient of {self.name} is sparse; use the module with sparse=False"
             )
-        return None if gradient is None else self._cut(self.fragment.view(gradient))
+        if local.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of {self.name} has the layout {local.layout}; a dense one is "
+                "needed: set parameter.grad = parameter.grad.to_dense() before step()"
+            )
+        if local.is_complex() != target.is_complex():
+            if local.is_complex():
+                raise RuntimeError(
+                    f"the gradient of {self.name} is of type {local.dtype}, but the parameter of "
+                    f"type {target.dtype}; take its real part before step()"
+                )
+            local = local.to(target.dtype)
+        return self._cut(as_reals(local))
 
     @property
     def is_shared(self) -> bool:
@@ -63,8 +90,8 @@ class Shard:
     def _cut(self, local: Tensor) -> Tensor:
         if self.fragment.transposed:
             return local
-        start = self.offset - self.fragment.start
-        return local.reshape(-1)[start + self.range[0] : start + self.range[1]]
+        start = (self.offset - self.fragment.start) * self.fragment.width
+        return elements(local, start + self.range[0], start + self.range[1])
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,12 @@ class TensorShard(Shard):
     def is_shared(self) -> bool:
         """Whether its step needs other processes."""
         return self.side.keep != self.side.update
+
+    @property
+    def moment_type(self) -> torch.dtype:
+        """Type of new moments: fp64 for parameters in fp64 or complex128, else fp32."""
+        is_double = self.fragment.target.dtype in (torch.float64, torch.complex128)
+        return torch.float64 if is_double else torch.float32
 
     def kept_gradient(self, gradient: Tensor) -> Tensor:
         """``keep``: the gradient of the elements whose state this process keeps."""
@@ -166,7 +199,8 @@ class MatrixShard(Shard):
         if residual is not None:
             factors, gradient = residual
             factors = factors[:, None] if self.spans_columns else factors[None]
-        if self._has_whole_rows() and values.dtype == torch.float32:
+        is_matrix = values.is_contiguous() or values.shape[-1] == columns
+        if self._has_whole_rows() and values.dtype == torch.float32 and is_matrix:
             values = values.view(-1, columns)
             values.addmm_(left, right.T, beta=keep, alpha=step)
             if residual is not None:
@@ -190,7 +224,7 @@ class MatrixShard(Shard):
         start, stop = self.range
         first, last = start // columns, -(-stop // columns)
         rows = gradient.new_zeros((last - first) * columns, dtype=torch.float32)
-        rows[start - first * columns : stop - first * columns] = gradient
+        rows[start - first * columns : stop - first * columns] = gradient.reshape(-1)
         return rows.view(-1, columns)
 
 

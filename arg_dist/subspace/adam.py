@@ -17,7 +17,7 @@ def adam_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """Update both moments in place and return the direction ``N``; all of one shape, fp32.
+    """Update both moments in place and return the direction ``N``; all of one shape and type.
 
     Block 3 of arXiv 2410.17881, algorithm 3 (Kingma and Ba 2015, algorithm 1).
 
