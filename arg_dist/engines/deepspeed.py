@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arg_dist.engines.replicated import changed_weights
+from arg_dist.engines.replicated import changed_weights, same_values
 from arg_dist.sharding.fragment import (
     ADAPTERS,
     Adapter,
@@ -193,7 +192,7 @@ def _fragment(
 def _check_values(fragment: Fragment, parameter: Tensor) -> None:
     """Checks that the fp32 values equal the parameter's, as DeepSpeed's layout is not public."""
     ours = fragment.view(fragment.target.data)
-    if _equal(ours, parameter.data.reshape(-1)[fragment.start : fragment.stop]):
+    if same_values(ours, parameter.data.reshape(-1)[fragment.start : fragment.stop]):
         return
     mapped = getattr(getattr(parameter, "_hp_mapping", None), "hp_fragment", None)
     if mapped is not None and mapped.data_ptr() == ours.data_ptr():
@@ -209,13 +208,8 @@ def _check_partition(fragment: Fragment, partition: Tensor) -> None:
     theirs = partition.data.reshape(-1)[: fragment.stop - fragment.start]
     ours = fragment.view(fragment.target.data)
     # a partition that is swapped out is empty
-    if theirs.numel() == ours.numel() and not _equal(ours, theirs):
+    if theirs.numel() == ours.numel() and not same_values(ours, theirs):
         raise RuntimeError(changed_weights(fragment.name))
-
-
-def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    rounded = ours.to(theirs.device, theirs.dtype)
-    return torch.allclose(rounded, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def _version() -> str:

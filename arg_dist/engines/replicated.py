@@ -116,7 +116,7 @@ def _check_copy(name: str, original: Tensor, copy: Tensor) -> bool:
             f"group, found {tuple(copy.shape)}: what replaced the optimizer's parameters (an "
             "engine, or the job) has changed their order or shapes, which is not supported"
         )
-    if not torch.equal(copy.detach().to(original.device, original.dtype), original.detach()):
+    if not same_values(copy, original):
         raise RuntimeError(changed_weights(name))
     return True
 
@@ -131,6 +131,12 @@ def _check_order(group: ParameterGroup, pairs: list[tuple[str, Tensor]]) -> None
                 f"{own}: it is at the place of {name} in the parameter group now; a group keeps "
                 "the order in which its parameters were given; build a new optimizer for others"
             )
+
+
+def same_values(copy: Tensor, original: Tensor) -> bool:
+    """Whether an fp32 copy, rounded to the type of the original, equals it."""
+    rounded = copy.detach().to(original.device, original.dtype)
+    return torch.allclose(rounded, original.detach(), rtol=0, atol=0, equal_nan=True)
 
 
 def changed_weights(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-faulthandler.dump_traceback_later(100, exit=True)
+faulthandler.dump_traceback_later(140, exit=True)
 
 import deepspeed  # noqa: E402
 
@@ -139,6 +139,50 @@ def replaced(step_first: bool) -> None:
     deepspeed.initialize(model=model, optimizer=adamw, config=config)[0].destroy()
 
 
+LATE = [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+
+
+def late_weights(stage: int, precision: str, then: str) -> dict[str, Any]:
+    """Weights that are loaded into an engine's model, and how far a step moves them from there."""
+    top = {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    engine = engine_of(Case("late", "llama", stage, top=top))
+    parameters = list(engine.module.parameters())
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        for parameter in parameters if dist.get_rank() == 0 or stage < 3 else []:
+            parameter.fill_(0.5)
+    if then == "-refreshed":
+        engine.optimizer.refresh_fp32_params()
+    result = told(lambda: one_step(engine))
+    with deepspeed.zero.GatheredParameters(parameters):
+        result["moved"] = max(float((p.detach() - 0.5).abs().max()) for p in parameters)
+    engine.destroy()
+    return result
+
+
+def foreign_keys(stage: int) -> dict[str, Any]:
+    """Groups as DeepSpeed's own tests and its MoE splitter build them, with names of their own."""
+    model = models.build("llama")
+    case = Case("keys", "llama", stage)
+    config = case.config(micro_batch=4)
+    del config["optimizer"]
+    groups = arg_dist.param_groups(model)
+    for i, group in enumerate(groups):
+        group["name"] = f"group {i}"
+    optimizer = arg_dist.AdaRankGrad(groups, **case.settings)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    result = told(lambda: one_step(engine))
+    result["names"] = [group["name"] for group in optimizer.param_groups]
+    engine.destroy()
+    return result
+
+
+def complex_weights() -> None:
+    model = models.build("llama")
+    model.phases = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64))
+    config = Case("complex", "llama", 2, top={"bf16": {"enabled": True}}).config(micro_batch=4)
+    arg_dist.initialize(model=model, config=config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank")
@@ -156,6 +200,13 @@ def main() -> None:
         "elastic-json": told(lambda: elastic_checkpoint("json")),
         "elastic-client": told(lambda: elastic_checkpoint("client")),
         "fp16-zero0": told(fp16_at_stage_0),
+        **{
+            f"late-{stage}-{precision}{then}": late_weights(stage, precision, then)
+            for stage, precision in LATE
+            for then in ("", "-refreshed")
+        },
+        **{f"keys-{stage}": foreign_keys(stage) for stage in (1, 3)},
+        "complex": told(complex_weights),
         "replaced": told(lambda: replaced(step_first=False)),
         "another-later": told(lambda: replaced(step_first=True)),
     }
