@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.parameter_groups import settings_of, trained_views
@@ -82,7 +83,7 @@ class Coverage:
 
     def add(self, name: str, parameter: Tensor) -> None:
         """Add a parameter of the optimizer."""
-        if parameter.requires_grad:
+        if parameter.requires_grad and not is_lazy(parameter):
             noted: Use | None = getattr(parameter, NOTED_USE, None)
             self._parts[name] = Part(name, full_shape(parameter), noted)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config, plain
 from arg_dist.group_keys import numbers, own_settings, tensors
-from arg_dist.parameter_kinds import check_kind, check_shape, check_values
+from arg_dist.parameter_kinds import check_kind, check_present, check_shape, check_values
 from arg_dist.sharding.fragment import Holding, ParameterGroup, hold
 from arg_dist.sharding.layout import MatrixView, matrix_views
 from arg_dist.sharding.plan import GroupSpec
@@ -120,6 +120,9 @@ def group_spec(
     """
     for name, parameter in group.alive():
         check_shape(name, parameter)
+    are_named = len(group.names) == len(group.targets)  # not if an engine has flattened them
+    for position, target in enumerate(group.targets):
+        check_present(group.names[position if are_named else 0], target)
     holding = hold(group)
     _check_trainable(holding)
     for fragment in holding.fragments:

@@ -91,6 +91,21 @@ def check_shape(name: str, parameter: Tensor) -> None:
         )
 
 
+def check_present(name: str, target: Tensor) -> None:
+    """Refuse a tensor without values.
+
+    Raises:
+        ConfigError: it is on the meta device.
+    """
+    if target.requires_grad and local_part(target).is_meta:
+        _refuse(
+            name,
+            "is on the meta device, where tensors have no values",
+            "build the optimizer after the model has its weights (to_empty() and its "
+            "initialization, or loading): these may replace the parameters",
+        )
+
+
 def check_values(name: str, target: Tensor) -> None:
     """Refuse a tensor that cannot be updated in place as it is now.
 
@@ -99,18 +114,11 @@ def check_values(name: str, target: Tensor) -> None:
         target: the tensor that the optimizer updates for it.
 
     Raises:
-        ConfigError: it has no values, or several of its elements share memory, or as in
+        ConfigError: several of its elements share memory, or as in
             :func:`check_kind`.
     """
     check_kind(name, target)
     part = local_part(target)
-    if part.is_meta:
-        _refuse(
-            name,
-            "is on the meta device, where tensors have no values",
-            "build the optimizer after the model has its weights (to_empty() and its "
-            "initialization, or loading): these may replace the parameters",
-        )
     overlaps = part.numel() > 0 and any(
         stride == 0 and size > 1 for stride, size in zip(part.stride(), part.shape, strict=True)
     )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 CALLS_WITHOUT_GRADIENT = 3
 """Calls to ``step()`` in a row without any gradient after which the user is warned."""
@@ -49,8 +50,8 @@ def layout_of(tensor: Tensor) -> Layout:
     return (
         id(tensor),
         tensor.requires_grad,
-        tuple(tensor.shape),
-        tensor.stride() if tensor.layout == torch.strided else None,
+        None if is_lazy(tensor) else tuple(tensor.shape),
+        tensor.stride() if tensor.layout == torch.strided and not is_lazy(tensor) else None,
         getattr(tensor, "placements", None),
         getattr(tensor, "device_mesh", None),
     )

@@ -62,12 +62,14 @@ class ReplicatedAdapter(Adapter):
                 if group.holds(target)
             ]
         else:
+            copied = _copied(group)
+            names = [name for name, _ in copied]
+            _check_order(group, list(zip(names, group.targets, strict=True)))
             pairs = [
                 (name, target)
-                for (name, original), target in zip(_copied(group), group.targets, strict=True)
+                for (name, original), target in zip(copied, group.targets, strict=True)
                 if _check_copy(name, original, target)
             ]
-            _check_order(group, pairs)
         fragments = []
         for name, target in pairs:
             if getattr(target, "_is_flat_param", False) or hasattr(target, "_fsdp_flattened"):

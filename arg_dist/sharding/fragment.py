@@ -159,16 +159,8 @@ def hold(group: ParameterGroup) -> Holding:
     """What this process holds of `group`, from the first adapter that recognizes it.
 
     Raises:
-        RuntimeError: no adapter recognizes it, or a tensor is on the meta device.
+        RuntimeError: no adapter recognizes it.
     """
-    for target in group.targets:
-        if target.is_meta and target.requires_grad:
-            raise RuntimeError(
-                f"the parameter group of {group.names[0]} holds tensors of shape "
-                f"{tuple(target.shape)} on the meta device, which have no values; to_empty() and "
-                "load_state_dict(assign=True) replace the parameters of a model: build the "
-                "optimizer after them"
-            )
     for adapter in ADAPTERS:
         if adapter.recognizes(group):
             return adapter.hold(group)
