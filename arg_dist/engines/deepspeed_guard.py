@@ -18,8 +18,14 @@ from torch import nn
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_checkpoints import follow_checkpoints
 from arg_dist.engines.deepspeed_config import refuse_unsupported
+<<<<<<< ours
 from arg_dist.engines.library_hooks import LIBRARIES, is_wrapped, wrap_method
 from arg_dist.groups import named_parameters, uses
+=======
+from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.engines.replicated import changed_weights, same_values
+from arg_dist.groups import classify, named_parameters
+>>>>>>> theirs
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.uses import Use
 
@@ -115,9 +121,34 @@ def _guard(check: Callable[..., Any], engine: Any, basic_optimizer: Any) -> Any:
         name_parameters(basic_optimizer, engine.module)
         _ENGINES[basic_optimizer] = weakref.ref(engine)
         follow_checkpoints(engine, basic_optimizer)
+        if not engine.zero_optimization():
+            _check_copies(basic_optimizer)
     else:
         _refuse_replacement(engine, basic_optimizer)
     return check(engine, basic_optimizer)
+
+
+def _check_copies(optimizer: AdaRankGrad) -> None:
+    """Checks once, at the first step after initialization, that stage 0's fp32 copies are current.
+
+    DeepSpeed takes a step of zeros while it makes the copies, so that the optimizer is bound, and
+    has compared them, before the weights could change.
+    """
+    is_checked = False
+
+    def check(*_: Any) -> None:
+        nonlocal is_checked
+        wrapper = wrapper_of(optimizer)
+        if is_checked or not hasattr(wrapper, "fp32_groups"):
+            return
+        names = optimizer.parameter_names()
+        for copies, originals in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for copy, original in zip(copies, originals, strict=True):
+                if not same_values(copy, original):
+                    raise RuntimeError(changed_weights(names.get(id(original), "a parameter")))
+        is_checked = True
+
+    optimizer.register_step_pre_hook(check)
 
 
 def name_parameters(optimizer: AdaRankGrad, model: nn.Module) -> None:

@@ -25,7 +25,8 @@ def row_squares(part: Tensor) -> Tensor:
     """``||G_i||^2`` for each row, fp32.
 
     Args:
-        part: ``rows x columns``, any floating-point type; its rows or its columns are contiguous.
+        part: ``rows x columns``, any floating-point type and strides; fastest if its rows or its
+            columns are contiguous.
     """
     rows, columns = part.shape
     if not in_host_memory(part):
