@@ -18,14 +18,9 @@ from torch import nn
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_checkpoints import follow_checkpoints
 from arg_dist.engines.deepspeed_config import refuse_unsupported
-<<<<<<< ours
 from arg_dist.engines.library_hooks import LIBRARIES, is_wrapped, wrap_method
-from arg_dist.groups import named_parameters, uses
-=======
-from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.engines.replicated import changed_weights, same_values
-from arg_dist.groups import classify, named_parameters
->>>>>>> theirs
+from arg_dist.groups import named_parameters, uses
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.uses import Use
 

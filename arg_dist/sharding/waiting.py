@@ -173,9 +173,9 @@ class Waiting:
         return (
             f"{self._roll.this_process} {happened} in {words}; {found}. Weights and state may be "
             "partially updated: terminate all processes and resume from the last checkpoint. A "
-            "process that does not respond has terminated, is stuck (see its output), has made "
-            "another number of calls (each process must call step() equally often), or is "
-            f"slower than time_limit allows. Cause: {_shortened(cause)}"
+            "process that does not respond has terminated, is stuck (check its own output), has "
+            "called step() less or more often than this one, or is slower than time_limit allows. "
+            f"Cause: {_shortened(cause)}"
         )
 
 
