@@ -125,6 +125,8 @@ def compare(
         settings: settings of the parameter groups of this call.
         step: steps taken before; equal on all processes.
     """
+    if plan.communicator.size == 1 and not plan.copies:
+        return Comparison(plan, step, [])
     texts = [settings_text(settings[group]) for group in plan.groups]
     if plan.copies and step % COPIES_EVERY == 0:
         return Comparison(plan, step, texts, apart=_apart_from_copies(plan, step))
