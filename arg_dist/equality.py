@@ -104,7 +104,7 @@ class Comparison:
             (self.settings, self.due, seen, self.apart), "comparing the processes"
         )
         settings, due, tensors, apart = zip(*everyone, strict=True)
-        _check_settings(settings, self.step)
+        _check_settings(settings, self.plan.groups, self.step)
         _check_tensors([{each.name: each for each in seen} for seen in tensors], self.step)
         _check_due(due)
         for difference in chain.from_iterable(apart):
@@ -201,9 +201,9 @@ def _copies_differ(name: str, what: str, copies: Communicator, place: int, step:
     )
 
 
-def _check_settings(everyone: Sequence[Sequence[str]], step: int) -> None:
+def _check_settings(everyone: Sequence[Sequence[str]], groups: Sequence[int], step: int) -> None:
     for process, theirs in enumerate(everyone):
-        for group, (a, b) in enumerate(zip(everyone[0], theirs, strict=True)):
+        for group, a, b in zip(groups, everyone[0], theirs, strict=True):
             if a != b:
                 first, other = first_difference(a, b)
                 raise RuntimeError(
