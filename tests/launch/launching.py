@@ -1,6 +1,8 @@
 """Starts scripts by the real launchers, or forked, with a time limit and a free port."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -24,10 +26,15 @@ Start = Launcher | Literal["forked"]
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on now, and that no system gives to outgoing connections.
+
+    One that the system chooses could be another launch's before this one listens on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(12_000, 28_000)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def command(
