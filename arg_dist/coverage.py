@@ -31,6 +31,7 @@ PLURALS: dict[Use, str] = {
     "head": "output heads",
     "router": "routers",
     "vector": "norms, biases and other vectors",
+    "complex": "complex tensors",
     "convolution": "convolutions",
     "matrix": "matrices no larger than max_rank",
     "kept": "what targets and exclude leave",
@@ -85,7 +86,8 @@ class Coverage:
         """Add a parameter of the optimizer."""
         if parameter.requires_grad and not is_lazy(parameter):
             noted: Use | None = getattr(parameter, NOTED_USE, None)
-            self._parts[name] = Part(name, full_shape(parameter), noted)
+            use: Use | None = "complex" if parameter.is_complex() else noted
+            self._parts[name] = Part(name, full_shape(parameter), use)
 
     def rename(self, names: Mapping[str, str], uses: Mapping[str, Use]) -> None:
         """Rename parameters; `uses` are those of the model's, by new name."""
@@ -116,7 +118,7 @@ class Coverage:
         self._is_told = True
         parts = self._trained(groups, full_rank)
         log.info(summary(parts))
-        is_known = is_classified or any(part.use for part in parts)
+        is_known = is_classified or any(part.use not in (None, "complex") for part in parts)
         text = oversight(parts) if is_known else of_bare_parameters(parts)
         if text:
             warnings.warn(text, stacklevel=2)
@@ -172,10 +174,13 @@ def remedies(parts: Sequence[Part]) -> list[str]:
     """What would train the parameters in low rank that are left to Adam."""
     left = [part for part in parts if part.is_left]
     found = []
-    if any(part.use in ("other", "router") for part in left):
+    asked = [_pattern(part.name) for part in left if part.use in ("other", "router")]
+    if any(asked):
         chosen = [part for part in parts if part.matrices or part.use in ("matrix", "other")]
         patterns = sorted({_pattern(part.name) for part in chosen} - {""})
         found.append(f"pass targets={patterns} (an entry that is not wanted can be left out)")
+    if not all(asked):  # of the model itself, which no pattern names
+        found.append("give parameters of the model itself a group of their own with low_rank=True")
     if any(part.use == "convolution" for part in left):
         found.append("pass convolutions=True to arg_dist.param_groups")
     if any(part.use == "matrix" for part in left):

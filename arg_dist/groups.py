@@ -187,6 +187,8 @@ def _use(
     use = use_of(owner, shape, modules)
     if len(shape) < 2:
         return use
+    if place.parameter.is_complex():
+        return "complex"
     if isinstance(place.module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     if _matches(place.module_name, exclude or ()):

@@ -14,7 +14,17 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-Use = Literal["matrix", "convolution", "embedding", "head", "router", "vector", "kept", "other"]
+Use = Literal[
+    "matrix",
+    "convolution",
+    "embedding",
+    "head",
+    "router",
+    "vector",
+    "complex",
+    "kept",
+    "other",
+]
 """Use of a parameter:
 
 - `matrix`: the weight of a product, or a stack of such weights.
@@ -23,6 +33,7 @@ Use = Literal["matrix", "convolution", "embedding", "head", "router", "vector", 
 - `head`: the weight of an output head.
 - `router`: assigns tokens to experts.
 - `vector`: biases, gains and other tensors that no matrix product uses.
+- `complex`: a tensor of complex numbers, which full-rank Adam trains as pairs of reals.
 - `kept`: full-rank because of `targets` or `exclude`.
 - `other`: a tensor of two or more dimensions whose use cannot be determined.
 """

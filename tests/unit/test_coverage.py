@@ -104,3 +104,19 @@ def test_names_that_an_engine_brings_are_as_good_as_a_model():
     optimizer.adopt_names(names, list(uses), {**uses, "layer.weight": "matrix"})
     (warning,) = first_step(optimizer)
     assert "inner.mixing (32, 16)" in warning
+
+
+def test_a_tensor_of_the_model_itself_is_trained_by_a_group_of_its_own():
+    model = Net()
+    model.mix = nn.Parameter(torch.randn(32, 32))
+    [told] = of(model)
+    assert "mix (32, 32)" in told
+    assert "low_rank=True" in told
+
+
+def test_complex_tensors_are_not_told_as_matrices_left_to_adam(caplog):
+    model = Net()
+    model.register_parameter("mix", nn.Parameter(torch.randn(32, 32, dtype=torch.complex64)))
+    with caplog.at_level("INFO", "arg_dist"):
+        assert not [told for told in of(model) if "mix (" in told]
+    assert "complex tensors" in caplog.text
