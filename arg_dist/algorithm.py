@@ -30,7 +30,7 @@ from arg_dist.subspace.adam import adam_direction
 from arg_dist.subspace.exchange import (
     Steps,
     gather,
-    gather_both,
+    gather_each,
     relayed_sum,
     select_rows,
     sum_scatter,
@@ -40,29 +40,42 @@ from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.range_finder import Part, leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_after_decay, gap_until_next
-from arg_dist.subspace.residual import Rule, limit_growth, matched_factors, scaled_factors
+from arg_dist.subspace.residual import (
+    Rule,
+    limit_growth,
+    matched_factors,
+    orthogonalize,
+    residual_part,
+    scaled_factors,
+)
 from arg_dist.subspace.sketch import gaussian_rows
 from arg_dist.subspace.spread import Side, Spread, from_home
 from arg_dist.subspace.transport import transport_moments
 
 State = dict[str, Any]
 
+POLAR_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Types in which an orthogonalized residual is sent and computed, by `polar_precision`."""
+
 ALIKE = ("residual_norm",)
 """Scalar tensors of the state that are equal on all processes that hold a part of the matrix."""
 
 
 class LowRankUpdate(NamedTuple):
-    """Update of a matrix: ``W <- W - lr scale (N Q^T + phi G)``, with one phi per row.
+    """Update of a matrix: ``W <- W - lr scale (N Q^T + phi G)``, with one phi per row, or
+    ``W <- W - lr scale (N Q^T + O)``.
 
     Attributes:
-        direction: ``moment.update x rank``, N; with the residual, N - phi P.
+        direction: ``moment.update x rank``, N; with a scaled residual, N - phi P.
         basis: ``basis.touch x rank``, Q.
-        factors: ``moment.update``, phi; None if the residual is dropped.
+        factors: ``moment.update``, phi; None unless the residual's rows are scaled.
+        outside: ``elements.update``, O; None unless the residual is orthogonalized.
     """
 
     direction: Tensor
     basis: Tensor
     factors: Tensor | None = None
+    outside: Tensor | None = None
 
 
 class NewBasis(NamedTuple):
@@ -131,7 +144,7 @@ def low_rank_step(
     # P = G Q
     with matmul_precision(settings.matmul_precision):
         product = gradient() @ basis
-    if settings.residual == "none":
+    if settings.residual in ("none", "orthogonalized"):
         projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
     else:
         parts = product, row_sq
@@ -147,6 +160,15 @@ def low_rank_step(
     if settings.residual == "none":
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
+    if settings.residual == "orthogonalized":
+        outside = yield from _outside(gradient, projected, basis, norm_sq, spread, settings)
+        elements = spread.elements
+        both = (
+            (direction, moment.keep, moment.update),
+            (outside, spread.at_home(elements.size), elements.update),
+        )
+        direction, outside = yield from gather_each(both, me)
+        return LowRankUpdate(direction, basis, outside=outside)
     if settings.residual == "matched":
         factors = matched_factors(direction, projected_sq, row_sq, dimension=spread.basis.size)
     else:
@@ -160,8 +182,8 @@ def low_rank_step(
         )
     # N Q^T + phi (G - P Q^T) = (N - phi P) Q^T + phi G, and each process has its part of G
     direction.addcmul_(factors[:, None], projected, value=-1)
-    both = direction, factors
-    direction, factors = yield from gather_both(both, moment.keep, moment.update, me)
+    rows = moment.keep, moment.update
+    direction, factors = yield from gather_each([(direction, *rows), (factors, *rows)], me)
     return LowRankUpdate(direction, basis, factors)
 
 
@@ -202,10 +224,28 @@ def rounds(power_passes: int, residual: Rule, *, relayed: bool = False) -> tuple
     """
     limited = residual == "scaled"
     steady = 3 + limited  # basis, P, the residual's norm, N
+    steady += 2 * (residual == "orthogonalized")  # P, S
     hop = 1 + relayed  # to the home process, or from it
     passes = power_passes * (2 * hop + 2)  # basis, image (2), sketch
     refresh = hop + passes + 3 * hop + 4  # sketch, passes; basis, B, B^T B, energies, Q, R (2)
-    return steady, refresh + 2 + limited
+    return steady, refresh + steady - 1  # the basis is new
+
+
+def _outside(
+    gradient: Part,
+    projected: Tensor,
+    basis: Tensor,
+    norm_sq: float,
+    spread: Spread,
+    settings: AdaRankGradConfig,
+) -> Steps[Tensor]:
+    """The orthogonalized residual, on the home process; `projected` is ``moment.keep x rank``."""
+    moment = spread.moment
+    projected = yield from gather(projected, moment.keep, moment.touch, spread.me)
+    with matmul_precision(settings.matmul_precision):
+        part = residual_part(gradient(), projected, basis, norm_sq, spread)
+    part = part.to(POLAR_TYPES[settings.polar_precision])
+    return (yield from orthogonalize(part, basis, spread, steps=settings.polar_steps))
 
 
 def is_due(state: State) -> bool:

@@ -45,6 +45,7 @@ class ConfigError(ValueError):
 
 
 PAPER: dict[str, Any] = {
+    "scale": 0.25,
     "min_rank": 0.15,
     "energy": 0.96,
     "hysteresis": 0.0,
@@ -125,13 +126,28 @@ class AdaRankGradConfig(BaseModel):
         "necessary to get inside. 0 always selects the smallest rank that keeps `energy`",
     )
     scale: float = Field(
-        0.25, gt=0, description="factor of the update of low-rank matrices (alpha in GaLore)"
+        0.2,
+        gt=0,
+        description="factor of the update of low-rank matrices (alpha in GaLore). 0.2 gives an "
+        "update of Adam's typical size, so that `lr` is Adam's",
     )
-    residual: Literal["matched", "scaled", "none"] = Field(
-        "matched",
-        description="what to do, row by row, with the part of the gradient outside the basis: "
-        "`matched` moves each direction outside as far as one inside moves on average, `scaled` "
-        "moves in proportion to the gradient (as in Fira), `none` drops this part",
+    residual: Literal["orthogonalized", "matched", "scaled", "none"] = Field(
+        "orthogonalized",
+        description="what to do with the part of the gradient outside the basis: `orthogonalized` "
+        "moves all its directions by the size of Adam's updates, as Muon does; `matched` moves "
+        "each row outside as far as inside on average, `scaled` in proportion to the gradient (as "
+        "in Fira), `none` drops this part",
+    )
+    polar_steps: int = Field(
+        5,
+        ge=1,
+        description="Newton-Schulz iterations that orthogonalize the residual, used with "
+        '`residual="orthogonalized"` only',
+    )
+    polar_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="type in which the orthogonalized residual is computed and sent between "
+        "processes; `bf16` halves what is sent",
     )
     residual_growth: float = Field(
         1.01,

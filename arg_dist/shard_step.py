@@ -147,12 +147,18 @@ def apply_update(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None
     lr, weight_decay = settings.lr, settings.weight_decay
     if isinstance(update, LowRankUpdate):
         assert isinstance(shard, MatrixShard)
-        direction, basis, factors = update
+        direction, basis, factors, outside = update
         gradient = None if factors is None else shard.gradient()
         residual = None if factors is None or gradient is None else (factors, gradient)
         with matmul_precision(settings.matmul_precision):
             shard.apply(
-                direction, basis, residual, lr=lr, scale=settings.scale, weight_decay=weight_decay
+                direction,
+                basis,
+                residual,
+                outside,
+                lr=lr,
+                scale=settings.scale,
+                weight_decay=weight_decay,
             )
     elif update is not None:
         assert isinstance(shard, TensorShard)

@@ -56,6 +56,7 @@ def cut_matrix(
     shard_basis: bool = True,
     replicated: bool = False,
     home: int = 0,
+    transposed: bool = False,
 ) -> list[MatrixShard]:
     """One shard for each range, with its own copy of its part of `weight`.
 
@@ -83,6 +84,7 @@ def cut_matrix(
                 home=home,
                 shard_basis=shard_basis,
                 replicated=replicated,
+                transposed=transposed,
             ),
             spans_columns=spans_columns,
             replicated=replicated,

@@ -54,11 +54,12 @@ def step_in_lockstep(
     )
     for shard, update in zip(shards, updates, strict=True):
         if update is not None:
-            direction, basis, factors = update
+            direction, basis, factors, outside = update
             shard.apply(
                 direction,
                 basis,
                 None if factors is None else (factors, part_of(gradient, shard)),
+                outside,
                 lr=settings.lr,
                 scale=settings.scale,
                 weight_decay=settings.weight_decay,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from arg_dist.algorithm import POLAR_TYPES
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.rows import Counts, Spans, sent
 from arg_dist.subspace.spread import Spread
@@ -37,6 +38,8 @@ class Sides:
     """
 
     spread: Spread
+    elements_keep: Spans = field(init=False)
+    elements_update: Spans = field(init=False)
     moment_touch: Spans = field(init=False)
     moment_keep: Spans = field(init=False)
     moment_update: Spans = field(init=False)
@@ -45,8 +48,10 @@ class Sides:
     store: Spans = field(init=False)
 
     def __post_init__(self) -> None:
-        moment, basis = self.spread.moment, self.spread.basis
+        moment, basis, elements = self.spread.moment, self.spread.basis, self.spread.elements
         for name, rows in (
+            ("elements_keep", elements.keep),
+            ("elements_update", elements.update),
             ("moment_touch", moment.touch),
             ("moment_keep", moment.keep),
             ("moment_update", moment.update),
@@ -76,24 +81,39 @@ class Sides:
         return self.at(home, size)
 
 
-def projection(sides: Sides, settings: AdaRankGradConfig, rank: int) -> Iterator[Request]:
-    """Requests of a step once the basis is available: P, the residual's norm, N."""
-    followed = settings.residual != "none"
+def projection(
+    sides: Sides, settings: AdaRankGradConfig, rank: int, home: int
+) -> Iterator[Request | tuple[Request, ...]]:
+    """Requests of a step once the basis is available: P, the residual's norm or P and S, N."""
+    followed = settings.residual in ("scaled", "matched")
     norms = (FP32,) if followed else ()  # one number per row
     columns = (FP32 * rank, *norms)
     yield Request(sides.moment_touch, sides.moment_keep, columns, adds=True)
     if settings.residual == "scaled":
         yield Request(sides.whole(1), sides.whole(1), (FP64,), adds=True)
-    yield Request(sides.moment_keep, sides.moment_update, columns)
+    N = Request(sides.moment_keep, sides.moment_update, columns)
+    if settings.residual != "orthogonalized":
+        yield N
+        return
+    element = (POLAR_TYPES[settings.polar_precision].itemsize,)
+    at_home = sides.at(home, sides.spread.elements.size)
+    yield Request(sides.moment_keep, sides.moment_touch, columns)
+    Q = Request(sides.basis_keep, sides.at(home, sides.spread.basis.size), (element[0] * rank,))
+    yield Request(sides.elements_keep, at_home, element), Q
+    yield N, Request(at_home, sides.elements_update, element)
 
 
-def steady(sides: Sides, settings: AdaRankGradConfig, rank: int) -> Iterator[Request]:
+def steady(
+    sides: Sides, settings: AdaRankGradConfig, rank: int, home: int
+) -> Iterator[Request | tuple[Request, ...]]:
     """Requests of a step without a refresh, with a basis of `rank` columns."""
     yield Request(sides.store, sides.basis_touch, (FP32 * rank,))
-    yield from projection(sides, settings, rank)
+    yield from projection(sides, settings, rank, home)
 
 
-def first(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> Iterator[Request]:
+def first(
+    sides: Sides, settings: AdaRankGradConfig, rank: int, home: int
+) -> Iterator[Request | tuple[Request, ...]]:
     """Requests of the first step, which refreshes the basis to `rank` columns; moments are zero.
 
     Args:
@@ -125,7 +145,7 @@ def first(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> It
     yield from collected(sides.whole(width), width, squares)
     yield Request(sides.at(home, 1), sides.whole(1), squares)
     yield from distributed((FP32 * rank,))
-    yield from projection(sides, settings, rank)
+    yield from projection(sides, settings, rank, home)
 
 
 def sketch_width(spread: Spread, settings: AdaRankGradConfig) -> int:
@@ -146,18 +166,23 @@ Rounds = list[Moved | None]
 """What each request of a matrix transfers; None: nothing, so it takes no round."""
 
 
-def rounds_of(requests: Iterable[Request]) -> Rounds:
-    """What the requests of a matrix transfer."""
+def rounds_of(requests: Iterable[Request | tuple[Request, ...]]) -> Rounds:
+    """What the requests of a matrix transfer; those of a tuple are made in one round."""
     rounds: Rounds = []
-    for have, want, row_bytes, adds in requests:
-        if want.are_within(have) and not (adds and sent(have, want, 1).any()):
-            rounds.append(None)
-            continue
-        outgoing = [sent(have, want, size) for size in row_bytes]
-        incoming = [sent(want, have, size) for size in row_bytes]
-        answer = want.counts() * sum(row_bytes)
-        rounds.append(Moved(np.sum(outgoing, 0), np.sum(incoming, 0), answer))
+    for made in requests:
+        together = (made,) if isinstance(made, Request) else made
+        found = [moved for each in together if (moved := _moved(each)) is not None]
+        rounds.append(Moved(*(sum(parts) for parts in zip(*found, strict=True))) if found else None)
     return rounds
+
+
+def _moved(request: Request) -> Moved | None:
+    have, want, row_bytes, adds = request
+    if want.are_within(have) and not (adds and sent(have, want, 1).any()):
+        return None
+    outgoing = [sent(have, want, size) for size in row_bytes]
+    incoming = [sent(want, have, size) for size in row_bytes]
+    return Moved(np.sum(outgoing, 0), np.sum(incoming, 0), want.counts() * sum(row_bytes))
 
 
 def taken(rounds: Rounds) -> list[Moved]:

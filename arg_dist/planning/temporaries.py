@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from arg_dist.algorithm import POLAR_TYPES
 from arg_dist.planning.requests import FP32, FP64, Moved, Rounds
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.units import MatrixUnit, TensorUnit, Unit
@@ -204,6 +205,9 @@ def _projection(
     direction = row * sides.moment_keep.counts()
     product = basis + row * sides.moment_touch.counts()
     yield Moment(product, _copy(unit, size))
+    if unit.settings.residual == "orthogonalized":
+        yield from _outside(unit, rank, size, basis, rounds)
+        return
     limited = unit.settings.residual == "scaled"
     is_summed, is_gathered = rounds[-3 if limited else -2] is not None, rounds[-1] is not None
     held = product + direction * (2 if is_summed else 1)
@@ -211,6 +215,28 @@ def _projection(
         yield Moment(held)
     gathered = row * sides.moment_update.counts()
     yield Moment(basis + (gathered if is_gathered else direction), _update(unit, size))
+
+
+def _outside(
+    unit: MatrixUnit, rank: int, size: int, basis: Counts, rounds: Rounds
+) -> Iterator[Moment]:
+    """The points from P to the update, with an orthogonalized residual."""
+    sides, row = unit.sides, FP32 * rank
+    element = POLAR_TYPES[unit.settings.polar_precision].itemsize
+    is_summed, is_spread, _, is_returned = (moved is not None for moved in rounds[-4:])
+    direction = row * sides.moment_keep.counts()
+    touched = row * sides.moment_touch.counts()
+    held = basis + touched + direction * (2 if is_summed else 1)
+    yield Moment(held)
+    part = element * sides.elements_keep.counts()
+    reached = touched * is_spread  # P of the rows that this process touches
+    yield Moment(held + reached + part, np.maximum(_copy(unit, size), part * (element < FP32)))
+    whole = element * sides.at(unit.home, sides.spread.elements.size).counts()
+    short = min(sides.spread.moment.size, sides.spread.basis.size)
+    yield Moment(held + whole, 3 * whole + 3 * element * short**2 * (whole > 0))
+    gathered = row * sides.moment_update.counts() if is_returned else direction
+    outside = element * sides.elements_update.counts()
+    yield Moment(basis + gathered + outside, _update(unit, size))
 
 
 def _copy(unit: MatrixUnit, size: int) -> Counts:
@@ -223,7 +249,8 @@ def _update(unit: MatrixUnit, size: int) -> Counts:
     """Bytes needed to apply the update where the weights cannot be updated in place."""
     block = FP32 * unit.sides.moment_update.counts() * unit.sides.basis_touch.counts()
     apart = block * np.where(size < FP32, 1, unit.cuts_rows)
-    gradient = apart if unit.settings.residual != "none" else 0 * apart
+    scales_rows = unit.settings.residual in ("scaled", "matched")
+    gradient = apart if scales_rows else 0 * apart
     weights = FP32 * unit.held if size < FP32 else 0 * unit.held
     both: Counts = apart + np.maximum(gradient, weights)
     return both

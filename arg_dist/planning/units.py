@@ -120,7 +120,7 @@ class MatrixUnit(Unit):
 
     def steady_rounds(self, rank: int) -> Rounds:
         """What a step without a refresh sends, request by request."""
-        return _steady(self.sides, self.settings, rank)
+        return _steady(self.sides, self.settings, rank, self.home)
 
     def first_rounds(self, rank: int) -> Rounds:
         """What the first step sends, request by request."""
@@ -233,9 +233,9 @@ def _elements(ranges: Ranges, numel: int, whole: bool) -> tuple[Spans, Rounds]:
     return keep, rounds_of([Request(keep, update, (FP32,))])
 
 
-@lru_cache(maxsize=512)
-def _steady(sides: Sides, settings: AdaRankGradConfig, rank: int) -> Rounds:
-    return rounds_of(steady(sides, settings, rank))
+@lru_cache(maxsize=2048)
+def _steady(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> Rounds:
+    return rounds_of(steady(sides, settings, rank, home))
 
 
 @lru_cache(maxsize=2048)

@@ -105,6 +105,7 @@ def matrix_spread(
     home: int,
     shard_basis: bool,
     replicated: bool,
+    transposed: bool = False,
 ) -> Spread:
     """The spread of a ``rows x columns`` matrix of which process `i` holds the range ``ranges[i]``.
 
@@ -121,6 +122,7 @@ def matrix_spread(
         shard_basis: store the basis once over the owners, instead of whole on each.
         replicated: every process holds the whole matrix; work and state are sharded along the
             moment side.
+        transposed: the matrix is stored transposed: its rows in the model are the columns here.
     """
     owners = tuple(i for i, (start, stop) in enumerate(ranges) if start < stop)
     processes = len(ranges)
@@ -131,6 +133,8 @@ def matrix_spread(
         moment = Side(moment_size, kept, kept, everyone)
         full = ((0, basis_size),) * processes
         basis = Side(basis_size, full, even_rows(basis_size, processes), full)
+        parts = tuple((low * basis_size, high * basis_size) for low, high in kept)
+        elements = Side(rows * columns, parts, parts, ((0, rows * columns),) * processes)
     else:
         touched = tuple((a // columns, -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
         first = tuple((-(-a // columns), -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
@@ -139,9 +143,13 @@ def matrix_spread(
         parts = _in_proportion(ranges, rows * columns, columns)
         unsplit = Side(columns, whole, parts, whole)
         moment, basis = (split, unsplit) if spans_columns else (unsplit, split)
+        elements = Side(rows * columns, ranges, ranges, ranges)
     return Spread(
         moment=moment,
         basis=basis,
+        elements=elements,
+        cuts_moment=replicated or spans_columns,
+        outputs_are_moment=spans_columns != transposed,
         store=basis.keep if shard_basis else basis.touch,
         owners=owners,
         home=owners[home % len(owners)],

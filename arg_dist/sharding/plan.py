@@ -233,6 +233,7 @@ def _shards_of(
             home=unit,
             shard_basis=spec.shard_basis is not False,
             replicated=replicated,
+            transposed=fragment.transposed,
         )
         units.append(Unit(view.name, fragment, spread=spread))
         if mine[me][0] == mine[me][1]:

@@ -176,17 +176,19 @@ class MatrixShard(Shard):
         direction: Tensor,
         basis: Tensor,
         residual: tuple[Tensor, Tensor] | None = None,
+        outside: Tensor | None = None,
         *,
         lr: float,
         scale: float,
         weight_decay: float,
     ) -> None:
-        """``W <- (1 - lr wd) W - lr scale (N Q^T + phi G)`` on the elements held.
+        """``W <- (1 - lr wd) W - lr scale (N Q^T + phi G + O)`` on the elements held.
 
         Args:
             direction: ``moment.update x rank``, N.
             basis: ``basis.touch x rank``, Q.
             residual: ``moment.update``, phi, and the gradient of the elements held; None if zero.
+            outside: ``elements.update``, O; None if zero.
             lr: learning rate.
             scale: factor of the update.
             weight_decay: decoupled weight decay.
@@ -205,13 +207,23 @@ class MatrixShard(Shard):
             values.addmm_(left, right.T, beta=keep, alpha=step)
             if residual is not None:
                 values.addcmul_(factors, gradient.reshape(-1, columns).float(), value=step)
+            if outside is not None:
+                values.add_(self._as_stored(outside).view(-1, columns), alpha=step)
             return
         first = start // columns * columns
         product = left @ right.T
         if residual is not None:
             product.addcmul_(factors, self._whole_rows(gradient).float())
         update = product.reshape(-1)[start - first : stop - first]
+        if outside is not None:
+            update.add_(self._as_stored(outside))
         _add_scaled(values, update.view(values.shape), keep, step)
+
+    def _as_stored(self, flat: Tensor) -> Tensor:
+        """The elements held, of ``elements.update``, in the order in which they are stored."""
+        if self.spread.cuts_moment == self.spans_columns:
+            return flat
+        return self.spread.matrix(flat).T.reshape(-1)  # all of them, and the moment side is cut
 
     def _has_whole_rows(self) -> bool:
         return all(bound % self.matrix.columns == 0 for bound in self.range)

@@ -145,13 +145,14 @@ def gather(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
     return (yield Exchange(part, have, want))  # type: ignore[return-value]
 
 
-def gather_both(
-    parts: tuple[Tensor, Tensor], have: Rows, want: Rows, me: int
-) -> Steps[tuple[Tensor, Tensor]]:
-    """Two :func:`gather` over the same rows, in one request."""
-    if _all_rows_are_local(have, want):
-        return tuple(select_rows(part, have[me], want[me]) for part in parts)  # type: ignore[return-value]
-    return (yield tuple(Exchange(part, have, want) for part in parts))  # type: ignore[return-value]
+def gather_each(parts: Sequence[tuple[Tensor, Rows, Rows]], me: int) -> Steps[list[Tensor]]:
+    """A :func:`gather` of each ``(part, have, want)``, in one request."""
+    moved = tuple(Exchange(*each) for each in parts if not _all_rows_are_local(*each[1:]))
+    answers = iter((yield moved) if moved else ())
+    return [
+        select_rows(part, have[me], want[me]) if _all_rows_are_local(have, want) else next(answers)
+        for part, have, want in parts
+    ]
 
 
 def sum_scatter(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:

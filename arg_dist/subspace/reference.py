@@ -34,6 +34,7 @@ class ReferenceAdaRankGrad:
     transport: str = "squared"
     residual: str = "none"
     residual_growth: float = 1.01
+    polar_steps: int = 5
     side: str = "right"
 
     def __post_init__(self) -> None:
@@ -70,6 +71,8 @@ class ReferenceAdaRankGrad:
             update += self._scaled_residual(S, P, N)
         elif self.residual == "matched":
             update += self._matched_residual(S, G, N)
+        elif self.residual == "orthogonalized":
+            update += self._orthogonalized_residual(S, G)
         update = update if self.side == "right" else update.T
         W = (1 - self.lr * self.weight_decay) * self.weight.double()
         self.weight.copy_(W - self.lr * self.scale * update)
@@ -87,6 +90,18 @@ class ReferenceAdaRankGrad:
         outside = G.shape[1] - self.rank
         size = S.square().sum(1, keepdim=True) + 1e-4 * G.square().sum(1, keepdim=True)
         return (N.square().mean(1, keepdim=True) * outside / size).sqrt() * S
+
+    def _orthogonalized_residual(self, S: Tensor, G: Tensor) -> Tensor:
+        # S^_i = S_i / rms(S_i) for each row of W ;  O = U f(f(...f(s / ||s||))) V^T  (Muon)
+        rows = 1 if self.side == "right" else 0
+        mean_sq = S.square().mean(rows, keepdim=True)
+        S = S / (mean_sq + 1e-4 * G.square().mean()).sqrt()
+        U, s, Vt = torch.linalg.svd(S, full_matrices=False)
+        s = s / S.numel() ** 0.5
+        for _ in range(self.polar_steps):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        update: Tensor = max(S.shape) ** 0.5 * (U * s) @ Vt
+        return update
 
     def _refresh(self, G: Tensor) -> None:
         # G = U S Q^T ;  r = min { r : ||G - P_r G||^2 <= (1 - energy) ||G||^2 }, within its bounds

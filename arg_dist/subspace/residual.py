@@ -1,20 +1,26 @@
 """The residual: the part of the gradient outside the basis, added to the update without moments.
 
 Adam's direction N is the step for the projected gradient P. The residual ``S = G - P Q^T`` is added
-row by row, ``phi_i S_i``, under one of two rules:
+by one of three rules; the last two scale its rows, ``phi_i S_i``:
 
-======== ============================================== ========================================
-scaled   ``phi_i = ||N_i|| / ||P_i||``: in proportion   Fira, arXiv 2410.01623, sections 4.1, 4.2
-         to the row's step inside the basis; a limiter
-         prevents jumps of the norm
-matched  ``phi_i ||S_i|| = ||N_i|| sqrt((n - r) / r)``: the default
-         each of the n - r directions outside moves as
-         far as one of the r inside does on average
-======== ============================================== ========================================
+============== ============================================== ==================================
+orthogonalized ``sqrt(max(m, n)) O``: the polar factor O of   the default; orthogonalization as in
+               S with equal rows, so that all directions      Muon, of what Adam's basis leaves
+               outside move by one size, that of Adam's
+               updates
+scaled         ``phi_i = ||N_i|| / ||P_i||``: in proportion   Fira, arXiv 2410.01623, 4.1, 4.2
+               to the row's step inside the basis; a limiter
+               prevents jumps of the norm
+matched        ``phi_i ||S_i|| = ||N_i|| sqrt((n - r) / r)``:
+               each of the n - r directions outside moves as
+               far as one of the r inside does on average
+============== ============================================== ==================================
 
 Under full-rank Adam, all entries of an update have about the same size, along strong and weak
 directions alike. `matched` preserves this: the size of the update is independent of the rank, and
-so is the best learning rate. Under `scaled`, weak directions stay as weak as in the gradient.
+so is the best learning rate. Under `scaled`, weak directions stay as weak as in the gradient. On
+noisy gradients N is well below one, and so is what `matched` adds; an orthogonalized residual bears
+the full size.
 """
 
 from __future__ import annotations
@@ -24,11 +30,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.exchange import Steps, sum_scatter
+from arg_dist.subspace.exchange import Steps, gather_each, select_rows, sum_scatter
 from arg_dist.subspace.norms import row_squares
+from arg_dist.subspace.polar import polar_factor, with_equal_rows
 from arg_dist.subspace.spread import Spread
 
-Rule = Literal["none", "scaled", "matched"]
+Rule = Literal["none", "scaled", "matched", "orthogonalized"]
 
 FAINT = 1e-4
 """Share of a row's ||G_i||^2 below which its residual fades out, being mostly rounding error."""
@@ -95,3 +102,51 @@ def limit_growth(
     # S <- S min(1, growth ||S_before|| / ||S||)
     limited = torch.minimum(norm, growth * norm_before)
     return factors * torch.where(norm > 0, limited / norm, 1.0).float(), limited
+
+
+def residual_part(
+    gradient: Tensor, projected: Tensor, basis: Tensor, norm_sq: float, spread: Spread
+) -> Tensor:
+    """``elements.touch``: ``S / ||G||`` of this process's elements, fp32.
+
+    Args:
+        gradient: ``moment.touch x basis.touch``, this process's part of G, fp32.
+        projected: ``moment.touch x rank``, P.
+        basis: ``basis.touch x rank``, Q.
+        norm_sq: ``||G||_F^2`` over all processes.
+        spread: how the matrix is distributed over the processes.
+    """
+    # S = G - P Q^T
+    share = norm_sq**-0.5 if norm_sq > 0 else 0.0
+    part: Tensor = torch.addmm(gradient, projected, basis.T, beta=share, alpha=-share)
+    return spread.flat(part)
+
+
+def orthogonalize(part: Tensor, basis: Tensor, spread: Spread, *, steps: int) -> Steps[Tensor]:
+    """``elements`` at home, none elsewhere: ``sqrt(max(m, n)) O`` in the type of the part.
+
+    Args:
+        part: ``elements.keep``, S of this process's elements.
+        basis: ``basis.touch x rank``, Q.
+        spread: how the matrix is distributed over the processes.
+        steps: Newton-Schulz iterations.
+    """
+    elements, (m, n) = spread.elements, (spread.moment.size, spread.basis.size)
+    kept = select_rows(basis, spread.basis.touch[spread.me], spread.basis.keep[spread.me])
+    parts = (
+        (part, elements.keep, spread.at_home(elements.size)),
+        (kept.to(part.dtype), spread.basis.keep, spread.at_home(n)),
+    )
+    del part
+    whole, Q = yield from gather_each(parts, spread.me)
+    del parts
+    if spread.me != spread.home:
+        return whole
+    # once more S - S Q Q^T: what is left of Q by rounding would be as large as the rest of O
+    S = torch.addmm(spread.matrix(whole), spread.matrix(whole) @ Q, Q.T, alpha=-1)
+    # S^_i = S_i / rms(S_i), for each output i
+    equal = with_equal_rows(S) if spread.outputs_are_moment else with_equal_rows(S.T).T
+    # rms(O) = 1 / sqrt(max(m, n))
+    factor = polar_factor(equal, steps).mul_(max(m, n) ** 0.5)
+    ordered: Tensor = (factor if spread.cuts_moment else factor.T).contiguous()
+    return ordered.view(-1)

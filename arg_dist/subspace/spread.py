@@ -48,6 +48,10 @@ class Spread:
     Attributes:
         moment: the side of the projected gradient and its moments.
         basis: the side that the basis spans.
+        elements: the elements of the matrix, in the row-major order of the side that is cut.
+        cuts_moment: whether that is the moment side, so that the order is that of
+            ``moment x basis``; else that of ``basis x moment``.
+        outputs_are_moment: whether the moment side is that of the rows of W in the model.
         store: rows of the basis in each process's state: `basis.keep`, or `basis.touch` if the
             basis is replicated.
         owners: processes that hold a part of the matrix; no others take part.
@@ -58,6 +62,9 @@ class Spread:
 
     moment: Side
     basis: Side
+    elements: Side
+    cuts_moment: bool
+    outputs_are_moment: bool
     store: Rows
     owners: tuple[int, ...]
     home: int
@@ -67,6 +74,19 @@ class Spread:
     def processes(self) -> int:
         """Number of processes in the group."""
         return len(self.store)
+
+    def flat(self, block: Tensor) -> Tensor:
+        """``elements.touch``: those of a block ``moment.touch x basis.touch`` that are held."""
+        rows = block if self.cuts_moment else block.T
+        start, stop = self.elements.touch[self.me]
+        first = start // max(1, rows.shape[1]) * rows.shape[1]
+        return rows.reshape(-1)[start - first : stop - first]
+
+    def matrix(self, flat: Tensor) -> Tensor:
+        """``moment x basis``: a view of all elements of the matrix."""
+        if self.cuts_moment:
+            return flat.view(self.moment.size, self.basis.size)
+        return flat.view(self.basis.size, self.moment.size).T
 
     def whole(self, size: int) -> Rows:
         """All of `size` rows for every owner, none for the others."""
@@ -122,9 +142,13 @@ def single_process(moment: int, basis: int) -> Spread:
     """The distribution of a matrix that one process holds whole."""
     all_moments: Rows = ((0, moment),)
     all_basis: Rows = ((0, basis),)
+    all_elements: Rows = ((0, moment * basis),)
     return Spread(
         moment=Side(moment, all_moments, all_moments, all_moments),
         basis=Side(basis, all_basis, all_basis, all_basis),
+        elements=Side(moment * basis, all_elements, all_elements, all_elements),
+        cuts_moment=True,
+        outputs_are_moment=True,
         store=all_basis,
         owners=(0,),
         home=0,

@@ -39,7 +39,7 @@ def requests_of_a_step(shards, states, gradient, settings) -> int:
     ),
     st.integers(0, 3),
     st.sampled_from(["squared", "none"]),
-    st.sampled_from(["matched", "scaled", "none"]),
+    st.sampled_from(["orthogonalized", "matched", "scaled", "none"]),
 )
 def test_a_step_on_a_matrix_stays_within_its_rounds(
     shape, data, layout, power_passes, transport, residual
@@ -64,7 +64,7 @@ def test_a_step_on_a_matrix_stays_within_its_rounds(
         assert len(shards) > 1 or asked == 0
 
 
-@pytest.mark.parametrize("residual", ["matched", "scaled", "none"])
+@pytest.mark.parametrize("residual", ["orthogonalized", "matched", "scaled", "none"])
 @pytest.mark.parametrize("ranges", [((0, 13), (13, 22), (22, 35)), ((0, 13), (13, 35))])
 def test_a_cut_matrix_needs_all_rounds_of_the_agreement(ranges, residual):
     shards = cut_matrix(gaussian(7, 5), ranges, spans_columns=True)

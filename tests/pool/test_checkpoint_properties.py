@@ -221,7 +221,7 @@ def cases(draw: st.DrawFn) -> Case:
             "min_gap": gap,
             "max_gap": draw(st.integers(gap, 4)),
             "power_passes": draw(st.integers(0, 1)),
-            "residual": draw(st.sampled_from(["none", "scaled", "matched"])),
+            "residual": draw(st.sampled_from(["none", "scaled", "matched", "orthogonalized"])),
             "transport": draw(st.sampled_from(["squared", "paper", "ldadam", "none"])),
             "view": draw(st.sampled_from(["auto", "flatten"])),
             "weight_decay": draw(st.sampled_from([0.0, 0.1])),

@@ -7,7 +7,6 @@ import torch
 from cuts import (
     cut_matrix,
     equal_pieces,
-    part_of,
     ranges_of,
     whole_rows,
     without_bystanders,
@@ -27,10 +26,9 @@ SETTINGS = AdaRankGradConfig(max_rank=5, min_rank=1, min_gap=3, max_gap=3)
 KEPT = ("basis", "exp_avg", "exp_avg_sq")
 
 
-def apply(shard, update, gradient) -> None:
-    residual = (update.factors, part_of(gradient, shard))
+def apply(shard, update) -> None:
     rates = {"lr": SETTINGS.lr, "scale": SETTINGS.scale, "weight_decay": 0.0}
-    shard.apply(update.direction, update.basis, residual, **rates)
+    shard.apply(update.direction, update.basis, None, update.outside, **rates)
 
 
 def train(group, cuts, layout):

@@ -32,7 +32,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("residual", ["matched", "scaled", "none"])
+@pytest.mark.parametrize("residual", ["orthogonalized", "matched", "scaled", "none"])
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_step_without_a_refresh_reads_once_whatever_it_is_given(reads, count, residual):
     shapes = [(12, 8), (8, 12), (7,), (3, 8, 6)]

@@ -97,7 +97,7 @@ def test_spans_are_those_of_the_algorithm():
     st.booleans(),
     st.booleans(),
     st.booleans(),
-    st.sampled_from(["none", "matched", "scaled"]),
+    st.sampled_from(["none", "matched", "scaled", "orthogonalized"]),
     st.integers(0, 2),
 )
 def test_requests_are_those_of_the_algorithm(
@@ -133,7 +133,7 @@ def test_requests_are_those_of_the_algorithm(
         ]
         run_lockstep(watched)
         sides = Sides(shards[0].spread)
-        on_paper = first(sides, config, rank, home) if is_first else steady(sides, config, rank)
+        on_paper = (first if is_first else steady)(sides, config, rank, home)
         planned = [moved.sent.tolist() for moved in taken(rounds_of(on_paper))]
         if processes == 1:  # what asks nobody else is never asked
             assert planned == [[0]] * len(planned)
