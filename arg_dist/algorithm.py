@@ -244,8 +244,10 @@ def _outside(
     projected = yield from gather(projected, moment.keep, moment.touch, spread.me)
     with matmul_precision(settings.matmul_precision):
         part = residual_part(gradient(), projected, basis, norm_sq, spread)
-    part = part.to(POLAR_TYPES[settings.polar_precision])
-    return (yield from orthogonalize(part, basis, spread, steps=settings.polar_steps))
+    waiting = [part.to(POLAR_TYPES[settings.polar_precision])]
+    del part
+    steps = settings.polar_steps
+    return (yield from orthogonalize(waiting.pop(), basis, spread, steps=steps))
 
 
 def is_due(state: State) -> bool:

@@ -23,31 +23,28 @@ def polar_factor(matrix: Tensor, steps: int) -> Tensor:
     """``m x n``: the polar factor, approximately, in the type of the matrix; zero of a zero matrix.
 
     Args:
-        matrix: ``m x n``, with rows, or columns, of an rms of at most 1. Far smaller ones stay so.
+        matrix: ``m x n``, with a norm of at most 1. A far smaller one remains far smaller.
         steps: Newton-Schulz iterations.
     """
     a, b, c = COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    # X <- S / sqrt(m n) <= S / ||S||_F, so that no singular value exceeds 1
-    X = wide / wide.numel() ** 0.5
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    X = matrix if is_wide else matrix.T
+    del matrix  # or two of its size would be held beside the next X
     for _ in range(steps):
         # X <- a X + (b A + c A^2) X,  A = X X^T
         A = X @ X.T
-        polynomial = torch.addmm(A, A, A, beta=b, alpha=c)
-        X = torch.addmm(X, polynomial, X, beta=a)
-    factor: Tensor = X if wide is matrix else X.T
-    return factor
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X if is_wide else X.T
 
 
 def with_equal_rows(residual: Tensor) -> Tensor:
-    """``m x n``: each row divided by its rms, in the type of the residual; zero rows stay zero.
+    """``m x n``: rows of equal norms, together of norm 1; in place. Zero rows stay zero.
 
     Args:
         residual: ``m x n``, ``S / ||G||`` of a matrix that has one output per row.
     """
-    m, n = residual.shape
-    # S^_i = S_i sqrt(n) / ||S_i||
+    m = residual.shape[0]
+    # S^_i = S_i / (||S_i|| sqrt(m))
     squares = torch.linalg.vector_norm(residual, dim=1, keepdim=True, dtype=torch.float32).square()
     squares += FAINT / m
-    equal: Tensor = residual * (n / squares).sqrt().to(residual.dtype)
-    return equal
+    return residual.div_((m * squares).sqrt().to(residual.dtype))

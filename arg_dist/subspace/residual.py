@@ -126,7 +126,7 @@ def orthogonalize(part: Tensor, basis: Tensor, spread: Spread, *, steps: int) ->
     """``elements`` at home, none elsewhere: ``sqrt(max(m, n)) O`` in the type of the part.
 
     Args:
-        part: ``elements.keep``, S of this process's elements.
+        part: ``elements.keep``, S of this process's elements; overwritten.
         basis: ``basis.touch x rank``, Q.
         spread: how the matrix is distributed over the processes.
         steps: Newton-Schulz iterations.
@@ -142,11 +142,15 @@ def orthogonalize(part: Tensor, basis: Tensor, spread: Spread, *, steps: int) ->
     del parts
     if spread.me != spread.home:
         return whole
+    S = spread.matrix(whole)
+    del whole  # or it would be held beside what Newton-Schulz makes of it
     # once more S - S Q Q^T: what is left of Q by rounding would be as large as the rest of O
-    S = torch.addmm(spread.matrix(whole), spread.matrix(whole) @ Q, Q.T, alpha=-1)
-    # S^_i = S_i / rms(S_i), for each output i
-    equal = with_equal_rows(S) if spread.outputs_are_moment else with_equal_rows(S.T).T
+    S.addmm_(S @ Q, Q.T, alpha=-1)
+    # each row of W in S, divided by its rms
+    with_equal_rows(S if spread.outputs_are_moment else S.T)
+    waiting = [S]
+    del S
     # rms(O) = 1 / sqrt(max(m, n))
-    factor = polar_factor(equal, steps).mul_(max(m, n) ** 0.5)
+    factor = polar_factor(waiting.pop(), steps).mul_(max(m, n) ** 0.5)
     ordered: Tensor = (factor if spread.cuts_moment else factor.T).contiguous()
     return ordered.view(-1)

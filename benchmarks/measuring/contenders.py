@@ -21,6 +21,7 @@ ADAMW: dict[str, dict[str, Any]] = {"adamw": {"foreach": True}, "adamw-fused": {
 OURS: dict[str, dict[str, Any]] = {
     "recommended": {},
     "medium": {"matmul_precision": "medium"},
+    "matched": {"residual": "matched"},
     "no-residual": {"residual": "none"},
 }
 """Variants of AdaRankGrad, by their difference from the preset."""

@@ -13,6 +13,7 @@ import ambient_modes
 import pytest
 import torch
 from matrices import gaussian
+from tolerances import ROUNDING
 from torch import Tensor, nn
 
 import arg_dist
@@ -216,9 +217,12 @@ def expected(entry: str) -> list[Any]:
     return outcome(entry)
 
 
-def check(found: list[Any], entry: str) -> None:
+def check(found: list[Any], entry: str, *, is_exact: bool = True) -> None:
     for ours, plain in zip(found, expected(entry), strict=True):
-        if isinstance(plain, tuple) and isinstance(plain[-1], Tensor):
+        if isinstance(plain, tuple) and isinstance(plain[-1], Tensor) and not is_exact:
+            assert ours[:-1] == plain[:-1], entry
+            ROUNDING.check(ours[-1], plain[-1])
+        elif isinstance(plain, tuple) and isinstance(plain[-1], Tensor):
             assert ours[:-1] == plain[:-1] and torch.equal(ours[-1], plain[-1]), entry
         else:
             assert ours == plain, entry
@@ -228,7 +232,8 @@ def check(found: list[Any], entry: str) -> None:
 def test_a_call_in_a_mode_is_the_call_without_it(mode):
     for entry in ENTRY_POINTS:
         if (entry, mode) not in RANDOM_STATES_LOADED:
-            check(outcome(entry, mode), entry)
+            # torch may add up a product in another order with more threads
+            check(outcome(entry, mode), entry, is_exact=mode != "two threads")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ AROUND = sorted(
     path for layer in ("launchers", "benchmarks") for path in (ROOT / layer).rglob("*.py")
 )
 RIG = ROOT / "tests/hosts/namespaces.py"
-LONGEST = 350
 
 MAY_IMPORT = {
     "config": set(),
@@ -155,12 +154,6 @@ def test_the_core_names_no_engine(path: Path) -> None:
     for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
         named = ENGINE_NAMES.search(token.string.replace("_", " "))
         assert not named, f"{path}:{token.start[0]}: names the engine {named}"
-
-
-@pytest.mark.parametrize("path", each())
-def test_files_are_of_moderate_size(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    assert lines <= LONGEST, f"{path.name} has {lines} lines; split it"
 
 
 def test_importing_the_package_imports_no_engine() -> None:
