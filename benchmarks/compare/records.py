@@ -169,10 +169,17 @@ class Records:
             return []
         try:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            _check_two_rates(path, lines)
-            return list({_trial_of(line): line for line in lines}.values())
+            old = [line for line in lines if "lr" in line and "rest_lr" not in line]
+            runs = {_trial_of(line): line for line in lines if line not in old}
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: not valid comparison runs: {error!r}") from None
+        if old:
+            raise InputError(
+                f"{path}: {len(old)} runs have one learning rate for all parameters (no rest_lr); "
+                "runs with a second one (--rest-lr) for all but the low-rank matrices cannot be "
+                "compared with them; use another --out"
+            )
+        return list(runs.values())
 
     def done(self) -> dict[Trial, dict[str, Any]]:
         """The runs that need not be repeated; failed runs are retried."""
@@ -201,17 +208,6 @@ class Records:
 
 def _trial_of(run: dict[str, Any]) -> Trial:
     return Trial(run["method"], run["lr"], run["rest_lr"], run["seed"])
-
-
-def _check_two_rates(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Refuse runs from before the low-rank matrices and the rest had a rate each."""
-    old = [run for run in runs if "lr" in run and "rest_lr" not in run]
-    if old:
-        raise InputError(
-            f"{path}: {len(old)} runs have one learning rate for all parameters (no rest_lr); "
-            "runs with a second one (--rest-lr) for all but the low-rank matrices cannot be "
-            "compared with them; use another --out"
-        )
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
