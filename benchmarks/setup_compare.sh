@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the optimizers that benchmarks.compare runs next to AdaRankGrad, at the versions pinned in
-# constraints.txt, without their dependencies: they require bitsandbytes, which is not used here.
+# constraints.txt, without their dependencies: some require bitsandbytes, which is not used here.
 #   bash benchmarks/setup_compare.sh           into .venv
 #   bash benchmarks/setup_compare.sh PYTHON    into that interpreter's environment
 set -euo pipefail
@@ -12,4 +12,4 @@ if [[ ! -x $(command -v "$python") ]]; then
     exit 2
 fi
 "$python" -m pip --quiet --quiet --disable-pip-version-check install --no-deps \
-    --constraint "$root/constraints.txt" galore-torch apollo-torch fira peft
+    --constraint "$root/constraints.txt" galore-torch apollo-torch fira peft pytorch_optimizer

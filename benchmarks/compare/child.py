@@ -1,7 +1,7 @@
 """The process of one run: ``python -m benchmarks.compare.child TRIAL.json RESULT.json``.
 
-TRIAL.json has the keys ``kind``, ``job``, ``method``, ``lr``, ``seed``, ``data`` and ``parent``
-(id of the process that waits for the result; this process exits when it does).
+TRIAL.json has the keys ``kind``, ``job``, ``method``, ``lr``, ``rest_lr``, ``seed``, ``data`` and
+``parent`` (id of the process that waits for the result; this process exits when it does).
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ def main(trial_path: str, result_path: str) -> int:
 
 def run(trial: dict[str, Any]) -> dict[str, Any]:
     """Run `trial` and return its results."""
-    method, lr, seed = Method(**trial["method"]), trial["lr"], trial["seed"]
+    method = Method(**trial["method"])
     show = partial(print, flush=True)
+    own = {"lr": trial["lr"], "rest_lr": trial["rest_lr"], "seed": trial["seed"]}
     if trial["kind"] == "pretrain":
         job = PretrainingJob(**trial["job"])
         tokens = Path(trial["data"])
-        return pretrain(job, method, lr=lr, seed=seed, tokens=tokens, show=show)
+        return pretrain(job, method, **own, tokens=tokens, show=show)
     from benchmarks.compare.finetuning import finetune  # transformers' Trainer is slow to import
     from benchmarks.compare.finetuning_setup import FinetuningJob
 
-    return finetune(FinetuningJob(**trial["job"]), method, lr=lr, seed=seed, show=show)
+    return finetune(FinetuningJob(**trial["job"]), method, **own, show=show)
 
 
 def _end_with(parent: int) -> None:

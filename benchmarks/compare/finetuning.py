@@ -1,4 +1,4 @@
-"""One fine-tuning run: a method, a learning rate, a seed."""
+"""One fine-tuning run: a method, its learning rates, a seed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ Show = Callable[[str], None]
 
 
 def finetune(
-    job: FinetuningJob, method: Method, *, lr: float, seed: int, show: Show
+    job: FinetuningJob, method: Method, *, lr: float, rest_lr: float, seed: int, show: Show
 ) -> dict[str, Any]:
     """Fine-tune with the Trainer.
 
     Args:
         job: the settings shared by all runs.
         method: the method to train with.
-        lr: peak learning rate.
+        lr: peak learning rate of the low-rank matrices.
+        rest_lr: that of all other parameters.
         seed: seeds the new head, dropout and the order of batches.
         show: called with one line at each evaluation.
 
@@ -45,7 +46,9 @@ def finetune(
     quiet_trainer(with_deepspeed=False)
     task = job.examples()
     set_seed(seed)
-    training = prepare(method, task.build_model(), lr=lr, weight_decay=job.weight_decay)
+    training = prepare(
+        method, task.build_model(), lr=lr, rest_lr=rest_lr, weight_decay=job.weight_decay
+    )
     watching = Watching(Measurements(training), show, task.measure)
     status, why = "finished", None
     with tempfile.TemporaryDirectory() as folder:

@@ -34,6 +34,8 @@ from benchmarks.compare.methods import (
     PUBLISHED_FINETUNING,
     RATES,
     RATES_FINETUNING,
+    REST_RATES,
+    TWO_OPTIMIZERS,
     choose,
     rates_of,
 )
@@ -47,12 +49,23 @@ from launchers.pretraining.interrupts import exit_code
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of training to compare; `rates` is keyed by method, `published` by family."""
+    """A kind of training to compare.
+
+    Attributes:
+        methods: names of the available methods.
+        options: the options of the job.
+        prepare: reads them.
+        rates: default learning rates of the low-rank matrices, by method.
+        rest_rates: those of all other parameters; empty: that of the low-rank matrices.
+        published: settings by family.
+        peer_rank: default rank of the other low-rank methods.
+    """
 
     methods: tuple[str, ...]
     options: list[tuple[str, dict[str, Any]]]
     prepare: Callable[[argparse.Namespace, Records], Task]
     rates: Mapping[str, Sequence[float]]
+    rest_rates: tuple[float, ...]
     published: Mapping[str, dict[str, Any]]
     peer_rank: int | float
 
@@ -63,14 +76,16 @@ KINDS = {
         pretraining_setup.TASK_OPTIONS,
         pretraining_setup.prepare_pretraining,
         RATES,
+        REST_RATES,
         PUBLISHED,
         0.125,
     ),
     "finetune": Kind(
-        tuple(name for name in FAMILIES if name != "muon"),
+        tuple(name for name in FAMILIES if name not in TWO_OPTIMIZERS),
         finetuning_setup.TASK_OPTIONS,
         finetuning_setup.prepare_finetuning,
         RATES_FINETUNING,
+        (),
         PUBLISHED_FINETUNING,
         8,
     ),
@@ -108,7 +123,8 @@ def _compare(options: argparse.Namespace, kind: Kind) -> None:
         known=kind.methods,
         published=kind.published,
     )
-    rates = rates_of(methods, dict(options.lrs), kind.rates)
+    rest = options.rest_lr or kind.rest_rates
+    rates = rates_of(methods, dict(options.lrs), kind.rates, rest)
     records = Records(options.out)
     with records.locked():
         task = kind.prepare(options, records)
@@ -157,10 +173,16 @@ def _add_sweep_options(sub: argparse.ArgumentParser, kind: Kind) -> None:
     add("--methods", nargs="+", default=list(known), metavar="NAME", help="methods to compare: "
         f"{', '.join(known)} (default: all)")  # fmt: skip
     add("--lrs", nargs="+", type=_rates, default=[], action="extend", metavar="METHOD=A,B,...",
-        help="learning rates of a method, instead of its four defaults")  # fmt: skip
-    add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="seeds; all learning rates "
-        "run on the first, the best also on the others (default: 0 1 2)")  # fmt: skip
-    add("--all-seeds", action="store_true", help="run all learning rates on all seeds")
+        help="learning rates of a method's low-rank matrices, instead of its defaults")  # fmt: skip
+    add("--rest-lr", nargs="+", type=_rate, default=[], metavar="RATE", help="learning rates of "
+        "all other parameters (embeddings, output head, norms, biases), for every method but lora "
+        f"(default: {_rest_default(kind)})")  # fmt: skip
+    add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="seeds; learning rates are "
+        "compared on the first: --lrs at the middle --rest-lr (the lower of two), --rest-lr at the "
+        "best of them, and the best one's neighbours again if another --rest-lr is better; the "
+        "best pair also runs on the other seeds (default: 0 1 2)")  # fmt: skip
+    add("--all-seeds", action="store_true", help="run all pairs that are tried on all seeds, whose "
+        "median decides")  # fmt: skip
     add("--peer-rank", type=_rank, default=kind.peer_rank, metavar="RANK", help="rank of the other "
         "low-rank methods: an integer, or a fraction of a matrix's shorter side (default: "
         f"{kind.peer_rank})")  # fmt: skip
@@ -168,10 +190,25 @@ def _add_sweep_options(sub: argparse.ArgumentParser, kind: Kind) -> None:
         help="an AdaRankGrad setting, for all its methods; may be repeated")  # fmt: skip
     add("--variant", action="append", nargs="+", default=[], metavar=("NAME", "KEY=VALUE"),
         help="an additional method: recommended with other settings, or another method (NAME fira "
-        "rank=0.05); may be repeated")  # fmt: skip
+        "rank=0.05; NAME adamw betas=[0.9,0.99]; NAME muon momentum=0.95); may be "
+        "repeated")  # fmt: skip
     add("--jobs", type=at_least(1), default=1, help="concurrent runs, one thread each (default: 1)")
     add("--redo", nargs="+", default=[], metavar="NAME", help="methods to run again; their runs "
         "with other settings or versions are moved to set_aside.jsonl")  # fmt: skip
+
+
+def _rest_default(kind: Kind) -> str:
+    return " ".join(f"{rate:g}" for rate in kind.rest_rates) or "that of the low-rank matrices"
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return rate
 
 
 def _rates(text: str) -> tuple[str, tuple[float, ...]]:

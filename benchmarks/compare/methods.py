@@ -14,6 +14,7 @@ import arg_dist
 from arg_dist.cli.parsing import InputError, parse_overrides
 from arg_dist.config import ConfigError, parse_config
 from benchmarks.compare import peers
+from benchmarks.compare.plan import Rates
 
 OURS = "adarankgrad"
 
@@ -23,40 +24,66 @@ FAMILIES = {
     "apollo": "apollo",
     "fira": "fira",
     "muon": "muon",
+    "normuon": "normuon",
+    "soap": "soap",
     "lora": "lora",
     "recommended": OURS,
     "paper": OURS,
 }
 """Each method's family, which determines how its optimizer is built."""
 
+_REST = {"rest_betas": (0.9, 0.95)}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "galore": {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
+    "adamw": {"betas": (0.9, 0.95), **_REST},
+    "galore": {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", **_REST},
     "apollo": {
         "update_proj_gap": 200, "scale": 1.0, "proj": "random", "scale_type": "channel",
-        "proj_type": "std",
+        "proj_type": "std", **_REST,
     },
-    "fira": {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std"},
-    "muon": {"adjust_lr_fn": "match_rms_adamw"},
+    "fira": {"update_proj_gap": 200, "alpha": 1.0, "proj_type": "std", **_REST},
+    "muon": {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.9, **_REST},
+    "normuon": {"update_scale": "match_rms", "momentum": 0.9, "beta2": 0.95, **_REST},
+    "soap": {"betas": (0.95, 0.95), "precondition_frequency": 10, **_REST},
     "lora": {"alpha": 2, "dropout": 0.0},
 }  # fmt: skip
 """Settings for the low-rank matrices, as published by each method's authors for pre-training; the
-rank is added. LoRA's alpha is a multiple of the rank."""
+rank is added. LoRA's alpha is a multiple of the rank. Muon's and NorMuon's momentum is 0.9
+(published: 0.95). `rest_betas` are those of the AdamW that trains all
+other parameters; AdaRankGrad has its own setting `betas` for both."""
 
-PUBLISHED_FINETUNING = {**PUBLISHED, "galore": {**PUBLISHED["galore"], "scale": 4.0}}
-"""The same for fine-tuning: GaLore's GLUE runs use a different scale."""
+PUBLISHED_FINETUNING = {
+    **{name: {**own, "rest_betas": (0.9, 0.999)} for name, own in PUBLISHED.items()},
+    "adamw": {"betas": (0.9, 0.999), "rest_betas": (0.9, 0.999)},
+    "galore": {**PUBLISHED["galore"], "scale": 4.0, "rest_betas": (0.9, 0.999)},
+    "lora": PUBLISHED["lora"],
+}
+"""The same for fine-tuning: AdamW's betas are torch's defaults, unless a variant sets others, and
+GaLore's GLUE runs use a different scale."""
 
 WITH_RANK = {"galore", "apollo", "fira", "lora"}
 
 RATES = {
-    "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
-    "muon": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "adamw": (1e-3, 2e-3, 4e-3),
+    "muon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
+    "normuon": (8e-3, 1.2e-2, 1.6e-2, 2.4e-2),
+    "soap": (1e-3, 2e-3, 4e-3, 8e-3),
     "galore": (5e-3, 1e-2, 2e-2, 4e-2),
     "apollo": (5e-3, 1e-2, 2e-2, 4e-2),
     "fira": (2.5e-3, 5e-3, 1e-2, 2e-2),
-    "recommended": (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    "recommended": (1.2e-2, 1.6e-2, 2.4e-2),
     "paper": (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
 }
-"""Default learning rates for pre-training by method: four, a factor of two apart."""
+"""Default learning rates of the low-rank matrices for pre-training, by method."""
+
+REST_RATES = (4e-3, 8e-3, 1.6e-2)
+"""Default learning rates of all other parameters for pre-training."""
+
+TWO_OPTIMIZERS = {"muon", "normuon", "soap"}
+"""Families that train the low-rank matrices and the rest by an optimizer each."""
+
+ONE_RATE = {"lora"}
+"""Families whose parameters all have one learning rate."""
 
 RATES_FINETUNING = {
     **dict.fromkeys(RATES, (2.5e-5, 5e-5, 1e-4, 2e-4)),
@@ -74,7 +101,7 @@ class Method:
         family: determines how its optimizer is built.
         settings: settings of the low-rank matrices (for AdaRankGrad, of the whole optimizer),
             without the learning rate. `rank` is an integer, or a fraction of a matrix's shorter
-            side.
+            side; `rest_betas` are those of the AdamW that trains all other parameters.
         of: the method it is a variant of; its own name if it is not a variant.
     """
 
@@ -149,32 +176,42 @@ def rates_of(
     methods: Sequence[Method],
     given: Mapping[str, Sequence[float]],
     defaults: Mapping[str, Sequence[float]] = RATES,
-) -> dict[str, tuple[float, ...]]:
+    rest: Sequence[float] = (),
+) -> dict[str, Rates]:
     """The learning rates of each method by name, ascending.
 
     Args:
         methods: the methods to compare.
-        given: rates by method name, overriding the defaults.
+        given: rates of the low-rank matrices by method name, overriding the defaults.
         defaults: default rates by method.
+        rest: rates of all other parameters, for every method with two; empty: that of the matrices.
 
     Raises:
-        InputError: a name in `given` is not among `methods`, or the methods have different numbers
-            of rates, which would favour some.
+        InputError: a name in `given` is not among `methods`, or the methods have neither the same
+            number of rates nor the default numbers, which would favour some.
     """
     names = [method.name for method in methods]
     for name in given:
         if name not in names:
             raise InputError(f"--lrs {name}=...: not among the methods {', '.join(names)}")
-    rates = {
-        method.name: tuple(sorted(set(given.get(method.name, defaults[method.of]))))
+    default = {method.name: defaults[method.of] for method in methods}
+    rates = {name: tuple(sorted(set(given.get(name, default[name])))) for name in names}
+    usual = {name: len(default[name]) for name in names}
+    numbers = {name: len(each) for name, each in rates.items()}
+    if len(set(numbers.values())) > 1 and numbers != usual:
+        raise InputError(
+            "--lrs: every method needs the same number of learning rates, got "
+            f"{_listed(numbers)}; give all as many, or their default numbers: {_listed(usual)}"
+        )
+    rests = tuple(sorted(set(rest)))
+    return {
+        method.name: Rates(rates[method.name], () if method.family in ONE_RATE else rests)
         for method in methods
     }
-    if len({len(each) for each in rates.values()}) > 1:
-        numbers = ", ".join(f"{name} {len(each)}" for name, each in rates.items())
-        raise InputError(
-            f"--lrs: every method needs the same number of learning rates, got {numbers}"
-        )
-    return rates
+
+
+def _listed(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
 def _check(methods: Sequence[Method]) -> None:
@@ -189,6 +226,22 @@ def _check(methods: Sequence[Method]) -> None:
                 parse_config(method.settings, where=method.name)
             except ConfigError as error:
                 raise InputError(str(error)) from None
+        else:
+            _check_decay_rates(method)
+
+
+def _check_decay_rates(method: Method) -> None:
+    for key, count in (("betas", 2), ("rest_betas", 2), ("momentum", 1)):
+        given = method.settings.get(key, (0.0,) * count)
+        rates = given if isinstance(given, (list, tuple)) else [given]
+        if len(rates) != count or not all(
+            isinstance(rate, (int, float)) and 0 <= rate < 1 for rate in rates
+        ):
+            needed = "two numbers, as [0.9,0.95]," if count == 2 else "a number"
+            raise InputError(
+                f"--variant {method.name} {key}={given}: expected {needed} of at least 0 and below "
+                "1"
+            )
 
 
 def _own_code() -> str:

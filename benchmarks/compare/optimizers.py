@@ -13,10 +13,13 @@ from torch.optim import Optimizer
 import arg_dist
 from arg_dist.config import rank_of
 from arg_dist.groups import HEADS
-from benchmarks.compare.methods import OURS, Method
+from benchmarks.compare.methods import OURS, TWO_OPTIMIZERS, Method
 from benchmarks.compare.peers import published
 
 Groups = list[dict[str, Any]]
+
+BETAS = (0.9, 0.999)
+"""torch's default decay rates of AdamW, where a method sets none."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,37 @@ class Training:
     elements: int
 
 
-def prepare(method: Method, model: nn.Module, *, lr: float, weight_decay: float) -> Training:
+@dataclass(frozen=True)
+class _Parts:
+    """Settings of one method's parts.
+
+    Attributes:
+        matrices: settings of the low-rank matrices, without the learning rate.
+        rest: learning rate and betas of all other parameters.
+        shared: learning rate of the low-rank matrices, and the weight decay.
+    """
+
+    matrices: dict[str, Any]
+    rest: dict[str, Any]
+    shared: dict[str, Any]
+
+
+def prepare(
+    method: Method,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    rest_lr: float | None = None,
+) -> Training:
     """Create the optimizers, and for LoRA the adapters.
 
     Args:
         method: the method.
         model: a fresh model; LoRA modifies it.
-        lr: learning rate of all parameters.
+        lr: learning rate of the low-rank matrices; for LoRA, of all that it trains.
         weight_decay: decoupled weight decay; not applied to norms and biases.
+        rest_lr: learning rate of embeddings, output head, norms and biases; None for `lr`.
 
     Raises:
         ConfigError: an AdaRankGrad setting is invalid.
@@ -58,8 +84,10 @@ def prepare(method: Method, model: nn.Module, *, lr: float, weight_decay: float)
     if method.family == "lora":
         model = _with_adapters(model, matrices, method.settings)
         counted = [p for name, p in model.named_parameters() if "lora_" in name]
-    shared = {"lr": lr, "weight_decay": weight_decay}
-    optimizers = _build(method, model, list(matrices.values()), shared)
+    settings = dict(method.settings)
+    rest = {"lr": lr if rest_lr is None else rest_lr, "betas": settings.pop("rest_betas", BETAS)}
+    parts = _Parts(settings, rest, {"lr": lr, "weight_decay": weight_decay})
+    optimizers = _build(method.family, model, list(matrices.values()), parts)
     return Training(model, optimizers, counted, matrix_elements, elements)
 
 
@@ -73,31 +101,60 @@ def low_rank_matrices(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _build(
-    method: Method, model: nn.Module, matrices: list[Tensor], shared: dict[str, Any]
-) -> list[Optimizer]:
-    if method.family == OURS:
-        groups = arg_dist.param_groups(model, decay_vectors=False)
-        return [arg_dist.AdaRankGrad(groups, process_group=None, **shared, **method.settings)]
+def _build(family: str, model: nn.Module, matrices: list[Tensor], parts: _Parts) -> list[Optimizer]:
+    if family == OURS:
+        return [_ours(model, parts)]
     trained = [p for p in model.parameters() if p.requires_grad]
-    if method.family in ("adamw", "lora"):
-        return [torch.optim.AdamW(_by_decay(trained), **shared)]
+    if family == "lora":
+        return [torch.optim.AdamW(_by_decay(trained), **parts.shared)]
     own = {id(p) for p in matrices}
-    rest = _by_decay(p for p in trained if id(p) not in own)
-    if method.family == "muon":
-        return [
-            torch.optim.Muon(matrices, **shared, **method.settings),
-            torch.optim.AdamW(rest, **shared),
-        ]
-    groups = [*rest, *_by_rank(matrices, method.settings)]
+    rest = [group | parts.rest for group in _by_decay(p for p in trained if id(p) not in own)]
+    if family == "adamw":
+        groups = [{**parts.matrices, "params": matrices}, *rest]
+        return [torch.optim.AdamW(groups, **parts.shared)]
+    if family in TWO_OPTIMIZERS:
+        apart = [torch.optim.AdamW(rest, **parts.shared)] if rest else []
+        return [_for_matrices(family, matrices, parts), *apart]
+    return [_projected(family, [*rest, *_by_rank(matrices, parts.matrices)], parts)]
+
+
+def _ours(model: nn.Module, parts: _Parts) -> Optimizer:
+    groups = arg_dist.param_groups(model, decay_vectors=False)
+    for group in groups:
+        if not group.get("low_rank", True):
+            group["lr"] = parts.rest["lr"]
+    return arg_dist.AdaRankGrad(groups, process_group=None, **parts.shared, **parts.matrices)
+
+
+def _for_matrices(family: str, matrices: list[Tensor], parts: _Parts) -> Optimizer:
+    """An optimizer that trains matrices alone."""
+    if family == "muon":
+        return torch.optim.Muon(matrices, **parts.shared, **parts.matrices)
+    optimizer: Optimizer
+    if family == "soap":
+        soap = published("pytorch_optimizer", "optimizer.soap", "SOAP")
+        optimizer = soap(matrices, **parts.shared, **parts.matrices)
+    else:
+        normuon = published("pytorch_optimizer", "optimizer.muon.normuon", "NorMuon")
+        groups = [{"params": matrices, "use_muon": True}]
+        optimizer = normuon(groups, **parts.shared, **parts.matrices)
+    return optimizer
+
+
+def _projected(family: str, groups: Groups, parts: _Parts) -> Optimizer:
+    """The published AdamW that projects the gradients of the groups with a rank."""
     quiet = {"no_deprecation_warning": True}
-    if method.family == "galore":
-        return [published("galore_torch", "adamw", "AdamW")(groups, **shared, **quiet)]
-    if method.family == "apollo":
-        return [published("apollo_torch", "apollo", "AdamW")(groups, **shared)]
-    if method.family == "fira":
-        return [published("fira", "fira_adamw", "AdamW")(groups, **shared, **quiet)]
-    raise AssertionError(method.family)
+    optimizer: Optimizer
+    if family == "galore":
+        galore = published("galore_torch", "adamw", "AdamW")
+        optimizer = galore(groups, **parts.shared, **quiet)
+    elif family == "apollo":
+        optimizer = published("apollo_torch", "apollo", "AdamW")(groups, **parts.shared)
+    elif family == "fira":
+        optimizer = published("fira", "fira_adamw", "AdamW")(groups, **parts.shared, **quiet)
+    else:
+        raise AssertionError(family)
+    return optimizer
 
 
 def _by_decay(parameters: Iterable[Tensor]) -> Groups:

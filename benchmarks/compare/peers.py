@@ -14,6 +14,8 @@ PACKAGES = {
     "galore": "galore-torch",
     "apollo": "apollo-torch",
     "fira": "fira",
+    "soap": "pytorch_optimizer",
+    "normuon": "pytorch_optimizer",
     "lora": "peft",
 }
 """The distribution that provides a family of methods; other families need none."""
@@ -27,7 +29,7 @@ def require(families: set[str]) -> None:
     Raises:
         InputError: some are not; the message includes the command that installs them.
     """
-    wanted = sorted(PACKAGES[family] for family in families if family in PACKAGES)
+    wanted = sorted({PACKAGES[family] for family in families if family in PACKAGES})
     missing = [name for name in wanted if find_spec(_MODULES.get(name, name)) is None]
     if missing:
         raise InputError(
@@ -45,7 +47,8 @@ def version(family: str) -> dict[str, str]:
 def published(package: str, module: str, name: str) -> Any:
     """Import `name` from ``package.module`` without running the package's ``__init__``.
 
-    The ``__init__`` of galore_torch and apollo_torch imports bitsandbytes, which is not used here.
+    The ``__init__`` of galore_torch and apollo_torch imports bitsandbytes, which is not used here;
+    that of pytorch_optimizer, optimizers from packages that happen to be installed.
 
     Args:
         package: an installed package, see :func:`require`.

@@ -1,4 +1,4 @@
-"""Plots of a comparison: held-out values over training, the frontier, ranks by layer."""
+"""Plots of a comparison: held-out values over training, and over state; ranks by layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from arg_dist.checkpoint.files import write_atomically
-from arg_dist.config import in_bytes
 from benchmarks.compare.results import Row, best_runs
 from launchers.reporting.charts import STYLE, cycle_of, new_figure
 from launchers.reporting.measures import Measure
@@ -22,6 +21,9 @@ Run = Mapping[str, Any]
 Ranks = Mapping[str, Sequence[Sequence[float]]]
 
 CURVES, FRONTIER, RANKS = "curves.png", "frontier.png", "ranks.png"
+
+PLACES = [(side, sign * height) for height in (7, 20, 33) for side in (1, -1) for sign in (1, -1)]
+"""Where a label may lie, in order: right (1) or left (-1) of its point, and so many units above."""
 
 
 def draw_all(
@@ -55,7 +57,7 @@ def _colors(rows: Sequence[Row]) -> list[Any]:
 
 
 def _curves(rows: Sequence[Row], runs: Sequence[Run], measure: Measure) -> Figure:
-    """Held-out value over training at each method's best rate: median and range over seeds."""
+    """Held-out value over training at each method's best rates: median and range over seeds."""
     figure = new_figure(9, 5.5)
     axes = figure.subplots()
     late = []
@@ -65,7 +67,7 @@ def _curves(rows: Sequence[Row], runs: Sequence[Run], measure: Measure) -> Figur
         values = [[curve[i][2] for curve in curves] for i in range(shared)]
         seen = [curves[0][i][1] for i in range(shared)]
         middle = [median(each) for each in values]
-        axes.plot(seen, middle, color=color, marker="o", markersize=3, label=_label(row))
+        axes.plot(seen, middle, color=color, marker="o", markersize=3, label=label(row))
         axes.fill_between(
             seen, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, lw=0
         )
@@ -80,35 +82,61 @@ def _curves(rows: Sequence[Row], runs: Sequence[Run], measure: Measure) -> Figur
 
 
 def _frontier(rows: Sequence[Row], measure: Measure) -> Figure:
-    """Final value against state size: median, and range over seeds."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    """Final value over the matrices' state, relative to AdamW's: median, and range over seeds."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     figure = new_figure(9, 5.5)
     axes = figure.subplots()
+    points = []
     for row, color in zip(rows, _colors(rows), strict=True):
         values = [value for value in (row.by_seed or {}).values() if value is not None]
-        kept, middle = row.matrices, median(values)
-        if not kept or not kept["logical"]:
+        kept, stored, middle = row.share("logical"), row.share("storage"), median(values)
+        if not kept or not stored:
             continue
-        x = kept["logical"]
         low, high = middle - min(values), max(values) - middle
-        style = {"color": color, "fmt": "o", "capsize": 4}
-        axes.errorbar(x, middle, [[low], [high]], label=row.method, **style)
-        if kept["storage"] > 1.01 * x:  # views keep larger storages alive
-            axes.plot([x, kept["storage"]], [middle] * 2, color=color, ls=":", lw=1)
-            axes.plot(kept["storage"], middle, "o", color=color, mfc="none")
+        axes.errorbar(kept, middle, [[low], [high]], color=color, fmt="o", capsize=4)
+        if stored > 1.01 * kept:  # views keep larger storages alive
+            axes.plot([kept, stored], [middle] * 2, color=color, ls=":", lw=1)
+            axes.plot(stored, middle, "o", color=color, mfc="none")
+        points.append((kept, middle, label(row), color))
     axes.set_xscale("log")
     axes.set(
         title=f"{_title(measure)} vs. state (bars: range over seeds)",
-        xlabel="peak optimizer state of the low-rank matrices "
+        xlabel="peak optimizer state of the low-rank matrices, as a share of AdamW's "
         "(open circles: including storages kept alive)",
     )
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=10))
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: in_bytes(value))
-    axes.margins(x=0.1, y=0.12)
-    axes.legend()
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.margins(x=0.25, y=0.12)
+    _write_beside(axes, points)
     return figure
+
+
+def _write_beside(axes: Axes, points: Sequence[tuple[float, float, str, Any]]) -> None:
+    """Write the label of each point (x, y, label, color) where it covers no earlier one."""
+    axes.figure.canvas.draw()  # settles the limits of both axes
+    taken: list[Any] = []
+    for x, y, words, color in points:
+        for i, (side, height) in enumerate(PLACES):
+            text = axes.annotate(
+                words,
+                (x, y),
+                (8 * side, height),
+                textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                va="center",
+                color=color,
+                fontsize=9,
+            )
+            text.set_in_layout(False)
+            box = text.get_window_extent()
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if i == len(PLACES) - 1 or (inside and not any(box.overlaps(each) for each in taken)):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _ranks(rows: Sequence[Row], runs: Sequence[Run]) -> Figure:
@@ -130,7 +158,7 @@ def _ranks(rows: Sequence[Row], runs: Sequence[Run]) -> Figure:
             color = colormaps["viridis"](i / max(1, len(layers) - 1))
             _draw_mean(panel, of_layer, steps, per_step, color=color, label=f"layer {layer}")
         _draw_mean(panel, run["ranks"], steps, per_step, color="black", lw=2.2, label="all")
-        panel.set(title=f"{row.method}, lr {row.lr:g}", xlabel="tokens", ylabel="rank")
+        panel.set(title=label(row), xlabel="tokens", ylabel="rank")
         panel.set_ylim(bottom=0)
         panel.xaxis.set_major_formatter(_tokens)
         if len(layers) <= 8:
@@ -166,8 +194,11 @@ def _has_ranks(row: Row, runs: Sequence[Run]) -> bool:
     return bool(finished and finished[0]["ranks"] and finished[0]["curve"])
 
 
-def _label(row: Row) -> str:
-    return f"{row.method}, lr {row.lr:g}"
+def label(row: Row) -> str:
+    """A method with its best learning rates."""
+    assert row.lr is not None and row.rest_lr is not None
+    rest = f", rest {row.rest_lr:g}" if row.two_rates else ""
+    return f"{row.method}, lr {row.lr:g}{rest}"
 
 
 def _title(measure: Measure) -> str:

@@ -1,4 +1,4 @@
-"""One pre-training run: a method, a learning rate, a seed."""
+"""One pre-training run: a method, its learning rates, a seed."""
 
 from __future__ import annotations
 
@@ -56,14 +56,22 @@ class Diverged(Exception):
 
 
 def pretrain(
-    job: PretrainingJob, method: Method, *, lr: float, seed: int, tokens: Path, show: Show
+    job: PretrainingJob,
+    method: Method,
+    *,
+    lr: float,
+    rest_lr: float,
+    seed: int,
+    tokens: Path,
+    show: Show,
 ) -> dict[str, Any]:
     """Pre-train; initial weights and batches depend on `seed` alone.
 
     Args:
         job: the settings shared by all runs.
         method: the method to train with.
-        lr: peak learning rate.
+        lr: peak learning rate of the low-rank matrices.
+        rest_lr: that of all other parameters.
         seed: seeds the weights and batches.
         tokens: directory of ``training.npy`` and ``held_out.npy``.
         show: called with one line at each evaluation.
@@ -75,7 +83,7 @@ def pretrain(
     config = model_config(job.model, vocab_size=job.vocab_size, length=job.seq_len)
     model = build_model(job.model, config, seed=seed, deepspeed_config={}).to(job.device)
     torch.manual_seed(seed)
-    training = prepare(method, model, lr=lr, weight_decay=job.weight_decay)
+    training = prepare(method, model, lr=lr, rest_lr=rest_lr, weight_decay=job.weight_decay)
     optimizers = training.optimizers
     schedulers = [
         WarmupCosine(o, steps=job.steps, warmup=job.warmup, min_lr_ratio=job.min_lr_ratio)

@@ -26,16 +26,25 @@ SET_ASIDE = "set_aside.jsonl"
 
 
 class Trial(NamedTuple):
-    """One run of a comparison: a method's name, its peak learning rate, a seed."""
+    """One run of a comparison.
+
+    Attributes:
+        method: the method's name.
+        lr: peak learning rate of the low-rank matrices.
+        rest_lr: that of all other parameters; equal to `lr` if one rate serves for both.
+        seed: seeds weights and batches.
+    """
 
     method: str
     lr: float
+    rest_lr: float
     seed: int
 
     @property
     def label(self) -> str:
         """A name usable in file names."""
-        return f"{self.method}-{self.lr!r}-seed{self.seed}"
+        rest = "" if self.rest_lr == self.lr else f"-rest{self.rest_lr!r}"
+        return f"{self.method}-{self.lr!r}{rest}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -150,15 +159,27 @@ class Records:
                 )
 
     def runs(self) -> list[dict[str, Any]]:
-        """The runs in ``runs.jsonl``; for repeated trials, the last one."""
+        """The runs in ``runs.jsonl``; for repeated trials, the last one.
+
+        Raises:
+            InputError: the file cannot be read, or its runs state one learning rate only.
+        """
         path = self.directory / RUNS
         if not path.exists():
             return []
         try:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            return list({_trial_of(line): line for line in lines}.values())
+            old = [line for line in lines if "lr" in line and "rest_lr" not in line]
+            runs = {_trial_of(line): line for line in lines if line not in old}
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: not valid comparison runs: {error!r}") from None
+        if old:
+            raise InputError(
+                f"{path}: {len(old)} runs have one learning rate for all parameters (no rest_lr); "
+                "runs with a second one (--rest-lr) for all but the low-rank matrices cannot be "
+                "compared with them; use another --out"
+            )
+        return list(runs.values())
 
     def done(self) -> dict[Trial, dict[str, Any]]:
         """The runs that need not be repeated; failed runs are retried."""
@@ -186,7 +207,7 @@ class Records:
 
 
 def _trial_of(run: dict[str, Any]) -> Trial:
-    return Trial(run["method"], run["lr"], run["seed"])
+    return Trial(run["method"], run["lr"], run["rest_lr"], run["seed"])
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -7,11 +7,26 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.compare.choice import best_rate, value_of
+from benchmarks.compare.choice import best_rates, pair_of, rates_in_words, value_of
 from benchmarks.compare.records import Comparison
 from launchers.reporting.measures import MEASURES, Measure
 
 Run = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A pair of learning rates and what it came to on the sweep's seed.
+
+    Attributes:
+        lr: learning rate of the low-rank matrices.
+        rest_lr: that of all other parameters.
+        final: final value of the measure; None if the run has no result.
+    """
+
+    lr: float
+    rest_lr: float
+    final: float | None
 
 
 @dataclass(frozen=True)
@@ -20,14 +35,16 @@ class Row:
 
     Attributes:
         method: its name.
-        swept: final value by learning rate on the sweep's seed; None where a run has no result.
-        lr: the best learning rate; None if no run finished.
-        edge: whether it is the lowest or highest.
-        by_seed: final value of the best rate by seed.
+        swept: the pairs of learning rates tried, by `rest_lr`, then `lr`.
+        lr: the best learning rate of the low-rank matrices; None if no run finished.
+        rest_lr: that of all other parameters, of the same pair.
+        edge: whether `lr` is the lowest or highest tried.
+        rest_edge: whether `rest_lr` is; False where one rate serves for both.
+        by_seed: final value of the best pair by seed.
         median: median of `by_seed`; None if any seed has no result.
         spread: maximum minus minimum of `by_seed`.
         matrices: peak state bytes of the low-rank matrices, `logical` and `storage`: maximum over
-            seeds at the best rate.
+            seeds at the best pair.
         adamw_matrices: AdamW's state bytes for the same matrices.
         state: as `matrices`, for all parameters.
         adamw_state: AdamW's state bytes for all parameters.
@@ -39,9 +56,11 @@ class Row:
     """
 
     method: str
-    swept: dict[float, float | None]
+    swept: list[Tried]
     lr: float | None = None
+    rest_lr: float | None = None
     edge: bool = False
+    rest_edge: bool = False
     by_seed: dict[int, float | None] | None = None
     median: float | None = None
     spread: float | None = None
@@ -54,6 +73,11 @@ class Row:
     flap: float | None = None
     seconds: dict[str, float] | None = None
     lost: tuple[str, ...] = ()
+
+    @property
+    def two_rates(self) -> bool:
+        """Whether the low-rank matrices and the rest had a learning rate each."""
+        return any(tried.lr != tried.rest_lr for tried in self.swept)
 
     def share(self, count: str) -> float | None:
         """State of the matrices relative to AdamW's; `count` is ``logical`` or ``storage``."""
@@ -76,8 +100,9 @@ def rows_of(comparison: Comparison, runs: Sequence[Run]) -> list[Row]:
 
 
 def best_runs(row: Row, runs: Sequence[Run]) -> list[Run]:
-    """The finished runs of a row's method at its best rate, sorted by seed."""
-    own = [run for run in runs if run["method"] == row.method and run["lr"] == row.lr]
+    """The finished runs of a row's method at its best pair of rates, sorted by seed."""
+    best = (row.method, row.lr, row.rest_lr)
+    own = [run for run in runs if (run["method"], *pair_of(run)) == best]
     return sorted((r for r in own if r["status"] == "finished"), key=lambda run: run["seed"])
 
 
@@ -85,26 +110,29 @@ def _row(name: str, runs: Sequence[Run], sweep_seed: int, measure: Measure) -> R
     def reached(run: Run) -> float | None:
         return value_of(run, measure) if run["status"] == "finished" else None
 
-    swept = sorted((run for run in runs if run["seed"] == sweep_seed), key=lambda run: run["lr"])
+    swept = [Tried(*pair_of(run), reached(run)) for run in runs if run["seed"] == sweep_seed]
+    swept.sort(key=lambda tried: (tried.rest_lr, tried.lr))
     lost = tuple(
-        f"{run['lr']:g}, seed {run['seed']}: {run['status']}, {run['error']}"
+        f"{rates_in_words(*pair_of(run))}, seed {run['seed']}: {run['status']}, {run['error']}"
         for run in runs
         if run["status"] != "finished"
     )
-    row = Row(name, {run["lr"]: reached(run) for run in swept}, lost=lost)
-    choice = best_rate(runs, sweep_seed, measure)
+    row = Row(name, swept, lost=lost)
+    choice = best_rates(runs, sweep_seed, measure)
     if choice is None:
         return row
-    at_best = sorted((r for r in runs if r["lr"] == choice.lr), key=lambda run: run["seed"])
+    best = (choice.lr, choice.rest_lr)
+    at_best = sorted((r for r in runs if pair_of(r) == best), key=lambda run: run["seed"])
     by_seed = {run["seed"]: reached(run) for run in at_best}
-    finished = best_runs(Row(name, {}, lr=choice.lr), runs)
+    finished = best_runs(Row(name, [], *best), runs)
     values = [value for value in by_seed.values() if value is not None]
     complete = len(values) == len(by_seed)
     return Row(
         name,
-        row.swept,
-        lr=choice.lr,
+        swept,
+        *best,
         edge=choice.edge,
+        rest_edge=choice.rest_edge,
         by_seed=by_seed,
         median=median(values) if complete else None,
         spread=max(values) - min(values) if complete else None,

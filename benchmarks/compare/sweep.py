@@ -1,4 +1,7 @@
-"""Run a comparison: learning rates of all methods, interleaved, then more seeds of the best."""
+"""Run a comparison: learning rates of all methods, interleaved, then more seeds of the best.
+
+The order of a method's learning rates is that of :func:`benchmarks.compare.plan.plan`.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.choice import best_rate, interleaved
+from benchmarks.compare.choice import Choice, best_rates, interleaved
 from benchmarks.compare.methods import Method
+from benchmarks.compare.plan import Pair, Rates, plan
 from benchmarks.compare.records import Records, Trial
 from benchmarks.compare.task import Task
 
@@ -30,10 +35,10 @@ class Sweep:
         records: where runs are stored.
         task: settings passed to every run.
         methods: the methods to compare.
-        rates: learning rates by method name.
+        rates: learning rates to try, by method name.
         seeds: the first one is the sweep's.
         jobs: number of concurrent runs.
-        all_seeds: whether to run all rates on all seeds.
+        all_seeds: whether to run all pairs of rates that are tried on all seeds.
         kind: ``"pretrain"`` or ``"finetune"``.
         tell: prints a line.
         child: command of a run; its two files are appended.
@@ -42,7 +47,7 @@ class Sweep:
     records: Records
     task: Task
     methods: Sequence[Method]
-    rates: Mapping[str, Sequence[float]]
+    rates: Mapping[str, Rates]
     seeds: Sequence[int]
     jobs: int
     all_seeds: bool
@@ -60,21 +65,45 @@ class Sweep:
             KeyboardInterrupt: on Ctrl-C, after the active runs are killed and discarded.
             SystemExit: on SIGTERM, likewise.
         """
-        sweep, *more = self.seeds
-        first = [[Trial(m.name, lr, sweep) for lr in self.rates[m.name]] for m in self.methods]
-        swept = interleaved(first)
-        if self.all_seeds:
-            swept += [Trial(t.method, t.lr, seed) for seed in more for t in interleaved(first)]
-        self._run_all(swept)
+        self._sweep_rates()
         chosen = []
         for method in self.methods:
-            runs = [run for run in self.records.runs() if run["method"] == method.name]
-            best = best_rate(runs, sweep, self.task.measure)
+            best = self._best(method.name)
             if best is None:
                 self.tell(f"{method.name}: no run finished; skipping the other seeds")
             else:
-                chosen.append([Trial(method.name, best.lr, seed) for seed in more])
+                pair = (best.lr, best.rest_lr)
+                chosen.append([Trial(method.name, *pair, seed) for seed in self.seeds[1:]])
         self._run_all(interleaved(chosen))
+
+    def _sweep_rates(self) -> None:
+        """Run each method's plan, a batch of every method at a time."""
+        plans = {
+            m.name: plan(self.rates[m.name], partial(self._best, m.name)) for m in self.methods
+        }
+        while batches := {name: batch for name, each in plans.items() if (batch := next(each, []))}:
+            self._run_pairs(batches)
+            plans = {name: plans[name] for name in batches}
+
+    def _run_pairs(self, batches: Mapping[str, Sequence[Pair]]) -> None:
+        trials = []
+        for seed in self.seeds if self.all_seeds else self.seeds[:1]:
+            rows = [[Trial(name, *p, seed) for p in pairs] for name, pairs in batches.items()]
+            trials += interleaved(rows)
+        self._run_all(trials)
+
+    def _best(
+        self, method: str, lr: float | None = None, rest_lr: float | None = None
+    ) -> Choice | None:
+        """The best pair run so far, among those with the given rates; None admits any."""
+        runs = [
+            run
+            for run in self.records.runs()
+            if run["method"] == method
+            and lr in (None, run["lr"])
+            and rest_lr in (None, run["rest_lr"])
+        ]
+        return best_rates(runs, self.seeds[0], self.task.measure)
 
     def _run_all(self, trials: Iterable[Trial]) -> None:
         """Run those of `trials` that are not done yet, in order."""
@@ -107,6 +136,7 @@ class Sweep:
                     "job": self.task.job,
                     "method": asdict(method),
                     "lr": trial.lr,
+                    "rest_lr": trial.rest_lr,
                     "seed": trial.seed,
                     "data": self.task.data,
                     "parent": os.getpid(),

@@ -25,8 +25,8 @@ OURS: dict[str, dict[str, Any]] = {
     "no-residual": {"residual": "none"},
 }
 """Variants of AdaRankGrad, by their difference from the preset."""
-PEERS = tuple(name for name in PACKAGES if name in PUBLISHED and name != "lora")
-"""Optimizers from third-party packages."""
+PEERS = tuple(name for name in PACKAGES if name in WITH_RANK and name != "lora")
+"""Low-rank optimizers from third-party packages."""
 NAMES = (*OURS, *ADAMW, *PEERS)
 LOW_RANK = (*OURS, *PEERS)
 IN_TRAINING = (*OURS, "adamw", *PEERS)

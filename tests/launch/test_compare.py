@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import pytest
 from tests.launch.launching import ROOT, environment
 from tests.launch.tiny_checkpoints import reviews, write_checkpoints
 
-PRETRAINED = ("adamw", "galore", "apollo", "fira", "muon", "recommended", "paper")
+WITH_PACKAGE = ("normuon", "soap") if find_spec("pytorch_optimizer") else ()
+PRETRAINED = ("adamw", "galore", "apollo", "fira", "muon", *WITH_PACKAGE, "recommended", "paper")
 FINETUNED = ("galore", "lora", "recommended")
-RATE = {"adamw": 2e-3, "muon": 2e-3}
+RATE = {"adamw": 2e-3, "muon": 2e-3, "normuon": 2e-3, "soap": 2e-3}
+REST_RATE = 8e-3
+FULL_RANK = ("adamw", "muon", "normuon", "soap")
 
 
 def words(kind: str, methods: tuple[str, ...], out: Path, *more: object) -> list[str]:
@@ -54,7 +58,18 @@ def test_pretraining_by_every_method_goes_on_where_it_was_cut_off(tmp_path: Path
     (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 400)
     out = tmp_path / "out"
     job = ("--data", tmp_path / "text.txt", "--model", "pico", "--steps", 3, "--warmup", 1)
-    job += ("--batch-size", 2, "--seq-len", 16, "--eval-sequences", 4, "--eval-every", 1)
+    job += (
+        "--rest-lr",
+        REST_RATE,
+        "--batch-size",
+        2,
+        "--seq-len",
+        16,
+        "--eval-sequences",
+        4,
+        "--eval-every",
+        1,
+    )
     command = words("pretrain", PRETRAINED, out, *job)
     first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     try:
@@ -76,6 +91,7 @@ def test_pretraining_by_every_method_goes_on_where_it_was_cut_off(tmp_path: Path
     assert second.returncode == 0, second.stderr[-3000:]
     found = check(out, PRETRAINED, second.stdout)
     assert all(found[name] == run for name, run in before.items())
+    assert {run["rest_lr"] for run in found.values()} == {REST_RATE}
     losses = [run["final"] for run in found.values()]
     assert len(set(losses)) == len(losses)
     # AdamW's two moments, and Muon's one
@@ -85,7 +101,7 @@ def test_pretraining_by_every_method_goes_on_where_it_was_cut_off(tmp_path: Path
         for name, run in found.items()
     }
     assert shares["muon"] == pytest.approx(0.5)
-    assert all(shares[name] < 0.2 for name in PRETRAINED if name not in ("adamw", "muon"))
+    assert all(shares[name] < 0.2 for name in PRETRAINED if name not in FULL_RANK)
     assert len(json.loads((out / "comparison.json").read_text())["commands"]) == 2
 
 
@@ -123,5 +139,6 @@ def test_fine_tuning_by_loras_and_low_rank_methods(tmp_path: Path) -> None:
     found = check(out, FINETUNED, finished.stdout)
     assert all(run["measure"] == "matthews" for run in found.values())
     assert all(run["final"] == run["final_measures"]["matthews"] for run in found.values())
+    assert all(run["rest_lr"] == run["lr"] for run in found.values())
     assert found["recommended"]["final"] > 0.5  # it learns, from a drawn encoder, in 24 steps
     assert "higher is better" in finished.stdout

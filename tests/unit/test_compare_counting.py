@@ -103,13 +103,20 @@ def llama():
 
 
 FAMILIES = {
-    "adamw": {},
+    "adamw": PUBLISHED["adamw"],
     "galore": {**PUBLISHED["galore"], "rank": 0.25},
     "apollo": {**PUBLISHED["apollo"], "rank": 0.25},
     "fira": {**PUBLISHED["fira"], "rank": 0.25},
     "muon": PUBLISHED["muon"],
+    "normuon": PUBLISHED["normuon"],
+    "soap": PUBLISHED["soap"],
     "adarankgrad": {"max_rank": 0.25},
 }
+
+
+def require(family: str) -> None:
+    if family in ("normuon", "soap"):
+        pytest.importorskip("pytorch_optimizer")
 
 
 SCALAR = 4
@@ -119,6 +126,7 @@ SCALARS = {"galore": 0, "apollo": 1, "fira": 1, "adarankgrad": 4}
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_method_trains_all_parameters_and_projects_the_same_matrices(llama, family):
+    require(family)
     matrices = low_rank_matrices(llama)
     assert sorted(matrices) == sorted(
         name for name, p in llama.named_parameters() if p.ndim == 2 and "layers" in name
@@ -128,7 +136,7 @@ def test_each_method_trains_all_parameters_and_projects_the_same_matrices(llama,
     before = {name: p.detach().clone() for name, p in llama.named_parameters()}
     ids = torch.arange(32).reshape(2, 16)
     counted = StateCount(training.counted)
-    for _ in range(2):  # Muon's momentum and our warm start begin at once, too
+    for _ in range(2):  # Muon's momentum and our warm start begin at once, too; SOAP's do not
         llama(input_ids=ids, labels=ids).loss.backward()
         for optimizer in training.optimizers:
             optimizer.step()
@@ -140,6 +148,11 @@ def test_each_method_trains_all_parameters_and_projects_the_same_matrices(llama,
         assert counted.peak.logical == adamw + SCALAR * len(matrices)
     elif family == "muon":
         assert counted.peak.logical == adamw / 2
+    elif family == "normuon":  # and a number for each row
+        assert counted.peak.logical == adamw / 2 + 4 * sum(len(p) for p in matrices.values())
+    elif family == "soap":  # and a statistic and a basis for each side
+        sides = sum(side**2 for p in matrices.values() for side in p.shape)
+        assert counted.peak.logical == adamw + 2 * 4 * sides
     else:
         # at rank 4: a basis on the shorter side, two moments on the longer one
         short_and_long = [sorted(p.shape) for p in matrices.values()]
@@ -151,14 +164,42 @@ def test_each_method_trains_all_parameters_and_projects_the_same_matrices(llama,
             assert counted.peak.logical == rule + scalars
 
 
-def test_decay_spares_norms_and_biases(llama):
-    for family, settings in FAMILIES.items():
-        method = Method(family, family, settings)
-        training = prepare(method, llama, lr=1e-3, weight_decay=0.1)
-        for optimizer in training.optimizers:
-            for group in optimizer.param_groups:
-                expected = 0.0 if all(p.ndim < 2 for p in group["params"]) else 0.1
-                assert group["weight_decay"] == expected, family
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decay_spares_norms_and_biases(llama, family):
+    require(family)
+    method = Method(family, family, FAMILIES[family])
+    training = prepare(method, llama, lr=1e-3, weight_decay=0.1)
+    for optimizer in training.optimizers:
+        for group in optimizer.param_groups:
+            expected = 0.0 if all(p.ndim < 2 for p in group["params"]) else 0.1
+            assert group["weight_decay"] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rest_has_a_rate_and_betas_of_its_own(llama, family):
+    require(family)
+    matrices = {id(p) for p in low_rank_matrices(llama).values()}
+    method = Method(family, family, FAMILIES[family])
+    training = prepare(method, llama, lr=1e-3, rest_lr=5e-3, weight_decay=0.1)
+    seen = set()
+    for group in (group for each in training.optimizers for group in each.param_groups):
+        inside = {id(p) in matrices for p in group["params"]}
+        assert len(inside) == 1
+        assert group["lr"] == (1e-3 if inside == {True} else 5e-3)
+        if inside == {False} and family != "adarankgrad":
+            assert tuple(group["betas"]) == (0.9, 0.95)
+        seen |= {id(p) for p in group["params"]}
+    assert seen == {id(p) for p in llama.parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rate_serves_for_all_where_no_other_is_given(llama, family):
+    require(family)
+    training = prepare(Method(family, family, FAMILIES[family]), llama, lr=1e-3, weight_decay=0.0)
+    groups = [group for each in training.optimizers for group in each.param_groups]
+    assert {group["lr"] for group in groups} == {1e-3}
+    rest = [g for g in groups if g["params"][0].ndim < 2]
+    assert rest
 
 
 def test_lora_trains_adapters_of_the_same_matrices_and_the_heads():
@@ -173,7 +214,8 @@ def test_lora_trains_adapters_of_the_same_matrices_and_the_heads():
     shapes = [p.shape for p in low_rank_matrices(model).values()]
     assert len(shapes) == 6
     settings = {**PUBLISHED["lora"], "rank": 0.25}
-    training = prepare(Method("lora", "lora", settings), model, lr=1e-3, weight_decay=0.0)
+    method = Method("lora", "lora", settings)
+    training = prepare(method, model, lr=1e-3, rest_lr=1e-3, weight_decay=0.0)
     assert sum(p.numel() for p in training.counted) == sum(4 * (m + n) for m, n in shapes)
     assert training.matrix_elements == sum(m * n for m, n in shapes)
     trained = {name for name, p in training.model.named_parameters() if p.requires_grad}

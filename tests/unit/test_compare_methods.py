@@ -6,7 +6,13 @@ import pytest
 
 from arg_dist.cli.parsing import InputError
 from benchmarks.compare import peers
-from benchmarks.compare.methods import RATES, choose, rates_of
+from benchmarks.compare.methods import (
+    PUBLISHED_FINETUNING,
+    RATES,
+    REST_RATES,
+    choose,
+    rates_of,
+)
 
 FAMILIES = ("adamw", "galore", "recommended")
 
@@ -15,6 +21,7 @@ def test_settings_are_the_published_ones_with_the_rank_that_was_asked_for():
     galore, ours = choose(["galore", "recommended"], peer_rank=0.125, overrides=["energy=0.7"])
     assert galore.settings == {
         "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "rank": 0.125,
+        "rest_betas": (0.9, 0.95),
     }  # fmt: skip
     assert ours.settings["energy"] == 0.7
     assert galore.definition()["versions"]["galore-torch"]
@@ -34,6 +41,24 @@ def test_a_variant_is_recommended_or_another_method_with_other_settings():
     assert fast.settings["rank"] == 4
 
 
+def test_betas_and_momentum_are_settings_of_variants():
+    adamw, muon, slow, fast = choose(
+        ["adamw", "muon"],
+        peer_rank=4,
+        variants=[["slow", "adamw", "betas=[0.9,0.99]"], ["fast", "muon", "momentum=0.8"]],
+    )
+    assert adamw.settings == {"betas": (0.9, 0.95), "rest_betas": (0.9, 0.95)}
+    assert (muon.settings["momentum"], fast.settings["momentum"]) == (0.9, 0.8)
+    assert slow.settings == {"betas": [0.9, 0.99], "rest_betas": (0.9, 0.95)}
+
+
+def test_fine_tuning_keeps_torchs_betas():
+    methods = choose(["adamw", "galore", "lora"], peer_rank=4, published=PUBLISHED_FINETUNING)
+    adamw, galore, lora = (method.settings for method in methods)
+    assert adamw["betas"] == adamw["rest_betas"] == galore["rest_betas"] == (0.9, 0.999)
+    assert galore["scale"] == 4.0 and "rest_betas" not in lora
+
+
 @pytest.mark.parametrize(
     ("names", "more", "told"),
     [
@@ -44,6 +69,16 @@ def test_a_variant_is_recommended_or_another_method_with_other_settings():
         (["adamw"], {"variants": [["v", "sgd"]]}, "--variant v sgd: unknown method"),
         (["adamw"], {"variants": [["v", "galore", "gap=3"]]}, "galore accepts update_proj_gap"),
         (["adamw"], {"variants": [["v", "galore", "gap"]]}, "expected key=value"),
+        (
+            ["adamw"],
+            {"variants": [["v", "adamw", "betas=0.9"]]},
+            "v betas=0.9: expected two numbers",
+        ),
+        (
+            ["adamw"],
+            {"variants": [["v", "muon", "momentum=1"]]},
+            "v momentum=1: expected a number of",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_runs(names, more, told):
@@ -74,19 +109,32 @@ def test_published_optimizers_come_without_bitsandbytes():
 def test_a_variant_begins_with_the_rates_of_its_method():
     methods = choose(["paper"], peer_rank=4, variants=[["g", "galore"], ["v", "scale=2.0"]])
     rates = rates_of(methods, {})
-    assert [rates[name] for name in ("paper", "g", "v")] == [
+    assert [rates[name].lr for name in ("paper", "g", "v")] == [
         RATES["paper"], RATES["galore"], RATES["recommended"],
     ]  # fmt: skip
 
 
-def test_all_methods_have_as_many_learning_rates():
+def test_all_methods_have_as_many_learning_rates_or_their_default_numbers():
     methods = choose(FAMILIES, peer_rank=0.125)
-    rates = rates_of(methods, {})
-    assert {len(each) for each in rates.values()} == {4}
-    assert rates["recommended"] == RATES["recommended"]
-    given = rates_of(methods, {"adamw": (4e-3, 1e-3, 2e-3, 3e-3)})
-    assert given["adamw"] == (1e-3, 2e-3, 3e-3, 4e-3)
+    rates = rates_of(methods, {}, rest=REST_RATES)
+    assert {name: len(each.lr) for name, each in rates.items()} == {
+        "adamw": 3, "galore": 4, "recommended": 3,
+    }  # fmt: skip
+    assert rates["recommended"].lr == RATES["recommended"]
+    assert {each.rest_lr for each in rates.values()} == {(4e-3, 8e-3, 1.6e-2)}
+    given = rates_of(methods, {"adamw": (1e-3, 2e-3, 1.5e-3)})
+    assert given["adamw"].lr == (1e-3, 1.5e-3, 2e-3) and given["adamw"].rest_lr == ()
+    one = rates_of(methods, dict.fromkeys(FAMILIES, (1e-3,)))
+    assert {each.lr for each in one.values()} == {(1e-3,)}
     with pytest.raises(InputError, match="same number of learning rates, got adamw 1, galore 4"):
         rates_of(methods, {"adamw": (1e-3,)})
+    with pytest.raises(InputError, match="default numbers: adamw 3, galore 4, recommended 3"):
+        rates_of(methods, {"recommended": (1e-3, 2e-3, 3e-3, 4e-3)})
     with pytest.raises(InputError, match=r"--lrs fira=\.\.\.: not among the methods adamw"):
         rates_of(methods, {"fira": (1e-3,)})
+
+
+def test_lora_has_one_rate():
+    methods = choose(["adamw", "lora"], peer_rank=4, published=PUBLISHED_FINETUNING)
+    rates = rates_of(methods, {"adamw": (1e-3,), "lora": (2e-3,)}, RATES | {"lora": ()}, (5e-3,))
+    assert (rates["adamw"].rest_lr, rates["lora"].rest_lr) == ((5e-3,), ())

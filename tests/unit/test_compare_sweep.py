@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from arg_dist.cli.parsing import InputError
-from benchmarks.compare.choice import Choice, best_rate, interleaved
+from benchmarks.compare.choice import Choice, best_rates, interleaved
 from benchmarks.compare.methods import Method, choose
+from benchmarks.compare.plan import Rates, neighbours, plan
 from benchmarks.compare.records import RUNS, Records, Trial
 from benchmarks.compare.sweep import Sweep
 from benchmarks.compare.task import Task
@@ -23,45 +24,119 @@ import json, os, signal, sys
 trial = json.loads(open(sys.argv[1]).read())
 name = trial["method"]["name"]
 with open("order.txt", "a") as order:
-    order.write(f"{name} {trial['lr']} {trial['seed']}\\n")
+    rest = "" if trial["rest_lr"] == trial["lr"] else f"/{trial['rest_lr']}"
+    order.write(f"{name} {trial['lr']}{rest} {trial['seed']}\\n")
 if trial["lr"] == 0.5:
     os.kill(os.getpid(), signal.SIGKILL)
 if trial["lr"] == 0.25:
     sys.exit("no room left")
 status = "diverged" if trial["lr"] == 2.0 else "finished"
 final = abs(trial["lr"] - {"a": 3, "b": 4}[name]) + trial["seed"] / 100
+final += abs(trial["rest_lr"] - 7) if rest else 0
 out = {"status": status, "error": "step 2: the loss is nan", "measure": "held_out_loss"}
 out |= {"final": final if status == "finished" else None, "total_seconds": 0.0}
 json.dump(out, open(sys.argv[2], "w"))
 """
 
 
-def run(lr: float, seed: int, final: float | None) -> dict[str, object]:
-    return {"lr": lr, "seed": seed, "final": final, "status": "finished" if final else "diverged"}
+def run(
+    lr: float, seed: int, final: float | None, rest_lr: float | None = None
+) -> dict[str, object]:
+    status = "finished" if final else "diverged"
+    rest_lr = lr if rest_lr is None else rest_lr
+    return {"lr": lr, "rest_lr": rest_lr, "seed": seed, "final": final, "status": status}
+
+
+def one_rate(lr: float, edge: bool, seeds: tuple[int, ...]) -> Choice:
+    return Choice(lr, lr, edge, False, seeds)
 
 
 def test_the_best_rate_is_that_of_the_sweeps_seed():
     runs = [run(1, 0, 3.0), run(2, 0, 2.0), run(4, 0, 2.5), run(8, 0, None), run(2, 1, 9.0)]
-    assert best_rate(runs, 0, LOWER) == Choice(2, False, (0,))
-    assert best_rate(runs, 0, HIGHER) == Choice(1, True, (0,))
-    assert best_rate([*runs, run(16, 0, 1.0)], 0, LOWER) == Choice(16, True, (0,))
-    assert best_rate([run(1, 0, 3.0)], 0, LOWER) == Choice(1, False, (0,))
+    assert best_rates(runs, 0, LOWER) == one_rate(2, False, (0,))
+    assert best_rates(runs, 0, HIGHER) == one_rate(1, True, (0,))
+    assert best_rates([*runs, run(16, 0, 1.0)], 0, LOWER) == one_rate(16, True, (0,))
+    assert best_rates([run(1, 0, 3.0)], 0, LOWER) == one_rate(1, False, (0,))
 
 
 def test_with_all_seeds_the_median_decides():
     runs = [run(1, 0, 2.0), run(1, 1, 5.0), run(1, 2, 5.0), run(2, 0, 3.0), run(2, 1, 3.0)]
-    assert best_rate(runs, 0, LOWER) == Choice(2, True, (0, 1))
-    assert best_rate(runs[:-1], 0, LOWER) == Choice(1, True, (0,))
+    assert best_rates(runs, 0, LOWER) == one_rate(2, True, (0, 1))
+    assert best_rates(runs[:-1], 0, LOWER) == one_rate(1, True, (0,))
+
+
+def test_the_best_pair_tells_which_of_its_rates_is_at_an_end():
+    runs = [run(1, 0, 3.0, 5), run(2, 0, 2.0, 5), run(4, 0, 2.5, 5)]
+    assert best_rates(runs, 0, LOWER) == Choice(2, 5, False, False, (0,))
+    runs += [run(2, 0, 1.5, 7)]
+    assert best_rates(runs, 0, LOWER) == Choice(2, 7, False, True, (0,))
+    runs += [run(2, 0, 1.8, 9), run(4, 0, 1.4, 7)]
+    assert best_rates(runs, 0, LOWER) == Choice(4, 7, True, False, (0,))
+    # a rate of the rest may happen to be that of the matrices
+    runs += [run(7, 0, 1.0, 7)]
+    assert best_rates(runs, 0, LOWER) == Choice(7, 7, True, False, (0,))
 
 
 def test_nothing_is_best_where_nothing_came_to_its_end():
-    assert best_rate([run(1, 0, None), run(2, 0, None)], 0, LOWER) is None
-    assert best_rate([run(1, 1, 3.0)], 0, LOWER) is None
+    assert best_rates([run(1, 0, None), run(2, 0, None)], 0, LOWER) is None
+    assert best_rates([run(1, 1, 3.0)], 0, LOWER) is None
 
 
 def test_methods_take_turns():
     assert interleaved(["ab", "cde", ""]) == list("acbde")
     assert interleaved([]) == []
+
+
+def planned(rates: Rates, final) -> list[list[tuple[float, float]]]:
+    """The batches of a plan whose runs come to `final(lr, rest_lr)`; None diverges."""
+    runs: list[dict[str, object]] = []
+
+    def best(lr, rest_lr):
+        found = [r for r in runs if lr in (None, r["lr"]) and rest_lr in (None, r["rest_lr"])]
+        return best_rates(found, 0, LOWER)
+
+    batches = []
+    for batch in plan(rates, best):
+        batches.append(batch)
+        runs += [run(lr, 0, final(lr, rest_lr), rest_lr) for lr, rest_lr in batch]
+    return batches
+
+
+FOUR, THREE = (1.0, 2.0, 4.0, 8.0), (10.0, 20.0, 40.0)
+FIRST = [(1.0, 20.0), (2.0, 20.0), (4.0, 20.0), (8.0, 20.0)]
+
+
+def test_the_rest_is_swept_at_the_best_rate_of_the_matrices():
+    batches = planned(Rates(FOUR, THREE), lambda lr, rest: abs(lr - 2) + abs(rest - 20) + 1)
+    assert batches == [FIRST, [(2.0, 10.0), (2.0, 40.0)]]
+
+
+def test_another_rate_of_the_rest_has_the_neighbours_of_the_best_until_it_lies_between_two():
+    def final(lr: float, rest: float) -> float:
+        return abs(lr - (2 if rest == 20 else 4)) + rest
+
+    batches = planned(Rates(FOUR, THREE), final)
+    assert batches == [
+        FIRST, [(2.0, 10.0), (2.0, 40.0)], [(1.0, 10.0), (4.0, 10.0)], [(8.0, 10.0)],
+    ]  # fmt: skip
+    at_an_end = planned(Rates(FOUR, THREE), lambda lr, rest: lr + rest)
+    assert at_an_end == [FIRST, [(1.0, 10.0), (1.0, 40.0)], [(2.0, 10.0)]]
+
+
+def test_one_rate_for_all_and_one_rate_of_the_rest_are_one_row():
+    assert planned(Rates((1.0, 2.0)), lambda lr, rest: lr) == [[(1.0, 1.0), (2.0, 2.0)]]
+    assert planned(Rates((1.0, 2.0), (5.0,)), lambda lr, rest: lr) == [[(1.0, 5.0), (2.0, 5.0)]]
+    assert Rates((1.0,), (5.0, 6.0)).first_rest == 5.0
+
+
+def test_a_plan_ends_where_nothing_finished():
+    assert planned(Rates(FOUR, THREE), lambda lr, rest: None) == [FIRST]
+
+
+def test_neighbours_are_the_next_ones_on_both_sides():
+    assert neighbours(FOUR, 2.0) == [1.0, 4.0]
+    assert neighbours(FOUR, 8.0) == [4.0]
+    assert neighbours(FOUR, 3.0) == [2.0, 4.0]
 
 
 @pytest.fixture
@@ -78,7 +153,7 @@ def sweep(directory: Path, rates, *, seeds=(0, 1), said=None, **more) -> Sweep:
         Records(directory / "out"),
         task=Task({}, "", {}, LOWER),
         methods=[method for method in (A, B) if method.name in names],
-        rates=rates,
+        rates={name: Rates(each, more.get("rest", ())) for name, each in rates.items()},
         seeds=list(seeds),
         jobs=1,
         all_seeds=more.pop("all_seeds", False),
@@ -105,12 +180,48 @@ def test_rates_take_turns_and_the_best_one_has_the_other_seeds(here):
     assert order(here) == [
         "a 1.0 0", "b 4.0 0", "a 3.0 0", "b 8.0 0", "a 3.0 1", "b 4.0 1", "a 3.0 2", "b 4.0 2",
     ]  # fmt: skip
-    assert records.done()[Trial("b", 4.0, 2)]["final"] == 0.02
+    assert records.done()[Trial("b", 4.0, 4.0, 2)]["final"] == 0.02
     # the same again runs nothing; a further rate runs alone
     sweep(here, {"a": (1.0, 3.0), "b": (4.0, 8.0)}, seeds=(0, 1, 2)).run()
     assert len(order(here)) == 8
     sweep(here, {"a": (2.5, 3.0)}, seeds=(0, 1, 2)).run()
     assert order(here)[8:] == ["a 2.5 0"]
+
+
+def test_two_rates_are_swept_in_turns_by_all_methods(here):
+    records, rates = begin(here), {"a": (1.0, 3.0), "b": (4.0, 8.0)}
+    sweep(here, rates, rest=(5.0, 6.5)).run()
+    assert order(here) == [
+        "a 1.0/5.0 0", "b 4.0/5.0 0", "a 3.0/5.0 0", "b 8.0/5.0 0",
+        "a 3.0/6.5 0", "b 4.0/6.5 0",
+        "a 1.0/6.5 0", "b 8.0/6.5 0",
+        "a 3.0/6.5 1", "b 4.0/6.5 1",
+    ]  # fmt: skip
+    assert records.done()[Trial("a", 3.0, 6.5, 1)]["final"] == pytest.approx(0.51)
+    sweep(here, rates, rest=(5.0, 6.5)).run()
+    assert len(order(here)) == 10
+
+
+def test_all_seeds_run_every_pair_that_is_tried(here):
+    begin(here)
+    sweep(here, {"a": (1.0, 3.0)}, rest=(6.5, 9.0), all_seeds=True).run()
+    assert order(here) == [
+        "a 1.0/6.5 0", "a 3.0/6.5 0", "a 1.0/6.5 1", "a 3.0/6.5 1", "a 3.0/9.0 0", "a 3.0/9.0 1",
+    ]  # fmt: skip
+
+
+def test_runs_with_one_rate_for_all_parameters_are_refused(tmp_path):
+    records = begin(tmp_path)
+    old = {"method": "a", "lr": 0.1, "seed": 0, "status": "finished", "final": 1.0}
+    (tmp_path / "out" / RUNS).write_text(json.dumps(old) + "\n")
+    with pytest.raises(InputError, match=r"1 runs have one learning rate.*another --out") as error:
+        records.runs()
+    assert "not valid" not in str(error.value)
+
+
+def test_a_label_names_the_second_rate_where_there_is_one():
+    assert Trial("a", 0.5, 0.5, 0).label == "a-0.5-seed0"
+    assert Trial("a", 0.5, 0.25, 0).label == "a-0.5-rest0.25-seed0"
 
 
 def test_all_seeds_run_all_rates(here):
@@ -158,7 +269,7 @@ def test_a_name_stands_for_one_definition_unless_its_runs_are_set_aside(tmp_path
     records = begin(tmp_path, methods=[low])
     begin(tmp_path, methods=[high])  # no run yet: nothing can be mixed up
     for name in ("recommended", "a"):
-        records.add(Trial(name, 0.1, 0), {"status": "finished", "final": 1.0})
+        records.add(Trial(name, 0.1, 0.1, 0), {"status": "finished", "final": 1.0})
     with pytest.raises(InputError, match=r"energy=0\.7, now 0\.6.*--redo recommended"):
         begin(tmp_path, methods=[low])
     begin(tmp_path, methods=[low], redo=["recommended"])
@@ -192,6 +303,10 @@ def test_files_that_are_none_of_ours_are_told(tmp_path):
     [
         (["report", "nowhere"], "nowhere: contains no comparison runs"),
         (["pretrain", "--out", "x", "--lrs", "adamw"], "expected METHOD=1e-3,2e-3,..."),
+        (
+            ["pretrain", "--out", "x", "--rest-lr", "1e-3", "0"],
+            "expected a number above 0, got '0'",
+        ),
         (["pretrain", "--out", "x", "--peer-rank", "1.5"], "got '1.5'"),
         (["pretrain", "--out", "x", "--methods", "lora"], "--methods lora: unknown method"),
     ],
@@ -238,7 +353,7 @@ def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
         (method,) = choose([name], peer_rank=4)
         said: list[str] = []
         # a rate at which no weight moves shows what all methods begin with
-        pretrain(job, method, lr=1e-30, seed=seed, tokens=tmp_path, show=said.append)
+        pretrain(job, method, lr=1e-30, rest_lr=1e-30, seed=seed, tokens=tmp_path, show=said.append)
         return said
 
     adamw = losses("adamw", 0)
@@ -259,7 +374,7 @@ def test_a_run_that_diverges_says_at_which_step(tmp_path):
         min_lr_ratio=0.1, clip=1.0, weight_decay=0.0, eval_every=6, eval_sequences=3, device="cpu",
     )  # fmt: skip
     (method,) = choose(["adamw"], peer_rank=4)
-    results = pretrain(job, method, lr=1e30, seed=0, tokens=tmp_path, show=print)
+    results = pretrain(job, method, lr=1e30, rest_lr=1e-3, seed=0, tokens=tmp_path, show=print)
     assert results["status"] == "diverged" and results["final"] is None
     assert results["error"].startswith("step ") and results["error"].endswith("loss is nan")
     assert results["steps"] < 6

@@ -71,7 +71,7 @@ THIRD_PARTY = {
     RIG_LAYER: set(),
 }
 """Layers that are not listed may import any package."""
-PEERS = {"galore_torch", "apollo_torch", "fira", "peft"}
+PEERS = {"galore_torch", "apollo_torch", "fira", "peft", "pytorch_optimizer"}
 WITHOUT_PROCESSES = {"checkpoint", "config", "core", "package", "subspace"}
 WITHOUT_ENGINES = {"checkpoint", "core", "sharding", "subspace"}
 ENGINE_NAMES = re.compile(r"(?i:(?<![a-z])(deepspeed|fsdp\d?|accelerate|trainer)(?![a-z]))|ZeRO")
