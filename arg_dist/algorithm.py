@@ -211,7 +211,9 @@ def adam_step(
     return (yield from gather(direction, side.keep, side.update, me))
 
 
-def rounds(power_passes: int, residual: Rule, *, relayed: bool = False) -> tuple[int, int]:
+def rounds(
+    power_passes: int, residual: Rule, *, relayed: bool = False, aligned: bool = False
+) -> tuple[int, int]:
     """Maximum number of sequential requests of a step, without and with a refresh.
 
     Every process of the group takes part in that many rounds, including those without a part of
@@ -221,10 +223,11 @@ def rounds(power_passes: int, residual: Rule, *, relayed: bool = False) -> tuple
         power_passes: power passes of the randomized SVD.
         residual: rule of the residual.
         relayed: :attr:`arg_dist.subspace.spread.Spread.is_relayed` of the matrix.
+        aligned: :attr:`arg_dist.subspace.spread.Spread.is_aligned` of the matrix.
     """
     limited = residual == "scaled"
     steady = 3 + limited  # basis, P, the residual's norm, N
-    steady += 2 * (residual == "orthogonalized")  # P, S
+    steady += (2 - aligned) * (residual == "orthogonalized")  # P, S
     hop = 1 + relayed  # to the home process, or from it
     passes = power_passes * (2 * hop + 2)  # basis, image (2), sketch
     refresh = hop + passes + 3 * hop + 4  # sketch, passes; basis, B, B^T B, energies, Q, R (2)

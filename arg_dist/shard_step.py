@@ -110,8 +110,13 @@ def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig])
     """Communication rounds that a shard's step may take."""
     if not shard.is_shared or not isinstance(shard, MatrixShard):
         return int(shard.is_shared)
-    chosen, relayed = settings[shard.group], shard.spread.is_relayed
-    steady, refreshing = rounds(chosen.power_passes, chosen.residual, relayed=relayed)
+    chosen, spread = settings[shard.group], shard.spread
+    steady, refreshing = rounds(
+        chosen.power_passes,
+        chosen.residual,
+        relayed=spread.is_relayed,
+        aligned=spread.is_aligned,
+    )
     return refreshing if is_due(state) else steady
 
 

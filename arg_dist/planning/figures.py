@@ -255,8 +255,12 @@ def _collectives(
         spreads = [unit.sides.spread for unit in shared if isinstance(unit, MatrixUnit)]
         needed = (int(bool(shared)),) * 2
         if spreads:
-            relayed = any(spread.is_relayed for spread in spreads)
-            needed = rounds(settings.power_passes, settings.residual, relayed=relayed)
+            kinds = {(spread.is_relayed, spread.is_aligned) for spread in spreads}
+            each = [
+                rounds(settings.power_passes, settings.residual, relayed=relayed, aligned=aligned)
+                for relayed, aligned in kinds
+            ]
+            needed = max(steady for steady, _ in each), max(most for _, most in each)
         steady, refreshing = steady + needed[0], refreshing + needed[1]
     return steady, refreshing
 

@@ -104,6 +104,11 @@ class Spread:
         """
         return len(self.owners) > 2
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every process keeps exactly the moment rows that it touches."""
+        return self.moment.keep == self.moment.touch
+
     def relay(self, size: int) -> Rows:
         """Which of `size` rows each process forwards to or from the home process."""
         return self.shares(size) if self.is_relayed else self.at_home(size)

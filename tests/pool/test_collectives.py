@@ -52,7 +52,7 @@ def train(group, cuts, layout):
             max(rounds(SETTINGS.power_passes, SETTINGS.residual, relayed=True)),
         )
         for (i, shard), update in zip(held, updates, strict=True):
-            apply(shard, update, gaussian(*SHAPES[i], seed=step))
+            apply(shard, update)
     kept = [{key: state[key] for key in KEPT} if state else None for state in states]
     return [shard.values() for shard in shards], kept, communicator.sent_bytes
 

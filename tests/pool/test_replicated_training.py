@@ -87,7 +87,9 @@ def collectives_by_step(group, count: int) -> list[int]:
 
 
 def test_the_number_of_collectives_does_not_depend_on_the_number_of_matrices(pool):
-    steady, refreshing = (1 + count for count in rounds(power_passes=1, residual="matched"))
+    steady, refreshing = (
+        1 + count for count in rounds(power_passes=1, residual="orthogonalized", aligned=True)
+    )
     expected = [refreshing] + 4 * [steady] + [refreshing] + 2 * [steady]
     for count in (4, 40):
         assert pool.run(collectives_by_step, 2, count) == [expected] * 2
@@ -95,7 +97,7 @@ def test_the_number_of_collectives_does_not_depend_on_the_number_of_matrices(poo
 
 @pytest.mark.parametrize("size", [2 * 12 * 8 * 4, 2 * 3 * 12 * 8 * 4 + 1])
 def test_smaller_buckets_take_the_same_steps_in_more_collectives(pool, size):
-    steady, refreshing = rounds(power_passes=1, residual="matched")
+    steady, refreshing = rounds(power_passes=1, residual="orthogonalized", aligned=True)
     count = 7
     lanes = -(-count // (size // (AT_ONCE * 12 * 8 * 4)))
     expected = [1 + lanes * refreshing] + 4 * [1 + lanes * steady]
@@ -129,7 +131,7 @@ def collectives_with_one_new_basis(group, count: int, settings) -> int:
 
 
 def test_only_a_lane_that_looks_for_a_basis_takes_the_rounds_of_a_refresh(pool):
-    steady, refreshing = rounds(power_passes=1, residual="matched")
+    steady, refreshing = rounds(power_passes=1, residual="orthogonalized", aligned=True)
     a_lane_each = {"bucket_size": AT_ONCE * 12 * 8 * 4}
     expected = 1 + refreshing + 3 * steady
     assert pool.run(collectives_with_one_new_basis, 2, 4, a_lane_each) == [expected] * 2

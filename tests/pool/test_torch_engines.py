@@ -159,7 +159,9 @@ def sent_between_refreshes(group: dist.ProcessGroup, how: str) -> int:
     mesh = DeviceMesh.from_group(group, "cpu")
     placement = column_shards(2) if how == "columns" else None
     fully_shard(model, mesh=mesh, shard_placement_fn=placement)
-    optimizer = arg_dist.AdaRankGrad(model.parameters(), max_rank=8, shard_basis=False)
+    optimizer = arg_dist.AdaRankGrad(
+        model.parameters(), max_rank=8, shard_basis=False, residual="matched"
+    )
     sent = []
     for _ in range(3):
         model(torch.randn(4, 96)).sum().backward()
