@@ -33,6 +33,9 @@ Rows = tuple[Interval, ...]
 
 T = TypeVar("T")
 
+ALIGNED = 64
+"""Bytes to which torch aligns new tensors; a product may add up in another order elsewhere."""
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -121,8 +124,11 @@ def add_up(exchange: Exchange, me: int, contributions: Sequence[tuple[int, Tenso
 
 
 def put_together(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate the parts; contiguous, as the memory layout decides the order of later sums."""
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0].contiguous()
+    """Concatenate the parts; contiguous and aligned, as both decide the order of later sums."""
+    if len(parts) > 1:
+        return torch.cat(list(parts))
+    whole = parts[0].contiguous()
+    return whole if whole.data_ptr() % ALIGNED == 0 else whole.clone()
 
 
 def select_rows(part: Tensor, have: Interval, want: Interval) -> Tensor:

@@ -51,7 +51,7 @@ def train(group, cuts, layout):
             communicator,
             max(rounds(SETTINGS.power_passes, SETTINGS.residual, relayed=True)),
         )
-        for (i, shard), update in zip(held, updates, strict=True):
+        for (_, shard), update in zip(held, updates, strict=True):
             apply(shard, update)
     kept = [{key: state[key] for key in KEPT} if state else None for state in states]
     return [shard.values() for shard in shards], kept, communicator.sent_bytes
