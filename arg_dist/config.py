@@ -44,6 +44,9 @@ class ConfigError(ValueError):
     """A setting is unknown, has the wrong type, is out of range, or contradicts another one."""
 
 
+FINETUNING: dict[str, Any] = {"scale": 1.0, "residual": "matched", "energy": 0.8}
+"""``preset="finetuning"``, as measured in ``benchmarks/results/2026-11-22-finetuning-cola.md``."""
+
 PAPER: dict[str, Any] = {
     "scale": 0.25,
     "min_rank": 0.15,
@@ -64,6 +67,9 @@ a projected gradient with a norm below 1e-4, is not reached in training (`decay`
 specifies the bounds of the rank; the upper one is GaLore's.
 """
 
+PRESETS = {"paper": PAPER, "finetuning": FINETUNING}
+"""What each preset changes of the defaults."""
+
 
 class AdaRankGradConfig(BaseModel):
     """Settings of :class:`arg_dist.AdaRankGrad`; a parameter group may override them.
@@ -74,11 +80,11 @@ class AdaRankGradConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    preset: Literal["recommended", "paper"] = Field(
+    preset: Literal["recommended", "finetuning", "paper"] = Field(
         "recommended",
         description="where the defaults of all other settings come from: `recommended` is the "
-        "configuration that the benchmarks support, `paper` follows arXiv 2410.17881 and its "
-        "official code",
+        "configuration that the benchmarks support for pre-training, `finetuning` the one for "
+        "pretrained weights, `paper` follows arXiv 2410.17881 and its official code",
     )
     lr: float = Field(1e-3, ge=0, description="learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -111,7 +117,7 @@ class AdaRankGradConfig(BaseModel):
         "(0 < x < 1). A gradient of lower numerical rank gets only the directions it has",
     )
     energy: float = Field(
-        0.8,
+        0.65,
         gt=0,
         le=1,
         description="share of the gradient's energy ||G||_F^2 that a basis must keep, which "
@@ -130,6 +136,12 @@ class AdaRankGradConfig(BaseModel):
         gt=0,
         description="factor of the update of low-rank matrices (alpha in GaLore). 0.2 gives an "
         "update of Adam's typical size, so that `lr` is Adam's",
+    )
+    full_rank_scale: float = Field(
+        1.0,
+        gt=0,
+        description="factor of `lr` for all that full-rank Adam trains: embeddings, output heads, "
+        "norms, biases",
     )
     residual: Literal["orthogonalized", "matched", "scaled", "none"] = Field(
         "orthogonalized",
@@ -254,7 +266,7 @@ class AdaRankGradConfig(BaseModel):
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
         preset = values.get("preset") if isinstance(values, Mapping) else None
-        return {**PAPER, **values} if preset == "paper" else values
+        return {**PRESETS[preset], **values} if preset in tuple(PRESETS) else values
 
     @field_validator("betas", mode="before")
     @classmethod

@@ -167,4 +167,4 @@ def apply_update(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None
             )
     elif update is not None:
         assert isinstance(shard, TensorShard)
-        shard.apply(update, lr=lr, weight_decay=weight_decay)
+        shard.apply(update, lr=lr * settings.full_rank_scale, weight_decay=weight_decay)

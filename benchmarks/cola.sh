@@ -17,7 +17,7 @@ shift 3
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH=$root/.venv/bin:$PATH PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec python -m benchmarks.compare finetune --model "$model" --out "$out" --jobs 2 \
-    --methods adamw galore lora recommended --seeds 0 1 2 \
+    --methods adamw galore lora finetuning --seeds 0 1 2 \
     --train "$data/in_domain_train.tsv" \
     --eval "$data/in_domain_dev.tsv" "$data/out_of_domain_dev.tsv" --text-key 4 --label-key 2 \
     --max-length 64 --batch-size 32 --epochs 3 --weight-decay 0.01 "$@"

@@ -17,14 +17,16 @@ from pydantic.fields import FieldInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
-from arg_dist.config import PAPER, AdaRankGradConfig, in_bytes
+from arg_dist.config import PRESETS, AdaRankGradConfig, in_bytes
 
 PAGE = Path(__file__).with_name("settings.md")
 
 GROUPS = {
     "Preset and Adam": "preset lr betas eps weight_decay",
     "Rank": "max_rank min_rank energy hysteresis",
-    "Update": "scale residual residual_growth transport",
+    "Update": (
+        "scale full_rank_scale residual residual_growth polar_steps polar_precision transport"
+    ),
     "Refreshes": "max_gap min_gap first_gap decay oversample power_passes seed",
     "Which matrices": "low_rank targets exclude side view",
     "Memory, communication, numerics": (
@@ -44,11 +46,11 @@ DeepSpeed JSON; an unknown key is an error that names the nearest valid one. `pr
 parameter group may override any of the others. Which values to choose:
 [Choosing settings](choosing-settings.md).
 
-"Paper" is the default under `preset="paper"`, where it differs. Settings given next to a preset
-override it.
+"Presets" has the defaults under `preset="finetuning"` and `preset="paper"`, where they differ.
+Settings given next to a preset override it.
 """
 
-COLUMNS = ("Setting", "Type", "Default", "Bounds", "Paper", "Meaning")
+COLUMNS = ("Setting", "Type", "Default", "Bounds", "Presets", "Meaning")
 SYMBOLS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 NAMES = {float: "number", int: "integer", str: "string", bool: "boolean", ByteSize: "size"}
 
@@ -70,10 +72,14 @@ def page() -> str:
 
 def _row(name: str, field: FieldInfo) -> tuple[str, ...]:
     kind, inner = _type(field.annotation)
-    paper = _value(PAPER[name], kind) if name in PAPER else ""
+    presets = "; ".join(
+        f"{preset}: {_value(changed[name], kind)}"
+        for preset, changed in PRESETS.items()
+        if name in changed
+    )
     text = (field.description or "").replace("|", r"\|")
     bounds = ", ".join(filter(None, [_bounds(field.metadata), inner]))
-    return f"`{name}`{{#{name}}}", kind, _value(field.default, kind), bounds, paper, text
+    return f"`{name}`{{#{name}}}", kind, _value(field.default, kind), bounds, presets, text
 
 
 def _type(annotation: Any) -> tuple[str, str]:

@@ -14,6 +14,6 @@ run() {
     bash launchers/quickstart.sh --optimizer "$optimizer" --lr "$lr" --out "${runs[-1]}" "$@"
 }
 
-for lr in 6e-3 1.2e-2 2.4e-2 4.8e-2; do run adarankgrad "$lr" "$@"; done
+for lr in 8e-3 1.6e-2 2.4e-2 4.8e-2; do run adarankgrad "$lr" "$@"; done
 for lr in 5e-4 1e-3 2e-3 4e-3; do run adamw "$lr" "$@"; done
 .venv/bin/python -m launchers.reporting compare "${runs[@]}" --out runs/sweep/compare.png

@@ -72,7 +72,7 @@ class Kind:
 
 KINDS = {
     "pretrain": Kind(
-        tuple(name for name in FAMILIES if name != "lora"),
+        tuple(name for name in FAMILIES if name not in ("lora", "finetuning")),
         pretraining_setup.TASK_OPTIONS,
         pretraining_setup.prepare_pretraining,
         RATES,

@@ -28,6 +28,7 @@ FAMILIES = {
     "soap": "soap",
     "lora": "lora",
     "recommended": OURS,
+    "finetuning": OURS,
     "paper": OURS,
 }
 """Each method's family, which determines how its optimizer is built."""
@@ -86,7 +87,7 @@ ONE_RATE = {"lora"}
 """Families whose parameters all have one learning rate."""
 
 RATES_FINETUNING = {
-    **dict.fromkeys(RATES, (2.5e-5, 5e-5, 1e-4, 2e-4)),
+    **dict.fromkeys((*RATES, "finetuning"), (2.5e-5, 5e-5, 1e-4, 2e-4)),
     "lora": (2.5e-4, 5e-4, 1e-3, 2e-3),
 }
 """The same for fine-tuning."""

@@ -230,6 +230,7 @@ def moved_by_noise(transport: str) -> list[float]:
         "min_gap": 4,
         "max_gap": 8,
         "max_rank": 16,
+        "energy": 0.8,
         "transport": transport,
         "residual": "none",
         "scale": 1.0,

@@ -143,7 +143,7 @@ def test_a_gradient_may_be_more_precise_than_its_parameter(dtype, low_rank):
     start, gradient = gaussian(8, 6).bfloat16(), gaussian(8, 6, seed=1).bfloat16()
     ends = []
     for given in (gradient, gradient.to(dtype)):
-        optimizer = optimizer_of(start, low_rank=low_rank)
+        optimizer = optimizer_of(start, low_rank=low_rank, lr=0.1)
         [weight] = parameters_of(optimizer)
         weight.grad_dtype = None
         weight.grad = given

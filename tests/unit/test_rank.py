@@ -70,7 +70,7 @@ def test_a_rank_goes_no_further_than_the_nearest_one_near_the_energy(shape, ener
 
 
 def test_hysteresis_keeps_a_rank_that_noise_would_move():
-    near, settings = geometric(10, 0.7), {"max_rank": 9, "min_gap": 1, "max_gap": 1}
+    near, settings = geometric(10, 0.7), {"max_rank": 9, "energy": 0.8, "min_gap": 1, "max_gap": 1}
     changes = {}
     for hysteresis in (0.0, 0.05):
         state, ranks = {}, []
