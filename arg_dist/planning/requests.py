@@ -182,7 +182,10 @@ def _moved(request: Request) -> Moved | None:
         return None
     outgoing = [sent(have, want, size) for size in row_bytes]
     incoming = [sent(want, have, size) for size in row_bytes]
-    return Moved(np.sum(outgoing, 0), np.sum(incoming, 0), want.counts() * sum(row_bytes))
+    # what comes from one process alone stays where it was received
+    together = not adds and np.count_nonzero(have.counts()) == 1
+    answer = want.counts() * sum(row_bytes) * (not together)
+    return Moved(np.sum(outgoing, 0), np.sum(incoming, 0), answer)
 
 
 def taken(rounds: Rounds) -> list[Moved]:

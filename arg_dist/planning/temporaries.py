@@ -233,7 +233,8 @@ def _outside(
     yield Moment(held + reached + part, np.maximum(_copy(unit, size), part * (element < FP32)))
     whole = element * sides.at(unit.home, sides.spread.elements.size).counts()
     short = min(sides.spread.moment.size, sides.spread.basis.size)
-    yield Moment(held + whole, 3 * whole + 3 * element * short**2 * (whole > 0))
+    # the next X beside the present one, and two square matrices
+    yield Moment(held + whole, whole + 2 * element * short**2 * (whole > 0))
     gathered = row * sides.moment_update.counts() if is_returned else direction
     outside = element * sides.elements_update.counts()
     yield Moment(basis + gathered + outside, _update(unit, size))
