@@ -39,9 +39,7 @@ def steps_in_turns(
     optimizers: dict[str, Any] = {}
     place = torch.device(device)
     for way, at_once in WAYS.items():
-        trained = build(
-            engine, "recommended", model, rank=rank, length=LENGTH, device=place, gap=NEVER
-        )
+        trained = build(engine, "matched", model, rank=rank, length=LENGTH, device=place, gap=NEVER)
         give_gradients(trained.model, same=engine == "ddp")
         (optimizers[way],) = trained.optimizers
         steps[way] = partial(_step, optimizers[way], at_once)

@@ -1,9 +1,6 @@
 """Starts scripts by the real launchers, or forked, with a time limit and a free port."""
 
-import contextlib
 import os
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.launch.forking import run_forked
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTLED = {
@@ -23,18 +21,6 @@ SETTLED = {
 Launcher = Literal["deepspeed", "torchrun", "accelerate"]
 Start = Launcher | Literal["forked"]
 """A launcher, or processes of :mod:`tests.launch.forking` with the environment of torchrun's."""
-
-
-def free_port() -> int:
-    """A port that nobody listens on now, and that no system gives to outgoing connections.
-
-    One that the system chooses could be another launch's before this one listens on it.
-    """
-    while True:
-        port = random.SystemRandom().randrange(12_000, 28_000)
-        with contextlib.suppress(OSError), socket.socket() as listener:
-            listener.bind(("127.0.0.1", port))
-            return port
 
 
 def command(

@@ -30,7 +30,7 @@ def test_a_step_and_a_new_basis_are_timed_beside_every_other_optimizer(tmp_path:
     assert len(table["samples"]) == 2 * 3
     for sample in table["samples"]:
         assert not sample["not_possible"]
-        names = {"recommended", "medium", "no-residual", "adamw", "adamw-fused", *PEERS}
+        names = {"recommended", "matched", "medium", "no-residual", "adamw", "adamw-fused", *PEERS}
         assert set(sample["seconds"]) == names | {"two products"}
         assert all(len(t["rounds"]) == 2 for t in sample["seconds"].values())
     assert "memory traffic | not measured" in written

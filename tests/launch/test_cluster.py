@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import ROOT, environment, free_port
+from tests.launch.launching import ROOT, environment
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(280)]
 

@@ -8,9 +8,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launch.launching import free_port, launch
+from tests.launch.launching import launch
 from tests.launch.stopping import Started, metrics, started, wait_for
 from tests.launch.tiny_jobs import llama_config, write_text
+from tests.ports import free_port
 from tests.tolerances import LOSSES
 
 SCRIPT = "launchers/train_lm.py"

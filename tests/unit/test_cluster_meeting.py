@@ -17,6 +17,7 @@ from launchers.cluster.meeting import meet
 from launchers.cluster.place import Place
 from launchers.cluster.presence import Presence
 from launchers.cluster.store import Notes, connect, open_store, within
+from tests.ports import free_port
 
 pytestmark = pytest.mark.unit
 
@@ -35,9 +36,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture
@@ -171,9 +170,7 @@ def test_a_port_that_is_taken_is_told(port: int) -> None:
 
 
 def test_an_address_that_leads_to_another_node_0_is_told(port: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        other_port = int(probe.getsockname()[1])
+    other_port = free_port()
     mine = open_store(Place(0, 2, "127.0.0.1", port), print)
     other = open_store(Place(0, 2, "127.0.0.1", other_port), print)
     elsewhere = Place(0, 2, "127.0.0.1", other_port)
