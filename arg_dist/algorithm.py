@@ -41,6 +41,7 @@ from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.range_finder import Part, leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_after_decay, gap_until_next
 from arg_dist.subspace.residual import (
+    SCALES_ROWS,
     Rule,
     limit_growth,
     matched_factors,
@@ -144,11 +145,11 @@ def low_rank_step(
     # P = G Q
     with matmul_precision(settings.matmul_precision):
         product = gradient() @ basis
-    if settings.residual in ("none", "orthogonalized"):
-        projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
-    else:
+    if settings.residual in SCALES_ROWS:
         parts = product, row_sq
         projected, row_sq = yield from sum_scatter_both(parts, moment.touch, moment.keep, me)
+    else:
+        projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
     if new is not None:
         _adopt(new, projected, state, spread, settings, phase)
     else:
@@ -247,6 +248,7 @@ def _outside(
     projected = yield from gather(projected, moment.keep, moment.touch, spread.me)
     with matmul_precision(settings.matmul_precision):
         part = residual_part(gradient(), projected, basis, norm_sq, spread)
+    # handed over and not kept here, so that it is freed as soon as it has been used
     waiting = [part.to(POLAR_TYPES[settings.polar_precision])]
     del part
     steps = settings.polar_steps

@@ -11,6 +11,7 @@ import numpy as np
 from arg_dist.algorithm import POLAR_TYPES
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.rows import Counts, Spans, sent
+from arg_dist.subspace.residual import SCALES_ROWS
 from arg_dist.subspace.spread import Spread
 
 FP32, FP64 = 4, 8
@@ -85,8 +86,7 @@ def projection(
     sides: Sides, settings: AdaRankGradConfig, rank: int, home: int
 ) -> Iterator[Request | tuple[Request, ...]]:
     """Requests of a step once the basis is available: P, the residual's norm or P and S, N."""
-    followed = settings.residual in ("scaled", "matched")
-    norms = (FP32,) if followed else ()  # one number per row
+    norms = (FP32,) if settings.residual in SCALES_ROWS else ()  # one number per row
     columns = (FP32 * rank, *norms)
     yield Request(sides.moment_touch, sides.moment_keep, columns, adds=True)
     if settings.residual == "scaled":

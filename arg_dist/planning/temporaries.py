@@ -18,6 +18,7 @@ from arg_dist.planning.rows import Counts
 from arg_dist.planning.units import MatrixUnit, TensorUnit, Unit
 from arg_dist.sharding.lanes import turns
 from arg_dist.subspace.norms import RUN
+from arg_dist.subspace.residual import SCALES_ROWS
 
 
 class Moment(NamedTuple):
@@ -250,8 +251,7 @@ def _update(unit: MatrixUnit, size: int) -> Counts:
     """Bytes needed to apply the update where the weights cannot be updated in place."""
     block = FP32 * unit.sides.moment_update.counts() * unit.sides.basis_touch.counts()
     apart = block * np.where(size < FP32, 1, unit.cuts_rows)
-    scales_rows = unit.settings.residual in ("scaled", "matched")
-    gradient = apart if scales_rows else 0 * apart
+    gradient = apart if unit.settings.residual in SCALES_ROWS else 0 * apart
     weights = FP32 * unit.held if size < FP32 else 0 * unit.held
     both: Counts = apart + np.maximum(gradient, weights)
     return both

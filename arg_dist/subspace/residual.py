@@ -37,6 +37,9 @@ from arg_dist.subspace.spread import Spread
 
 Rule = Literal["none", "scaled", "matched", "orthogonalized"]
 
+SCALES_ROWS = ("scaled", "matched")
+"""The rules that add ``phi_i S_i``, for which the rows' norms are exchanged."""
+
 FAINT = 1e-4
 """Share of a row's ||G_i||^2 below which its residual fades out, being mostly rounding error."""
 

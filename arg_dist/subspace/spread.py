@@ -10,6 +10,7 @@ rows of either side a process touches, keeps, and updates.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -104,7 +105,7 @@ class Spread:
         """
         return len(self.owners) > 2
 
-    @property
+    @cached_property
     def is_aligned(self) -> bool:
         """Whether every process keeps exactly the moment rows that it touches."""
         return self.moment.keep == self.moment.touch
@@ -145,16 +146,18 @@ def from_home(part: Tensor, size: int, want: Rows, spread: Spread) -> Steps[Tens
 
 def single_process(moment: int, basis: int) -> Spread:
     """The distribution of a matrix that one process holds whole."""
-    all_moments: Rows = ((0, moment),)
-    all_basis: Rows = ((0, basis),)
-    all_elements: Rows = ((0, moment * basis),)
+
+    def whole(size: int) -> Side:
+        rows: Rows = ((0, size),)
+        return Side(size, rows, rows, rows)
+
     return Spread(
-        moment=Side(moment, all_moments, all_moments, all_moments),
-        basis=Side(basis, all_basis, all_basis, all_basis),
-        elements=Side(moment * basis, all_elements, all_elements, all_elements),
+        moment=whole(moment),
+        basis=whole(basis),
+        elements=whole(moment * basis),
         cuts_moment=True,
         outputs_are_moment=True,
-        store=all_basis,
+        store=((0, basis),),
         owners=(0,),
         home=0,
         me=0,

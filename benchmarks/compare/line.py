@@ -214,10 +214,10 @@ def _rate(text: str) -> float:
 def _rates(text: str) -> tuple[str, tuple[float, ...]]:
     name, equals, rates = text.partition("=")
     try:
-        numbers = tuple(float(rate) for rate in rates.split(","))
-    except ValueError:
+        numbers = tuple(_rate(rate) for rate in rates.split(","))
+    except argparse.ArgumentTypeError:
         numbers = ()
-    if not (name and equals and numbers and all(0 < rate < float("inf") for rate in numbers)):
+    if not (name and equals and numbers):
         raise argparse.ArgumentTypeError(f"expected METHOD=1e-3,2e-3,..., got {text!r}")
     return name, numbers
 
