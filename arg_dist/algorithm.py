@@ -1,32 +1,18 @@
 """AdaRankGrad on one matrix, and Adam on everything else, as driver-independent computations.
 
-arXiv 2410.17881, algorithm 3. The state of a matrix is a plain dictionary of tensors and Python
-numbers, so it can be saved, sharded and loaded without executing code:
-
-===================== ============================ =============================================
-basis                 ``basis.store x rank``       Q
-exp_avg, exp_avg_sq   ``moment.keep x rank``       M, V
-rank, step, refreshes int                          rank; steps and refreshes of this matrix so far
-since_refresh, gap    int                          steps since the refresh; steps between it and
-                                                   the next
-energy                float                        share of ||G||^2 kept at the refresh
-kept_sq               fp64 scalar                  ||P||^2 of the last step, this process's rows
-kept_sq_at_refresh    float                        ||P||^2 of the refresh step, all rows
-residual_norm         fp64 scalar                  norm of the residual, if `scaled`
-spectrum              list of float                share of ||G||^2 of each direction up to the
-                                                   largest rank, at the refresh; only with a budget
-===================== ============================ =============================================
+arXiv 2410.17881, algorithm 3. What a state holds is described in :mod:`arg_dist.subspace.state`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.subspace.adam import adam_direction
+from arg_dist.subspace.budget import Claim
 from arg_dist.subspace.exchange import (
     Steps,
     gather,
@@ -50,16 +36,14 @@ from arg_dist.subspace.residual import (
     scaled_factors,
 )
 from arg_dist.subspace.sketch import gaussian_rows
-from arg_dist.subspace.spread import Side, Spread, from_home
+from arg_dist.subspace.spread import Side, Spread, from_home, row_count
+from arg_dist.subspace.state import State
 from arg_dist.subspace.transport import transport_moments
 
-State = dict[str, Any]
+FP32_BYTES = 4
 
 POLAR_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Types in which an orthogonalized residual is sent and computed, by `polar_precision`."""
-
-ALIKE = ("residual_norm",)
-"""Scalar tensors of the state that are equal on all processes that hold a part of the matrix."""
 
 
 class LowRankUpdate(NamedTuple):
@@ -255,9 +239,31 @@ def _outside(
     return (yield from orthogonalize(waiting.pop(), basis, spread, steps=steps))
 
 
+def kept_before(state: State) -> list[Tensor]:
+    """``||P||^2`` of the last step, over this process's rows; nothing of a tensor."""
+    return [state["kept_sq"]] if "kept_sq" in state else []
+
+
 def is_due(state: State) -> bool:
     """Whether the next step refreshes; decided by the previous step."""
     return not state or state["since_refresh"] >= state["gap"]
+
+
+def claim(name: str, spread: Spread, state: State, settings: AdaRankGradConfig) -> Claim:
+    """The claim of a matrix distributed by `spread` on a `state_budget`."""
+    smallest, largest = settings.rank_bounds(min(spread.basis.size, spread.moment.size))
+    rows = sum(row_count(each) for stored in spread.stored().values() for each in stored)
+    return Claim(
+        name=name,
+        smallest=smallest,
+        largest=largest,
+        rank=state.get("rank", 0),
+        direction_bytes=FP32_BYTES * rows,
+        elements=spread.moment.size * spread.basis.size,
+        energy=settings.energy,
+        spectrum=state.get("spectrum"),
+        is_due=is_due(state),
+    )
 
 
 def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Tensor:

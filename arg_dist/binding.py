@@ -18,7 +18,7 @@ from arg_dist.sharding.fragment import ParameterGroup, step_calls
 from arg_dist.sharding.job import is_first_process
 from arg_dist.sharding.local import local_part
 from arg_dist.sharding.plan import Plan, make_plans
-from arg_dist.state import fits, move_state
+from arg_dist.state import move_state
 from arg_dist.state_budget import Call
 from arg_dist.uses import Use, full_shape
 
@@ -208,7 +208,7 @@ class Binding(SelfReport):
                 if (state := self.state_of(shard))
                 and (
                     before.get(shard.fragment.name) not in (None, shard.fragment.parameter_shape)
-                    or not fits(shard, state)
+                    or not shard.fits(state)
                 )
             ]
             found = [(each.name, each.parameter_shape) for each in mine]

@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from arg_dist.algorithm import State
 from arg_dist.loading import Loaded
 from arg_dist.saved_forms import ELSEWHERE, WHOLE, Place, cut_state
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
-from arg_dist.state import fits
+from arg_dist.subspace.state import State
 
 
 class Custody:
@@ -116,7 +115,7 @@ class Custody:
     def is_own(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> bool:
         """Whether the state, possibly loaded, belongs to this process and matches the shapes."""
         return self._is_of(plan) and all(
-            fits(shard, states[shard.fragment.target].get(shard.name, {})) for shard in plan.shards
+            shard.fits(states[shard.fragment.target].get(shard.name, {})) for shard in plan.shards
         )
 
     def _is_of(self, plan: Plan) -> bool:

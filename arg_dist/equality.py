@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from arg_dist.agreement import Agreement, Likeness
-from arg_dist.algorithm import State, is_due
+from arg_dist.algorithm import is_due
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.parameter_groups import settings_text
 from arg_dist.sharding.communicator import Communicator
@@ -29,6 +29,7 @@ from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.sharding.waiting import named
 from arg_dist.subspace.exchange import Steps
 from arg_dist.subspace.fingerprint import Numbers, differ, fingerprint, summary
+from arg_dist.subspace.state import State
 
 AT_LEAST_ELEMENTS, AT_MOST_TENSORS = 2**20, 16
 """Compared in each step by turns, in addition to the matrices that refresh."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from arg_dist.algorithm import State
 from arg_dist.config import ConfigError, parse_config
 from arg_dist.packing import is_bytes, is_packed, unpack, unpack_bytes
 from arg_dist.parameter_groups import SETTINGS, check_names, keep_newer, members
 from arg_dist.saved_forms import WHOLE, Place
+from arg_dist.subspace.state import CUT_OF_TENSOR, REQUIRED, State, unknown_keys
 
 OURS = ("energy", "max_rank")
 """Settings in every parameter group of AdaRankGrad, and of no other optimizer."""
@@ -122,7 +122,7 @@ def _owner(state: Mapping[Any, Any]) -> str:
     """Whose state it probably is, and what is in it."""
     entries = [entry for entry in state.values() if isinstance(entry, Mapping)]
     keys = sorted({str(key) for entry in entries for key in entry})
-    if {"exp_avg", "exp_avg_sq"} <= set(keys):
+    if set(CUT_OF_TENSOR) <= set(keys):
         return f"another optimizer, such as AdamW (entries {', '.join(keys[:6])})"
     if "momentum_buffer" in keys:
         return f"another optimizer, such as SGD (entries {', '.join(keys[:6])})"
@@ -202,8 +202,13 @@ def _read_entry(
             loaded.place = place_of(target)
             packed = unpack(unit, name, tuple(target.shape), loaded.place)
             loaded.calls, loaded.packed, states[name] = packed
-        elif unit and not {"step", "exp_avg", "exp_avg_sq"} <= unit.keys():
+        elif unit and not unit.keys() >= REQUIRED:
             raise _not_ours(index, f"has {', '.join(map(str, unit))} for {name}")
+        elif unknown := unknown_keys(unit):
+            raise ConfigError(
+                f"load_state_dict: the state of {name} has {', '.join(unknown)}, which this "
+                "arg_dist does not know; use the version that saved it"
+            )
         else:
             states[name] = dict(unit)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arg_dist.agreement import Agreement, agree
+from arg_dist.algorithm import kept_before
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.copying import CopiedOptimizer
 from arg_dist.coverage import Coverage
@@ -206,7 +207,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         for shards in plan.shards_by_lane:
             states = [(shard, self.state_of(shard)) for shard in shards]
             needed.append(max((rounds_of(*each, settings) for each in states), default=0))
-            kept += [(s.unit, state["kept_sq"]) for s, state in states if "kept_sq" in state]
+            kept += [(shard.unit, part) for shard, state in states for part in kept_before(state)]
         norms = agree(
             [(unit, gradient.norm_sq) for unit, gradient in gradients.items()],
             kept,

@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arg_dist.algorithm import State
 from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.saved_forms import Place
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Unit
 from arg_dist.sharding.shares import as_share, own_share
 from arg_dist.subspace.spread import row_count
+from arg_dist.subspace.state import State
 
 FORM = "form"
 """Key of the small tensor: version, processes, bytes of each, steps taken, packed units."""
@@ -155,12 +155,11 @@ def _limits(unit: Unit, settings: AdaRankGradConfig) -> tuple[int, int | None]:
     """Bytes reserved on each process, and the largest rank of a matrix."""
     width = 8 if unit.fragment.target.dtype.is_complex else 4
     fixed = DESCRIPTION_BYTES + 8 * SCALARS
+    stored = unit.sharding.stored().values()
+    rows = sum(max(map(row_count, each)) for each in stored)
     if unit.spread is None:
-        assert unit.side is not None
-        return fixed + 2 * width * max(map(row_count, unit.side.keep)), None
-    spread = unit.spread
-    rank = settings.rank_bounds(min(spread.basis.size, spread.moment.size))[1]
-    rows = 2 * max(map(row_count, spread.moment.keep)) + max(map(row_count, spread.store))
+        return fixed + width * rows, None
+    rank = settings.rank_bounds(min(unit.spread.basis.size, unit.spread.moment.size))[1]
     return fixed + rank * (width * rows + 8), rank  # and the spectrum, if there is a budget
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arg_dist.algorithm import State
-from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
-from arg_dist.subspace.exchange import Exchange, Interval, Rows, Steps, select_rows
+from arg_dist.sharding.shard import Shard
+from arg_dist.subspace.exchange import Exchange, Rows, Steps, select_rows
+from arg_dist.subspace.state import SUMMED, State
 
 Place = tuple[int, int]
 """Owner of a state: index of the process in its group, and the group's size."""
@@ -36,20 +36,19 @@ def whole_state(shard: Shard, state: State, *, to: int) -> Steps[State | None]:
     """
     if not state:
         return {} if shard.me == to else None
-    rows = kept_rows(shard)
-    everyone = ((0, 1),) * len(rows["exp_avg"])
+    counted = shard.sharding.counted()
+    everyone = ((0, 1),) * shard.sharding.processes
     requests = {
         key: Exchange(kept_part(state[key], shard, key), have, _only(to, have))
-        for key, have in rows.items()
+        for key, have in counted.items()
     }
-    if "kept_sq" in state:
-        requests["kept_sq"] = Exchange(state["kept_sq"].view(1), everyone, _only(to, everyone))
+    sums = [key for key in SUMMED if key in state]
+    requests |= {k: Exchange(state[k].view(1), everyone, _only(to, everyone)) for k in sums}
     answers = yield tuple(requests.values())
     if shard.me != to:
         return None
     whole = {**state, **dict(zip(requests, answers, strict=True))}
-    if "kept_sq" in whole:
-        whole["kept_sq"] = whole["kept_sq"].view(())
+    whole |= {key: whole[key].view(()) for key in sums}
     return {
         key: value.cpu() if isinstance(value, Tensor) else value for key, value in whole.items()
     }
@@ -58,39 +57,24 @@ def whole_state(shard: Shard, state: State, *, to: int) -> Steps[State | None]:
 def cut_state(shard: Shard, whole: State) -> State:
     """This process's part of a state from :func:`whole_state`.
 
-    State of another shape is returned unchanged; :func:`arg_dist.state.fits` detects it.
+    State of another shape is returned unchanged; :meth:`Shard.fits` detects it.
     """
-    sizes = {key: max(stop for _, stop in rows) for key, rows in kept_rows(shard).items()}
+    sizes = {key: max(end for _, end in rows) for key, rows in shard.sharding.counted().items()}
     if any(key not in whole or whole[key].shape[0] != size for key, size in sizes.items()):
         return whole
     state = dict(whole)
-    for key in sizes:
-        low, high = stored_rows(shard, key)
+    for key, rows in shard.sharding.stored().items():
+        low, high = rows[shard.me]
         state[key] = whole[key][low:high].clone()
-    if "kept_sq" in whole and shard.me != 0:
-        state["kept_sq"] = torch.zeros_like(whole["kept_sq"])  # a sum over the processes
+    if shard.me != 0:
+        state |= {key: torch.zeros_like(whole[key]) for key in SUMMED if key in whole}
     return state
-
-
-def kept_rows(shard: Shard) -> dict[str, Rows]:
-    """The rows of each state tensor that each process contributes; disjoint over the processes."""
-    if isinstance(shard, MatrixShard):
-        moment, basis = shard.spread.moment.keep, shard.spread.basis.keep
-        return {"exp_avg": moment, "exp_avg_sq": moment, "basis": basis}
-    assert isinstance(shard, TensorShard)
-    return dict.fromkeys(("exp_avg", "exp_avg_sq"), shard.side.keep)
-
-
-def stored_rows(shard: Shard, key: str) -> Interval:
-    """The rows of a state tensor that this process holds."""
-    if isinstance(shard, MatrixShard) and key == "basis":
-        return shard.spread.store[shard.me]
-    return kept_rows(shard)[key][shard.me]
 
 
 def kept_part(value: Tensor, shard: Shard, key: str) -> Tensor:
     """The rows of a state tensor that this process contributes, out of those it holds."""
-    return select_rows(value, stored_rows(shard, key), kept_rows(shard)[key][shard.me])
+    stored, counted = shard.sharding.stored()[key], shard.sharding.counted()[key]
+    return select_rows(value, stored[shard.me], counted[shard.me])
 
 
 def _only(to: int, have: Rows) -> Rows:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arg_dist.algorithm import State
 from arg_dist.binding import Binding
 from arg_dist.custody import OTHERS_STATE, Custody
 from arg_dist.loading import check_shapes, groups_to_load, states_to_load
@@ -22,6 +21,7 @@ from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shares import is_merged, is_sharded, place_of
 from arg_dist.state import copy_state
+from arg_dist.subspace.state import State
 
 
 class Saving(Binding, torch.optim.Optimizer):

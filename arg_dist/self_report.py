@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from arg_dist.algorithm import State
 from arg_dist.places import Layout
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.state import matrix_stats, storage_bytes
+from arg_dist.state import storage_bytes
+from arg_dist.subspace.state import State, progress
 
 
 class SelfReport:
@@ -41,7 +41,13 @@ class SelfReport:
         # a matrix is in several plans if groups were added or parameters frozen during training
         shards = {shard.name: shard for plan in self.every_plan() for shard in plan.shards}
         return [
-            matrix_stats(shard, state)
+            {
+                "name": shard.name,
+                "shape": shard.shape,
+                "side": shard.side_name,
+                **progress(state),
+                "state_bytes": storage_bytes([state]),
+            }
             for shard in shards.values()
             if isinstance(shard, MatrixShard) and (state := self.state_of(shard))
         ]

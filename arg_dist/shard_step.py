@@ -13,7 +13,6 @@ from torch import Tensor
 from arg_dist.agreement import Agreement
 from arg_dist.algorithm import (
     LowRankUpdate,
-    State,
     adam_step,
     is_due,
     low_rank_step,
@@ -27,6 +26,7 @@ from arg_dist.subspace.exchange import Steps
 from arg_dist.subspace.norms import norm_sq, row_squares
 from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.range_finder import Part
+from arg_dist.subspace.state import State
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Helpers on optimizer state (nested dictionaries of tensors and Python numbers)."""
+"""Optimizer state as nested dictionaries of tensors: its size, its device, copies of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
-from arg_dist.subspace.spread import row_count
 
 
 def storage_bytes(states: Iterable[Any]) -> int:
@@ -27,35 +24,6 @@ def storage_bytes(states: Iterable[Any]) -> int:
     for state in states:
         visit(state)
     return sum(storages.values())
-
-
-def fits(shard: Shard, state: Mapping[str, Any]) -> bool:
-    """Whether `state` has the rows that this process keeps of the shard; empty state fits."""
-    if not state:
-        return True
-    if isinstance(shard, MatrixShard) != ("basis" in state):
-        return False
-    rows = state["exp_avg"].shape[0]
-    if isinstance(shard, TensorShard):
-        return bool(rows == row_count(shard.side.keep[shard.me]))
-    assert isinstance(shard, MatrixShard)
-    spread = shard.spread
-    kept, stored = row_count(spread.moment.keep[spread.me]), row_count(spread.store[spread.me])
-    return bool((rows, state["basis"].shape[0]) == (kept, stored))
-
-
-def matrix_stats(shard: MatrixShard, state: Mapping[str, Any]) -> dict[str, Any]:
-    """One matrix's entry in :meth:`arg_dist.AdaRankGrad.stats`."""
-    return {
-        "name": shard.name,
-        "shape": shard.shape,
-        "side": shard.side_name,
-        "rank": state["rank"],
-        "energy": state["energy"],
-        "steps_since_refresh": state["since_refresh"],
-        "refreshes": state["refreshes"],
-        "state_bytes": storage_bytes([state]),
-    }
 
 
 def move_state(state: dict[str, Any], device: torch.device) -> None:

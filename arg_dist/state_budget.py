@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arg_dist.algorithm import State, is_due
+from arg_dist.algorithm import claim, is_due
 from arg_dist.config import AdaRankGradConfig, ConfigError, in_bytes
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.state import storage_bytes
 from arg_dist.subspace.budget import Claim, Ranks, allowed_ranks, smallest_bytes
-from arg_dist.subspace.spread import Spread, row_count
+from arg_dist.subspace.spread import row_count
+from arg_dist.subspace.state import SCALARS, State
 
-SCALAR_BYTES = 16
-"""||P||^2 and the residual's norm, fp64, on each process that holds a part of a matrix."""
+SCALAR_BYTES = 8 * len(SCALARS)
+"""Scalar tensors of a matrix's state, fp64, on each process that holds a part of it."""
 PROCESSES = 64
 """Minimum process count used for SCALAR_BYTES, so that ranks do not depend on the real count."""
 
@@ -157,23 +158,6 @@ def claim_of(shard: MatrixShard, state: State, settings: AdaRankGradConfig) -> C
     return claim(shard.name, shard.spread, state, settings)
 
 
-def claim(name: str, spread: Spread, state: State, settings: AdaRankGradConfig) -> Claim:
-    """The claim of a matrix distributed by `spread`."""
-    smallest, largest = settings.rank_bounds(min(spread.basis.size, spread.moment.size))
-    stored = sum(row_count(rows) for rows in spread.store)
-    return Claim(
-        name=name,
-        smallest=smallest,
-        largest=largest,
-        rank=state.get("rank", 0),
-        direction_bytes=4 * (2 * spread.moment.size + stored),
-        elements=spread.moment.size * spread.basis.size,
-        energy=settings.energy,
-        spectrum=state.get("spectrum"),
-        is_due=is_due(state),
-    )
-
-
 def in_words(size: int) -> str:
     """A human-readable number of bytes: ``12.3 MiB (12897485 bytes)``."""
     return f"{in_bytes(size)} ({size} bytes)" if size >= 1024 else f"{size} bytes"
@@ -194,7 +178,8 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
         for shard, _ in call.shards():
             bound.add((id(shard.fragment.target), shard.name))
             if isinstance(shard, TensorShard):
-                size += 2 * shard.moment_type.itemsize * row_count(shard.side.keep[shard.me])
+                rows = sum(row_count(rows[shard.me]) for rows in shard.side.stored().values())
+                size += shard.moment_type.itemsize * rows
             elif isinstance(shard, MatrixShard) and shard.spread.home == shard.me:
                 size += SCALAR_BYTES * max(PROCESSES, len(shard.spread.owners))
     # include state left by parameters that have since been frozen

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from arg_dist.algorithm import ALIKE, State
 from arg_dist.checkpoint.index import SlicedTensor, StateEntry, Weight, tensor_key
-from arg_dist.saved_forms import kept_part, kept_rows
+from arg_dist.saved_forms import kept_part
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding
 from arg_dist.sharding.job import has_first_process
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.subspace.exchange import Interval, even_rows
+from arg_dist.subspace.state import SUMMED, State, lists_of, numbers_of
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,21 @@ def add_states(
             continue
         matrix = shard if isinstance(shard, MatrixShard) else None
         tensors = {}
-        for part, kept in kept_rows(shard).items():
+        for part, kept in shard.sharding.counted().items():
             values = kept_part(state[part], shard, part)
             shape = (max(stop for _, stop in kept), *values.shape[1:])
             key = tensor_key("state", shard.name, part)
             tensors[part] = contents.slice_of(key, process, kept[shard.me], shape, values)
-        first = kept_rows(shard)["exp_avg"][shard.me][0]
+        first = shard.sharding.kept_rows[shard.me][0]
         contents.states[shard.name] = StateEntry(
             kind="tensor" if matrix is None else "matrix",
             shape=shard.fragment.parameter_shape if matrix is None else matrix.shape,
             transposed=matrix is None and shard.fragment.transposed,
             side=None if matrix is None else matrix.side_name,
-            numbers={k: _number(v) for k, v in state.items() if _is_number(k, v)},
-            lists={k: v for k, v in state.items() if isinstance(v, list)},
+            numbers=numbers_of(state),
+            lists=lists_of(state),
             tensors=tensors,
-            kept_sq=[(process, first, float(state["kept_sq"]))] if "kept_sq" in state else [],
+            sums={k: [(process, first, float(state[k]))] for k in SUMMED if k in state},
         )
 
 
@@ -146,12 +145,3 @@ def _weight(
         elements=contents.slice_of(key, process, held, numel, values),
         kind="trained",
     )
-
-
-def _is_number(key: str, value: Any) -> bool:
-    return key in ALIKE or not isinstance(value, (Tensor, list))
-
-
-def _number(value: Any) -> int | float:
-    number: int | float = value.item() if isinstance(value, Tensor) else value
-    return number

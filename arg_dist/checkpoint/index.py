@@ -12,12 +12,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from arg_dist.checkpoint.values import decode, encode
+from arg_dist.subspace.state import SUMMED, progress
 
 FORMAT = "arg_dist checkpoint"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PLAIN_VERSION = 1
 """Its `scheduler` and `job` are what JSON leaves of them; since version 2 they are encoded."""
 INDEX_NAME = "index.json"
@@ -58,11 +59,11 @@ class StateEntry(_Part):
         shape: as in the model.
         transposed: whether the moments of a tensor are in column-major order.
         side: the side that the basis spans, `right` or `left`; None for a tensor.
-        numbers: scalars such as rank, step and gap; see :mod:`arg_dist.algorithm`.
+        numbers: scalars such as rank, step and gap; see :mod:`arg_dist.subspace.state`.
         lists: lists of numbers.
-        tensors: basis, exp_avg, exp_avg_sq; of a matrix, exp_avg is ``long x rank``.
-        kept_sq: ``||P||^2`` of the last step, as terms of a sum over slices of exp_avg: process,
-            first row, value.
+        tensors: those that are cut by rows; moments of a matrix are ``long x rank``.
+        sums: scalars that each process has a term of, by the rows of the moments that it keeps:
+            process, first row, value.
     """
 
     kind: Literal["matrix", "tensor"]
@@ -72,7 +73,21 @@ class StateEntry(_Part):
     numbers: dict[str, int | float]
     lists: dict[str, list[int | float]] = {}
     tensors: dict[str, SlicedTensor]
-    kept_sq: list[tuple[int, int, float]] = []
+    sums: dict[str, list[tuple[int, int, float]]] = {}
+
+    @property
+    def rank(self) -> int:
+        """Rank of a matrix."""
+        return int(progress(self.numbers)["rank"])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_before_version_3(cls, values: Any) -> Any:
+        """Sums were fields of their own, empty for tensors."""
+        if not isinstance(values, dict) or values.keys().isdisjoint(SUMMED):
+            return values
+        rest = {key: value for key, value in values.items() if key not in SUMMED}
+        return {**rest, "sums": {key: values[key] for key in SUMMED if values.get(key)}}
 
 
 class Weight(_Part):
@@ -183,7 +198,7 @@ def read_index(checkpoint: Path) -> Index:
             f"{path}: damaged, or not the index of an arg_dist checkpoint; use another checkpoint"
         )
     version = envelope.get("schema_version")
-    if version not in (PLAIN_VERSION, SCHEMA_VERSION):
+    if version not in range(PLAIN_VERSION, SCHEMA_VERSION + 1):
         raise CheckpointError(
             f"{path}: written with schema version {version!r} by {envelope.get('written_by')}; "
             f"this arg_dist reads versions {PLAIN_VERSION} to {SCHEMA_VERSION}; use the version "

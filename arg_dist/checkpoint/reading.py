@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arg_dist.algorithm import ALIKE, State
 from arg_dist.checkpoint.contents import held_untrained, local_values
 from arg_dist.checkpoint.files import describe, on_all, verify
 from arg_dist.checkpoint.fitting import (
@@ -33,11 +32,11 @@ from arg_dist.checkpoint.scheduling import load_scheduler
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.checkpoint.writing import persistent_buffers, untrained_parameters
 from arg_dist.optimizer import AdaRankGrad
-from arg_dist.saved_forms import stored_rows
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import ADAPTERS, Fragment
 from arg_dist.sharding.job import job_communicator
-from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
+from arg_dist.sharding.shard import MatrixShard, Shard
+from arg_dist.subspace.state import State, as_scalar, with_scalars
 
 
 @dataclass(frozen=True)
@@ -163,22 +162,23 @@ def _state(reader: SliceReader, shard: Shard) -> State:
     """Reads this process's part of the state of a matrix or tensor, to the weights' device."""
     entry = reader.index.states[shard.name]
     device = shard.fragment.target.device
-    state: State = {**entry.numbers, **entry.lists}
-    for part, sliced in entry.tensors.items():
-        key = tensor_key("state", shard.name, part)
-        wanted = stored_rows(shard, part)
-        if isinstance(shard, TensorShard):
+    state = with_scalars(entry.numbers, device) | entry.lists
+    for part, rows in shard.sharding.stored().items():
+        key, sliced, wanted = (
+            tensor_key("state", shard.name, part),
+            entry.tensors[part],
+            rows[shard.me],
+        )
+        if isinstance(shard, MatrixShard):
+            values = reader.rows(sliced, key, wanted)
+        else:
             transposed = shard.fragment.transposed
             values = reader.elements(entry, sliced, key, wanted, transposed=transposed)
-        else:
-            values = reader.rows(sliced, key, wanted)
         state[part] = values.to(device)
-    if isinstance(shard, MatrixShard):
-        low, high = shard.spread.moment.keep[shard.me]
-        own = [value for _, first, value in entry.kept_sq if low <= first < high]
-        state["kept_sq"] = torch.tensor(sum(own), dtype=torch.float64, device=device)
-        for key in state.keys() & set(ALIKE):
-            state[key] = torch.tensor(state[key], dtype=torch.float64, device=device)
+    low, high = shard.sharding.kept_rows[shard.me]
+    for key, terms in entry.sums.items():
+        own = sum(value for _, first, value in terms if low <= first < high)
+        state[key] = as_scalar(key, own, device)
     return state
 
 

@@ -285,4 +285,5 @@ def _join(name: str, known: StateEntry | Weight, other: StateEntry | Weight) -> 
         part: sliced.model_copy(update={"slices": sliced.slices + other.tensors[part].slices})
         for part, sliced in known.tensors.items()
     }
-    return known.model_copy(update={"tensors": tensors, "kept_sq": known.kept_sq + other.kept_sq})
+    sums = {key: terms + other.sums[key] for key, terms in known.sums.items()}
+    return known.model_copy(update={"tensors": tensors, "sums": sums})

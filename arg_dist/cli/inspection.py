@@ -67,7 +67,7 @@ def _row(checkpoint: Path, index: Index | None, condition: str) -> tuple[str, ..
         math.prod(weight.shape) for weight in index.weights.values() if weight.kind != "buffer"
     )
     matrices = [entry for entry in index.states.values() if entry.kind == "matrix"]
-    ranks = [entry.numbers["rank"] for entry in matrices]
+    ranks = [entry.rank for entry in matrices]
     return (
         name,
         str(index.step),

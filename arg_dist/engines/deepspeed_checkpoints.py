@@ -31,6 +31,7 @@ from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import members
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.job import job_communicator
+from arg_dist.subspace.state import TensorState
 
 STATE_FOLDER = "adarankgrad"
 """Folder inside a DeepSpeed checkpoint for the optimizer's state, in arg_dist's format."""
@@ -186,7 +187,7 @@ def _add_zero_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     assert isinstance(optimizer, AdaRankGrad)
     for index, target in enumerate(members(optimizer.param_groups)):
         zeros = torch.zeros(1, dtype=torch.float32, device="cpu").expand(target.numel())
-        dense = {"step": optimizer.calls, "exp_avg": zeros, "exp_avg_sq": zeros}
+        dense = TensorState(step=optimizer.calls, exp_avg=zeros, exp_avg_sq=zeros)
         saved["state"][index] = {**saved["state"].get(index, {}), **dense}
 
 

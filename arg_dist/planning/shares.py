@@ -6,11 +6,12 @@ import pickle
 
 import numpy as np
 
+from arg_dist.algorithm import claim
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.units import MatrixUnit, Unit, matrices, tensors
 from arg_dist.sharding.communicator import SIZE_BYTES
-from arg_dist.state_budget import PROCESSES, SCALAR_BYTES, check_fits, claim
+from arg_dist.state_budget import PROCESSES, SCALAR_BYTES, check_fits
 from arg_dist.subspace.budget import Claim, allowed_ranks
 
 

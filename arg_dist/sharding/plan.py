@@ -69,6 +69,13 @@ class Unit:
     spread: Spread | None = None
     side: Side | None = None
 
+    @property
+    def sharding(self) -> Spread | Side:
+        """How it is distributed over the processes."""
+        found = self.spread or self.side
+        assert found is not None
+        return found
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -12,7 +12,11 @@ from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import MatrixView
 from arg_dist.sharding.local import as_reals, elements
 from arg_dist.subspace.exchange import Interval
-from arg_dist.subspace.spread import Side, Spread
+from arg_dist.subspace.spread import Side, Spread, row_count
+from arg_dist.subspace.state import CUT_OF_MATRIX, State
+
+CUT = frozenset(CUT_OF_MATRIX)
+"""Keys of a state whose rows are cut, of a matrix or tensor."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,19 @@ class Shard:
         """Whether its step needs other processes."""
         raise NotImplementedError
 
+    @property
+    def sharding(self) -> Spread | Side:
+        """How it is distributed over the processes."""
+        raise NotImplementedError
+
+    def fits(self, state: State) -> bool:
+        """Whether `state` has the rows that this process holds of it; empty state fits."""
+        stored = self.sharding.stored()
+        return not state or (
+            stored.keys() == state.keys() & CUT
+            and all(state[key].shape[0] == row_count(rows[self.me]) for key, rows in stored.items())
+        )
+
     def _cut(self, local: Tensor) -> Tensor:
         if self.fragment.transposed:
             return local
@@ -108,6 +125,11 @@ class TensorShard(Shard):
     def is_shared(self) -> bool:
         """Whether its step needs other processes."""
         return self.side.keep != self.side.update
+
+    @property
+    def sharding(self) -> Side:
+        """How it is distributed over the processes."""
+        return self.side
 
     @property
     def moment_type(self) -> torch.dtype:
@@ -148,6 +170,11 @@ class MatrixShard(Shard):
     def is_shared(self) -> bool:
         """Whether its step needs other processes."""
         return len(self.spread.owners) > 1
+
+    @property
+    def sharding(self) -> Spread:
+        """How it is distributed over the processes."""
+        return self.spread
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from arg_dist.subspace.exchange import (
     relayed_gather,
     relayed_sum,
 )
+from arg_dist.subspace.state import CUT_OF_MATRIX, CUT_OF_TENSOR, SCHEMA, Lies
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,24 @@ class Side:
     touch: Rows
     keep: Rows
     update: Rows
+
+    @property
+    def processes(self) -> int:
+        """Number of processes in the group."""
+        return len(self.keep)
+
+    @property
+    def kept_rows(self) -> Rows:
+        """Rows of the moments that each process keeps."""
+        return self.keep
+
+    def counted(self) -> dict[str, Rows]:
+        """Rows of each tensor of a tensor's state on each process; every row once."""
+        return dict.fromkeys(CUT_OF_TENSOR, self.keep)
+
+    def stored(self) -> dict[str, Rows]:
+        """Rows of each tensor of a tensor's state that each process holds."""
+        return self.counted()
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,23 @@ class Spread:
     def processes(self) -> int:
         """Number of processes in the group."""
         return len(self.store)
+
+    @property
+    def kept_rows(self) -> Rows:
+        """Rows of the moments that each process keeps."""
+        return self.moment.keep
+
+    def counted(self) -> dict[str, Rows]:
+        """Rows of each tensor of the matrix's state on each process; every row once."""
+        return self._rows(self.moment.keep, self.basis.keep)
+
+    def stored(self) -> dict[str, Rows]:
+        """Rows of each tensor of the matrix's state that each process holds."""
+        return self._rows(self.moment.keep, self.store)
+
+    def _rows(self, moments: Rows, basis: Rows) -> dict[str, Rows]:
+        lie = {Lies.AS_MOMENTS: moments, Lies.AS_BASIS: basis}
+        return {key: lie[SCHEMA[key].lies] for key in CUT_OF_MATRIX}
 
     def flat(self, block: Tensor) -> Tensor:
         """``elements.touch``: those of a block ``moment.touch x basis.touch`` that are held."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import arg_dist
-from arg_dist.saved_forms import kept_part, kept_rows
+from arg_dist.saved_forms import kept_part
 from arg_dist.sharding.shard import MatrixShard
 from tests.launch.torch_engines import by_columns, fsdp2
 from tests.tolerances import FP64, REDUCTION_ORDER
@@ -113,7 +113,7 @@ class Job:
             for shard in plan.shards:
                 state = self.optimizer.state_of(shard)
                 if state:
-                    kept = {key: rows[shard.me] for key, rows in kept_rows(shard).items()}
+                    kept = {key: rows[shard.me] for key, rows in shard.sharding.counted().items()}
                     rows = {
                         key: (place, kept_part(state[key], shard, key).clone())
                         for key, place in kept.items()
