@@ -5,6 +5,7 @@ arXiv 2410.17881, algorithm 3. What a state holds is described in :mod:`arg_dist
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from arg_dist.subspace.exchange import (
     sum_scatter,
     sum_scatter_both,
 )
+from arg_dist.subspace.momentum import Coded, coded_zeros, decode, encode
 from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.range_finder import Part, leading_directions
@@ -37,7 +39,7 @@ from arg_dist.subspace.residual import (
 )
 from arg_dist.subspace.sketch import gaussian_rows
 from arg_dist.subspace.spread import Side, Spread, from_home, row_count
-from arg_dist.subspace.state import State
+from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 from arg_dist.subspace.transport import transport_moments
 
 FP32_BYTES = 4
@@ -146,7 +148,7 @@ def low_rank_step(
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
     if settings.residual == "orthogonalized":
-        outside = yield from _outside(gradient, projected, basis, norm_sq, spread, settings)
+        outside = yield from _outside(gradient, projected, basis, norm_sq, state, spread, settings)
         elements = spread.elements
         both = (
             (direction, moment.keep, moment.update),
@@ -224,6 +226,7 @@ def _outside(
     projected: Tensor,
     basis: Tensor,
     norm_sq: float,
+    state: State,
     spread: Spread,
     settings: AdaRankGradConfig,
 ) -> Steps[Tensor]:
@@ -235,8 +238,53 @@ def _outside(
     # handed over and not kept here, so that it is freed as soon as it has been used
     waiting = [part.to(POLAR_TYPES[settings.polar_precision])]
     del part
+    blend = None
+    if settings.residual_momentum:
+        blend = _momentum(state, norm_sq**0.5, basis.device, spread, settings.residual_momentum)
+    else:
+        _forget_momentum(state)
     steps = settings.polar_steps
-    return (yield from orthogonalize(waiting.pop(), basis, spread, steps=steps))
+    return (yield from orthogonalize(waiting.pop(), basis, spread, steps=steps, blend=blend))
+
+
+def _momentum(
+    state: State, norm: float, device: torch.device, spread: Spread, decay: float
+) -> Callable[[Tensor], None]:
+    """Advance the norms of the residual's momentum; return how the home process advances it.
+
+    Args:
+        state: the matrix's state.
+        norm: ``||G||``.
+        device: device of new momentum.
+        spread: how the matrix is distributed over the processes.
+        decay: beta.
+    """
+    if "residual_codes" not in state:
+        held = spread.elements.size if spread.me == spread.home else 0
+        state["residual_codes"], state["residual_scales"] = coded_zeros(held, device)
+        state["residual_reach"] = 0.0
+    # rho <- beta rho + (1 - beta) ||G||, so that ||R|| <= rho
+    state["residual_reach"] = decay * state["residual_reach"] + (1 - decay) * norm
+    # the norm of what is orthogonalized is at most (1 - beta) ||G|| + beta rho
+    reach = (1 - decay) * norm + decay * state["residual_reach"]
+
+    def blend(residual: Tensor) -> None:
+        coded = Coded(state["residual_codes"], state["residual_scales"])
+        R = decode(coded, residual.numel()).view(residual.shape)
+        # R <- beta R + (1 - beta) S
+        R.mul_(decay).add_(residual, alpha=(1 - decay) * norm)
+        state["residual_codes"], state["residual_scales"] = encode(R.view(-1))
+        # S <- (1 - beta) S + beta R, as Nesterov's
+        share = 1 / reach if reach > 0 else 0.0
+        residual.mul_((1 - decay) * norm * share).add_(R, alpha=decay * share)
+
+    return blend
+
+
+def _forget_momentum(state: State) -> None:
+    """Drop the residual's momentum of steps that had other settings."""
+    for key in ("residual_codes", "residual_scales", "residual_reach"):
+        state.pop(key, None)
 
 
 def kept_before(state: State) -> list[Tensor]:
@@ -252,7 +300,8 @@ def is_due(state: State) -> bool:
 def claim(name: str, spread: Spread, state: State, settings: AdaRankGradConfig) -> Claim:
     """The claim of a matrix distributed by `spread` on a `state_budget`."""
     smallest, largest = settings.rank_bounds(min(spread.basis.size, spread.moment.size))
-    rows = sum(row_count(each) for stored in spread.stored().values() for each in stored)
+    stored = spread.stored()
+    rows = sum(row_count(each) for key in OF_EACH_DIRECTION for each in stored[key])
     return Claim(
         name=name,
         smallest=smallest,

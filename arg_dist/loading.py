@@ -16,7 +16,7 @@ from arg_dist.config import ConfigError, parse_config
 from arg_dist.packing import is_bytes, is_packed, unpack, unpack_bytes
 from arg_dist.parameter_groups import SETTINGS, check_names, keep_newer, members
 from arg_dist.saved_forms import WHOLE, Place
-from arg_dist.subspace.state import CUT_OF_TENSOR, REQUIRED, State, unknown_keys
+from arg_dist.subspace.state import OF_TENSOR, REQUIRED, State, unknown_keys
 
 OURS = ("energy", "max_rank")
 """Settings in every parameter group of AdaRankGrad, and of no other optimizer."""
@@ -122,7 +122,7 @@ def _owner(state: Mapping[Any, Any]) -> str:
     """Whose state it probably is, and what is in it."""
     entries = [entry for entry in state.values() if isinstance(entry, Mapping)]
     keys = sorted({str(key) for entry in entries for key in entry})
-    if set(CUT_OF_TENSOR) <= set(keys):
+    if set(OF_TENSOR) <= set(keys):
         return f"another optimizer, such as AdamW (entries {', '.join(keys[:6])})"
     if "momentum_buffer" in keys:
         return f"another optimizer, such as SGD (entries {', '.join(keys[:6])})"

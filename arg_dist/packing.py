@@ -31,8 +31,9 @@ from arg_dist.saved_forms import Place
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Unit
 from arg_dist.sharding.shares import as_share, own_share
+from arg_dist.subspace.momentum import momentum_bytes
 from arg_dist.subspace.spread import row_count
-from arg_dist.subspace.state import State
+from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 
 FORM = "form"
 """Key of the small tensor: version, processes, bytes of each, steps taken, packed units."""
@@ -155,12 +156,13 @@ def _limits(unit: Unit, settings: AdaRankGradConfig) -> tuple[int, int | None]:
     """Bytes reserved on each process, and the largest rank of a matrix."""
     width = 8 if unit.fragment.target.dtype.is_complex else 4
     fixed = DESCRIPTION_BYTES + 8 * SCALARS
-    stored = unit.sharding.stored().values()
-    rows = sum(max(map(row_count, each)) for each in stored)
+    most = {key: max(map(row_count, rows)) for key, rows in unit.sharding.stored().items()}
     if unit.spread is None:
-        return fixed + width * rows, None
+        return fixed + width * sum(most.values()), None
     rank = settings.rank_bounds(min(unit.spread.basis.size, unit.spread.moment.size))[1]
-    return fixed + rank * (width * rows + 8), rank  # and the spectrum, if there is a budget
+    direction = width * sum(most[key] for key in OF_EACH_DIRECTION) + 8  # of the spectrum, 8
+    momentum = momentum_bytes(unit.spread.elements.size, settings.residual_momentum)
+    return fixed + rank * direction + momentum, rank
 
 
 def _key(processes: int, rank: int | None) -> str:

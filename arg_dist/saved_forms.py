@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arg_dist.sharding.shard import Shard
 from arg_dist.subspace.exchange import Exchange, Rows, Steps, select_rows
-from arg_dist.subspace.state import SUMMED, State
+from arg_dist.subspace.state import SUMMED, WITH_ROWS, State
 
 Place = tuple[int, int]
 """Owner of a state: index of the process in its group, and the group's size."""
@@ -36,11 +36,10 @@ def whole_state(shard: Shard, state: State, *, to: int) -> Steps[State | None]:
     """
     if not state:
         return {} if shard.me == to else None
-    counted = shard.sharding.counted()
     everyone = ((0, 1),) * shard.sharding.processes
     requests = {
-        key: Exchange(kept_part(state[key], shard, key), have, _only(to, have))
-        for key, have in counted.items()
+        key: Exchange(part, have, _only(to, have))
+        for key, (part, have) in kept_parts(shard, state).items()
     }
     sums = [key for key in SUMMED if key in state]
     requests |= {k: Exchange(state[k].view(1), everyone, _only(to, everyone)) for k in sums}
@@ -60,21 +59,27 @@ def cut_state(shard: Shard, whole: State) -> State:
     State of another shape is returned unchanged; :meth:`Shard.fits` detects it.
     """
     sizes = {key: max(end for _, end in rows) for key, rows in shard.sharding.counted().items()}
-    if any(key not in whole or whole[key].shape[0] != size for key, size in sizes.items()):
+    held = whole.keys() & set(WITH_ROWS)
+    is_like_it = set(shard.required) <= held <= sizes.keys()
+    if not is_like_it or any(whole[key].shape[0] != sizes[key] for key in held):
         return whole
-    state = dict(whole)
-    for key, rows in shard.sharding.stored().items():
-        low, high = rows[shard.me]
+    state, stored = dict(whole), shard.sharding.stored()
+    for key in held:
+        low, high = stored[key][shard.me]
         state[key] = whole[key][low:high].clone()
     if shard.me != 0:
         state |= {key: torch.zeros_like(whole[key]) for key in SUMMED if key in whole}
     return state
 
 
-def kept_part(value: Tensor, shard: Shard, key: str) -> Tensor:
-    """The rows of a state tensor that this process contributes, out of those it holds."""
-    stored, counted = shard.sharding.stored()[key], shard.sharding.counted()[key]
-    return select_rows(value, stored[shard.me], counted[shard.me])
+def kept_parts(shard: Shard, state: State) -> dict[str, tuple[Tensor, Rows]]:
+    """The rows that this process contributes to each tensor of a state, and those of all."""
+    stored, me = shard.sharding.stored(), shard.me
+    return {
+        key: (select_rows(state[key], stored[key][me], rows[me]), rows)
+        for key, rows in shard.sharding.counted().items()
+        if key in state
+    }
 
 
 def _only(to: int, have: Rows) -> Rows:

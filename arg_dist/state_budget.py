@@ -20,7 +20,8 @@ from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.state import storage_bytes
 from arg_dist.subspace.budget import Claim, Ranks, allowed_ranks, smallest_bytes
-from arg_dist.subspace.spread import row_count
+from arg_dist.subspace.momentum import momentum_bytes
+from arg_dist.subspace.spread import Spread, row_count
 from arg_dist.subspace.state import SCALARS, State
 
 SCALAR_BYTES = 8 * len(SCALARS)
@@ -175,13 +176,13 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
     """Rank-independent bytes that this process holds, or reports as a matrix's home."""
     size, bound = 0, set()
     for call in calls:
-        for shard, _ in call.shards():
+        for shard, settings in call.shards():
             bound.add((id(shard.fragment.target), shard.name))
             if isinstance(shard, TensorShard):
                 rows = sum(row_count(rows[shard.me]) for rows in shard.side.stored().values())
                 size += shard.moment_type.itemsize * rows
             elif isinstance(shard, MatrixShard) and shard.spread.home == shard.me:
-                size += SCALAR_BYTES * max(PROCESSES, len(shard.spread.owners))
+                size += fixed_bytes(shard.spread, settings)
     # include state left by parameters that have since been frozen
     return size + storage_bytes(
         state
@@ -189,6 +190,12 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
         for name, state in units.items()
         if (id(target), name) not in bound
     )
+
+
+def fixed_bytes(spread: Spread, settings: AdaRankGradConfig) -> int:
+    """Bytes of a matrix's state on all processes that do not depend on its rank."""
+    scalars = SCALAR_BYTES * max(PROCESSES, len(spread.owners))
+    return scalars + momentum_bytes(spread.elements.size, settings.residual_momentum)
 
 
 def _communicator(plans: Sequence[Plan]) -> Communicator:

@@ -51,6 +51,15 @@ REDUCTION_ORDER = Tolerance(
 REDUCTION_ORDER_WEIGHTS = Tolerance(
     1e-5, 0.0, "fp32 sums in another order: weights after 20 steps of 1e-2 each, so 5e-5 of the way"
 )
+CODES = Tolerance(
+    0.0,
+    1e-3,
+    "momentum in 4 bits: where sums in another order fall on the other side of a threshold, an "
+    "element of it differs by a level, a third of its size; losses over 20 steps",
+)
+CODES_WEIGHTS = Tolerance(
+    1e-3, 0.0, "the same: weights after 20 steps of 1e-2 each, so 5e-3 of the way"
+)
 LOW_PRECISION = Tolerance(
     0.0, 2**-8, "bf16 weights keep 8 bits: one rounding of a weight, whatever computed it"
 )
@@ -62,6 +71,9 @@ LOSSES = Tolerance(
 )
 PROJECTORS = Tolerance(
     1e-3, 0.0, "bases of weights that differ by the order of sums, divided by small spectral gaps"
+)
+CODES_LOSSES = Tolerance(
+    1e-3, 0.0, "losses of 20 steps with momentum in 4 bits, whose codes differ here and there"
 )
 LOW_PRECISION_LOSSES = Tolerance(
     1e-2, 0.0, "losses of 20 steps with bf16 or fp16 weights against fp32: 8 or 11 bits of 5.4"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arg_dist.checkpoint.index import SlicedTensor, StateEntry, Weight, tensor_key
-from arg_dist.saved_forms import kept_part
+from arg_dist.saved_forms import kept_parts
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding
 from arg_dist.sharding.job import has_first_process
@@ -63,8 +63,7 @@ def add_states(
             continue
         matrix = shard if isinstance(shard, MatrixShard) else None
         tensors = {}
-        for part, kept in shard.sharding.counted().items():
-            values = kept_part(state[part], shard, part)
+        for part, (values, kept) in kept_parts(shard, state).items():
             shape = (max(stop for _, stop in kept), *values.shape[1:])
             key = tensor_key("state", shard.name, part)
             tensors[part] = contents.slice_of(key, process, kept[shard.me], shape, values)

@@ -163,12 +163,9 @@ def _state(reader: SliceReader, shard: Shard) -> State:
     entry = reader.index.states[shard.name]
     device = shard.fragment.target.device
     state = with_scalars(entry.numbers, device) | entry.lists
-    for part, rows in shard.sharding.stored().items():
-        key, sliced, wanted = (
-            tensor_key("state", shard.name, part),
-            entry.tensors[part],
-            rows[shard.me],
-        )
+    stored = shard.sharding.stored()
+    for part, sliced in entry.tensors.items():
+        key, wanted = tensor_key("state", shard.name, part), stored[part][shard.me]
         if isinstance(shard, MatrixShard):
             values = reader.rows(sliced, key, wanted)
         else:

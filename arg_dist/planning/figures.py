@@ -27,6 +27,7 @@ from arg_dist.planning.rows import Counts
 from arg_dist.planning.shares import budget_sent, planned_ranks
 from arg_dist.planning.temporaries import temporaries
 from arg_dist.planning.units import MatrixUnit, Unit, lanes, matrices, tensors, units_of
+from arg_dist.subspace.momentum import momentum_bytes
 
 KEPT = (
     "weights",
@@ -200,6 +201,8 @@ def _ours(
     for unit in matrices(calls):
         rank = ranks[unit.name]
         moments[unit.owners] += unit.moment_bytes(rank) + scalars
+        momentum = momentum_bytes(unit.elements, settings.residual_momentum)
+        moments[unit.owners[unit.home]] += momentum
         projectors[unit.owners] += unit.basis_bytes(rank)
         for moved in taken(unit.steady_rounds(rank)):
             steady_sent[unit.owners] += moved.sent

@@ -11,7 +11,7 @@ from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.units import MatrixUnit, Unit, matrices, tensors
 from arg_dist.sharding.communicator import SIZE_BYTES
-from arg_dist.state_budget import PROCESSES, SCALAR_BYTES, check_fits
+from arg_dist.state_budget import check_fits, fixed_bytes
 from arg_dist.subspace.budget import Claim, allowed_ranks
 
 
@@ -25,7 +25,7 @@ def planned_ranks(calls: list[list[Unit]], settings: AdaRankGradConfig) -> dict[
         return {unit.name: unit.largest for unit in matrices(calls)}
     claims = [_claim(unit) for unit in matrices(calls)]
     fixed = sum(int(unit.moment_bytes.sum()) for unit in tensors(calls))
-    fixed += sum(_scalars(unit) for unit in matrices(calls))
+    fixed += sum(_fixed(unit) for unit in matrices(calls))
     check_fits(settings.state_budget, fixed, claims)
     return allowed_ranks(claims, settings.state_budget - fixed)
 
@@ -40,7 +40,7 @@ def budget_sent(calls: list[list[Unit]], settings: AdaRankGradConfig, processes:
     claims: dict[int, list[Claim]] = {}
     for matrix in matrices(calls):
         home = int(matrix.owners[matrix.home])
-        fixed[home] += _scalars(matrix)
+        fixed[home] += _fixed(matrix)
         claims.setdefault(home, []).append(_claim(matrix))
     messages = [(int(fixed[home]), theirs) for home, theirs in claims.items()]
     longest = max((len(pickle.dumps(each)) for each in messages), default=0)
@@ -51,5 +51,5 @@ def _claim(unit: MatrixUnit) -> Claim:
     return claim(unit.name, unit.sides.spread, {}, unit.settings)
 
 
-def _scalars(unit: MatrixUnit) -> int:
-    return SCALAR_BYTES * max(PROCESSES, len(unit.owners))
+def _fixed(unit: MatrixUnit) -> int:
+    return fixed_bytes(unit.sides.spread, unit.settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +13,7 @@ from arg_dist.sharding.layout import MatrixView
 from arg_dist.sharding.local import as_reals, elements
 from arg_dist.subspace.exchange import Interval
 from arg_dist.subspace.spread import Side, Spread, row_count
-from arg_dist.subspace.state import CUT_OF_MATRIX, State
-
-CUT = frozenset(CUT_OF_MATRIX)
-"""Keys of a state whose rows are cut, of a matrix or tensor."""
+from arg_dist.subspace.state import OF_EACH_DIRECTION, OF_TENSOR, WITH_ROWS, State
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,9 @@ class Shard:
     range: Interval
     group: int
     me: int
+
+    required: ClassVar[tuple[str, ...]]
+    """Keys of the tensors of every state that is not empty."""
 
     def values(self) -> Tensor:
         """The weights held, flat or (if not contiguous) in their own shape; a view into the model.
@@ -98,10 +98,10 @@ class Shard:
 
     def fits(self, state: State) -> bool:
         """Whether `state` has the rows that this process holds of it; empty state fits."""
-        stored = self.sharding.stored()
+        stored, held = self.sharding.stored(), state.keys() & set(WITH_ROWS)
         return not state or (
-            stored.keys() == state.keys() & CUT
-            and all(state[key].shape[0] == row_count(rows[self.me]) for key, rows in stored.items())
+            set(self.required) <= held <= stored.keys()
+            and all(state[key].shape[0] == row_count(stored[key][self.me]) for key in held)
         )
 
     def _cut(self, local: Tensor) -> Tensor:
@@ -118,6 +118,8 @@ class TensorShard(Shard):
     Attributes:
         side: how its elements are distributed over the processes.
     """
+
+    required = OF_TENSOR
 
     side: Side
 
@@ -159,6 +161,8 @@ class MatrixShard(Shard):
         replicated: every process holds all of it.
         phase: in [0, 1); staggers its refreshes against those of other matrices.
     """
+
+    required = OF_EACH_DIRECTION
 
     matrix: MatrixView
     spread: Spread

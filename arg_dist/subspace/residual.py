@@ -25,6 +25,7 @@ the full size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -125,7 +126,14 @@ def residual_part(
     return spread.flat(part)
 
 
-def orthogonalize(part: Tensor, basis: Tensor, spread: Spread, *, steps: int) -> Steps[Tensor]:
+def orthogonalize(
+    part: Tensor,
+    basis: Tensor,
+    spread: Spread,
+    *,
+    steps: int,
+    blend: Callable[[Tensor], None] | None = None,
+) -> Steps[Tensor]:
     """``elements`` at home, none elsewhere: ``sqrt(max(m, n)) O`` in the type of the part.
 
     Args:
@@ -133,6 +141,7 @@ def orthogonalize(part: Tensor, basis: Tensor, spread: Spread, *, steps: int) ->
         basis: ``basis.touch x rank``, Q.
         spread: how the matrix is distributed over the processes.
         steps: Newton-Schulz iterations.
+        blend: replaces S, ``moment x basis``, by one that remembers those before; in place.
     """
     elements, (m, n) = spread.elements, (spread.moment.size, spread.basis.size)
     kept = select_rows(basis, spread.basis.touch[spread.me], spread.basis.keep[spread.me])
@@ -147,6 +156,8 @@ def orthogonalize(part: Tensor, basis: Tensor, spread: Spread, *, steps: int) ->
         return whole
     S = spread.matrix(whole)
     del whole  # or it would be held beside what Newton-Schulz makes of it
+    if blend is not None:
+        blend(S)
     # once more S - S Q Q^T: what is left of Q by rounding would be as large as the rest of O
     S.addmm_(S @ Q, Q.T, alpha=-1)
     # each row of W in S, divided by its rms

@@ -22,7 +22,8 @@ from arg_dist.subspace.exchange import (
     relayed_gather,
     relayed_sum,
 )
-from arg_dist.subspace.state import CUT_OF_MATRIX, CUT_OF_TENSOR, SCHEMA, Lies
+from arg_dist.subspace.momentum import blocks_of
+from arg_dist.subspace.state import OF_TENSOR, SCHEMA, WITH_ROWS, Lies
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Side:
 
     def counted(self) -> dict[str, Rows]:
         """Rows of each tensor of a tensor's state on each process; every row once."""
-        return dict.fromkeys(CUT_OF_TENSOR, self.keep)
+        return dict.fromkeys(OF_TENSOR, self.keep)
 
     def stored(self) -> dict[str, Rows]:
         """Rows of each tensor of a tensor's state that each process holds."""
@@ -101,16 +102,17 @@ class Spread:
         return self.moment.keep
 
     def counted(self) -> dict[str, Rows]:
-        """Rows of each tensor of the matrix's state on each process; every row once."""
+        """Rows of each tensor that its state may have, on each process; every row once."""
         return self._rows(self.moment.keep, self.basis.keep)
 
     def stored(self) -> dict[str, Rows]:
-        """Rows of each tensor of the matrix's state that each process holds."""
+        """Rows of each tensor that its state may have, which each process holds."""
         return self._rows(self.moment.keep, self.store)
 
     def _rows(self, moments: Rows, basis: Rows) -> dict[str, Rows]:
-        lie = {Lies.AS_MOMENTS: moments, Lies.AS_BASIS: basis}
-        return {key: lie[SCHEMA[key].lies] for key in CUT_OF_MATRIX}
+        blocks = self.at_home(blocks_of(self.elements.size))
+        lie = {Lies.AS_MOMENTS: moments, Lies.AS_BASIS: basis, Lies.AT_HOME: blocks}
+        return {key: lie[SCHEMA[key].lies] for key in WITH_ROWS}
 
     def flat(self, block: Tensor) -> Tensor:
         """``elements.touch``: those of a block ``moment.touch x basis.touch`` that are held."""

@@ -47,6 +47,12 @@ class MatrixState(TensorState):
     """``||P||^2`` of the last step, over this process's rows."""
     kept_sq_at_refresh: float
     """``||P||^2`` of the refresh step, over all rows."""
+    residual_codes: NotRequired[Tensor]
+    """``blocks x 32`` on the home process, momentum of the residual."""
+    residual_scales: NotRequired[Tensor]
+    """``blocks`` on the home process, its scales."""
+    residual_reach: NotRequired[float]
+    """Momentum of ``||G||``, which bounds that of the residual."""
     residual_norm: NotRequired[Tensor]
     """Norm of the residual, with the rule `scaled`."""
     spectrum: NotRequired[list[float]]
@@ -61,6 +67,8 @@ class Lies(Enum):
     """A tensor whose rows are cut like the moments."""
     AS_BASIS = auto()
     """A tensor whose rows are cut like the basis."""
+    AT_HOME = auto()
+    """A tensor whose rows are all on the home process."""
     SUMMED = auto()
     """A scalar tensor, each process's term of a sum."""
     ALIKE = auto()
@@ -87,6 +95,8 @@ SCHEMA: Mapping[str, Entry] = {
     "basis": Entry(Lies.AS_BASIS, torch.float32),
     "exp_avg": Entry(Lies.AS_MOMENTS, torch.float32),
     "exp_avg_sq": Entry(Lies.AS_MOMENTS, torch.float32),
+    "residual_codes": Entry(Lies.AT_HOME, torch.uint8),
+    "residual_scales": Entry(Lies.AT_HOME, torch.bfloat16),
     "kept_sq": Entry(Lies.SUMMED, torch.float64),
     "residual_norm": Entry(Lies.ALIKE, torch.float64),
     "step": Entry(Lies.NUMBER, int),
@@ -96,6 +106,7 @@ SCHEMA: Mapping[str, Entry] = {
     "gap": Entry(Lies.NUMBER, int),
     "energy": Entry(Lies.NUMBER, float),
     "kept_sq_at_refresh": Entry(Lies.NUMBER, float),
+    "residual_reach": Entry(Lies.NUMBER, float),
     "spectrum": Entry(Lies.LIST, float),
 }
 
@@ -108,9 +119,12 @@ def keys_that_lie(*ways: Lies, kind: type[TensorState] = MatrixState) -> tuple[s
 
 SUMMED = keys_that_lie(Lies.SUMMED)
 SCALARS = keys_that_lie(Lies.SUMMED, Lies.ALIKE)
-CUT_OF_MATRIX = keys_that_lie(Lies.AS_MOMENTS, Lies.AS_BASIS)
-"""Keys of the tensors of a matrix's state that are cut by rows."""
-CUT_OF_TENSOR = keys_that_lie(Lies.AS_MOMENTS, kind=TensorState)
+OF_EACH_DIRECTION = keys_that_lie(Lies.AS_MOMENTS, Lies.AS_BASIS)
+"""Keys of the tensors of a matrix's state that have a column for each direction."""
+AT_HOME = keys_that_lie(Lies.AT_HOME)
+OF_TENSOR = keys_that_lie(Lies.AS_MOMENTS, kind=TensorState)
+WITH_ROWS = (*OF_EACH_DIRECTION, *AT_HOME)
+"""Keys of all tensors whose rows are distributed over the processes."""
 REQUIRED = frozenset(TensorState.__annotations__)
 """Keys of every state that is not empty."""
 

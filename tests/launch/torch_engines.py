@@ -38,10 +38,12 @@ class TorchEngine:
     autocast: torch.dtype | None = None
     loss_scaling: bool = False
 
-    def start(self, group: dist.ProcessGroup, name: str = "llama") -> TorchTraining:
+    def start(
+        self, group: dist.ProcessGroup, name: str = "llama", **settings: Any
+    ) -> TorchTraining:
         """Training of the model called `name` by all processes of the group."""
         model = self.distribute(models.build(name).to(self.weights), group)
-        optimizer = optimizer_of(getattr(model, "module", model), process_group=group)
+        optimizer = optimizer_of(getattr(model, "module", model), process_group=group, **settings)
         scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=self.loss_scaling)
         return TorchTraining(model, optimizer, self.autocast, scaler)
 

@@ -21,7 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lockstep_steps import counted, step_in_lockstep, step_of
 from matrices import changing_spectrum, gaussian, whole_numbers
-from tolerances import ORTHONORMAL, REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS, ROUNDING
+from tolerances import (
+    CODES,
+    CODES_WEIGHTS,
+    ORTHONORMAL,
+    REDUCTION_ORDER,
+    REDUCTION_ORDER_WEIGHTS,
+    ROUNDING,
+)
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_lockstep
@@ -32,7 +39,9 @@ SHAPE = (ROWS, COLUMNS)
 WHOLE = ((0, ROWS * COLUMNS),)
 
 cut_ranges = element_ranges(ROWS * COLUMNS).map(without_bystanders)
-residuals = st.sampled_from(["none", "scaled", "matched", "orthogonalized"])
+RULES = [{"residual": rule} for rule in ("none", "scaled", "matched", "orthogonalized")]
+RULES += [{"residual_momentum": 0.9}]
+residuals = st.sampled_from(RULES)
 layouts = st.fixed_dictionaries({"spans_columns": st.booleans(), "shard_basis": st.booleans()})
 
 
@@ -113,22 +122,25 @@ def check_against_the_whole(ranges, replicated=False, config=FREQUENT, **layout)
     losses, ranks, shards, _ = trained(WHOLE, config=config, **layout)
     assert len({rank for (rank,) in ranks}) > 2
     cut_losses, cut_ranks, cut_shards, _ = trained(ranges, replicated, config, **layout)
-    REDUCTION_ORDER.check(torch.tensor(cut_losses), torch.tensor(losses))
+    in_codes = bool(config.residual_momentum)
+    of_losses = CODES if in_codes else REDUCTION_ORDER
+    of_losses.check(torch.tensor(cut_losses), torch.tensor(losses))
     assert cut_ranks == [[rank] * len(cut_shards) for (rank,) in ranks]
-    REDUCTION_ORDER_WEIGHTS.check(weight_of(cut_shards), weight_of(shards))
+    of_weights = CODES_WEIGHTS if in_codes else REDUCTION_ORDER_WEIGHTS
+    of_weights.check(weight_of(cut_shards), weight_of(shards))
 
 
 @given(cut_ranges, layouts, residuals)
 def test_training_in_shards_is_training_in_one_piece(ranges, layout, residual):
-    config = FREQUENT.model_copy(update={"residual": residual})
+    config = FREQUENT.model_copy(update=residual)
     check_against_the_whole(ranges, config=config, **layout)
 
 
 @pytest.mark.parametrize("spans_columns", [True, False])
 @pytest.mark.parametrize("processes", [2, 3, 4, 8])
-@pytest.mark.parametrize("residual", ["none", "scaled", "matched", "orthogonalized"])
+@pytest.mark.parametrize("residual", RULES, ids=str)
 def test_replicated_training_is_shared_out_without_a_difference(processes, spans_columns, residual):
-    config = FREQUENT.model_copy(update={"residual": residual})
+    config = FREQUENT.model_copy(update=residual)
     cuts = WHOLE * processes
     check_against_the_whole(cuts, True, config, spans_columns=spans_columns)
 
@@ -204,7 +216,7 @@ def test_processes_that_hold_nothing_make_no_difference(spans_columns):
 
 @given(cut_ranges, st.booleans(), residuals)
 def test_a_saved_shard_goes_on_to_the_bit(ranges, spans_columns, residual):
-    config = FREQUENT.model_copy(update={"residual": residual})
+    config = FREQUENT.model_copy(update=residual)
     shards = cut_matrix(gaussian(*SHAPE), ranges, spans_columns=spans_columns)
     states = [{} for _ in shards]
     for seed in range(4):

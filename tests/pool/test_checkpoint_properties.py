@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import arg_dist
-from arg_dist.saved_forms import kept_part
+from arg_dist.saved_forms import kept_parts
 from arg_dist.sharding.shard import MatrixShard
 from tests.launch.torch_engines import by_columns, fsdp2
 from tests.tolerances import FP64, REDUCTION_ORDER
@@ -113,10 +113,9 @@ class Job:
             for shard in plan.shards:
                 state = self.optimizer.state_of(shard)
                 if state:
-                    kept = {key: rows[shard.me] for key, rows in shard.sharding.counted().items()}
                     rows = {
-                        key: (place, kept_part(state[key], shard, key).clone())
-                        for key, place in kept.items()
+                        key: (places[shard.me], part.clone())
+                        for key, (part, places) in kept_parts(shard, state).items()
                     }
                     kind = shard.side_name if isinstance(shard, MatrixShard) else "tensor"
                     turned = shard.fragment.shape if shard.fragment.transposed else None
@@ -222,6 +221,7 @@ def cases(draw: st.DrawFn) -> Case:
             "max_gap": draw(st.integers(gap, 4)),
             "power_passes": draw(st.integers(0, 1)),
             "residual": draw(st.sampled_from(["none", "scaled", "matched", "orthogonalized"])),
+            "residual_momentum": draw(st.sampled_from([0.0, 0.9])),
             "transport": draw(st.sampled_from(["squared", "paper", "ldadam", "none"])),
             "view": draw(st.sampled_from(["auto", "flatten"])),
             "weight_decay": draw(st.sampled_from([0.0, 0.1])),

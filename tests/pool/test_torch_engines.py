@@ -15,7 +15,8 @@ import arg_dist
 from arg_dist.engines.fsdp2 import column_shards
 from arg_dist.telemetry import ADAMW_BYTES_PER_ELEMENT, sample_optimizer
 from tests.launch import models, torch_engines, training
-from tests.tolerances import LOSSES, LOW_PRECISION_LOSSES
+from tests.launch.cases import MOMENTUM
+from tests.tolerances import CODES_LOSSES, LOSSES, LOW_PRECISION_LOSSES
 
 HOW = ("ROWS", "DDP")
 
@@ -41,6 +42,24 @@ def alone() -> dict[str, Any]:
         mine = training.one_process(name)
         runs[name] = {**training.train(mine), "state_bytes": mine.optimizer.state_bytes()}
     return runs
+
+
+def train_with_momentum(group: dist.ProcessGroup, engine: str) -> training.Run:
+    """The same with momentum of the residual."""
+    return training.train(getattr(torch_engines, engine).start(group, **MOMENTUM), group=group)
+
+
+@pytest.mark.parametrize(
+    ("processes", "engine"), [(3, "ROWS"), (2, "COLUMNS"), (4, "HSDP"), (3, "DDP")]
+)
+def test_momentum_is_that_of_one_process(pool, alone_with_momentum, processes, engine):
+    results = pool.run(train_with_momentum, processes, engine, seconds=60)
+    training.check(results, alone_with_momentum, CODES_LOSSES)
+
+
+@pytest.fixture(scope="module")
+def alone_with_momentum() -> training.Run:
+    return training.train(training.one_process("llama", **MOMENTUM))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from torch import Tensor
 import arg_dist
 from arg_dist.config import ConfigError
 from arg_dist.subspace.state import (
-    CUT_OF_MATRIX,
-    CUT_OF_TENSOR,
+    OF_EACH_DIRECTION,
+    OF_TENSOR,
     SCHEMA,
+    WITH_ROWS,
     Lies,
     MatrixState,
     TensorState,
@@ -29,17 +30,17 @@ WORDS = {"step", "rank", "energy", "gap"}
 """Keys that are also the names of settings, statistics and fields."""
 
 
-def stepped() -> dict[str, dict]:
-    """States after a step: of a matrix with all optional entries, and of a tensor."""
+def stepped(**settings: object) -> dict[str, dict]:
+    """States after a step: of a matrix, with all that a budget adds, and of a tensor."""
     torch.manual_seed(0)
     matrix, vector = torch.nn.Parameter(torch.randn(12, 8)), torch.nn.Parameter(torch.randn(5))
     optimizer = arg_dist.AdaRankGrad(
         [("matrix", matrix), ("vector", vector)],
         process_group=None,
-        residual="scaled",
         state_budget="1MiB",
         max_rank=3,
         min_rank=2,
+        **settings,
     )
     for tensor in (matrix, vector):
         tensor.grad = torch.randn_like(tensor)
@@ -53,10 +54,10 @@ def test_every_key_is_described():
 
 
 def test_states_are_as_described():
-    states = stepped()
-    assert states["matrix"].keys() == SCHEMA.keys()
-    assert states["vector"].keys() == get_type_hints(TensorState).keys()
-    for state in states.values():
+    runs = [stepped(residual="scaled"), stepped(residual_momentum=0.9)]
+    assert runs[0]["matrix"].keys() | runs[1]["matrix"].keys() == SCHEMA.keys()
+    assert runs[0]["vector"].keys() == get_type_hints(TensorState).keys()
+    for state in (state for run in runs for state in run.values()):
         for key, value in state.items():
             lies, dtype = SCHEMA[key]
             if lies in (Lies.NUMBER, Lies.LIST):
@@ -66,16 +67,16 @@ def test_states_are_as_described():
             else:
                 assert value.dtype == dtype
                 assert (value.dim() == 0) == (lies in (Lies.SUMMED, Lies.ALIKE))
-    assert set(CUT_OF_TENSOR) < set(CUT_OF_MATRIX)
+    assert set(OF_TENSOR) < set(OF_EACH_DIRECTION) < set(WITH_ROWS)
 
 
 def test_numbers_and_lists_come_back():
-    state = stepped()["matrix"]
+    state = stepped(residual_momentum=0.9)["matrix"]
     numbers, lists = numbers_of(state), lists_of(state)
     assert not any(isinstance(value, Tensor) for value in numbers.values())
     back = with_scalars(numbers, torch.device("cpu")) | lists
     assert back == {key: state[key] for key in back}
-    assert state.keys() - back.keys() == {*CUT_OF_MATRIX, "kept_sq"}
+    assert state.keys() - back.keys() == {*WITH_ROWS, "kept_sq"}
 
 
 def test_only_the_schema_and_the_mathematics_name_keys():
