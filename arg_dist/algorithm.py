@@ -23,7 +23,7 @@ from arg_dist.subspace.exchange import (
     sum_scatter,
     sum_scatter_both,
 )
-from arg_dist.subspace.momentum import Coded, coded_zeros, decode, encode
+from arg_dist.subspace.momentum import Coded, coded_bytes, coded_zeros, decode, encode
 from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.range_finder import Part, leading_directions
@@ -240,7 +240,7 @@ def _outside(
     del part
     blend = None
     if settings.residual_momentum:
-        blend = _momentum(state, norm_sq**0.5, basis.device, spread, settings.residual_momentum)
+        blend = _momentum(state, norm_sq**0.5, basis.device, spread, settings)
     else:
         _forget_momentum(state)
     steps = settings.polar_steps
@@ -248,7 +248,7 @@ def _outside(
 
 
 def _momentum(
-    state: State, norm: float, device: torch.device, spread: Spread, decay: float
+    state: State, norm: float, device: torch.device, spread: Spread, settings: AdaRankGradConfig
 ) -> Callable[[Tensor], None]:
     """Advance the norms of the residual's momentum; return how the home process advances it.
 
@@ -257,11 +257,12 @@ def _momentum(
         norm: ``||G||``.
         device: device of new momentum.
         spread: how the matrix is distributed over the processes.
-        decay: beta.
+        settings: the settings of its parameter group.
     """
+    decay, bits = settings.residual_momentum, settings.residual_bits
     if "residual_codes" not in state:
         held = spread.elements.size if spread.me == spread.home else 0
-        state["residual_codes"], state["residual_scales"] = coded_zeros(held, device)
+        state["residual_codes"], state["residual_scales"] = coded_zeros(held, bits, device)
         state["residual_reach"] = 0.0
     # rho <- beta rho + (1 - beta) ||G||, so that ||R|| <= rho
     state["residual_reach"] = decay * state["residual_reach"] + (1 - decay) * norm
@@ -273,7 +274,7 @@ def _momentum(
         R = decode(coded, residual.numel()).view(residual.shape)
         # R <- beta R + (1 - beta) S
         R.mul_(decay).add_(residual, alpha=(1 - decay) * norm)
-        state["residual_codes"], state["residual_scales"] = encode(R.view(-1))
+        state["residual_codes"], state["residual_scales"] = encode(R.view(-1), bits)
         # S <- (1 - beta) S + beta R, as Nesterov's
         share = 1 / reach if reach > 0 else 0.0
         residual.mul_((1 - decay) * norm * share).add_(R, alpha=decay * share)
@@ -285,6 +286,11 @@ def _forget_momentum(state: State) -> None:
     """Drop the residual's momentum of steps that had other settings."""
     for key in ("residual_codes", "residual_scales", "residual_reach"):
         state.pop(key, None)
+
+
+def momentum_bytes(elements: int, settings: AdaRankGradConfig) -> int:
+    """Bytes of the momentum of a matrix's residual, on its home process; 0 without momentum."""
+    return coded_bytes(elements, settings.residual_bits) if settings.residual_momentum else 0
 
 
 def kept_before(state: State) -> list[Tensor]:

@@ -165,10 +165,13 @@ class AdaRankGradConfig(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="decay of a momentum of the orthogonalized residual, kept in 4 bits an element "
-        "(6.6 % of the state of AdamW); 0 disables it. It lowers the loss of runs of thousands of "
-        "steps; used with "
-        '`residual="orthogonalized"` only',
+        description="decay of a momentum of the residual, which is orthogonalized in its place; 0 "
+        'disables it. Used with `residual="orthogonalized"` only',
+    )
+    residual_bits: Literal[2, 4] = Field(
+        4,
+        description="bits an element of the momentum of the residual: 4 take 6.6 % of AdamW's "
+        "state, 2 take 3.5 %",
     )
     residual_growth: float = Field(
         1.01,

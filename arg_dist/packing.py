@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from arg_dist.algorithm import momentum_bytes
 from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.saved_forms import Place
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Unit
 from arg_dist.sharding.shares import as_share, own_share
-from arg_dist.subspace.momentum import momentum_bytes
 from arg_dist.subspace.spread import row_count
 from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 
@@ -161,7 +161,7 @@ def _limits(unit: Unit, settings: AdaRankGradConfig) -> tuple[int, int | None]:
         return fixed + width * sum(most.values()), None
     rank = settings.rank_bounds(min(unit.spread.basis.size, unit.spread.moment.size))[1]
     direction = width * sum(most[key] for key in OF_EACH_DIRECTION) + 8  # of the spectrum, 8
-    momentum = momentum_bytes(unit.spread.elements.size, settings.residual_momentum)
+    momentum = momentum_bytes(unit.spread.elements.size, settings)
     return fixed + rank * direction + momentum, rank
 
 

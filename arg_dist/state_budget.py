@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arg_dist.algorithm import claim, is_due
+from arg_dist.algorithm import claim, is_due, momentum_bytes
 from arg_dist.config import AdaRankGradConfig, ConfigError, in_bytes
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.state import storage_bytes
 from arg_dist.subspace.budget import Claim, Ranks, allowed_ranks, smallest_bytes
-from arg_dist.subspace.momentum import momentum_bytes
 from arg_dist.subspace.spread import Spread, row_count
 from arg_dist.subspace.state import SCALARS, State
 
@@ -195,7 +194,7 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
 def fixed_bytes(spread: Spread, settings: AdaRankGradConfig) -> int:
     """Bytes of a matrix's state on all processes that do not depend on its rank."""
     scalars = SCALAR_BYTES * max(PROCESSES, len(spread.owners))
-    return scalars + momentum_bytes(spread.elements.size, settings.residual_momentum)
+    return scalars + momentum_bytes(spread.elements.size, settings)
 
 
 def _communicator(plans: Sequence[Plan]) -> Communicator:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from arg_dist.algorithm import rounds
+from arg_dist.algorithm import momentum_bytes, rounds
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.choices import BUCKET, ENGINES
 from arg_dist.planning.cuts import Layout, lay_out
@@ -27,7 +27,6 @@ from arg_dist.planning.rows import Counts
 from arg_dist.planning.shares import budget_sent, planned_ranks
 from arg_dist.planning.temporaries import temporaries
 from arg_dist.planning.units import MatrixUnit, Unit, lanes, matrices, tensors, units_of
-from arg_dist.subspace.momentum import momentum_bytes
 
 KEPT = (
     "weights",
@@ -201,7 +200,7 @@ def _ours(
     for unit in matrices(calls):
         rank = ranks[unit.name]
         moments[unit.owners] += unit.moment_bytes(rank) + scalars
-        momentum = momentum_bytes(unit.elements, settings.residual_momentum)
+        momentum = momentum_bytes(unit.elements, settings)
         moments[unit.owners[unit.home]] += momentum
         projectors[unit.owners] += unit.basis_bytes(rank)
         for moved in taken(unit.steady_rounds(rank)):
