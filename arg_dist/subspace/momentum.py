@@ -78,7 +78,7 @@ def decode(coded: Coded, elements: int) -> Tensor:
     """``elements``, fp32."""
     bits = coded.bits
     codes = coded.codes[:, :, None] >> _shifts(bits, coded.codes.device) & 2**bits - 1
-    levels = codes.view(-1, BLOCK).float().sub_(2 ** (bits - 1) - 0.5)
+    levels: Tensor = codes.view(-1, BLOCK).float().sub_(2 ** (bits - 1) - 0.5)
     return levels.mul_(coded.scales[:, None].float()).view(-1)[:elements]
 
 
