@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class Custody:
         self.whole: tuple[Place, dict[Tensor, dict[str, State]]] | None = None
         self._place: Place | None = None
         self._uncut: set[tuple[Tensor, str]] = set()
+        self._known_own: list[ref[Plan]] = []
 
     def carried(
         self, states: Mapping[Tensor, Mapping[str, State]], plans: Sequence[Plan]
@@ -86,7 +88,7 @@ class Custody:
 
     def take(self, loaded: Loaded) -> None:
         """Begin to track state that was loaded."""
-        self.whole, self._place = None, loaded.place
+        self.whole, self._place, self._known_own = None, loaded.place, []
         whole = loaded.states if loaded.place == WHOLE else {}
         self._uncut = {(target, name) for target, units in whole.items() for name in units}
 
@@ -111,6 +113,14 @@ class Custody:
                 self._uncut.remove((target, shard.name))
                 units = states[target]
                 units[shard.name] = cut_state(shard, units[shard.name])
+
+    def is_still_own(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> bool:
+        """:meth:`is_own`, looked up once for each plan after a load."""
+        if not any(plan is known() for known in self._known_own):
+            if not self.is_own(plan, states):
+                return False
+            self._known_own.append(ref(plan))
+        return True
 
     def is_own(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> bool:
         """Whether the state, possibly loaded, belongs to this process and matches the shapes."""

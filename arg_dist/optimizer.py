@@ -212,7 +212,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
             [(unit, gradient.norm_sq) for unit, gradient in gradients.items()],
             kept,
             needed,
-            own_state=self._custody.is_own(plan, self.state),
+            own_state=self._custody.is_still_own(plan, self.state),
             steps=self.calls,
             units=len(plan.names),
             processes=plan.communicator.size,
