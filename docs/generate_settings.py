@@ -25,7 +25,8 @@ GROUPS = {
     "Preset and Adam": "preset lr betas eps weight_decay",
     "Rank": "max_rank min_rank energy hysteresis",
     "Update": (
-        "scale full_rank_scale residual residual_growth polar_steps polar_precision transport"
+        "scale full_rank_scale residual residual_growth residual_momentum residual_bits "
+        "polar_steps polar_precision transport"
     ),
     "Refreshes": "max_gap min_gap first_gap decay oversample power_passes seed",
     "Which matrices": "low_rank targets exclude side view",
