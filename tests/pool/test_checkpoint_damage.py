@@ -85,7 +85,7 @@ DAMAGES = {
     "index: truncated": (lambda c: c / INDEX_NAME, shorten, "damaged"),
     "index: empty": (lambda c: c / INDEX_NAME, lambda path: path.write_bytes(b""), "damaged"),
     "index: of something else": (lambda c: c / INDEX_NAME, lambda p: p.write_text("[]"), "not the"),
-    "index: later version": (lambda c: c / INDEX_NAME, come_from_the_future, "version 3 by arg_d"),
+    "index: later version": (lambda c: c / INDEX_NAME, come_from_the_future, f"version {SCHEMA_VERSION + 1} by arg_dist 9.9"),
     "index: missing": (lambda c: c, lambda path: (path / INDEX_NAME).unlink(), "no index.json"),
 }
 
