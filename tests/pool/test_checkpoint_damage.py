@@ -74,6 +74,7 @@ def replace_by_older(path: Path) -> None:
     shutil.copy(path.parents[1] / "step-00000001" / path.name, path)
 
 
+LATER = f"version {SCHEMA_VERSION + 1} by arg_dist 9.9"
 DAMAGES = {
     "truncated": (tensors, shorten, "bytes where"),
     "longer": (tensors, lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes where"),
@@ -85,7 +86,7 @@ DAMAGES = {
     "index: truncated": (lambda c: c / INDEX_NAME, shorten, "damaged"),
     "index: empty": (lambda c: c / INDEX_NAME, lambda path: path.write_bytes(b""), "damaged"),
     "index: of something else": (lambda c: c / INDEX_NAME, lambda p: p.write_text("[]"), "not the"),
-    "index: later version": (lambda c: c / INDEX_NAME, come_from_the_future, f"version {SCHEMA_VERSION + 1} by arg_dist 9.9"),
+    "index: later version": (lambda c: c / INDEX_NAME, come_from_the_future, LATER),
     "index: missing": (lambda c: c, lambda path: (path / INDEX_NAME).unlink(), "no index.json"),
 }
 
