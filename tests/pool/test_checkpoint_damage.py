@@ -64,17 +64,19 @@ def shorten(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+LATER = {"schema_version": SCHEMA_VERSION + 1, "written_by": "arg_dist 9.9"}
+BY_LATER = "version {schema_version} by {written_by}".format(**LATER)
+
+
 def come_from_the_future(path: Path) -> None:
     envelope = json.loads(path.read_text())
-    later = {"schema_version": SCHEMA_VERSION + 1, "written_by": "arg_dist 9.9"}
-    path.write_text(json.dumps({**envelope, **later}))
+    path.write_text(json.dumps({**envelope, **LATER}))
 
 
 def replace_by_older(path: Path) -> None:
     shutil.copy(path.parents[1] / "step-00000001" / path.name, path)
 
 
-LATER = f"version {SCHEMA_VERSION + 1} by arg_dist 9.9"
 DAMAGES = {
     "truncated": (tensors, shorten, "bytes where"),
     "longer": (tensors, lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes where"),
@@ -86,7 +88,7 @@ DAMAGES = {
     "index: truncated": (lambda c: c / INDEX_NAME, shorten, "damaged"),
     "index: empty": (lambda c: c / INDEX_NAME, lambda path: path.write_bytes(b""), "damaged"),
     "index: of something else": (lambda c: c / INDEX_NAME, lambda p: p.write_text("[]"), "not the"),
-    "index: later version": (lambda c: c / INDEX_NAME, come_from_the_future, LATER),
+    "index: later version": (lambda c: c / INDEX_NAME, come_from_the_future, BY_LATER),
     "index: missing": (lambda c: c, lambda path: (path / INDEX_NAME).unlink(), "no index.json"),
 }
 
