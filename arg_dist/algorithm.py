@@ -1,6 +1,7 @@
 """AdaRankGrad on one matrix, and Adam on everything else, as driver-independent computations.
 
-arXiv 2410.17881, algorithm 3. What a state holds is described in :mod:`arg_dist.subspace.state`.
+arXiv 2410.17881, algorithm 3; read :mod:`arg_dist.simple` first, where all of it is in one piece.
+What a state holds is described in :mod:`arg_dist.subspace.state`.
 """
 
 from __future__ import annotations

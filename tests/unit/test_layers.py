@@ -156,6 +156,13 @@ def test_the_core_names_no_engine(path: Path) -> None:
         assert not named, f"{path}:{token.start[0]}: names the engine {named}"
 
 
+def test_the_simple_optimizer_shares_only_the_codes_of_its_state_with_what_it_verifies() -> None:
+    used = set(imports(PACKAGE / "simple.py"))
+    shared = {name for name in used if layer_of(name) == "subspace"}
+    assert shared == {"arg_dist.subspace.momentum"}
+    assert "arg_dist.algorithm" not in used
+
+
 def test_importing_the_package_imports_no_engine() -> None:
     script = (
         "import sys, arg_dist\n"
