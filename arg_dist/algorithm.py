@@ -31,7 +31,6 @@ from arg_dist.subspace.range_finder import Part, leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_after_decay, gap_until_next
 from arg_dist.subspace.residual import (
     SCALES_ROWS,
-    Rule,
     limit_growth,
     matched_factors,
     orthogonalize,
@@ -66,6 +65,27 @@ class LowRankUpdate(NamedTuple):
     outside: Tensor | None = None
 
 
+class Choice(NamedTuple):
+    """What a refresh decides from the energies of the directions found.
+
+    Attributes:
+        rank: number of directions that the new basis has.
+        energy: share of ``||G||^2`` kept.
+        spectrum: share of ``||G||^2`` of each direction up to the largest rank; None without a
+            budget.
+    """
+
+    rank: int
+    energy: float
+    spectrum: list[float] | None = None
+
+
+Bounds = tuple[int, int]
+"""Smallest and largest rank."""
+Choose = Callable[[Tensor, float, AdaRankGradConfig, Bounds, int | None, int | None], Choice]
+"""Decides a rank; arguments as of :func:`chosen_by_energy`."""
+
+
 class NewBasis(NamedTuple):
     """Result of a refresh: the basis, and what transporting the moments requires.
 
@@ -73,16 +93,48 @@ class NewBasis(NamedTuple):
         vectors: ``basis.touch x rank``.
         energies: ``rank``, fp64.
         rotation: ``rank x old rank``, or None at the first refresh.
-        energy: share of ``||G||^2`` kept.
-        spectrum: share of ``||G||^2`` of each direction up to the largest rank; None without a
-            budget.
+        choice: what was decided from the energies.
     """
 
     vectors: Tensor
     energies: Tensor
     rotation: Tensor | None
-    energy: float
-    spectrum: list[float] | None = None
+    choice: Choice
+
+
+def chosen_by_energy(
+    energies: Tensor,
+    norm_sq: float,
+    settings: AdaRankGradConfig,
+    bounds: Bounds,
+    before: int | None,
+    allowed: int | None,
+) -> Choice:
+    """The rank of :func:`arg_dist.subspace.rank.choose_rank`.
+
+    Args:
+        energies: ``width``, fp64, descending: ``||G q_i||^2``.
+        norm_sq: ``||G||_F^2``.
+        settings: the settings of the matrix's parameter group.
+        bounds: smallest and largest rank that they allow the matrix.
+        before: the previous rank; None at the first refresh.
+        allowed: largest rank that the budget permits; None without a budget.
+    """
+    energies, spectrum = energies.cpu(), None  # the refresh's only wait for the device
+    smallest, largest = bounds
+    if allowed is not None:  # the spectrum beyond `allowed` lets the rank rise again later
+        spectrum = (energies[:largest] / norm_sq).tolist()
+        largest = min(largest, allowed)
+    rank = choose_rank(
+        energies,
+        norm_sq,
+        energy=settings.energy,
+        smallest=smallest,
+        largest=largest,
+        before=before,
+        hysteresis=settings.hysteresis,
+    )
+    return Choice(rank, min(1.0, float(energies[:rank].sum()) / norm_sq), spectrum)
 
 
 def low_rank_step(
@@ -98,6 +150,7 @@ def low_rank_step(
     phase: float,
     turns: int | None = None,
     allowed: int | None = None,
+    choose: Choose = chosen_by_energy,
 ) -> Steps[LowRankUpdate | None]:
     """One step of AdaRankGrad on one matrix; `state` is updated in place.
 
@@ -114,6 +167,7 @@ def low_rank_step(
             even if all gradients decay in one step.
         turns: steps over which early refreshes are staggered, at most `min_gap`; None: `min_gap`.
         allowed: largest rank the budget permits at a refresh; None without a budget.
+        choose: decides the rank at a refresh; the one read of values on which requests depend.
 
     Returns:
         The update, or None if the gradient has been zero since the start.
@@ -122,7 +176,7 @@ def low_rank_step(
     new = None
     if norm_sq > 0 and is_due(state):
         new = yield from _refresh(
-            gradient, row_sq.device, state, spread, settings, name, norm_sq, allowed
+            gradient, row_sq.device, state, spread, settings, name, norm_sq, allowed, choose
         )
         basis = new.vectors
     elif state:
@@ -197,29 +251,6 @@ def adam_step(
     # moments that were loaded keep their type
     direction = _advance(state, gradient.to(state["exp_avg"].dtype), settings)
     return (yield from gather(direction, side.keep, side.update, me))
-
-
-def rounds(
-    power_passes: int, residual: Rule, *, relayed: bool = False, aligned: bool = False
-) -> tuple[int, int]:
-    """Maximum number of sequential requests of a step, without and with a refresh.
-
-    Every process of the group takes part in that many rounds, including those without a part of
-    the matrix; the driver raises if a step makes more requests.
-
-    Args:
-        power_passes: power passes of the randomized SVD.
-        residual: rule of the residual.
-        relayed: :attr:`arg_dist.subspace.spread.Spread.is_relayed` of the matrix.
-        aligned: :attr:`arg_dist.subspace.spread.Spread.is_aligned` of the matrix.
-    """
-    limited = residual == "scaled"
-    steady = 3 + limited  # basis, P, the residual's norm, N
-    steady += (2 - aligned) * (residual == "orthogonalized")  # P, S
-    hop = 1 + relayed  # to the home process, or from it
-    passes = power_passes * (2 * hop + 2)  # basis, image (2), sketch
-    refresh = hop + passes + 3 * hop + 4  # sketch, passes; basis, B, B^T B, energies, Q, R (2)
-    return steady, refresh + steady - 1  # the basis is new
 
 
 def _outside(
@@ -369,34 +400,25 @@ def _refresh(
     name: str,
     norm_sq: float,
     allowed: int | None,
+    choose: Choose,
 ) -> Steps[NewBasis]:
     """Sketch -> ordered directions -> rank -> basis, and its rotation from the old basis."""
     me, basis = spread.me, spread.basis
-    smallest, largest = settings.rank_bounds(min(basis.size, spread.moment.size))
-    width = min(largest + settings.oversample, basis.size, spread.moment.size)
+    bounds = settings.rank_bounds(min(basis.size, spread.moment.size))
+    width = min(bounds[1] + settings.oversample, basis.size, spread.moment.size)
     omega = gaussian_rows(
         spread.moment.touch[me],
         width,
         seed=settings.seed,
         name=name,
         refresh=state.get("refreshes", 0),
-    ).to(device)
+        device=device,
+    )
     found = yield from leading_directions(
         gradient, omega, spread, power_passes=settings.power_passes
     )
-    energies, spectrum = found.energies.cpu(), None  # the refresh's only wait for the device
-    if allowed is not None:  # the spectrum beyond `allowed` lets the rank rise again later
-        spectrum = (energies[:largest] / norm_sq).tolist()
-        largest = min(largest, allowed)
-    rank = choose_rank(
-        energies,
-        norm_sq,
-        energy=settings.energy,
-        smallest=smallest,
-        largest=largest,
-        before=state.get("rank"),
-        hysteresis=settings.hysteresis,
-    )
+    choice = choose(found.energies, norm_sq, settings, bounds, state.get("rank"), allowed)
+    rank = choice.rank
     vectors = yield from from_home(found.vectors[:, :rank], basis.size, basis.touch, spread)
     rotation = None
     if state:
@@ -405,8 +427,7 @@ def _refresh(
         part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
         whole, shares = spread.whole(rank), spread.shares(rank)
         rotation = yield from relayed_sum(part, whole, shares, whole, me)
-    energy = min(1.0, float(energies[:rank].sum()) / norm_sq)
-    return NewBasis(vectors, found.energies[:rank], rotation, energy, spectrum)
+    return NewBasis(vectors, found.energies[:rank], rotation, choice)
 
 
 def _adopt(
@@ -446,10 +467,10 @@ def _adopt(
     state["refreshes"] += 1
     state["since_refresh"] = 0
     state["rank"] = projected.shape[1]
-    state["energy"] = new.energy
+    state["energy"] = new.choice.energy
     state.pop("spectrum", None)
-    if new.spectrum is not None:
-        state["spectrum"] = new.spectrum
+    if new.choice.spectrum is not None:
+        state["spectrum"] = new.choice.spectrum
     # copy: a slice would keep the whole basis or bucket alive
     state["basis"] = select_rows(
         new.vectors, spread.basis.touch[spread.me], spread.store[spread.me]

@@ -16,9 +16,9 @@ from arg_dist.algorithm import (
     adam_step,
     is_due,
     low_rank_step,
-    rounds,
 )
 from arg_dist.config import AdaRankGradConfig
+from arg_dist.recording import rounds
 from arg_dist.sharding.drivers import run_local
 from arg_dist.sharding.lanes import Lane
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard

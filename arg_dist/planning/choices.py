@@ -16,3 +16,5 @@ BUCKET = 500_000_000
 """DeepSpeed's default for `reduce_bucket_size`, in elements."""
 VOCABULARY = 32000
 """Vocabulary size of a named model, as in the papers that define the sizes."""
+FP32, FP64 = 4, 8
+"""Bytes per number."""

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arg_dist.planning.choices import BUCKET, DTYPES
+from arg_dist.planning.choices import BUCKET, DTYPES, FP32
 from arg_dist.planning.cuts import Layout
 from arg_dist.planning.rows import Counts
-
-FP32 = 4
 
 
 @dataclass(frozen=True, eq=False)

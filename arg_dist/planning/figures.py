@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from arg_dist.algorithm import momentum_bytes, rounds
+from arg_dist.algorithm import momentum_bytes
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.planning.choices import BUCKET, ENGINES
+from arg_dist.planning.choices import BUCKET, ENGINES, FP64
 from arg_dist.planning.cuts import Layout, lay_out
 from arg_dist.planning.engines import Held, engine_sent, held
 from arg_dist.planning.model import Model
@@ -22,11 +22,11 @@ from arg_dist.planning.peers import (
     galore_temporaries,
     runs_galore,
 )
-from arg_dist.planning.requests import FP64, taken
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.shares import budget_sent, planned_ranks
 from arg_dist.planning.temporaries import temporaries
 from arg_dist.planning.units import MatrixUnit, Unit, lanes, matrices, tensors, units_of
+from arg_dist.recording import rounds
 
 KEPT = (
     "weights",
@@ -203,13 +203,13 @@ def _ours(
         momentum = momentum_bytes(unit.elements, settings)
         moments[unit.owners[unit.home]] += momentum
         projectors[unit.owners] += unit.basis_bytes(rank)
-        for moved in taken(unit.steady_rounds(rank)):
+        for moved in unit.rounds(rank, is_first=False):
             steady_sent[unit.owners] += moved.sent
-        for moved in taken(unit.first_rounds(rank)):
+        for moved in unit.rounds(rank, is_first=True):
             first_sent[unit.owners] += moved.sent
     for tensor in tensors(calls):
         full_rank[tensor.owners] += tensor.moment_bytes
-        for moved in taken(tensor.rounds):
+        for moved in tensor.rounds:
             steady_sent[tensor.owners] += moved.sent
             first_sent[tensor.owners] += moved.sent
     cut = [lanes(units, settings) for units in calls]
@@ -254,7 +254,7 @@ def _collectives(
     steady, refreshing = 1, 1
     for lane in cut:
         shared = [unit for unit in lane if unit.is_shared]
-        spreads = [unit.sides.spread for unit in shared if isinstance(unit, MatrixUnit)]
+        spreads = [unit.sharding.spread for unit in shared if isinstance(unit, MatrixUnit)]
         needed = (int(bool(shared)),) * 2
         if spreads:
             kinds = {(spread.is_relayed, spread.is_aligned) for spread in spreads}

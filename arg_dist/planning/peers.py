@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from arg_dist.planning.choices import FP32
 from arg_dist.planning.cuts import REPLICATED
 from arg_dist.planning.engines import Held
-from arg_dist.planning.requests import FP32
 from arg_dist.planning.rows import Counts
 from arg_dist.sharding.layout import MatrixView
 from arg_dist.telemetry import ADAMW_BYTES_PER_ELEMENT

@@ -7,6 +7,7 @@ The planning counterpart of :mod:`arg_dist.subspace.exchange`: a process sends w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +32,11 @@ class Spans:
     high: Counts
 
     @staticmethod
+    @lru_cache(maxsize=4096)
     def of(rows: Rows) -> Spans:
         """The same intervals as arrays."""
         ends = np.array(rows, dtype=np.int64).reshape(-1, 2)
         return Spans(ends[:, 0], ends[:, 1])
-
-    @staticmethod
-    def whole(processes: int, size: int) -> Spans:
-        """All rows on every process."""
-        return Spans(np.zeros(processes, np.int64), np.full(processes, size, np.int64))
 
     @staticmethod
     def at(process: int, processes: int, size: int) -> Spans:
@@ -48,21 +45,22 @@ class Spans:
         high[process] = size
         return Spans(np.zeros(processes, np.int64), high)
 
-    @staticmethod
-    def evenly(processes: int, size: int) -> Spans:
-        """Rows split evenly, as by :func:`arg_dist.subspace.exchange.even_rows`."""
-        cuts = size * np.arange(processes + 1, dtype=np.int64) // processes
-        return Spans(cuts[:-1], cuts[1:])
-
     def counts(self) -> Counts:
         """Number of rows of each process."""
         counts: Counts = np.maximum(self.high - self.low, 0)
         return counts
 
-    def are_within(self, others: Spans) -> bool:
-        """Whether every process's rows are a subset of its rows in `others`."""
-        inside = (others.low <= self.low) & (self.high <= others.high)
-        return bool(np.all(inside | (self.low >= self.high)))
+    @cached_property
+    def distinct(self) -> tuple[Spans, Counts]:
+        """The distinct non-empty intervals, sorted, and each process's index into them or -1."""
+        some = np.flatnonzero(self.low < self.high)
+        low, high = self.low[some], self.high[some]
+        _, which, inverse = np.unique(
+            low * (high.max(initial=0) + 1) + high, return_index=True, return_inverse=True
+        )
+        place = np.full(len(self.low), -1, np.int64)
+        place[some] = inverse
+        return Spans(low[which], high[which]), place
 
 
 def sent(have: Spans, want: Spans, row_bytes: int) -> Counts:
@@ -71,8 +69,8 @@ def sent(have: Spans, want: Spans, row_bytes: int) -> Counts:
     Any two intervals within `have`, or within `want`, must be equal or start and end in the same
     order.
     """
-    mine, place = _distinct(have)
-    theirs, theirs_place = _distinct(want)
+    mine, place = have.distinct
+    theirs, theirs_place = want.distinct
     wanting = np.bincount(theirs_place[theirs_place >= 0], minlength=len(theirs.low))
     # the intervals that overlap a given one are consecutive in row order
     first = np.searchsorted(theirs.high, mine.low, side="right")
@@ -96,15 +94,3 @@ def _common(have: Spans, want: Spans) -> Counts:
     """Number of rows that each process both has and wants."""
     rows: Counts = np.minimum(have.high, want.high) - np.maximum(have.low, want.low)
     return rows.clip(0)
-
-
-def _distinct(spans: Spans) -> tuple[Spans, Counts]:
-    """The distinct non-empty intervals, sorted, and each process's index into them (-1: none)."""
-    some = np.flatnonzero(spans.low < spans.high)
-    low, high = spans.low[some], spans.high[some]
-    _, which, inverse = np.unique(
-        low * (high.max(initial=0) + 1) + high, return_index=True, return_inverse=True
-    )
-    place = np.full(len(spans.low), -1, np.int64)
-    place[some] = inverse
-    return Spans(low[which], high[which]), place

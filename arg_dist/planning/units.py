@@ -9,30 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
 from arg_dist.config import AdaRankGradConfig
+from arg_dist.planning.choices import FP32
 from arg_dist.planning.cuts import Layout, Piece
-from arg_dist.planning.requests import (
-    FP32,
-    Request,
-    Rounds,
-    Sides,
-    first,
-    rounds_of,
-    sketch_width,
-    steady,
-)
-from arg_dist.planning.rows import Counts, Spans
+from arg_dist.planning.rows import Counts
+from arg_dist.planning.shardings import MatrixSharding, TensorSharding
+from arg_dist.planning.traffic import Moved, matrix_traffic, tensor_traffic
 from arg_dist.sharding.lanes import lanes_of
-from arg_dist.sharding.layout import (
-    MatrixView,
-    Ranges,
-    basis_spans_columns,
-    clip_ranges,
-    element_side,
-    matrix_spread,
-)
+from arg_dist.sharding.layout import MatrixView, Ranges, basis_spans_columns, clip_ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +27,13 @@ class Unit:
         name: its name.
         elements: number of elements.
         owners: the processes that hold a fragment of it.
-        held: elements that each owner holds.
+        settings: the optimizer's settings.
     """
 
     name: str
     elements: int
     owners: Counts
-    held: Counts
+    settings: AdaRankGradConfig
 
     @property
     def is_shared(self) -> bool:
@@ -62,22 +46,25 @@ class TensorUnit(Unit):
     """A tensor that full-rank Adam trains.
 
     Attributes:
-        kept: elements whose moments each owner stores.
-        rounds: what its step sends.
+        sharding: how it is sharded over its owners.
     """
 
-    kept: Counts
-    rounds: Rounds
+    sharding: TensorSharding
 
     @property
     def is_shared(self) -> bool:
         """Whether its step involves several processes."""
-        return any(self.rounds)
+        return bool(self.rounds)
+
+    @property
+    def rounds(self) -> list[Moved]:
+        """What each round of a step moves."""
+        return tensor_traffic(self.sharding, self.settings)
 
     @property
     def moment_bytes(self) -> Counts:
         """Bytes of both moments."""
-        return 2 * FP32 * self.kept
+        return 2 * FP32 * self.sharding.kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,19 +72,13 @@ class MatrixUnit(Unit):
     """A low-rank matrix.
 
     Attributes:
-        sides: how it is sharded over its owners.
+        sharding: how it is sharded over its owners.
         home: its home process, as an index into the owners.
-        cuts_rows: for each owner, whether it holds partial rows.
-        settings: the optimizer's settings.
-        smallest: smallest rank allowed.
         largest: largest rank allowed.
     """
 
-    sides: Sides
+    sharding: MatrixSharding
     home: int
-    cuts_rows: Counts
-    settings: AdaRankGradConfig
-    smallest: int
     largest: int
 
     @property
@@ -105,30 +86,17 @@ class MatrixUnit(Unit):
         """Whether its step involves several processes."""
         return len(self.owners) > 1
 
-    @property
-    def width(self) -> int:
-        """Number of columns in its sketch."""
-        return sketch_width(self.sides.spread, self.settings)
-
     def basis_bytes(self, rank: int) -> Counts:
         """Bytes of the basis."""
-        return FP32 * rank * self.sides.store.counts()
+        return FP32 * rank * self.sharding.stored
 
     def moment_bytes(self, rank: int) -> Counts:
         """Bytes of both moments."""
-        return 2 * FP32 * rank * self.sides.moment_keep.counts()
+        return 2 * FP32 * rank * self.sharding.kept
 
-    def steady_rounds(self, rank: int) -> Rounds:
-        """What a step without a refresh sends, request by request."""
-        return _steady(self.sides, self.settings, rank, self.home)
-
-    def first_rounds(self, rank: int) -> Rounds:
-        """What the first step sends, request by request."""
-        return _first(self.sides, self.settings, rank, self.home)
-
-    def home_rows(self) -> Counts:
-        """Number of rows of the basis for the home process, 0 for the other owners."""
-        return self.sides.at(self.home, self.sides.spread.basis.size).high
+    def rounds(self, rank: int, *, is_first: bool) -> list[Moved]:
+        """What each round moves, in the first step or in one without a refresh."""
+        return matrix_traffic(self.sharding, self.settings, rank, self.home, is_first=is_first)
 
 
 def units_of(layout: Layout, settings: AdaRankGradConfig) -> list[list[Unit]]:
@@ -145,7 +113,7 @@ def units_of(layout: Layout, settings: AdaRankGradConfig) -> list[list[Unit]]:
             for view in piece.parameter.views:
                 units.append(_matrix(piece, view, len(units), layout, settings))
             if not piece.parameter.views:
-                units.append(_tensor(piece, layout))
+                units.append(_tensor(piece, layout, settings))
         calls.append(units)
     return calls
 
@@ -170,7 +138,7 @@ def _matrix(
     piece: Piece, view: MatrixView, unit: int, layout: Layout, settings: AdaRankGradConfig
 ) -> MatrixUnit:
     some, ranges = _owned(piece.ranges, view.offset, view.rows * view.columns)
-    sides = _sides(
+    sharding = _matrix_sharding(
         view.rows,
         view.columns,
         ranges,
@@ -178,27 +146,15 @@ def _matrix(
         settings.shard_basis is not False,
         layout.replicated,
     )
-    ends = np.array(ranges)
-    smallest, largest = settings.rank_bounds(view.short)
-    return MatrixUnit(
-        view.name,
-        view.rows * view.columns,
-        piece.owners[some],
-        ends[:, 1] - ends[:, 0],
-        sides,
-        unit % len(some),
-        (ends % view.columns != 0).any(1),
-        settings,
-        smallest,
-        largest,
-    )
+    _, largest = settings.rank_bounds(view.short)
+    elements, owners, home = view.rows * view.columns, piece.owners[some], unit % len(some)
+    return MatrixUnit(view.name, elements, owners, settings, sharding, home, largest)
 
 
-def _tensor(piece: Piece, layout: Layout) -> TensorUnit:
-    keep, rounds = _elements(piece.ranges, piece.parameter.numel, layout.replicated)
-    ends = np.array(piece.ranges)
+def _tensor(piece: Piece, layout: Layout, settings: AdaRankGradConfig) -> TensorUnit:
     name, numel = piece.parameter.name, piece.parameter.numel
-    return TensorUnit(name, numel, piece.owners, ends[:, 1] - ends[:, 0], keep.counts(), rounds)
+    sharding = _tensor_sharding(numel, piece.ranges, layout.replicated)
+    return TensorUnit(name, numel, piece.owners, settings, sharding)
 
 
 @lru_cache(maxsize=512)
@@ -209,35 +165,5 @@ def _owned(ranges: Ranges, offset: int, numel: int) -> tuple[list[int], Ranges]:
     return some, tuple(clipped[i] for i in some)
 
 
-@lru_cache(maxsize=512)
-def _sides(
-    rows: int, columns: int, ranges: Ranges, spans_columns: bool, shard_basis: bool, whole: bool
-) -> Sides:
-    spread = matrix_spread(
-        rows,
-        columns,
-        ranges,
-        me=0,
-        spans_columns=spans_columns,
-        home=0,
-        shard_basis=shard_basis,
-        replicated=whole,
-    )
-    return Sides(spread)
-
-
-@lru_cache(maxsize=512)
-def _elements(ranges: Ranges, numel: int, whole: bool) -> tuple[Spans, Rounds]:
-    side = element_side(ranges, numel, whole)
-    keep, update = Spans.of(side.keep), Spans.of(side.update)
-    return keep, rounds_of([Request(keep, update, (FP32,))])
-
-
-@lru_cache(maxsize=2048)
-def _steady(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> Rounds:
-    return rounds_of(steady(sides, settings, rank, home))
-
-
-@lru_cache(maxsize=2048)
-def _first(sides: Sides, settings: AdaRankGradConfig, rank: int, home: int) -> Rounds:
-    return rounds_of(first(sides, settings, rank, home))
+_matrix_sharding = lru_cache(maxsize=512)(MatrixSharding)
+_tensor_sharding = lru_cache(maxsize=512)(TensorSharding)

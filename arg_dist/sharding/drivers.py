@@ -1,17 +1,28 @@
 """Drivers that carry out a computation's requests: locally, in lockstep, or over processes.
 
 All three add contributions in the order of the processes, so their results are bitwise equal,
-independent of the transport.
+independent of the transport. A fourth carries out nothing: it tells what would be sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+import math
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
 
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.lanes import Answer, Lane, run_lanes
-from arg_dist.subspace.exchange import Exchange, Request, Steps, add_up, exchanges_of, intersect
+from arg_dist.subspace.exchange import (
+    Exchange,
+    Request,
+    Rows,
+    Steps,
+    add_up,
+    exchanges_of,
+    intersect,
+)
 
 T = TypeVar("T")
 
@@ -97,6 +108,57 @@ def run_collective(
     lane: Lane[T] = Lane(computations, results.__setitem__, purpose, names)
     run_lanes([lambda: lane], communicator, [rounds])
     return results
+
+
+class Transfer(NamedTuple):
+    """An exchange without its data; equal on every process that takes part.
+
+    Attributes:
+        have: rows that each process contributes to.
+        want: rows that each process receives.
+        row_bytes: bytes of one row.
+    """
+
+    have: Rows
+    want: Rows
+    row_bytes: int
+
+
+Round = tuple[Transfer, ...]
+"""What one request transfers."""
+
+
+def run_recorded(steps: Steps[T], me: int) -> Generator[Round, None, T]:
+    """Run the computation of process `me` on meta tensors, alone; yields what each request moves.
+
+    Nothing is sent and nothing is computed: an answer has the shape and type of the real one.
+
+    Args:
+        steps: the computation; it reads no values.
+        me: index of the process it stands for.
+    """
+    try:
+        request = next(steps)
+        while True:
+            yield tuple(_transfer(exchange) for exchange in exchanges_of(request))
+            request = steps.send(_unfilled(request, me))
+    except StopIteration as finished:
+        result: T = finished.value
+        return result
+
+
+def _transfer(exchange: Exchange) -> Transfer:
+    part = exchange.part
+    row_bytes = math.prod(part.shape[1:]) * part.element_size()
+    return Transfer(exchange.have, exchange.want, row_bytes)
+
+
+def _unfilled(request: Request, me: int) -> Answer:
+    def rows(exchange: Exchange) -> Tensor:
+        low, high = exchange.want[me]
+        return exchange.part.new_empty(max(0, high - low), *exchange.part.shape[1:])
+
+    return tuple(map(rows, request)) if isinstance(request, tuple) else rows(request)
 
 
 def _answer(request: Request, parts: Sequence[tuple[Exchange, ...]], me: int) -> Answer:

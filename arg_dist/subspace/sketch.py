@@ -11,8 +11,17 @@ BLOCK = 256
 """Rows drawn from one seed: a process draws only the blocks that contain its rows."""
 
 
+CPU = torch.device("cpu")
+
+
 def gaussian_rows(
-    rows: tuple[int, int], columns: int, *, seed: int, name: str, refresh: int
+    rows: tuple[int, int],
+    columns: int,
+    *,
+    seed: int,
+    name: str,
+    refresh: int,
+    device: torch.device = CPU,
 ) -> Tensor:
     """Rows ``[low, high)`` of the sketch matrix Omega ~ N(0, 1) of one refresh of one matrix.
 
@@ -27,20 +36,21 @@ def gaussian_rows(
         seed: the user's seed.
         name: the matrix's name.
         refresh: number of previous refreshes of this matrix.
+        device: device of the result; they are drawn on the CPU, and not at all for `meta`.
 
     Returns:
-        ``(high - low) x columns``, fp32, on the CPU.
+        ``(high - low) x columns``, fp32.
     """
     low, high = rows
-    if low >= high:
-        return torch.empty(0, columns, dtype=torch.float32, device="cpu")
+    if low >= high or device.type == "meta":
+        return torch.empty(max(0, high - low), columns, dtype=torch.float32, device=device)
     blocks = []
     for block in range(low // BLOCK, (high - 1) // BLOCK + 1):
         text = f"{seed}|{name}|{refresh}|{block}|{columns}".encode()
         number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
-        generator = torch.Generator(device="cpu").manual_seed(number)
+        generator = torch.Generator(device=CPU).manual_seed(number)
         blocks.append(
-            torch.randn(BLOCK, columns, generator=generator, dtype=torch.float32, device="cpu")
+            torch.randn(BLOCK, columns, generator=generator, dtype=torch.float32, device=CPU)
         )
     start = low // BLOCK * BLOCK
-    return torch.cat(blocks)[low - start : high - start]
+    return torch.cat(blocks)[low - start : high - start].to(device)

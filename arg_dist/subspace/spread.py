@@ -129,7 +129,8 @@ class Spread:
 
     def whole(self, size: int) -> Rows:
         """All of `size` rows for every owner, none for the others."""
-        return tuple((0, size if i in self.owners else 0) for i in range(self.processes))
+        owners = frozenset(self.owners)
+        return tuple((0, size if i in owners else 0) for i in range(self.processes))
 
     def at_home(self, size: int) -> Rows:
         """All of `size` rows on the home process, none elsewhere."""

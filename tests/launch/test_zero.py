@@ -2,8 +2,8 @@
 
 import pytest
 
-from arg_dist.algorithm import rounds
 from arg_dist.config import parse_config
+from arg_dist.recording import rounds
 from tests.launch import training
 from tests.launch.cases import BUDGETED, CASES, EVERYWHERE, SHARDED, VARIANTS
 from tests.launch.conftest import Runs

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from lockstep_steps import counted, step_of
 from matrices import gaussian
 
-from arg_dist.algorithm import adam_step, rounds
+from arg_dist.algorithm import adam_step
 from arg_dist.config import AdaRankGradConfig
+from arg_dist.recording import rounds
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.layout import element_side
 
@@ -56,8 +57,10 @@ def test_a_step_on_a_matrix_stays_within_its_rounds(
         transport=transport,
         residual=residual,
     )
-    relayed = shards[0].spread.is_relayed
-    steady, refreshing = rounds(power_passes, residual, relayed=relayed)
+    spread = shards[0].spread
+    steady, refreshing = rounds(
+        power_passes, residual, relayed=spread.is_relayed, aligned=spread.is_aligned
+    )
     for step in range(4):
         asked = requests_of_a_step(shards, states, gaussian(*shape, seed=step), settings)
         assert asked <= (refreshing if step in (0, 2) else steady)
@@ -74,6 +77,19 @@ def test_a_cut_matrix_needs_all_rounds_of_the_agreement(ranges, residual):
         requests_of_a_step(shards, states, gaussian(7, 5, seed=step), settings) for step in range(3)
     ]
     assert (max(asked[1::2]), max(asked[::2])) == rounds(1, residual, relayed=len(ranges) > 2)
+
+
+@pytest.mark.parametrize("residual", ["orthogonalized", "matched", "scaled", "none"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_replicated_matrix_needs_all_rounds_of_an_aligned_one(processes, residual):
+    shards = cut_matrix(gaussian(7, 5), ((0, 35),) * processes, spans_columns=True, replicated=True)
+    states = [{} for _ in shards]
+    settings = AdaRankGradConfig(max_rank=3, min_rank=1, min_gap=2, max_gap=2, residual=residual)
+    asked = [
+        requests_of_a_step(shards, states, gaussian(7, 5, seed=step), settings) for step in range(3)
+    ]
+    expected = rounds(1, residual, relayed=processes > 2, aligned=True)
+    assert (max(asked[1::2]), max(asked[::2])) == expected
 
 
 @given(element_ranges(11), st.booleans())

@@ -14,8 +14,8 @@ from cuts import (
 from lockstep_steps import step_in_lockstep, step_of
 from matrices import gaussian
 
-from arg_dist.algorithm import rounds
 from arg_dist.config import AdaRankGradConfig
+from arg_dist.recording import rounds
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.drivers import run_collective
 from arg_dist.subspace.exchange import Exchange

@@ -13,7 +13,7 @@ from one_process import feed, parameters_of
 from tolerances import REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS
 
 from arg_dist import AdaRankGrad
-from arg_dist.algorithm import rounds
+from arg_dist.recording import rounds
 from arg_dist.sharding.lanes import AT_ONCE
 
 SHAPES = [(96, 48), (48, 96), (3, 48, 36), (31,)]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import arg_dist
-from arg_dist.algorithm import rounds
+from arg_dist.recording import rounds
 from tests.launch import models, torch_engines, training
 from tests.tolerances import LOSSES
 

@@ -22,8 +22,9 @@ from arg_dist.planning.choices import ENGINES
 from arg_dist.planning.cuts import lay_out
 from arg_dist.planning.figures import Plan, make_plan
 from arg_dist.planning.model import Model, describe, load_model
-from arg_dist.planning.requests import Sides, first, rounds_of, steady, taken
 from arg_dist.planning.rows import Spans, sent
+from arg_dist.planning.shardings import MatrixSharding
+from arg_dist.planning.traffic import matrix_traffic
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.messages import ALIGNMENT
 from arg_dist.subspace.exchange import even_rows, exchanges_of, intersect
@@ -85,9 +86,8 @@ def test_what_is_sent_is_what_a_communicator_packs(data, processes, size, row_by
 
 
 def test_spans_are_those_of_the_algorithm():
-    assert Spans.evenly(3, 7).counts().tolist() == [b - a for a, b in even_rows(7, 3)]
+    assert Spans.of(even_rows(7, 3)).counts().tolist() == [2, 2, 3]
     assert Spans.at(1, 3, 7).counts().tolist() == [0, 7, 0]
-    assert Spans.whole(3, 7).counts().tolist() == [7, 7, 7]
 
 
 @settings(max_examples=40)
@@ -124,6 +124,9 @@ def test_requests_are_those_of_the_algorithm(
         replicated=replicated,
         home=home,
     )
+    if replicated:
+        ranges = ((0, numel),) * processes
+    sharding = MatrixSharding(rows, columns, ranges, spans_columns, shard_basis, replicated)
     states: list[dict[str, Any]] = [{} for _ in range(processes)]
     for is_first in (True, False):
         asked: list[list[list[int]]] = []
@@ -132,13 +135,10 @@ def test_requests_are_those_of_the_algorithm(
             for i, (shard, state) in enumerate(zip(shards, states, strict=True))
         ]
         run_lockstep(watched)
-        sides = Sides(shards[0].spread)
-        on_paper = (first if is_first else steady)(sides, config, rank, home)
-        planned = [moved.sent.tolist() for moved in taken(rounds_of(on_paper))]
-        if processes == 1:  # what asks nobody else is never asked
-            assert planned == [[0]] * len(planned)
-        else:
-            assert planned == [list(each) for each in zip(*asked, strict=True)]
+        on_paper = matrix_traffic(sharding, config, rank, home, is_first=is_first)
+        assert [moved.sent.tolist() for moved in on_paper] == [
+            list(each) for each in zip(*asked, strict=True)
+        ]
 
 
 def watch(steps, me, asked):

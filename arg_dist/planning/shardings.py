@@ -1,0 +1,141 @@
+"""How a matrix or tensor is sharded over its owners, the processes that hold a part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from arg_dist.planning.rows import Counts, Spans
+from arg_dist.sharding.fragment import Fragment
+from arg_dist.sharding.layout import MatrixView, Ranges, element_side, matrix_spread
+from arg_dist.sharding.shard import MatrixShard, TensorShard
+from arg_dist.subspace.spread import Side, Spread
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixSharding:
+    """How one matrix is sharded; equal ones are one object.
+
+    Attributes:
+        rows: its first dimension.
+        columns: its second dimension.
+        ranges: elements that each owner holds.
+        spans_columns: whether the basis spans the columns.
+        shard_basis: store the basis once over the owners.
+        replicated: every process holds the whole matrix.
+    """
+
+    rows: int
+    columns: int
+    ranges: Ranges
+    spans_columns: bool
+    shard_basis: bool
+    replicated: bool
+
+    @cached_property
+    def spread(self) -> Spread:
+        """The distribution over the owners, for the first, which is the home process."""
+        return matrix_spread(
+            self.rows,
+            self.columns,
+            self.ranges,
+            me=0,
+            spans_columns=self.spans_columns,
+            home=0,
+            shard_basis=self.shard_basis,
+            replicated=self.replicated,
+        )
+
+    @cached_property
+    def held(self) -> Counts:
+        """Elements that each owner holds."""
+        return Spans.of(self.ranges).counts()
+
+    @cached_property
+    def stored(self) -> Counts:
+        """Rows of the basis that each owner stores."""
+        return Spans.of(self.spread.store).counts()
+
+    @cached_property
+    def kept(self) -> Counts:
+        """Rows of the moments that each owner keeps."""
+        return Spans.of(self.spread.moment.keep).counts()
+
+    @cached_property
+    def touched(self) -> Counts:
+        """Rows of the moment side that each owner touches."""
+        return Spans.of(self.spread.moment.touch).counts()
+
+    def shard(self, me: int, *, is_home: bool, dtype: torch.dtype) -> MatrixShard:
+        """The part of owner `me`, on the meta device, with a gradient."""
+        home = me if is_home else (me + 1) % len(self.ranges)
+        return MatrixShard(
+            unit=0,
+            name="a matrix",
+            fragment=_fragment((self.rows, self.columns), self.ranges[me], dtype),
+            offset=0,
+            range=self.ranges[me],
+            group=0,
+            me=me,
+            matrix=MatrixView("a matrix", self.rows, self.columns, 0),
+            spread=replace(self.spread, me=me, home=home),
+            spans_columns=self.spans_columns,
+            replicated=self.replicated,
+            phase=0.0,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSharding:
+    """How the elements of one tensor are sharded; equal ones are one object.
+
+    Attributes:
+        size: number of its elements.
+        ranges: elements that each owner holds.
+        replicated: every process holds the whole tensor.
+    """
+
+    size: int
+    ranges: Ranges
+    replicated: bool
+
+    @cached_property
+    def side(self) -> Side:
+        """The distribution over the owners."""
+        return element_side(self.ranges, self.size, self.replicated)
+
+    @cached_property
+    def held(self) -> Counts:
+        """Elements that each owner holds."""
+        return Spans.of(self.ranges).counts()
+
+    @cached_property
+    def kept(self) -> Counts:
+        """Elements whose moments each owner keeps."""
+        return Spans.of(self.side.keep).counts()
+
+    def shard(self, me: int, dtype: torch.dtype) -> TensorShard:
+        """The part of owner `me`, on the meta device, with a gradient."""
+        return TensorShard(
+            unit=0,
+            name="a tensor",
+            fragment=_fragment((self.size,), self.ranges[me], dtype),
+            offset=0,
+            range=self.ranges[me],
+            group=0,
+            me=me,
+            side=self.side,
+        )
+
+
+def _fragment(shape: tuple[int, ...], held: tuple[int, int], dtype: torch.dtype) -> Fragment:
+    target = torch.empty(held[1] - held[0], dtype=dtype, device="meta")
+    target.grad = torch.empty_like(target)
+    return Fragment("a parameter", shape, *held, target, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

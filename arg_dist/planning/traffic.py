@@ -1,0 +1,122 @@
+"""What each process sends and receives in a step, from recorded steps (:mod:`arg_dist.recording`).
+
+All numbers are per process, in the order of the owners of a matrix or tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.planning.allocations import Unfilled
+from arg_dist.planning.rows import Counts, Spans, sent
+from arg_dist.planning.shardings import MatrixSharding, TensorSharding
+from arg_dist.recording import requests_of_a_step, requests_of_adam
+from arg_dist.sharding.drivers import Round, Transfer
+from arg_dist.subspace.exchange import Rows
+from arg_dist.subspace.spread import Spread
+from arg_dist.subspace.state import State
+
+
+class Moved(NamedTuple):
+    """Bytes per process in a round: sent to others, received from them, and the resulting tensors.
+
+    What comes from one process alone stays where it was received, and makes no other tensor.
+    """
+
+    sent: Counts
+    received: Counts
+    answer: Counts
+
+
+class AtHome(tuple[tuple[int, int], ...]):
+    """Rows on the home process, whichever that is, and none elsewhere."""
+
+    def with_home(self, home: int) -> Spans:
+        """The same rows on the process `home`."""
+        return Spans.at(home, len(self), max(high for _, high in self))
+
+
+class AnyHome(Spread):
+    """A spread that marks the rows at home, so that one recording serves every home process."""
+
+    def at_home(self, size: int) -> Rows:
+        """All of `size` rows on the home process, none elsewhere."""
+        return AtHome(super().at_home(size))
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What one request of a matrix or tensor transfers, with any process as home."""
+
+    transfers: Round
+
+    def moved(self, home: int = 0) -> Moved:
+        """The bytes that it moves.
+
+        Args:
+            home: the home process, as an index into the owners.
+        """
+        return self._moved_with(home) if self._goes_home else self._moved_anyway
+
+    @cached_property
+    def _goes_home(self) -> bool:
+        return any(isinstance(rows, AtHome) for each in self.transfers for rows in each[:2])
+
+    @cached_property
+    def _moved_anyway(self) -> Moved:
+        return self._moved_with(0)
+
+    def _moved_with(self, home: int) -> Moved:
+        moved = [_moved(each, home) for each in self.transfers]
+        return Moved(*(np.sum(parts, 0) for parts in zip(*moved, strict=True)))
+
+
+class Requests(NamedTuple):
+    """The requests of the first step, which finds a basis, and of a step without a refresh."""
+
+    first: Sequence[Request]
+    steady: Sequence[Request]
+
+
+@lru_cache(maxsize=4096)
+def matrix_requests(sharding: MatrixSharding, settings: AdaRankGradConfig, rank: int) -> Requests:
+    """What the steps of a matrix request, with a basis of `rank` columns."""
+    spread = sharding.spread
+    marked = AnyHome(*(getattr(spread, each.name) for each in fields(spread)))
+    state: State = {}
+
+    def requests() -> list[Request]:
+        return [Request(each) for each in requests_of_a_step(state, marked, settings, rank)]
+
+    with Unfilled():  # type: ignore[no-untyped-call]
+        return Requests(requests(), requests())
+
+
+@lru_cache(maxsize=4096)
+def matrix_traffic(
+    sharding: MatrixSharding, settings: AdaRankGradConfig, rank: int, home: int, *, is_first: bool
+) -> list[Moved]:
+    """What each round of a matrix moves, in its first step or in one without a refresh."""
+    requests = matrix_requests(sharding, settings, rank)
+    return [each.moved(home) for each in (requests.first if is_first else requests.steady)]
+
+
+@lru_cache(maxsize=4096)
+def tensor_traffic(sharding: TensorSharding, settings: AdaRankGradConfig) -> list[Moved]:
+    """What each round of a tensor that Adam trains moves."""
+    return [Request(each).moved() for each in requests_of_adam(sharding.side, settings)]
+
+
+def _moved(transfer: Transfer, home: int) -> Moved:
+    *rows, row_bytes = transfer
+    have, want = (
+        each.with_home(home) if isinstance(each, AtHome) else Spans.of(each) for each in rows
+    )
+    answer = row_bytes * want.counts() * (np.count_nonzero(have.counts()) > 1)
+    return Moved(sent(have, want, row_bytes), sent(want, have, row_bytes), answer)

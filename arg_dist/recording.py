@@ -1,0 +1,116 @@
+"""The algorithm recorded: the requests of a step, from running it on tensors without data.
+
+The number of rounds, and every byte that ``arg-dist plan`` predicts, follow from here, so that the
+order of requests stands in :mod:`arg_dist.algorithm` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from arg_dist.algorithm import Choice, LowRankUpdate, adam_step, low_rank_step
+from arg_dist.config import AdaRankGradConfig, parse_config
+from arg_dist.sharding.drivers import Round, run_recorded
+from arg_dist.sharding.layout import matrix_spread
+from arg_dist.subspace.exchange import even_rows
+from arg_dist.subspace.range_finder import Part
+from arg_dist.subspace.residual import Rule
+from arg_dist.subspace.spread import Side, Spread, row_count
+from arg_dist.subspace.state import State
+
+ROWS, COLUMNS, RANK = 7, 5, 3
+"""A matrix of which every part that processes may share is split between three of them."""
+
+
+def recorded_step(
+    gradient: Part,
+    row_sq: Tensor,
+    state: State,
+    spread: Spread,
+    settings: AdaRankGradConfig,
+    rank: int,
+) -> Generator[Round, None, LowRankUpdate | None]:
+    """One step of AdaRankGrad on one matrix; yields what each of its requests transfers.
+
+    Args:
+        gradient: the part of the gradient of the process ``spread.me``, on the meta device.
+        row_sq: ``moment.touch``, fp32, on the meta device.
+        state: the matrix's state from previous recorded steps, updated; empty before the first.
+        spread: how the matrix is distributed over the processes.
+        settings: the settings of its parameter group.
+        rank: rank of the bases that refreshes find.
+    """
+    steps = low_rank_step(
+        gradient,
+        row_sq,
+        state,
+        spread,
+        settings,
+        name="",
+        norm_sq=1.0,
+        kept_sq=1.0,
+        phase=0.0,
+        choose=lambda *_: Choice(rank, 1.0),
+    )
+    return run_recorded(steps, spread.me)
+
+
+def requests_of_a_step(
+    state: State, spread: Spread, settings: AdaRankGradConfig, rank: int
+) -> list[Round]:
+    """What the requests of :func:`recorded_step` transfer, with a gradient of fp32."""
+    rows, columns = (row_count(side.touch[spread.me]) for side in (spread.moment, spread.basis))
+    part = torch.empty(rows, columns, dtype=torch.float32, device="meta")
+    row_sq = part.new_empty(rows)
+    return list(recorded_step(lambda: part, row_sq, state, spread, settings, rank))
+
+
+def requests_of_adam(side: Side, settings: AdaRankGradConfig) -> list[Round]:
+    """What the requests of a step of Adam on a tensor in fp32 transfer."""
+    gradient = torch.empty(row_count(side.keep[0]), dtype=torch.float32, device="meta")
+    return list(run_recorded(adam_step(gradient, {}, side, settings, me=0), me=0))
+
+
+@lru_cache
+def rounds(
+    power_passes: int, residual: Rule, *, relayed: bool = False, aligned: bool = False
+) -> tuple[int, int]:
+    """Maximum number of sequential requests of a step, without and with a refresh.
+
+    Every process of the group takes part in that many rounds, including those without a part of
+    the matrix; the driver raises if a step makes more requests. They are counted on a small matrix
+    that is cut so that no request is spared.
+
+    Args:
+        power_passes: power passes of the randomized SVD.
+        residual: rule of the residual.
+        relayed: :attr:`arg_dist.subspace.spread.Spread.is_relayed` of the matrix.
+        aligned: :attr:`arg_dist.subspace.spread.Spread.is_aligned` of the matrix.
+    """
+    processes = 3 if relayed else 2
+    everything = ((0, ROWS * COLUMNS),) * processes
+    spread = matrix_spread(
+        ROWS,
+        COLUMNS,
+        everything if aligned else even_rows(ROWS * COLUMNS, processes),
+        me=0,
+        spans_columns=True,
+        home=0,
+        shard_basis=True,
+        replicated=aligned,
+    )
+    chosen = {"power_passes": power_passes, "residual": residual}
+    settings = parse_config({**chosen, "max_rank": RANK, "min_rank": RANK})
+    state: State = {}
+
+    def requests() -> int:
+        return len(requests_of_a_step(state, spread, settings, RANK))
+
+    requests()
+    steady = requests()
+    state["gap"] = 0  # a refresh that also rotates the moments
+    return steady, requests()
