@@ -7,6 +7,7 @@ What a state holds is described in :mod:`arg_dist.subspace.state`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,28 @@ POLAR_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Types in which an orthogonalized residual is sent and computed, by `polar_precision`."""
 
 
+@dataclass(frozen=True)
+class StepFacts:
+    """What every process that holds a part of a matrix knows of it before its step.
+
+    Attributes:
+        name: the matrix's name, which seeds its sketches.
+        norm_sq: ``||G||_F^2`` over all processes; finite.
+        kept_sq: ``||P||_F^2`` of the previous step, over all processes.
+        phase: in [0, 1): staggers the refreshes of different matrices, even if all gradients decay
+            in one step.
+        turns: steps over which early refreshes are staggered, at most `min_gap`; None: `min_gap`.
+        allowed: largest rank the budget permits at a refresh; None without a budget.
+    """
+
+    name: str
+    norm_sq: float
+    kept_sq: float
+    phase: float
+    turns: int | None = None
+    allowed: int | None = None
+
+
 class LowRankUpdate(NamedTuple):
     """Update of a matrix: ``W <- W - lr scale (N Q^T + phi G)``, with one phi per row, or
     ``W <- W - lr scale (N Q^T + O)``.
@@ -82,7 +105,7 @@ class Choice(NamedTuple):
 
 Bounds = tuple[int, int]
 """Smallest and largest rank."""
-Choose = Callable[[Tensor, float, AdaRankGradConfig, Bounds, int | None, int | None], Choice]
+Choose = Callable[[Tensor, Bounds, int | None, AdaRankGradConfig, StepFacts], Choice]
 """Decides a rank; arguments as of :func:`chosen_by_energy`."""
 
 
@@ -104,37 +127,35 @@ class NewBasis(NamedTuple):
 
 def chosen_by_energy(
     energies: Tensor,
-    norm_sq: float,
-    settings: AdaRankGradConfig,
     bounds: Bounds,
     before: int | None,
-    allowed: int | None,
+    settings: AdaRankGradConfig,
+    facts: StepFacts,
 ) -> Choice:
     """The rank of :func:`arg_dist.subspace.rank.choose_rank`.
 
     Args:
         energies: ``width``, fp64, descending: ``||G q_i||^2``.
-        norm_sq: ``||G||_F^2``.
-        settings: the settings of the matrix's parameter group.
-        bounds: smallest and largest rank that they allow the matrix.
+        bounds: smallest and largest rank that the settings allow the matrix.
         before: the previous rank; None at the first refresh.
-        allowed: largest rank that the budget permits; None without a budget.
+        settings: the settings of the matrix's parameter group.
+        facts: what is known of the matrix.
     """
     energies, spectrum = energies.cpu(), None  # the refresh's only wait for the device
     smallest, largest = bounds
-    if allowed is not None:  # the spectrum beyond `allowed` lets the rank rise again later
-        spectrum = (energies[:largest] / norm_sq).tolist()
-        largest = min(largest, allowed)
+    if facts.allowed is not None:  # the spectrum beyond it lets the rank rise again later
+        spectrum = (energies[:largest] / facts.norm_sq).tolist()
+        largest = min(largest, facts.allowed)
     rank = choose_rank(
         energies,
-        norm_sq,
+        facts.norm_sq,
         energy=settings.energy,
         smallest=smallest,
         largest=largest,
         before=before,
         hysteresis=settings.hysteresis,
     )
-    return Choice(rank, min(1.0, float(energies[:rank].sum()) / norm_sq), spectrum)
+    return Choice(rank, min(1.0, float(energies[:rank].sum()) / facts.norm_sq), spectrum)
 
 
 def low_rank_step(
@@ -143,13 +164,8 @@ def low_rank_step(
     state: State,
     spread: Spread,
     settings: AdaRankGradConfig,
+    facts: StepFacts,
     *,
-    name: str,
-    norm_sq: float,
-    kept_sq: float,
-    phase: float,
-    turns: int | None = None,
-    allowed: int | None = None,
     choose: Choose = chosen_by_energy,
 ) -> Steps[LowRankUpdate | None]:
     """One step of AdaRankGrad on one matrix; `state` is updated in place.
@@ -160,13 +176,7 @@ def low_rank_step(
         state: the matrix's state; empty before its first step.
         spread: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
-        name: the matrix's name, which seeds its sketches.
-        norm_sq: ``||G||_F^2`` over all processes; finite.
-        kept_sq: ``||P||_F^2`` of the previous step, over all processes.
-        phase: in [0, 1), equal on all processes: staggers the refreshes of different matrices,
-            even if all gradients decay in one step.
-        turns: steps over which early refreshes are staggered, at most `min_gap`; None: `min_gap`.
-        allowed: largest rank the budget permits at a refresh; None without a budget.
+        facts: what is known of the matrix; equal on all processes.
         choose: decides the rank at a refresh; the one read of values on which requests depend.
 
     Returns:
@@ -174,10 +184,8 @@ def low_rank_step(
     """
     me, moment = spread.me, spread.moment
     new = None
-    if norm_sq > 0 and is_due(state):
-        new = yield from _refresh(
-            gradient, row_sq.device, state, spread, settings, name, norm_sq, allowed, choose
-        )
+    if facts.norm_sq > 0 and is_due(state):
+        new = yield from _refresh(gradient, row_sq.device, state, spread, settings, facts, choose)
         basis = new.vectors
     elif state:
         basis = yield from gather(state["basis"], spread.store, spread.basis.touch, me)
@@ -192,9 +200,9 @@ def low_rank_step(
     else:
         projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
     if new is not None:
-        _adopt(new, projected, state, spread, settings, phase)
+        _adopt(new, projected, state, spread, settings, facts.phase)
     else:
-        _watch(state, settings, kept_sq, phase, turns)
+        _watch(state, settings, facts)
     direction = _advance(state, projected, settings)
     projected_sq = row_squares(projected)
     state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
@@ -203,7 +211,9 @@ def low_rank_step(
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
     if settings.residual == "orthogonalized":
-        outside = yield from _outside(gradient, projected, basis, norm_sq, state, spread, settings)
+        outside = yield from _outside(
+            gradient, projected, basis, facts.norm_sq, state, spread, settings
+        )
         elements = spread.elements
         both = (
             (direction, moment.keep, moment.update),
@@ -366,28 +376,22 @@ def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Ten
     )
 
 
-def _watch(
-    state: State,
-    settings: AdaRankGradConfig,
-    kept_sq: float,
-    phase: float,
-    turns: int | None,
-) -> None:
+def _watch(state: State, settings: AdaRankGradConfig, facts: StepFacts) -> None:
     """Schedule an early refresh if the last step's projected gradient has decayed."""
     since = state["since_refresh"]
     if since == 1:
-        state["kept_sq_at_refresh"] = kept_sq
+        state["kept_sq_at_refresh"] = facts.kept_sq
     if exit_early(
         since_refresh=since,
         shortest=settings.min_gap,
-        kept_sq=kept_sq,
+        kept_sq=facts.kept_sq,
         kept_sq_at_refresh=state["kept_sq_at_refresh"],
         decay=settings.decay,
     ):
         # within min_gap steps, all refresh before the first may refresh early again
-        spread = settings.min_gap if turns is None else min(turns, settings.min_gap)
+        spread = settings.min_gap if facts.turns is None else min(facts.turns, settings.min_gap)
         state["gap"] = gap_after_decay(
-            state["gap"], since_refresh=since, spread=spread, phase=phase
+            state["gap"], since_refresh=since, spread=spread, phase=facts.phase
         )
 
 
@@ -397,9 +401,7 @@ def _refresh(
     state: State,
     spread: Spread,
     settings: AdaRankGradConfig,
-    name: str,
-    norm_sq: float,
-    allowed: int | None,
+    facts: StepFacts,
     choose: Choose,
 ) -> Steps[NewBasis]:
     """Sketch -> ordered directions -> rank -> basis, and its rotation from the old basis."""
@@ -410,14 +412,14 @@ def _refresh(
         spread.moment.touch[me],
         width,
         seed=settings.seed,
-        name=name,
+        name=facts.name,
         refresh=state.get("refreshes", 0),
         device=device,
     )
     found = yield from leading_directions(
         gradient, omega, spread, power_passes=settings.power_passes
     )
-    choice = choose(found.energies, norm_sq, settings, bounds, state.get("rank"), allowed)
+    choice = choose(found.energies, bounds, state.get("rank"), settings, facts)
     rank = choice.rank
     vectors = yield from from_home(found.vectors[:, :rank], basis.size, basis.touch, spread)
     rotation = None

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from arg_dist.algorithm import Choice, LowRankUpdate, adam_step, low_rank_step
+from arg_dist.algorithm import Choice, LowRankUpdate, StepFacts, adam_step, low_rank_step
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.sharding.drivers import Round, run_recorded
 from arg_dist.sharding.layout import matrix_spread
@@ -50,10 +50,7 @@ def recorded_step(
         state,
         spread,
         settings,
-        name="",
-        norm_sq=1.0,
-        kept_sq=1.0,
-        phase=0.0,
+        StepFacts("", norm_sq=1.0, kept_sq=1.0, phase=0.0),
         choose=lambda *_: Choice(rank, 1.0),
     )
     return run_recorded(steps, spread.me)

@@ -13,6 +13,7 @@ from torch import Tensor
 from arg_dist.agreement import Agreement
 from arg_dist.algorithm import (
     LowRankUpdate,
+    StepFacts,
     adam_step,
     is_due,
     low_rank_step,
@@ -85,16 +86,11 @@ def computation(
 ) -> Steps[Any]:
     """The algorithm on this shard: AdaRankGrad for matrices, Adam for the rest.
 
-    `turns` and `allowed` are as in :func:`arg_dist.algorithm.low_rank_step`.
+    `turns` and `allowed` are as in :class:`arg_dist.algorithm.StepFacts`.
     """
     if isinstance(shard, MatrixShard):
         assert gradient.row_sq is not None
-        return low_rank_step(
-            gradient.read,
-            gradient.row_sq,
-            state,
-            shard.spread,
-            settings,
+        facts = StepFacts(
             name=shard.name,
             norm_sq=agreed.norm_sq[shard.unit],
             kept_sq=agreed.kept_sq[shard.unit],
@@ -102,6 +98,7 @@ def computation(
             turns=turns,
             allowed=allowed,
         )
+        return low_rank_step(gradient.read, gradient.row_sq, state, shard.spread, settings, facts)
     assert isinstance(shard, TensorShard)
     return adam_step(gradient.read(), state, shard.side, settings, me=shard.me)
 

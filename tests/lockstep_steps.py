@@ -8,7 +8,7 @@ from typing import Any
 from cuts import part_of
 from torch import Tensor
 
-from arg_dist.algorithm import LowRankUpdate, State, low_rank_step
+from arg_dist.algorithm import LowRankUpdate, State, StepFacts, low_rank_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.shard import MatrixShard
@@ -26,18 +26,14 @@ def step_of(
 ) -> Steps[LowRankUpdate | None]:
     """A shard's part of one step on the whole `gradient`."""
     part = shard.oriented_gradient(part_of(gradient, shard))
-    return low_rank_step(
-        lambda: part,
-        row_squares(part),
-        state,
-        shard.spread,
-        settings,
+    facts = StepFacts(
         name=shard.name,
         norm_sq=float(gradient.double().square().sum()),
         kept_sq=kept_sq,
         phase=shard.phase,
         turns=turns,
     )
+    return low_rank_step(lambda: part, row_squares(part), state, shard.spread, settings, facts)
 
 
 def step_in_lockstep(

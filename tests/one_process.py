@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from arg_dist import AdaRankGrad, AdaRankGradConfig
-from arg_dist.algorithm import LowRankUpdate, State, low_rank_step
+from arg_dist.algorithm import LowRankUpdate, State, StepFacts, low_rank_step
 from arg_dist.sharding.drivers import run_local
 from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.spread import single_process
@@ -18,6 +18,12 @@ def one_step(
     gradient: Tensor, state: State, *, phase: float = 0.0, **settings: Any
 ) -> LowRankUpdate | None:
     """One step on ``gradient``, ``moment x basis``, as the optimizer would call it."""
+    facts = StepFacts(
+        name="w",
+        norm_sq=float(gradient.double().square().sum()),
+        kept_sq=float(state.get("kept_sq", 0.0)),
+        phase=phase,
+    )
     return run_local(
         low_rank_step(
             lambda: gradient,
@@ -25,10 +31,7 @@ def one_step(
             state,
             single_process(*gradient.shape),
             AdaRankGradConfig(**{"min_rank": 1, **settings}),
-            name="w",
-            norm_sq=float(gradient.double().square().sum()),
-            kept_sq=float(state.get("kept_sq", 0.0)),
-            phase=phase,
+            facts,
         )
     )
 
