@@ -386,7 +386,7 @@ def _watch(state: State, settings: AdaRankGradConfig, facts: StepFacts) -> None:
         shortest=settings.min_gap,
         kept_sq=facts.kept_sq,
         kept_sq_at_refresh=state["kept_sq_at_refresh"],
-        decay=settings.decay,
+        refresh_below=settings.refresh_below,
     ):
         # within min_gap steps, all refresh before the first may refresh early again
         spread = settings.min_gap if facts.turns is None else min(facts.turns, settings.min_gap)

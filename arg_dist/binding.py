@@ -240,8 +240,8 @@ class Binding(SelfReport):
             is_classified=self.is_classified,
             aloud=is_first_process(training_group(self.process_group)),
         )
-        time_limit, bucket_size = self.defaults["time_limit"], self.defaults["bucket_size"]
-        return make_plans(specs, self._communicators, time_limit, bucket_size, resting=resting)
+        timeout, bucket_size = self.defaults["collective_timeout"], self.defaults["bucket_size"]
+        return make_plans(specs, self._communicators, timeout, bucket_size, resting=resting)
 
     def _seen(self, group: dict[str, Any], *, resting: bool = False) -> ParameterGroup:
         """A group in the form that the engine adapters take.

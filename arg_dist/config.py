@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -55,7 +56,7 @@ PAPER: dict[str, Any] = {
     "residual": "none",
     "min_gap": 1,
     "first_gap": 200,
-    "decay": 0.0,
+    "refresh_below": 0.0,
     "power_passes": 2,
     "transport": "paper",
 }
@@ -63,12 +64,18 @@ PAPER: dict[str, Any] = {
 
 The code limits the un-squared share of the discarded energy to 0.2 (`energy`) and computes bases
 with ``svd_lowrank`` (`power_passes`). The inner loop ends after 200 steps, because its other exit,
-a projected gradient with a norm below 1e-4, is not reached in training (`decay`). Neither source
-specifies the bounds of the rank; the upper one is GaLore's.
+a projected gradient with a norm below 1e-4, is not reached in training (`refresh_below`). Neither
+source specifies the bounds of the rank; the upper one is GaLore's.
 """
 
 PRESETS = {"paper": PAPER, "finetuning": FINETUNING}
 """What each preset changes of the defaults."""
+
+RENAMED = {"decay": "refresh_below", "time_limit": "collective_timeout"}
+"""Settings by their earlier names, which are accepted with a warning and read in what was saved."""
+
+_WARNED_OF: set[str] = set()
+"""The earlier names that this process has warned of."""
 
 
 class AdaRankGradConfig(BaseModel):
@@ -203,7 +210,7 @@ class AdaRankGradConfig(BaseModel):
         "are staggered; the gap then doubles at each refresh, up to `max_gap`. If not set, "
         "`min_gap`",
     )
-    decay: float = Field(
+    refresh_below: float = Field(
         0.5,
         ge=0,
         lt=1,
@@ -254,7 +261,7 @@ class AdaRankGradConfig(BaseModel):
         description="what to do if a gradient is NaN or infinite: `error` raises and names the "
         "parameter, `skip` skips the step",
     )
-    time_limit: float = Field(
+    collective_timeout: float = Field(
         1800.0,
         gt=0,
         le=1e7,
@@ -277,8 +284,11 @@ class AdaRankGradConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
-        preset = values.get("preset") if isinstance(values, Mapping) else None
-        return {**PRESETS[preset], **values} if preset in tuple(PRESETS) else values
+        if not isinstance(values, Mapping):
+            return values
+        given = current_names(values, cls.__name__)
+        preset = given.get("preset")
+        return {**PRESETS[preset], **given} if preset in tuple(PRESETS) else given
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -317,6 +327,44 @@ class AdaRankGradConfig(BaseModel):
         return min(rank_of(self.min_rank, short), largest), largest
 
 
+def current_names(
+    settings: Mapping[str, Any], where: str, *, saved: bool = False
+) -> dict[str, Any]:
+    """The settings under their current names; keys that are no settings stay as they are.
+
+    Args:
+        settings: values by name.
+        where: their owner, for messages.
+        saved: whether they were read from what an earlier version saved: nobody can change the
+            names there, so that there is no warning.
+
+    Raises:
+        ConfigError: a setting has both its earlier and its current name.
+
+    Warns:
+        FutureWarning: a setting has its earlier name; once per name and process.
+    """
+    current = dict(settings)
+    for earlier, name in RENAMED.items():
+        if earlier not in current:
+            continue
+        if name in current:
+            raise ConfigError(
+                f"{where}: got {earlier} and {name}, the earlier and the current name of one "
+                f"setting; remove {earlier}"
+            )
+        if not saved and earlier not in _WARNED_OF:
+            _WARNED_OF.add(earlier)
+            warnings.warn(
+                f"{where}.{earlier}: the setting is called {name} now; rename it, because the "
+                "earlier name will stop working",
+                FutureWarning,
+                stacklevel=7,  # the call that builds the optimizer
+            )
+        current[name] = current.pop(earlier)
+    return current
+
+
 def rank_of(rank: int | float, short: int) -> int:
     """Resolves a rank, given as an integer or a fraction of the shorter dimension `short`."""
     return min(rank, short) if isinstance(rank, int) else max(1, round(rank * short))
@@ -351,8 +399,9 @@ def parse_config(settings: Mapping[str, Any], where: str = "AdaRankGrad") -> Ada
     Raises:
         ConfigError: one line per error, each with the key's path and what is needed.
     """
+    given = {key: plain(value) for key, value in current_names(settings, where).items()}
     try:
-        return AdaRankGradConfig.model_validate({k: plain(v) for k, v in settings.items()})
+        return AdaRankGradConfig.model_validate(given)
     except ValidationError as error:
         lines: dict[str, str] = {}
         for fault in error.errors():

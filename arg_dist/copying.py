@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arg_dist.config import RENAMED
 from arg_dist.custody import Custody
 from arg_dist.places import Layout, Place
 from arg_dist.sharding.communicator import Communicator
@@ -86,6 +87,9 @@ class CopiedOptimizer(torch.optim.Optimizer):
                 f"{', '.join(missing)}; with that version, {REMEDY}"
             )
         super().__setstate__(state)
+        for settings in (self.defaults, *self.param_groups):
+            for earlier in RENAMED.keys() & settings.keys():
+                settings[RENAMED[earlier]] = settings.pop(earlier)
         self._plans, self._tensors_of_plans, self._communicators = {}, {}, {}
         self._every_group = self.param_groups
         if not self.calls:

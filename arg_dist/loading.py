@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from arg_dist.config import ConfigError, parse_config
+from arg_dist.config import ConfigError, current_names, parse_config
 from arg_dist.packing import is_bytes, is_packed, unpack, unpack_bytes
 from arg_dist.parameter_groups import SETTINGS, check_names, keep_newer, members
 from arg_dist.saved_forms import WHOLE, Place
@@ -76,10 +76,11 @@ def groups_to_load(
         )
     loaded = []
     for position, (group, own) in enumerate(zip(groups, current, strict=True)):
-        new = {k: deepcopy(v) for k, v in group.items() if k != "params"}
+        where = f"load_state_dict: parameter group {position}"
+        named = current_names(group, where, saved=True)
+        new = {k: deepcopy(v) for k, v in named.items() if k != "params"}
         keep_newer([new], [own])
         settings = {key: new[key] for key in SETTINGS if key != "lr"}
-        where = f"load_state_dict: parameter group {position}"
         checked = parse_config({**settings, "lr": _as_number(new["lr"])}, where)
         new.update({key: value for key, value in checked if key != "lr"})
         loaded.append({**new, "params": own["params"]})

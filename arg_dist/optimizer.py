@@ -145,8 +145,8 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         in none of them.
 
         Raises:
-            NoAnswerError: another process did not join a collective within `time_limit` seconds,
-                or has terminated.
+            NoAnswerError: another process did not join a collective within `collective_timeout`
+                seconds, or has terminated.
             ConfigError: `state_budget` is too small for the smallest ranks; on every process. Or a
                 parameter was made in inference mode, or has no values (meta device).
             RuntimeError: gradients, weights or settings differ between processes; on all of them.

@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from arg_dist.config import AdaRankGradConfig, ConfigError, parse_config, plain
+from arg_dist.config import (
+    AdaRankGradConfig,
+    ConfigError,
+    current_names,
+    parse_config,
+    plain,
+)
 from arg_dist.group_keys import numbers, own_settings, tensors
 from arg_dist.parameter_kinds import check_kind, check_present, check_shape, check_values
 from arg_dist.sharding.fragment import Holding, ParameterGroup, hold
@@ -20,7 +26,7 @@ SETTINGS = tuple(AdaRankGradConfig.model_fields)
 """Keys of a parameter group that are settings."""
 
 
-OF_ALL = {"preset", "targets", "exclude", "time_limit", "state_budget", "bucket_size"}
+OF_ALL = {"preset", "targets", "exclude", "collective_timeout", "state_budget", "bucket_size"}
 """Settings that apply to the optimizer as a whole; a group cannot have others."""
 
 
@@ -38,7 +44,8 @@ def complete_group(
         ConfigError: a setting of the group is misspelled or invalid.
         TypeError: the parameters are a set.
     """
-    group, where = dict(param_group), f"parameter group {position}"
+    where = f"parameter group {position}"
+    group = current_names(param_group, where)
     params = group["params"]
     if isinstance(params, set):
         raise TypeError(f"{where}: got a set, which is unordered; use a list")
@@ -87,7 +94,8 @@ def checked_last(groups: list[dict[str, Any]], known: Iterable[str]) -> dict[str
 
 def settings_of(group: Mapping[str, Any]) -> AdaRankGradConfig:
     """A group's current settings: schedulers change the learning rate between steps."""
-    values = numbers({key: group[key] for key in SETTINGS})
+    named = current_names(group, "parameter group")
+    values = numbers({key: named[key] for key in SETTINGS})
     lr = float(values.pop("lr"))
     try:
         others = _settings(*values.values())

@@ -29,6 +29,7 @@ from arg_dist.cli.parsing import (
     parse_overrides,
     share,
 )
+from arg_dist.config import current_names
 from arg_dist.integrations.accelerate import asks_for
 from launchers.finetuning.arguments import (
     PRECISIONS,
@@ -137,7 +138,7 @@ def choose(options: argparse.Namespace, config: dict[str, Any]) -> OptimizerChoi
     Its section is removed from the JSON, because the Trainer builds the optimizer itself.
     """
     name = choose_optimizer(config, options.optimizer)
-    overrides = parse_overrides(options.overrides)
+    overrides = current_names(parse_overrides(options.overrides), "--set")
     if options.weight_decay is not None:
         overrides["weight_decay"] = options.weight_decay
     settings = set_optimizer(config, name, overrides, options.lr)

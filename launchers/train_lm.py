@@ -35,7 +35,7 @@ from arg_dist.cli.parsing import (
     is_first_process,
     parse_overrides,
 )
-from arg_dist.config import ConfigError
+from arg_dist.config import ConfigError, current_names
 from arg_dist.planning.llama import model_config
 from launchers.pretraining.accelerate_engine import AccelerateSetup
 from launchers.pretraining.corpus import read_corpus
@@ -92,9 +92,9 @@ def build(options: argparse.Namespace, stop: StopRequest) -> Job:
         setup.connect(None if limit is None else max(limit, PATIENT_START))
     config = setup.read_config()
     optimizer = choose_optimizer(config, options.optimizer)
-    overrides = parse_overrides(options.overrides)
+    overrides = current_names(parse_overrides(options.overrides), "--set")
     if limit is not None and optimizer == "adarankgrad":
-        overrides.setdefault("time_limit", options.time_limit)
+        overrides.setdefault("collective_timeout", options.time_limit)
     settings = set_optimizer(config, optimizer, overrides, options.lr)
     if options.accumulation is not None:
         config["gradient_accumulation_steps"] = options.accumulation

@@ -27,6 +27,7 @@ from arg_dist.checkpoint import CheckpointError
 from arg_dist.checkpoint.files import describe, on_all
 from arg_dist.checkpoint.index import INDEX_NAME
 from arg_dist.checkpoint.reading import restore, verified_index
+from arg_dist.config import RENAMED
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import members
 from arg_dist.sharding.communicator import Communicator
@@ -132,8 +133,10 @@ def _loading_state(load: Callable[..., Any], engine: Any, optimizer: AdaRankGrad
         if path is None or not engine.load_universal_checkpoint():
             return path, client_state
         _drop_zero_moments(engine, optimizer)
-        # stage 3 copies the settings of the first group to all of them
+        # all keys of the saved groups are in these now; at stage 3, those of the first one in all
         for group, own in zip(groups, before, strict=True):
+            for earlier in RENAMED:
+                group.pop(earlier, None)
             group.update(own)
         if given["load_optimizer_states"] and not given["load_module_only"]:
             _read_state(Path(path).parent, note, optimizer)

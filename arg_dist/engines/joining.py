@@ -58,7 +58,7 @@ class JoinedSteps:
     ) -> None:
         self._optimizers = list(optimizers)
         self._group, self._device = group, device
-        limit = max(float(each.defaults["time_limit"]) for each in optimizers)
+        limit = max(float(each.defaults["collective_timeout"]) for each in optimizers)
         self._communicator = Communicator(group, limit)
         self._has_joined = False
         self._hooks = [each.register_step_pre_hook(self._announce) for each in optimizers]

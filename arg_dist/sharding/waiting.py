@@ -89,6 +89,7 @@ class Waiting:
         backend = group._get_backend(device)
         own = _own_seconds(backend)
         self.seconds = own if seconds is None else seconds
+        self._is_own = seconds is None
         self._roll = RollCall(group)
         self._count = 0
         self._watch: Watch | None = None
@@ -131,9 +132,9 @@ class Waiting:
             level = logging.INFO if self.seconds == UNKNOWN_SECONDS else logging.WARNING
             log.log(
                 level,
-                f"time_limit: got {self.seconds:g} s, but torch terminates the process when a "
-                f"collective of the process group has taken {own:g} s; pass timeout=timedelta("
-                f"seconds={self.seconds:g}) to init_process_group as well",
+                f"collective_timeout: got {self.seconds:g} s, but torch terminates the process "
+                f"when a collective of the process group has taken {own:g} s; pass "
+                f"timeout=timedelta(seconds={self.seconds:g}) to init_process_group as well",
             )
 
     def _wait(self, work: dist.Work, count: int, started: float, words: Words) -> None:
@@ -166,15 +167,17 @@ class Waiting:
 
     def _message(self, count: int, waited: float, words: str, cause: str) -> str:
         found = self._roll.call(count, words)
-        if waited >= 0.9 * self.seconds:
-            happened = f"waited {waited:.1f} s (time_limit={self.seconds:g})"
-        else:
+        if waited < 0.9 * self.seconds:
             happened = f"failed after {waited:.1f} s"
+        elif self._is_own:
+            happened = f"waited {waited:.1f} s (timeout of the process group: {self.seconds:g})"
+        else:
+            happened = f"waited {waited:.1f} s (collective_timeout={self.seconds:g})"
         return (
             f"{self._roll.this_process} {happened} in {words}; {found}. Weights and state may be "
             "partially updated: terminate all processes and resume from the last checkpoint. A "
             "process that does not respond has terminated, is stuck (check its own output), has "
-            "called step() less or more often than this one, or is slower than time_limit allows. "
+            "called step() less or more often than this one, or is slower than the limit allows. "
             f"Cause: {_shortened(cause)}"
         )
 

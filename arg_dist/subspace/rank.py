@@ -73,16 +73,17 @@ def exit_early(
     shortest: int,
     kept_sq: float,
     kept_sq_at_refresh: float,
-    decay: float,
+    refresh_below: float,
 ) -> bool:
     """Whether a basis is due for an early refresh, before the longest gap is over.
 
     This is at least `shortest` steps after the refresh, once the norm of the projected gradient has
-    fallen below `decay` times its value at the refresh: the inner exit rule of arXiv 2410.17881,
-    algorithm 3, ``||P||_F <= sigma``, made relative to be independent of the scale of the loss and
-    the size of the layer.
+    fallen below `refresh_below` times its value at the refresh: the inner exit rule of arXiv
+    2410.17881, algorithm 3, ``||P||_F <= sigma``, made relative to be independent of the scale of
+    the loss and the size of the layer.
     """
-    return since_refresh >= shortest and kept_sq < decay * decay * kept_sq_at_refresh
+    smallest_sq = refresh_below * refresh_below * kept_sq_at_refresh
+    return since_refresh >= shortest and kept_sq < smallest_sq
 
 
 def gap_after_decay(gap: int, *, since_refresh: int, spread: int, phase: float) -> int:

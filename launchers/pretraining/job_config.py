@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from arg_dist.cli.parsing import InputError
-from arg_dist.config import ConfigError, parse_config
+from arg_dist.config import ConfigError, current_names, parse_config
 from arg_dist.engines.deepspeed_config import load_deepspeed_config
 
 ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
@@ -62,8 +62,9 @@ def set_optimizer(
 
     Raises:
         InputError: a key is unknown, or its value is invalid.
+        ConfigError: a setting has two names in the JSON.
     """
-    params = dict(config.get("optimizer", {}).get("params", {}))
+    params = current_names(config.get("optimizer", {}).get("params", {}), "optimizer.params")
     if name == "adamw":
         for key in overrides:
             if key not in ADAMW_KEYS:

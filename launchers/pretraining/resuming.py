@@ -10,6 +10,7 @@ from typing import Any
 from arg_dist.checkpoint.index import CheckpointError, Index, read_index
 from arg_dist.checkpoint.series import checkpoints_in
 from arg_dist.cli.parsing import InputError
+from arg_dist.config import current_names
 from launchers.pretraining.identity import changes, check_identity
 
 FOLDER = "checkpoints"
@@ -24,7 +25,7 @@ TIME_LIMIT = 1800
 AUTO = "auto"
 PROGRAM = "train_lm"
 
-FREE_SETTINGS = ("lr", "shard_basis", "time_limit", "state_budget")
+FREE_SETTINGS = ("lr", "shard_basis", "collective_timeout", "state_budget")
 """Optimizer settings that may change on resume."""
 
 
@@ -169,7 +170,8 @@ def check_job(
             "more steps, or --resume an earlier checkpoint"
         )
     check_identity(found.job["identity"], job["identity"], str(found.path))
-    saved, now = found.job["settings"], job["settings"]
+    saved = current_names(found.job["settings"], str(found.path), saved=True)
+    now = job["settings"]
     for key in given:
         if key not in FREE_SETTINGS and saved.get(key) != now[key]:
             raise InputError(

@@ -31,7 +31,14 @@ from tests.unit.test_host_reads import READS
 
 SHAPES = [(24, 16), (16, 24), (2, 8, 12), (9,)]
 NAMES = ["wide", "tall", "experts", "bias"]
-SETTINGS = {"lr": 1e-2, "max_rank": 4, "min_rank": 2, "min_gap": 3, "max_gap": 6, "time_limit": 15}
+SETTINGS = {
+    "lr": 1e-2,
+    "max_rank": 4,
+    "min_rank": 2,
+    "min_gap": 3,
+    "max_gap": 6,
+    "collective_timeout": 15,
+}
 MANY = 8
 """More tensors than are compared by turns in a step."""
 Tensors = list[torch.Tensor]

@@ -17,7 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 import arg_dist
 from arg_dist import AdaRankGrad
 
-SETTINGS = {"lr": 1e-2, "max_rank": 4, "min_rank": 2, "min_gap": 2, "max_gap": 4, "time_limit": 15}
+SETTINGS = {
+    "lr": 1e-2,
+    "max_rank": 4,
+    "min_rank": 2,
+    "min_gap": 2,
+    "max_gap": 4,
+    "collective_timeout": 15,
+}
 BATCHES = 4
 """Of the process that has the fewest."""
 Weights = list[torch.Tensor]

@@ -49,7 +49,7 @@ def fresh_group() -> dist.ProcessGroup:
 
 def build(group, limit: float, **settings) -> AdaRankGrad:
     named = [(name, torch.nn.Parameter(gaussian(24, 16, seed=i))) for i, name in enumerate(NAMES)]
-    return AdaRankGrad(named, process_group=group, max_rank=4, time_limit=limit, **settings)
+    return AdaRankGrad(named, process_group=group, max_rank=4, collective_timeout=limit, **settings)
 
 
 def step(optimizer: AdaRankGrad) -> None:
@@ -109,7 +109,9 @@ def test_who_waits_too_long_says_where_for_which_matrices_and_for_whom(
     for process in (0, 2):
         message = results[process]
         assert re.search(where, message), message
-        told = re.match(rf"process {process} of 3 waited (.*) s \(time_limit=1\) in ", message)
+        told = re.match(
+            rf"process {process} of 3 waited (.*) s \(collective_timeout=1\) in ", message
+        )
         assert told and LIMIT - 0.1 <= float(told[1]) < AWAY, message
         assert f"; no response from process {CULPRIT}. " in message
         assert "resume from the last checkpoint" in message
@@ -192,7 +194,13 @@ def be_struck(group, number: int, with_signal: int, limit: float) -> None:
 @pytest.mark.parametrize(
     ("with_signal", "limit", "number", "how", "where"),
     [
-        (signal.SIGSTOP, LIMIT, 6, r"waited \S+ s \(time_limit=1\)", r"round 3 of \d+ of the step"),
+        (
+            signal.SIGSTOP,
+            LIMIT,
+            6,
+            r"waited \S+ s \(collective_timeout=1\)",
+            r"round 3 of \d+ of the step",
+        ),
         (signal.SIGKILL, PATIENCE, 3, r"failed after \S+ s", "the sum of norms"),
     ],
 )

@@ -30,7 +30,7 @@ from arg_dist.parameter_groups import settings_of
         ({"min_gap": 9, "max_gap": 3}, r"min_gap \(9\) is larger than max_gap \(3\): lower"),
         ({"transport": "svd"}, r"AdaRankGrad\.transport: .*'squared', 'paper'.* got 'svd'"),
         ({"side": "top"}, r"AdaRankGrad\.side: .*got 'top'"),
-        ({"decay": 1.0}, r"AdaRankGrad\.decay: .*less than 1"),
+        ({"refresh_below": 1.0}, r"AdaRankGrad\.refresh_below: .*less than 1"),
         ({"seed": -1}, r"AdaRankGrad\.seed: "),
         ({"state_budget": "2 gigs"}, r"AdaRankGrad\.state_budget: a size such as .*, got '2 gigs'"),
         ({"state_budget": "100 kilos"}, r"or a number of bytes, is needed, got '100 kilos'"),
@@ -41,8 +41,11 @@ from arg_dist.parameter_groups import settings_of
         ({"bucket_size": "1 gig"}, r"AdaRankGrad\.bucket_size: a size such as .*, got '1 gig'"),
         ({"bucket_size": None}, r"AdaRankGrad\.bucket_size: .*got None"),
         ({"matmul_precision": "bf16"}, r"\.matmul_precision: .*'medium'.* got 'bf16'"),
-        ({"time_limit": 0}, r"AdaRankGrad\.time_limit: .*greater than 0, got 0"),
-        ({"time_limit": float("inf")}, r"AdaRankGrad\.time_limit: .*less than or equal"),
+        ({"collective_timeout": 0}, r"AdaRankGrad\.collective_timeout: .*greater than 0, got 0"),
+        (
+            {"collective_timeout": float("inf")},
+            r"AdaRankGrad\.collective_timeout: .*less than or equal",
+        ),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_needed(settings, message):
@@ -123,7 +126,10 @@ def test_a_group_overrides_the_optimizers_settings():
         ({"max_rank": 2, "min_rank": 3}, r"parameter group 1: max_rank \(2\) is smaller"),
         ({"targets": ["mlp"]}, r"parameter group 1\.targets: .*the optimizer as a whole"),
         ({"state_budget": 9}, r"parameter group 1\.state_budget: .*the optimizer as a whole"),
-        ({"time_limit": 9}, r"parameter group 1\.time_limit: .*the optimizer as a whole"),
+        (
+            {"collective_timeout": 9},
+            r"parameter group 1\.collective_timeout: .*the optimizer as a whole",
+        ),
     ],
 )
 def test_a_groups_settings_are_checked_like_the_optimizers(group, message):

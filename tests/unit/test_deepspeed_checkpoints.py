@@ -110,6 +110,35 @@ def test_checkpoints_on_node_local_storage_stay_as_they_are(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+class ConvertedEngine(Engine):
+    """Loads a converted checkpoint as DeepSpeed does: every key of its groups is copied."""
+
+    module = torch.nn.Module()
+    groups: list[dict[str, Any]]
+
+    def load_universal_checkpoint(self) -> bool:
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        load_optimizer_states: bool = False,
+        load_module_only: bool = False,
+    ) -> tuple[str, dict[str, Any]]:
+        for group in self.groups:
+            group.update(lr=5.0, decay=0.25, theirs=1)
+        return load_dir, {}
+
+
+def test_groups_keep_their_settings_under_the_current_names(tmp_path: Path) -> None:
+    engine = ConvertedEngine()
+    optimizer = trained(engine)
+    engine.groups = optimizer.param_groups
+    before = dict(optimizer.param_groups[0])
+    engine.load_checkpoint(str(tmp_path))
+    assert optimizer.param_groups[0] == {**before, "theirs": 1}
+
+
 def saved(checkpoint: Path, content: str = "first") -> dict[str, str]:
     """Writes a state, and gives the note that DeepSpeed would keep of it."""
     folder = checkpoint / STATE_FOLDER

@@ -112,7 +112,7 @@ class Sharpness(torch.optim.Optimizer):
 
 
 def test_a_wrapper_may_put_all_settings_into_the_groups():
-    settings = {"lr": 0.2, "max_rank": 0.5, "time_limit": 60.0, "state_budget": "1MiB"}
+    settings = {"lr": 0.2, "max_rank": 0.5, "collective_timeout": 60.0, "state_budget": "1MiB"}
     wrapper = Sharpness([nn.Parameter(gaussian(8, 6))], AdaRankGrad, **settings)
     assert wrapper.param_groups[0]["rho"] == 0.05 and wrapper.param_groups[0]["max_rank"] == 0.5
     feed(wrapper.base, gaussian(8, 6))

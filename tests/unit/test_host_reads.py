@@ -37,7 +37,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_step_without_a_refresh_reads_once_whatever_it_is_given(reads, count, residual):
     shapes = [(12, 8), (8, 12), (7,), (3, 8, 6)]
     weights = [gaussian(*shape) for shape in shapes for _ in range(count)]
-    optimizer = optimizer_of(*weights, residual=residual, min_gap=9, max_gap=9, decay=0.5)
+    optimizer = optimizer_of(*weights, residual=residual, min_gap=9, max_gap=9, refresh_below=0.5)
     for step in range(3):
         gradients = [gaussian(*weight.shape, seed=step) for weight in weights]
         reads.clear()

@@ -117,7 +117,7 @@ def test_a_basis_ends_early_only_after_the_shortest_gap_and_a_decayed_gradient(
     since, norm, expected
 ):
     decided = exit_early(
-        since_refresh=since, shortest=20, kept_sq=norm**2, kept_sq_at_refresh=1.0, decay=0.5
+        since_refresh=since, shortest=20, kept_sq=norm**2, kept_sq_at_refresh=1.0, refresh_below=0.5
     )
     assert decided is expected
 
@@ -160,7 +160,7 @@ def test_a_decayed_gradient_is_refreshed_early_whatever_the_scale_of_the_loss(sc
     sizes = [scale] * 12 + [0.4 * scale] * 12
     # step 12 is the first small one, the next one sees it, the one after it refreshes
     assert refresh_steps(sizes, phase=0.0, **GROWING)[:4] == [0, 3, 9, 14]
-    assert refresh_steps(sizes, phase=0.0, decay=0.3, **GROWING) == [0, 3, 9, 21]
+    assert refresh_steps(sizes, phase=0.0, refresh_below=0.3, **GROWING) == [0, 3, 9, 21]
 
 
 def test_no_basis_ends_before_the_shortest_gap():
@@ -214,7 +214,7 @@ def test_gradients_that_fall_together_are_refreshed_by_turns():
 def test_the_papers_exit_rule_puts_nothing_off():
     # it has no shortest gap: one step to spread refreshes over
     for phase in (0.0, 0.999):
-        settings = {"preset": "paper", "decay": 0.5, "phase": phase}
+        settings = {"preset": "paper", "refresh_below": 0.5, "phase": phase}
         assert refresh_steps([1.0] * 12 + [0.4] * 12, **settings) == [0, 14]
 
 

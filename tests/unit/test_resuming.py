@@ -48,7 +48,7 @@ def job(**changes):
             "tokens": "b" * 64,
         },
         schedule=COURSE | {"clip": 1.0},
-        settings={"lr": 1e-3, "energy": 0.9, "time_limit": 1800.0},
+        settings={"lr": 1e-3, "energy": 0.9, "collective_timeout": 1800.0},
     )
     described = json.loads(json.dumps(described))
     for path, value in changes.items():
@@ -154,7 +154,7 @@ def test_another_job_is_refused_by_the_option_that_makes_it_one(changed, words):
 
 def test_the_same_job_goes_on_without_a_word_with_keys_that_models_got_later():
     now = job(identity__model={"hidden_size": 8, "layers": 2, "invented_later": None})
-    assert check_job(FOUND, now, lr=None, given={"time_limit": 60}) == []
+    assert check_job(FOUND, now, lr=None, given={"collective_timeout": 60}) == []
 
 
 def test_the_course_of_the_learning_rate_may_change_and_is_told():
@@ -170,9 +170,22 @@ def test_the_course_of_the_learning_rate_may_change_and_is_told():
 
 def test_settings_that_nobody_gives_are_those_of_the_checkpoint():
     # as where the one run has a DeepSpeed JSON and the other one has none
-    now = job(settings__lr=5e-3, settings__energy=0.5, settings__time_limit=60.0)
-    assert check_job(FOUND, now, lr=None, given={"time_limit": 60.0}) == []
-    assert now["settings"] == {"lr": 1e-3, "energy": 0.9, "time_limit": 60.0}
+    now = job(settings__lr=5e-3, settings__energy=0.5, settings__collective_timeout=60.0)
+    assert check_job(FOUND, now, lr=None, given={"collective_timeout": 60.0}) == []
+    assert now["settings"] == {"lr": 1e-3, "energy": 0.9, "collective_timeout": 60.0}
+
+
+def test_settings_may_have_been_saved_under_earlier_names():
+    found = Found(FOUND.path, 4, {**job(), "settings": {"lr": 1e-3, "decay": 0.5}})
+    now = job(settings__refresh_below=0.25)
+    assert check_job(found, now, lr=None, given={"collective_timeout": 1800.0}) == []
+    assert now["settings"] == {
+        "lr": 1e-3, "energy": 0.9, "refresh_below": 0.5, "collective_timeout": 1800.0,
+    }  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"refresh_below=0\.25: .* trained with refresh_below=0\.5"
+    ):
+        check_job(found, job(settings__refresh_below=0.25), lr=None, given={"refresh_below": 0.25})
 
 
 def test_a_setting_that_is_given_and_would_not_count_is_refused():

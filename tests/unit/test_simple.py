@@ -43,7 +43,7 @@ def test_fifty_steps_with_changing_ranks_are_those_of_the_simple_one(
     settings = {
         "lr": 1e-3, "weight_decay": 0.1, "max_rank": 6, "min_rank": 2, "energy": 0.95,
         "scale": 0.5, "transport": transport, "side": side, "residual": residual,
-        "min_gap": 10, "max_gap": 10, "decay": 0.0, "hysteresis": 0.0,
+        "min_gap": 10, "max_gap": 10, "refresh_below": 0.0, "hysteresis": 0.0,
     }  # fmt: skip
     weight = gaussian(*shape, seed=1)
     simple, optimizer = simple_of(weight, **settings), optimizer_of(weight, **settings)

@@ -147,11 +147,11 @@ def test_state_for_other_names_is_refused():
 
 
 def test_a_setting_that_is_newer_than_the_state_keeps_its_value():
-    first, second = make(), make(time_limit=77.0)
+    first, second = make(), make(collective_timeout=77.0)
     train(first, GRADIENTS[:3])
     saved = first.state_dict()
     for group in saved["param_groups"]:
-        del group["time_limit"]
+        del group["collective_timeout"]
     second.load_state_dict(saved)
     train(second, GRADIENTS[3:5])
-    assert second.param_groups[0]["time_limit"] == 77.0
+    assert second.param_groups[0]["collective_timeout"] == 77.0

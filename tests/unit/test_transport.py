@@ -121,7 +121,13 @@ def test_the_fair_start_has_the_row_and_direction_sums_of_the_gradient():
 def largest_step_after_growth() -> float:
     """Largest entry of N while the rank grows from 8 to 32, long after the start."""
     state, largest = {}, 0.0
-    settings = {"energy": 1.0, "min_gap": 50, "max_gap": 50, "decay": 0.0, "residual": "none"}
+    settings = {
+        "energy": 1.0,
+        "min_gap": 50,
+        "max_gap": 50,
+        "refresh_below": 0.0,
+        "residual": "none",
+    }
     for step in range(1200):
         rank = 8 if step < 1000 else 32
         update = one_step(

@@ -45,7 +45,7 @@ class Roll:
         return "no response from process 1"
 
 
-def waiting_of(monkeypatch: pytest.MonkeyPatch, own: float, seconds: float) -> Waiting:
+def waiting_of(monkeypatch: pytest.MonkeyPatch, own: float, seconds: float | None) -> Waiting:
     """Waiting on a backend that is not gloo, whose own timeout is `own`."""
     monkeypatch.setattr(waiting, "RollCall", Roll)
     options = SimpleNamespace(_timeout=timedelta(seconds=own))
@@ -89,7 +89,7 @@ def test_a_limit_beyond_the_groups_own_timeout_is_told(monkeypatch, caplog, seco
         waiting_of(monkeypatch, own=600, seconds=seconds)
     assert [record.levelno for record in caplog.records] == ([] if level is None else [level])
     for record in caplog.records:
-        assert f"time_limit: got {seconds:g} s" in record.getMessage()
+        assert f"collective_timeout: got {seconds:g} s" in record.getMessage()
         assert f"timeout=timedelta(seconds={seconds:g})" in record.getMessage()
         assert "has taken 600 s" in record.getMessage()
 
@@ -121,3 +121,19 @@ def test_only_silence_of_others_is_called_so(monkeypatch, text, kind, told):
     with pytest.raises(RuntimeError, match=told) as raised:
         waiting_of(monkeypatch, own=600, seconds=600).begin(start, lambda: "a round")
     assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("own", "seconds", "told"),
+    [
+        (600, 1e-6, r"waited \S+ s \(collective_timeout=1e-06\) in a round"),
+        (1e-6, None, r"waited \S+ s \(timeout of the process group: 1e-06\) in a round"),
+        (600, 600, r"failed after \S+ s in a round"),
+    ],
+)
+def test_the_limit_that_was_reached_is_named(monkeypatch, own, seconds, told):
+    def start(limit: timedelta) -> Work:
+        raise RuntimeError("NCCL communicator was aborted on rank 0.")
+
+    with pytest.raises(NoAnswerError, match=told):
+        waiting_of(monkeypatch, own, seconds).begin(start, lambda: "a round")
