@@ -71,6 +71,9 @@ source specifies the bounds of the rank; the upper one is GaLore's.
 PRESETS = {"paper": PAPER, "finetuning": FINETUNING}
 """What each preset changes of the defaults."""
 
+GAPS = ("min_gap", "first_gap", "max_gap")
+"""Settings that must be in this order; see :func:`following_gaps`."""
+
 RENAMED = {"decay": "refresh_below", "time_limit": "collective_timeout"}
 """Settings by their earlier names, which are accepted with a warning and read in what was saved."""
 
@@ -199,10 +202,16 @@ class AdaRankGradConfig(BaseModel):
     )
 
     max_gap: int = Field(
-        200, ge=1, description="maximum number of steps between two refreshes of a basis"
+        200,
+        ge=1,
+        description="maximum number of steps between two refreshes of a basis. If only `min_gap` "
+        "or `first_gap` is given, at least that",
     )
     min_gap: int = Field(
-        20, ge=1, description="minimum number of steps between two refreshes of a basis"
+        20,
+        ge=1,
+        description="minimum number of steps between two refreshes of a basis. If only `max_gap` "
+        "or `first_gap` is given, at most that",
     )
     first_gap: Annotated[int, Field(ge=1)] | None = Field(
         None,
@@ -288,7 +297,9 @@ class AdaRankGradConfig(BaseModel):
             return values
         given = current_names(values, cls.__name__)
         preset = given.get("preset")
-        return {**PRESETS[preset], **given} if preset in tuple(PRESETS) else given
+        defaults = PRESETS[preset] if preset in tuple(PRESETS) else {}
+        gaps = {key: defaults.get(key, cls.model_fields[key].default) for key in GAPS}
+        return {**defaults, **following_gaps(given, gaps), **given}
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -363,6 +374,31 @@ def current_names(
             )
         current[name] = current.pop(earlier)
     return current
+
+
+def following_gaps(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Gaps between refreshes that are not given, where those that are require another value.
+
+    A gap that is given goes before the default of another: ``max_gap=10`` alone means ``min_gap``
+    10, and ``min_gap=300`` alone means ``max_gap`` 300, as no other value is closer to the default.
+    What is given does not change; if it contradicts itself, validation fails.
+
+    Args:
+        given: settings by name, not validated yet.
+        defaults: for each of `GAPS`, its value if no gap is given.
+    """
+    whole = {key: given[key] for key in GAPS if _is_whole(given.get(key))}
+    lowest = whole.get("min_gap", min((defaults["min_gap"], *whole.values())))
+    highest = whole.get("max_gap", max((defaults["max_gap"], *whole.values())))
+    first = defaults["first_gap"]
+    if first is not None:
+        first = min(max(first, lowest), highest)
+    gaps = {"min_gap": lowest, "first_gap": first, "max_gap": highest}
+    return {key: gap for key, gap in gaps.items() if key not in given and gap != defaults[key]}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value >= 1 and value % 1 == 0
 
 
 def rank_of(rank: int | float, short: int) -> int:

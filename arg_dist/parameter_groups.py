@@ -13,6 +13,7 @@ from arg_dist.config import (
     AdaRankGradConfig,
     ConfigError,
     current_names,
+    following_gaps,
     parse_config,
     plain,
 )
@@ -35,6 +36,8 @@ def complete_group(
 ) -> dict[str, Any]:
     """A parameter group with all settings: its own, else the optimizer's; and with names.
 
+    To a gap between refreshes that the group has, the optimizer's give way like defaults.
+
     Args:
         param_group: the group as the user gave it.
         position: its position in the optimizer.
@@ -51,7 +54,8 @@ def complete_group(
         raise TypeError(f"{where}: got a set, which is unordered; use a list")
     group["params"] = [params] if isinstance(params, Tensor) else list(params)
     own = own_settings(group, where)
-    chosen = {**{key: defaults[key] for key in SETTINGS}, **own}
+    gaps = following_gaps(numbers(own, where), numbers(defaults))
+    chosen = {**{key: defaults[key] for key in SETTINGS}, **gaps, **own}
     config = parse_config(numbers(chosen, where), where)
     for key in own.keys() & OF_ALL:
         if getattr(config, key) != defaults[key]:

@@ -28,6 +28,10 @@ from arg_dist.parameter_groups import settings_of
         ({"max_rank": 2, "min_rank": 3}, r"max_rank \(2\) is smaller than min_rank \(3\)"),
         ({"max_rank": 0.1, "min_rank": 0.2}, r"max_rank \(0\.1\) is smaller than min_rank"),
         ({"min_gap": 9, "max_gap": 3}, r"min_gap \(9\) is larger than max_gap \(3\): lower"),
+        ({"min_gap": 9, "first_gap": 3}, r"first_gap \(3\) is not between min_gap \(9\) and max_"),
+        ({"preset": "paper", "max_gap": 0}, r"^AdaRankGrad\.max_gap: .*or equal to 1, got 0$"),
+        ({"max_gap": 2.5}, r"^AdaRankGrad\.max_gap: .*a number with a fractional part, got 2\.5$"),
+        ({"preset": "paper", "min_gap": "x"}, r"^AdaRankGrad\.min_gap: .* integer, .*, got 'x'$"),
         ({"transport": "svd"}, r"AdaRankGrad\.transport: .*'squared', 'paper'.* got 'svd'"),
         ({"side": "top"}, r"AdaRankGrad\.side: .*got 'top'"),
         ({"refresh_below": 1.0}, r"AdaRankGrad\.refresh_below: .*less than 1"),
@@ -103,6 +107,52 @@ def test_settings_cannot_be_changed():
 def test_ranks_are_whole_or_fractions_of_the_shorter_side(smallest, largest, short, bounds):
     config = AdaRankGradConfig(min_rank=smallest, max_rank=largest)
     assert config.rank_bounds(short) == bounds
+
+
+GAPS = ("min_gap", "first_gap", "max_gap")
+
+
+@pytest.mark.parametrize(
+    ("given", "gaps"),
+    [
+        ({}, (20, None, 200)),
+        ({"max_gap": 10}, (10, None, 10)),
+        ({"max_gap": 10.0}, (10, None, 10)),
+        ({"max_gap": 100}, (20, None, 100)),
+        ({"min_gap": 300}, (300, None, 300)),
+        ({"first_gap": 5}, (5, 5, 200)),
+        ({"first_gap": 500}, (20, 500, 500)),
+        ({"max_gap": 10, "first_gap": 5}, (5, 5, 10)),
+        ({"max_gap": 10, "first_gap": None}, (10, None, 10)),
+        ({"preset": "paper"}, (1, 200, 200)),
+        ({"preset": "paper", "max_gap": 50}, (1, 50, 50)),
+        ({"preset": "paper", "max_gap": 50, "first_gap": None}, (1, None, 50)),
+        ({"preset": "paper", "min_gap": 300}, (300, 300, 300)),
+        ({"preset": "paper", "max_gap": 500}, (1, 200, 500)),
+    ],
+)
+def test_a_gap_that_is_not_given_follows_those_that_are(given, gaps):
+    config = parse_config(given)
+    assert tuple(getattr(config, key) for key in GAPS) == gaps
+    optimizer = optimizer_of(gaussian(8, 6), preset=given.get("preset", "recommended"))
+    own = {key: value for key, value in given.items() if key != "preset"}
+    optimizer.add_param_group({"params": [nn.Parameter(gaussian(8, 6))], **own})
+    assert tuple(optimizer.param_groups[1][key] for key in GAPS) == gaps
+
+
+def test_the_optimizers_gaps_give_way_to_those_of_a_group():
+    optimizer = optimizer_of(gaussian(8, 6), min_gap=30, first_gap=60, max_gap=90)
+    for own, gaps in [
+        ({}, (30, 60, 90)),
+        ({"max_gap": 10}, (10, 10, 10)),
+        ({"max_gap": 50}, (30, 50, 50)),
+        ({"min_gap": 70}, (70, 70, 90)),
+    ]:
+        optimizer.add_param_group({"params": [nn.Parameter(gaussian(8, 6))], **own})
+        assert tuple(optimizer.param_groups[-1][key] for key in GAPS) == gaps
+    group = {"params": [nn.Parameter(gaussian(8, 6))], "min_gap": 9, "max_gap": 3}
+    with pytest.raises(ConfigError, match=r"parameter group 5: min_gap \(9\) is larger than"):
+        optimizer.add_param_group(group)
 
 
 def test_a_group_overrides_the_optimizers_settings():
