@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from arg_dist.config import ConfigError
 from arg_dist.coverage import note_use
 from arg_dist.heads import HEADS as HEADS
 from arg_dist.heads import output_heads
+from arg_dist.settings import GroupSettings
 from arg_dist.sharding.entry import entry_point
 from arg_dist.uses import Owner, Place, Use, full_shape, is_added, owner_of, use_of
 
@@ -91,7 +92,7 @@ def param_groups(
     exclude: Sequence[str] | None = None,
     convolutions: bool = False,
     decay_vectors: bool = True,
-    **settings: Any,
+    **settings: Unpack[GroupSettings],
 ) -> list[dict[str, Any]]:
     """Build named parameter groups for :class:`arg_dist.AdaRankGrad`.
 

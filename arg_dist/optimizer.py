@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from arg_dist.group_keys import numbers, tensors
 from arg_dist.parameter_groups import checked_last, complete_group, settings_of
 from arg_dist.places import GradientsMissing, Layout, Place
 from arg_dist.saving import Saving
+from arg_dist.settings import Settings
 from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of, rounds_of
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.entry import check_not_captured, eager, entry_point
@@ -84,15 +85,16 @@ class AdaRankGrad(Saving, CopiedOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         *,
         process_group: Any = "world",
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
-        given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        given = {**adam, **settings}
         config = parse_config(numbers(given))
         self._parameters: dict[str, Place] = {}
         self._plans: dict[tuple[Layout, ...], list[Plan]] = {}

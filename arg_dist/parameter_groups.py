@@ -19,6 +19,7 @@ from arg_dist.config import (
 )
 from arg_dist.group_keys import numbers, own_settings, tensors
 from arg_dist.parameter_kinds import check_kind, check_present, check_shape, check_values
+from arg_dist.settings import JobSettings, PatternSettings
 from arg_dist.sharding.fragment import Holding, ParameterGroup, hold
 from arg_dist.sharding.layout import MatrixView, matrix_views
 from arg_dist.sharding.plan import GroupSpec
@@ -27,7 +28,7 @@ SETTINGS = tuple(AdaRankGradConfig.model_fields)
 """Keys of a parameter group that are settings."""
 
 
-OF_ALL = {"preset", "targets", "exclude", "collective_timeout", "state_budget", "bucket_size"}
+OF_ALL = frozenset(JobSettings.__annotations__ | PatternSettings.__annotations__)
 """Settings that apply to the optimizer as a whole; a group cannot have others."""
 
 

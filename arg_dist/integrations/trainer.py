@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Unpack
 
 import torch.distributed as dist
 from torch import nn
@@ -15,9 +15,14 @@ from arg_dist.config import ConfigError, parse_config
 from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.groups import param_groups
 from arg_dist.optimizer import AdaRankGrad
+from arg_dist.settings import GroupSettings, JobSettings
 
 _ARGUMENTS: ContextVar[Any] = ContextVar("arguments", default=None)
 """The arguments of the Trainer that is building its optimizer."""
+
+
+class TrainerSettings(GroupSettings, JobSettings):
+    """Settings of :func:`for_trainer` other than the patterns, which are named there."""
 
 
 class OptimizerFactory:
@@ -64,7 +69,7 @@ def for_trainer(
     targets: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     convolutions: bool = False,
-    **settings: Any,
+    **settings: Unpack[TrainerSettings],
 ) -> tuple[type[OptimizerFactory], dict[str, Any]]:
     """Returns the ``optimizer_cls_and_kwargs`` with which the Trainer trains with AdaRankGrad.
 
