@@ -35,6 +35,8 @@ class MethodSettings(TypedDict, total=False):
     residual: Literal["orthogonalized", "matched", "scaled", "none"]
     polar_steps: int
     polar_precision: Literal["fp32", "bf16"]
+    residual_momentum: float
+    residual_bits: Literal[2, 4]
     residual_growth: float
     side: Literal["auto", "left", "right"]
     view: Literal["auto", "stack", "flatten"]

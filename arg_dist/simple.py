@@ -44,7 +44,8 @@ IMPLEMENTED = {
     **dict.fromkeys(("state_budget", "targets", "exclude"), (None,)),
 }
 """Values of these settings; of all others, every one. Those of the randomized SVD (`oversample`,
-`power_passes`, `seed`) and of sharding (`bucket_size`, `shard_basis`, `collective_timeout`) change nothing.
+`power_passes`, `seed`) and of sharding (`bucket_size`, `shard_basis`, `collective_timeout`) change
+nothing.
 """
 
 FAINT = 1e-4
@@ -178,7 +179,7 @@ def low_rank_update(
         U += matched(S, G, N)
     elif settings.residual == "scaled":
         U += scaled(S, P, N, state, settings.residual_growth)
-    # refresh early once ||P|| < refresh_below ||P at the refresh||, but not all matrices in one step
+    # refresh early once ||P|| < refresh_below ||P at the refresh||, but not all matrices at once
     since = state["since_refresh"] = state["since_refresh"] + 1
     decayed = P.square().sum() < settings.refresh_below**2 * state["kept_sq_at_refresh"]
     if since >= settings.min_gap and decayed:
