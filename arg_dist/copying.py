@@ -19,7 +19,7 @@ from arg_dist.config import RENAMED
 from arg_dist.custody import Custody
 from arg_dist.places import Layout, Place
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.fragment import ADAPTERS
+from arg_dist.sharding.fragment import adapters
 from arg_dist.sharding.plan import Plan
 
 CARRIED = (
@@ -93,7 +93,7 @@ class CopiedOptimizer(torch.optim.Optimizer):
         self._plans, self._tensors_of_plans, self._communicators = {}, {}, {}
         self._every_group = self.param_groups
         if not self.calls:
-            for adapter in ADAPTERS:
+            for adapter in adapters():
                 adapter.on_construction(self)
 
     def __copy__(self) -> CopiedOptimizer:

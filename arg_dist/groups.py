@@ -13,13 +13,14 @@ from arg_dist.config import ConfigError
 from arg_dist.coverage import note_use
 from arg_dist.heads import HEADS as HEADS
 from arg_dist.heads import output_heads
+from arg_dist.library_internals import CHECKPOINTED_MODULE, COMPILED_MODEL
 from arg_dist.settings import GroupSettings
 from arg_dist.sharding.entry import entry_point
-from arg_dist.uses import Owner, Place, Use, full_shape, is_added, owner_of, use_of
+from arg_dist.uses import Owner, Place, Use, full_shape, is_added, is_convolution, owner_of, use_of
 
 Kind = Literal["matrix", "convolution", "rest"]
 
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+WRAPPERS = (COMPILED_MODEL.name, CHECKPOINTED_MODULE.name)
 """Name components that wrapper modules add."""
 
 
@@ -150,7 +151,7 @@ def own_name(name: str) -> str:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile``, DDP or an engine, nested in any order."""
-    compiled = getattr(model, "_orig_mod", None)
+    compiled = COMPILED_MODEL.get(model)
     if isinstance(compiled, nn.Module):
         return unwrapped(compiled)
     replicated = getattr(model, "module", None)
@@ -203,7 +204,7 @@ def _use(
 
 def _use_if_named(owner: Owner, shape: tuple[int, ...], use: Use) -> Use:
     """Use of a tensor in a module that `targets` names: what is not clearly no matrix is one."""
-    is_kernel = isinstance(owner.module, nn.modules.conv._ConvNd)
+    is_kernel = is_convolution(owner.module)
     return use if is_kernel or is_added(owner, shape) else "matrix"
 
 

@@ -24,7 +24,7 @@ from arg_dist.settings import Settings
 from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of, rounds_of
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.entry import check_not_captured, eager, entry_point
-from arg_dist.sharding.fragment import ADAPTERS
+from arg_dist.sharding.fragment import adapters
 from arg_dist.sharding.lanes import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
@@ -112,7 +112,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         self.calls = 0
         self.skipped_steps = 0
         super().__init__(params, {**dict(config), **tensors(given)})
-        for adapter in ADAPTERS:
+        for adapter in adapters():
             adapter.on_construction(self)
 
     # -- parameters and their names --------------------------------------------------------------

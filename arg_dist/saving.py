@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arg_dist.binding import Binding
 from arg_dist.custody import OTHERS_STATE, Custody
+from arg_dist.library_internals import LOAD_POST_HOOKS, LOAD_PRE_HOOKS
 from arg_dist.loading import check_shapes, groups_to_load, states_to_load
 from arg_dist.packing import expected_bytes, pack
 from arg_dist.parameter_groups import members, settings_of, without_arrays
@@ -19,7 +20,7 @@ from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.drivers import run
 from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.plan import Plan
-from arg_dist.sharding.shares import is_merged, is_sharded, place_of
+from arg_dist.sharding.shares import is_merged, is_sharded, place_of, units_with_keys
 from arg_dist.state import copy_state
 from arg_dist.subspace.state import State
 
@@ -74,9 +75,8 @@ class Saving(Binding, torch.optim.Optimizer):
         """Before a step: cut loaded state, and know on all processes which tensors have stepped."""
         for plan in plans:
             self._custody.cut_loaded(plan, self.state)
-            if plan.saved_by_key:
-                for unit in plan.elsewhere:
-                    self.state[unit.fragment.target].setdefault(unit.name, {})
+            for unit in units_with_keys(plan):
+                self.state[unit.fragment.target].setdefault(unit.name, {})
         if self._custody.has_uncut and any(plan.replicated for plan in plans):
             self._custody.cut_rest(self._resting_plans(), self.state)
 
@@ -200,13 +200,13 @@ class Saving(Binding, torch.optim.Optimizer):
             self.state[target] = copy_state(units, target.device)
         self._custody.take(loaded)
         self.calls, self.expects_bytes = loaded.calls or 0, False
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
+        for hook in LOAD_POST_HOOKS.of(self).values():
             hook(self)
 
     def _as_hooks_leave(self, state_dict: Any) -> Any:
         # hooks may change the dictionary that they are given, but not the caller's
         state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+        for hook in LOAD_PRE_HOOKS.of(self).values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         return state_dict

@@ -14,6 +14,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from arg_dist.library_internals import CONVOLUTION
+
 Use = Literal[
     "matrix",
     "convolution",
@@ -122,6 +124,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution of torch, of any number of dimensions."""
+    return isinstance(module, CONVOLUTION.imported())
+
+
 def use_of(owner: Owner, shape: tuple[int, ...], modules: Mapping[str, nn.Module]) -> Use:
     """How a module uses a parameter.
 
@@ -137,7 +144,7 @@ def use_of(owner: Owner, shape: tuple[int, ...], modules: Mapping[str, nn.Module
         return "vector"
     if is_linear(module):
         return "router" if _experts_beside(owner, modules) == module_outputs(module) else "matrix"
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if is_convolution(module):
         return "convolution" if dimensions > 2 else "vector"
     if isinstance(module, nn.MultiheadAttention):
         return "matrix" if owner.label.endswith("proj_weight") else "vector"

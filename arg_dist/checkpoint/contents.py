@@ -12,7 +12,7 @@ from torch import Tensor
 from arg_dist.checkpoint.index import SlicedTensor, StateEntry, Weight, tensor_key
 from arg_dist.saved_forms import kept_parts
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.fragment import ADAPTERS, Fragment, Holding
+from arg_dist.sharding.fragment import Fragment, Holding, adapters
 from arg_dist.sharding.job import has_first_process
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
@@ -115,7 +115,7 @@ def add_untrained_weights(
 
 def held_untrained(name: str, tensor: Tensor) -> Holding:
     """Returns this process's part of a parameter or buffer that no optimizer trains."""
-    for adapter in ADAPTERS:
+    for adapter in adapters():
         holding = adapter.untrained(name, tensor)
         if holding is not None:
             return holding

@@ -33,9 +33,10 @@ from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.checkpoint.writing import persistent_buffers, untrained_parameters
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.fragment import ADAPTERS, Fragment
+from arg_dist.sharding.fragment import Fragment, adapters
 from arg_dist.sharding.job import job_communicator
 from arg_dist.sharding.shard import MatrixShard, Shard
+from arg_dist.sharding.shares import units_with_keys
 from arg_dist.subspace.state import State, as_scalar, with_scalars
 
 
@@ -125,7 +126,7 @@ def restore(
                 if shard.name in index.states:
                     state = _state(reader, shard)
                     states.setdefault(shard.fragment.target, {})[shard.name] = state
-            for unit in (unit for plan in plans if plan.saved_by_key for unit in plan.elsewhere):
+            for unit in (unit for plan in plans for unit in units_with_keys(plan)):
                 if unit.name in index.states:  # that it has state is known on every process
                     states.setdefault(unit.fragment.target, {}).setdefault(unit.name, {})
             optimizer.replace_state(states, index.calls, index.skipped_steps)
@@ -144,7 +145,7 @@ def restore(
 
     on_all(job, read_own)
     if weights:
-        for adapter in ADAPTERS:
+        for adapter in adapters():
             adapter.weights_loaded(optimizer)
     if scheduler is not None and index.scheduler is not None:
         load_scheduler(scheduler, index)

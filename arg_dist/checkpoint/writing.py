@@ -45,6 +45,7 @@ from arg_dist.checkpoint.random_states import random_states
 from arg_dist.checkpoint.scheduling import scheduler_state
 from arg_dist.checkpoint.values import UnstorableError, encode
 from arg_dist.groups import named_parameters, own_name, unwrapped
+from arg_dist.library_internals import UNSAVED_BUFFERS
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import settings_of
 from arg_dist.sharding.communicator import Communicator
@@ -180,7 +181,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields the model's persistent buffers, with their names."""
     for prefix, module in unwrapped(model).named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
+            if name not in UNSAVED_BUFFERS.of(module):
                 yield own_name(f"{prefix}.{name}" if prefix else name), buffer
 
 

@@ -1,10 +1,17 @@
 """Engine adapters, one file per engine: which fragment of which parameter a process holds.
 
-Importing this package registers all of them. No adapter imports its engine before it is in use.
+No adapter imports its engine before it is in use.
 """
 
-import pkgutil
-from importlib import import_module
+from arg_dist.engines.deepspeed import FlatPartitionAdapter, PartitionedParametersAdapter
+from arg_dist.engines.fsdp2 import ShardedTensorAdapter
+from arg_dist.engines.replicated import ReplicatedAdapter
+from arg_dist.sharding.fragment import Adapter
 
-for _module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
-    import_module(f"{__name__}.{_module.name}")
+ADAPTERS: tuple[Adapter, ...] = (
+    ShardedTensorAdapter(),
+    PartitionedParametersAdapter(),
+    FlatPartitionAdapter(),
+    ReplicatedAdapter(),  # takes plain tensors of any origin, so it is asked last
+)
+"""Of all engines; the first that recognizes a parameter group says what is held of it."""

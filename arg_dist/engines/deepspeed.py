@@ -9,7 +9,6 @@ sub-group. The offsets used here are those of DeepSpeed 0.19.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -17,9 +16,16 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from arg_dist.engines.deepspeed_guard import expect, introduce, refuse_unguarded, wrapper_of
 from arg_dist.engines.replicated import changed_weights, same_values
+from arg_dist.library_internals import (
+    DEEPSPEED,
+    MASTER_WEIGHTS,
+    PARTITION_GROUP,
+    UPDATE_PARTITION,
+    ZERO_3,
+)
 from arg_dist.sharding.fragment import (
-    ADAPTERS,
     Adapter,
     Fragment,
     Holding,
@@ -38,15 +44,13 @@ class FlatPartitionAdapter(Adapter):
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the group holds one flat tensor that is a partition of another."""
-        return _is_flat(group) and any(hasattr(p, "_dp_group") for _, p in group.alive())
+        return _is_flat(group) and any(PARTITION_GROUP.is_on(p) for _, p in group.alive())
 
     def on_construction(self, optimizer: Any) -> None:
         """Registers the optimizer with DeepSpeed, if that is or will be in use."""
-        from arg_dist.engines.deepspeed_guard import expect, introduce
-
         expect(optimizer)
         # accelerate and the Trainer announce DeepSpeed in the environment and import it later
-        if "deepspeed" in sys.modules or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        if DEEPSPEED.is_imported or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             introduce(type(optimizer))
 
     def hold(self, group: ParameterGroup) -> Holding:
@@ -55,13 +59,11 @@ class FlatPartitionAdapter(Adapter):
         Raises:
             RuntimeError: the partition does not hold the parameters' values.
         """
-        from arg_dist.engines.deepspeed_guard import refuse_unguarded
-
         refuse_unguarded()
         flat = group.targets[0]
         # DeepSpeed chose the trained parameters at initialization; requires_grad may differ now
-        members = [(name, p) for name, p in group.alive() if hasattr(p, "_dp_group")]
-        process_group = members[0][1]._dp_group
+        members = [(name, p) for name, p in group.alive() if PARTITION_GROUP.is_on(p)]
+        process_group = PARTITION_GROUP.of(members[0][1])
         first = dist.get_rank(process_group) * flat.numel()
         last = first + flat.numel()
         fragments = []
@@ -83,8 +85,6 @@ class FlatPartitionAdapter(Adapter):
 
     def weights_loaded(self, optimizer: Any) -> None:
         """Copies the fp32 master weights to the weights that the model computes with."""
-        from arg_dist.engines.deepspeed_guard import wrapper_of
-
         wrapper = wrapper_of(optimizer)
         if hasattr(wrapper, "update_lp_params"):
             wrapper.update_lp_params()
@@ -99,7 +99,7 @@ class PartitionedParametersAdapter(Adapter):
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether the group holds one flat tensor, and its parameters are partitioned."""
-        return _is_flat(group) and any(hasattr(p, "_z3_optimizer") for _, p in group.alive())
+        return _is_flat(group) and _zero_3(group) is not None
 
     def hold(self, group: ParameterGroup) -> Holding:
         """Returns this process's partition of each parameter of the sub-group.
@@ -108,12 +108,10 @@ class PartitionedParametersAdapter(Adapter):
             RuntimeError: the flat tensor does not belong to a sub-group of DeepSpeed's, or does not
                 hold the parameters' values.
         """
-        from arg_dist.engines.deepspeed_guard import refuse_unguarded
-
         refuse_unguarded()
         flat = group.targets[0]
         names = {id(parameter): name for name, parameter in group.alive()}
-        zero: Any = next(p._z3_optimizer for _, p in group.alive() if hasattr(p, "_z3_optimizer"))
+        zero = _zero_3(group)
         flats = zero.fp32_partitioned_groups_flat
         place = next((i for i, tensor in enumerate(flats) if tensor is flat), None)
         if place is None:
@@ -139,10 +137,7 @@ class PartitionedParametersAdapter(Adapter):
 
     def step_calls(self, groups: Sequence[ParameterGroup]) -> list[StepCall] | None:
         """DeepSpeed steps one sub-group at a time and leaves the groups empty between calls."""
-        zero = next(
-            (p._z3_optimizer for g in groups for _, p in g.alive() if hasattr(p, "_z3_optimizer")),
-            None,
-        )
+        zero = next((zero for zero in map(_zero_3, groups) if zero is not None), None)
         if zero is None:
             return None
         flats = zero.fp32_partitioned_groups_flat
@@ -162,13 +157,11 @@ class PartitionedParametersAdapter(Adapter):
 
     def weights_loaded(self, optimizer: Any) -> None:
         """Copies the fp32 master weights to the partitions that the model computes with."""
-        from arg_dist.engines.deepspeed_guard import wrapper_of
-
         zero = wrapper_of(optimizer)
         if hasattr(zero, "fp32_partitioned_groups_flat"):
             zero.checkpoint_event_prologue()
             for i in range(len(zero.fp32_partitioned_groups_flat)):
-                zero._reassign_or_swap_out_partitioned_parameters(i)
+                UPDATE_PARTITION.of(zero)(i)
             zero.checkpoint_event_epilogue()
 
 
@@ -178,6 +171,11 @@ def _is_flat(group: ParameterGroup) -> bool:
         and group.targets[0].dim() == 1
         and not any(group.targets[0] is parameter for parameter in group.parameters)
     )
+
+
+def _zero_3(group: ParameterGroup) -> Any:
+    """DeepSpeed's optimizer that partitions the group's parameters; None if none does."""
+    return next((ZERO_3.of(p) for _, p in group.alive() if ZERO_3.is_on(p)), None)
 
 
 def _fragment(
@@ -194,7 +192,7 @@ def _check_values(fragment: Fragment, parameter: Tensor) -> None:
     ours = fragment.view(fragment.target.data)
     if same_values(ours, parameter.data.reshape(-1)[fragment.start : fragment.stop]):
         return
-    mapped = getattr(getattr(parameter, "_hp_mapping", None), "hp_fragment", None)
+    mapped = getattr(MASTER_WEIGHTS.get(parameter), "hp_fragment", None)
     if mapped is not None and mapped.data_ptr() == ours.data_ptr():
         raise RuntimeError(changed_weights(fragment.name))
     raise RuntimeError(
@@ -213,8 +211,4 @@ def _check_partition(fragment: Fragment, partition: Tensor) -> None:
 
 
 def _version() -> str:
-    return f"DeepSpeed {version('deepspeed')} (tested: 0.19.8)"
-
-
-ADAPTERS.insert(0, FlatPartitionAdapter())
-ADAPTERS.insert(0, PartitionedParametersAdapter())
+    return f"DeepSpeed {version('deepspeed')} (tested: {DEEPSPEED.tested})"

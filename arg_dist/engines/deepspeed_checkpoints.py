@@ -28,6 +28,7 @@ from arg_dist.checkpoint.files import describe, on_all
 from arg_dist.checkpoint.index import INDEX_NAME
 from arg_dist.checkpoint.reading import restore, verified_index
 from arg_dist.config import RENAMED
+from arg_dist.library_internals import MASTER_WEIGHTS
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import members
 from arg_dist.sharding.communicator import Communicator
@@ -199,7 +200,7 @@ def _drop_zero_moments(engine: Any, optimizer: AdaRankGrad) -> None:
     for target, units in optimizer.state.items():
         optimizer.state[target] = {k: v for k, v in units.items() if isinstance(v, Mapping)}
     for parameter in engine.module.parameters():
-        mapping = getattr(parameter, "_hp_mapping", None)
+        mapping = MASTER_WEIGHTS.get(parameter)
         if mapping is not None:
             mapping.optim_fragment = {}
 

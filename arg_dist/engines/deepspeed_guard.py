@@ -6,7 +6,6 @@ optimizer that has replaced AdaRankGrad.
 
 from __future__ import annotations
 
-import sys
 import uuid
 import weakref
 from collections.abc import Callable
@@ -18,9 +17,16 @@ from torch import nn
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_checkpoints import follow_checkpoints
 from arg_dist.engines.deepspeed_config import refuse_unsupported
-from arg_dist.engines.library_hooks import LIBRARIES, is_wrapped, wrap_method
+from arg_dist.engines.library_hooks import is_wrapped, wrap_method
 from arg_dist.engines.replicated import changed_weights, same_values
 from arg_dist.groups import named_parameters, uses
+from arg_dist.library_internals import (
+    ACCEPTED_OPTIMIZERS,
+    CONFIG_VALUES,
+    DEEPSPEED_ENGINE,
+    ENGINE_CONFIG,
+    OPTIMIZER_CHECK,
+)
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.uses import Use
 
@@ -28,9 +34,6 @@ MOE = (
     "model: got DeepSpeed MoE layers, whose experts are reduced over separate process groups; "
     "AdaRankGrad does not support these groups; use a model without deepspeed.moe layers, or AdamW"
 )
-
-GUARDED = "_do_optimizer_sanity_check"
-"""The method of DeepSpeed's engine that the guard wraps."""
 
 _EXPECTED: set[str] = set()
 """A token for each AdaRankGrad that has been built but has not stepped yet."""
@@ -78,18 +81,10 @@ def introduce(optimizer_class: type) -> None:
     Raises:
         RuntimeError: this version of DeepSpeed does not have the method that the guard wraps.
     """
-    from deepspeed.runtime import engine as engine_module
-    from deepspeed.runtime.zero import utils as zero_utils
-
-    if optimizer_class not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
-        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
-    wrap_method(
-        engine_module.DeepSpeedEngine,
-        GUARDED,
-        _guard,
-        library="DeepSpeed",
-        tested="0.19.8",
-    )
+    accepted = ACCEPTED_OPTIMIZERS.imported()
+    if optimizer_class not in accepted:
+        accepted.append(optimizer_class)
+    wrap_method(DEEPSPEED_ENGINE.imported(), OPTIMIZER_CHECK, _guard)
 
 
 def refuse_unguarded() -> None:
@@ -98,10 +93,12 @@ def refuse_unguarded() -> None:
     Raises:
         RuntimeError: DeepSpeed is in use, and was imported after every optimizer had been built.
     """
-    engine_module = sys.modules.get("deepspeed.runtime.engine")
-    if engine_module is None or is_wrapped(engine_module.DeepSpeedEngine, GUARDED):
+    engine = DEEPSPEED_ENGINE.if_imported()
+    if engine is None or is_wrapped(engine, OPTIMIZER_CHECK):
         return
-    if sys.modules["deepspeed"].comm.is_initialized():
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
         raise RuntimeError(
             "DeepSpeed was imported after the AdaRankGrad was built, so its settings are unchecked "
             "and its checkpoints would be incomplete; import deepspeed before building the "
@@ -111,7 +108,8 @@ def refuse_unguarded() -> None:
 
 def _guard(check: Callable[..., Any], engine: Any, basic_optimizer: Any) -> Any:
     if isinstance(basic_optimizer, AdaRankGrad):
-        refuse_unsupported(engine._config._param_dict, cuda=torch.cuda.is_available())
+        config = CONFIG_VALUES.of(ENGINE_CONFIG.of(engine))
+        refuse_unsupported(config, cuda=torch.cuda.is_available())
         _refuse_model(engine)
         name_parameters(basic_optimizer, engine.module)
         _ENGINES[basic_optimizer] = weakref.ref(engine)
@@ -227,6 +225,3 @@ def _refuse_replacement(engine: Any, trains: Any) -> None:
         f"optimizer: an AdaRankGrad was built for {name} and others, but {kind} would train them: "
         f"{cause}"
     )
-
-
-LIBRARIES.append(refuse_unguarded)

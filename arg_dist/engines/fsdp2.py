@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from arg_dist.sharding.fragment import ADAPTERS, Adapter, Fragment, Holding, ParameterGroup
+from arg_dist.sharding.fragment import Adapter, Fragment, Holding, ParameterGroup
 
 
 class ShardedTensorAdapter(Adapter):
@@ -36,7 +36,7 @@ class ShardedTensorAdapter(Adapter):
                 copies = _copies(target, axis)
         if process_group is not None and dist.get_world_size(process_group) == 1:
             process_group = None
-        return Holding(fragments, process_group, copies=copies, saved_by_key=True)
+        return Holding(fragments, process_group, copies=copies)
 
     def untrained(self, name: str, parameter: Tensor) -> Holding | None:
         """Returns this process's rows or columns."""
@@ -123,6 +123,3 @@ def _fragment(name: str, target: Any, axis: int, dimension: int) -> Fragment:
 def _local(tensor: Any, transposed: bool) -> Tensor:
     local: Tensor = tensor.to_local()
     return local.T if transposed else local
-
-
-ADAPTERS.insert(0, ShardedTensorAdapter())

@@ -19,6 +19,13 @@ from torch import Tensor, nn
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.library_internals import (
+    JOIN_BUILT,
+    JOIN_COUNTED,
+    JOIN_DEVICE,
+    JOIN_EXITED,
+    JOIN_GROUP,
+)
 from arg_dist.parameter_groups import SETTINGS, members
 from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.subspace.exchange import Exchange
@@ -36,12 +43,9 @@ def support_join(optimizer: Any) -> None:
         return
     from torch.distributed.algorithms.join import Join
 
-    for name, around in (
-        ("__init__", _built),
-        ("__exit__", _exited),
-        ("_get_num_nonjoined_procs", _counted),
-    ):
-        wrap_method(Join, name, around, library="torch", tested="2.13")
+    wrap_method(Join, JOIN_BUILT, _built)
+    wrap_method(Join, JOIN_EXITED, _exited)
+    wrap_method(Join, JOIN_COUNTED, _counted)
 
 
 class JoinedSteps:
@@ -159,13 +163,14 @@ def _built(
     ]
     if not optimizers:
         return
+    group = JOIN_GROUP.of(context)
     for optimizer in optimizers:
-        if training_group(optimizer.process_group) != context._process_group:
+        if training_group(optimizer.process_group) != group:
             raise ConfigError(
                 "join: the model's processes are not the optimizer's; build the optimizer with "
                 "process_group=model.process_group"
             )
-    _CONTEXTS[context] = JoinedSteps(optimizers, context._process_group, context._device)
+    _CONTEXTS[context] = JoinedSteps(optimizers, group, JOIN_DEVICE.of(context))
 
 
 def _counted(method: Any, context: Any) -> float:

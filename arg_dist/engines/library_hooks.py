@@ -6,41 +6,48 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from arg_dist.library_internals import Internal
+
 _WRAPPED = "wrapped_by_arg_dist"
 
-LIBRARIES: list[Callable[[], None]] = []
-"""Called whenever an optimizer is built or first bound to replicated parameters: each wraps methods
-of a library, if that has been imported by then; idempotent."""
+_meetings: tuple[Callable[[], None], ...] = ()
+
+
+def use_meetings(meetings: tuple[Callable[[], None], ...]) -> None:
+    """Sets what is done with libraries that have been imported.
+
+    The package does so once, when it is imported: nothing here may import ``integrations``.
+
+    Args:
+        meetings: each checks a library or wraps methods of it, if it has been imported by then;
+            idempotent.
+    """
+    global _meetings
+    _meetings = meetings
 
 
 def meet_libraries() -> None:
-    """Wraps methods of the libraries that have been imported since the last call."""
-    for meet in LIBRARIES:
+    """Wraps methods of the libraries that have been imported since the last call.
+
+    For whenever an optimizer is built or first bound to replicated parameters.
+    """
+    for meet in _meetings:
         meet()
 
 
-def wrap_method(
-    owner: type, name: str, around: Callable[..., Any], *, library: str, tested: str
-) -> None:
-    """Routes calls of ``owner.name`` through ``around(method, self, ...)``; idempotent.
+def wrap_method(owner: type, internal: Internal, around: Callable[..., Any]) -> None:
+    """Routes calls of a method through ``around(method, self, ...)``; idempotent.
 
     Args:
-        owner: a class of the library.
-        name: name of the method.
+        owner: the class of the library, or one that inherits from it.
+        internal: the method.
         around: receives the library's method, then the caller's arguments including `self`.
-        library: name of the library, for the error.
-        tested: version of the library with which the wrapper is tested.
 
     Raises:
         RuntimeError: the installed version of the library has no such method.
     """
-    method = getattr(owner, name, None)
-    if method is None:
-        raise RuntimeError(
-            f"{library}: {owner.__name__} has no {name} in the installed version, which is not "
-            f"supported (tested: {tested})"
-        )
-    if is_wrapped(owner, name):
+    method = internal.of(owner)
+    if is_wrapped(owner, internal):
         return
 
     @functools.wraps(method)
@@ -48,16 +55,16 @@ def wrap_method(
         return around(method, *args, **kwargs)
 
     setattr(wrapped, _WRAPPED, True)
-    setattr(owner, name, wrapped)
+    setattr(owner, internal.name, wrapped)
 
 
-def is_wrapped(owner: type, name: str) -> bool:
-    """Whether :func:`wrap_method` has wrapped ``owner.name``."""
-    return getattr(getattr(owner, name, None), _WRAPPED, False)
+def is_wrapped(owner: type, internal: Internal) -> bool:
+    """Whether :func:`wrap_method` has wrapped a method of a class."""
+    return getattr(internal.get(owner), _WRAPPED, False)
 
 
-def overriding(owner: type, name: str) -> list[type]:
-    """Returns `owner` and those of its subclasses that define the method `name` themselves."""
+def overriding(owner: type, internal: Internal) -> list[type]:
+    """Returns `owner` and those of its subclasses that define the method themselves."""
     children: list[type] = type.__subclasses__(owner)
-    below = [each for child in children for each in overriding(child, name)]
-    return [owner, *(each for each in dict.fromkeys(below) if name in vars(each))]
+    below = [each for child in children for each in overriding(child, internal)]
+    return [owner, *(each for each in dict.fromkeys(below) if internal.name in vars(each))]

@@ -12,7 +12,8 @@ from torch import Tensor
 from arg_dist.config import ConfigError
 from arg_dist.engines.joining import support_join
 from arg_dist.engines.library_hooks import meet_libraries
-from arg_dist.sharding.fragment import ADAPTERS, Adapter, Fragment, Holding, ParameterGroup
+from arg_dist.library_internals import FLAT_PARAMETER, FLATTENED_PARAMETER, ZERO_REDUNDANCY
+from arg_dist.sharding.fragment import Adapter, Fragment, Holding, ParameterGroup
 
 
 class ReplicatedAdapter(Adapter):
@@ -29,10 +30,10 @@ class ReplicatedAdapter(Adapter):
         Raises:
             ConfigError: it is.
         """
-        wrapper: Any = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+        wrapper = ZERO_REDUNDANCY.if_imported()
         frame: FrameType | None = sys._getframe() if wrapper is not None else None
         while frame is not None:
-            if isinstance(frame.f_locals.get("self"), wrapper.ZeroRedundancyOptimizer):
+            if isinstance(frame.f_locals.get("self"), wrapper):
                 raise ConfigError(
                     "ZeroRedundancyOptimizer: gives each process some of the parameters, so that "
                     "it keeps their state alone; AdaRankGrad does that itself, and needs all of "
@@ -72,7 +73,7 @@ class ReplicatedAdapter(Adapter):
             ]
         fragments = []
         for name, target in pairs:
-            if getattr(target, "_is_flat_param", False) or hasattr(target, "_fsdp_flattened"):
+            if FLAT_PARAMETER.get(target, False) or FLATTENED_PARAMETER.is_on(target):
                 raise RuntimeError(
                     f"{name}: it is cut by FSDP1 (FullyShardedDataParallel), which is not "
                     "supported; use FSDP2 (torch.distributed.fsdp.fully_shard)"
@@ -149,6 +150,3 @@ def changed_weights(name: str) -> str:
         "training would go on from the old ones; load them before deepspeed.initialize, or call "
         "engine.optimizer.refresh_fp32_params() after loading"
     )
-
-
-ADAPTERS.append(ReplicatedAdapter())

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from arg_dist.config import ConfigError
-from arg_dist.engines.library_hooks import LIBRARIES, wrap_method
-from arg_dist.integrations.saving import TRAINER_SAVES, consolidate_before_saving, optimizers_in
+from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.integrations.saving import consolidate_before_saving, optimizers_in
 from arg_dist.integrations.trainer import check_processes, from_arguments
+from arg_dist.library_internals import (
+    CALLBACK_HANDLER,
+    SAVE_OPTIMIZER,
+    TRAINER,
+    TRAINING_BEGINS,
+    TRANSFORMERS,
+)
 from arg_dist.optimizer import AdaRankGrad
 
 
 def check_trainings() -> None:
     """Makes the Trainer check each training with AdaRankGrad before its first step; idempotent."""
-    callbacks = sys.modules.get("transformers.trainer_callback")
-    handler = getattr(callbacks, "CallbackHandler", None)
+    handler = CALLBACK_HANDLER.if_imported()
     if handler is not None:
-        wrap_method(handler, "on_train_begin", _begin, library="transformers", tested="5.23.0")
+        wrap_method(handler, TRAINING_BEGINS, _begin)
 
 
 def _begin(begin: Callable[..., Any], handler: Any, args: Any, *more: Any, **others: Any) -> Any:
@@ -47,11 +52,12 @@ def check_training(args: Any, model: nn.Module | None, optimizers: list[AdaRankG
     _check_parameters(model, optimizers)
     _check_json(args)
     consolidate_before_saving()
-    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    if trainer is not None and not hasattr(trainer, TRAINER_SAVES[0]):
+    trainer = TRAINER.if_imported()
+    if trainer is not None and not SAVE_OPTIMIZER.is_on(trainer):
         raise RuntimeError(
-            f"transformers: Trainer has no {TRAINER_SAVES[0]} in the installed version, so its "
-            "checkpoints would lack the optimizer's state (tested: 5.23.0); install that version"
+            f"transformers: Trainer has no {SAVE_OPTIMIZER.name} in the installed version, so its "
+            f"checkpoints would lack the optimizer's state (tested: {TRANSFORMERS.tested}); "
+            "install that version"
         )
 
 
@@ -89,6 +95,3 @@ def _check_json(args: Any) -> None:
                 "change its arguments before, or remove the JSON's optimizer section and pass "
                 "optimizer_cls_and_kwargs=arg_dist.for_trainer(args)"
             )
-
-
-LIBRARIES.append(check_trainings)

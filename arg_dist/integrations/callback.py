@@ -14,6 +14,7 @@ from arg_dist.config import ConfigError
 from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.integrations.accelerate import innermost
 from arg_dist.integrations.trainer import check_processes
+from arg_dist.library_internals import METRICS_LOGGED
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.telemetry import OptimizerSample, sample_optimizer
 
@@ -136,7 +137,7 @@ def _introduce() -> None:
     Raises:
         RuntimeError: this version of transformers does not have the method to be wrapped.
     """
-    wrap_method(CallbackHandler, "on_log", _on_log, library="transformers", tested="5.23.0")
+    wrap_method(CallbackHandler, METRICS_LOGGED, _on_log)
 
 
 def _on_log(

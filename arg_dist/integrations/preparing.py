@@ -5,7 +5,6 @@ accelerate replaces, drops or reloads optimizers silently; these are noticed bef
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -15,8 +14,15 @@ from torch.optim import Optimizer
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_guard import introduce
-from arg_dist.engines.library_hooks import LIBRARIES, wrap_method
+from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.integrations.accelerate import check_accelerator, check_optimizer, innermost
+from arg_dist.library_internals import (
+    ACCELERATOR,
+    PREPARE,
+    PREPARE_OPTIMIZER,
+    PREPARED_OPTIMIZER,
+    PREPARED_OPTIMIZER_BUILT,
+)
 from arg_dist.optimizer import AdaRankGrad
 
 _PREPARING: ContextVar[bool] = ContextVar("preparing", default=False)
@@ -25,13 +31,11 @@ _PREPARING: ContextVar[bool] = ContextVar("preparing", default=False)
 
 def check_what_is_prepared() -> None:
     """Makes accelerate check each AdaRankGrad that it prepares; idempotent."""
-    accelerator = getattr(sys.modules.get("accelerate.accelerator"), "Accelerator", None)
-    wrapper = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", None)
+    accelerator, wrapper = ACCELERATOR.if_imported(), PREPARED_OPTIMIZER.if_imported()
     if accelerator is not None and wrapper is not None:
-        version = {"library": "accelerate", "tested": "1.15.0"}
-        wrap_method(accelerator, "prepare", _prepare, **version)
-        wrap_method(accelerator, "prepare_optimizer", _prepare_optimizer, **version)
-        wrap_method(wrapper, "__init__", _wrap, **version)
+        wrap_method(accelerator, PREPARE, _prepare)
+        wrap_method(accelerator, PREPARE_OPTIMIZER, _prepare_optimizer)
+        wrap_method(wrapper, PREPARED_OPTIMIZER_BUILT, _wrap)
 
 
 def _prepare(prepare: Callable[..., Any], accelerator: Any, *given: Any, **more: Any) -> Any:
@@ -117,6 +121,3 @@ def _check_together(accelerator: Any, given: tuple[Any, ...]) -> None:
             "prepare: this accelerator has a DeepSpeed engine from an earlier call, and would step "
             "only that one; use one Accelerator for each model and its optimizer"
         )
-
-
-LIBRARIES.append(check_what_is_prepared)

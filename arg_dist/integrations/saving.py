@@ -6,16 +6,24 @@ that they have, however they got it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.optim import Optimizer
 
-from arg_dist.engines.library_hooks import LIBRARIES, overriding, wrap_method
+from arg_dist.engines.library_hooks import overriding, wrap_method
+from arg_dist.library_internals import (
+    ACCELERATOR,
+    PREPARED_OPTIMIZERS,
+    REGISTERED_OBJECTS,
+    SAVE_OPTIMIZER,
+    SAVE_STATE,
+    SAVE_TRIAL,
+    TRAINER,
+)
 from arg_dist.optimizer import AdaRankGrad
 
-TRAINER_SAVES = ("_save_optimizer_and_scheduler", "_tune_save_checkpoint")
+TRAINER_SAVES = (SAVE_OPTIMIZER, SAVE_TRIAL)
 """Methods in which the Trainer calls ``state_dict`` on its first process."""
 
 
@@ -57,13 +65,13 @@ def consolidate_before_saving() -> None:
 
     Only those that have been imported.
     """
-    trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    for name in TRAINER_SAVES if trainer is not None else ():
-        for owner in overriding(trainer, name) if hasattr(trainer, name) else ():
-            wrap_method(owner, name, _save_by_trainer, library="transformers", tested="5.23.0")
-    accelerator: Any = getattr(sys.modules.get("accelerate.accelerator"), "Accelerator", None)
-    for owner in () if accelerator is None else overriding(accelerator, "save_state"):
-        wrap_method(owner, "save_state", _save_state, library="accelerate", tested="1.15.0")
+    trainer = TRAINER.if_imported()
+    for save in TRAINER_SAVES if trainer is not None else ():
+        for owner in overriding(trainer, save) if save.is_on(trainer) else ():
+            wrap_method(owner, save, _save_by_trainer)
+    accelerator = ACCELERATOR.if_imported()
+    for owner in () if accelerator is None else overriding(accelerator, SAVE_STATE):
+        wrap_method(owner, SAVE_STATE, _save_state)
 
 
 def _save_by_trainer(save: Callable[..., Any], trainer: Any, *args: Any, **more: Any) -> Any:
@@ -74,8 +82,6 @@ def _save_by_trainer(save: Callable[..., Any], trainer: Any, *args: Any, **more:
 
 def _save_state(save: Callable[..., Any], accelerator: Any, *args: Any, **more: Any) -> Any:
     engines = accelerator.distributed_type.value == "DEEPSPEED"
-    consolidate(*(() if engines else accelerator._optimizers), *accelerator._custom_objects)
+    prepared = () if engines else PREPARED_OPTIMIZERS.of(accelerator)
+    consolidate(*prepared, *REGISTERED_OBJECTS.of(accelerator))
     return save(accelerator, *args, **more)
-
-
-LIBRARIES.append(consolidate_before_saving)

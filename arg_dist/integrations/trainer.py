@@ -14,6 +14,7 @@ from torch import nn
 from arg_dist.config import ConfigError, parse_config
 from arg_dist.engines.library_hooks import wrap_method
 from arg_dist.groups import param_groups
+from arg_dist.library_internals import CREATE_OPTIMIZER
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.settings import GroupSettings, JobSettings
 
@@ -127,13 +128,7 @@ def _follow_arguments() -> None:
     """
     from transformers import Trainer
 
-    wrap_method(
-        Trainer,
-        "create_optimizer",
-        _create_with_arguments,
-        library="transformers",
-        tested="5.23.0",
-    )
+    wrap_method(Trainer, CREATE_OPTIMIZER, _create_with_arguments)
 
 
 def _create_with_arguments(

@@ -13,9 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from arg_dist.config import AdaRankGradConfig
+from arg_dist.library_internals import (
+    ADDRESS_OF_STORAGE,
+    DISPATCH_MODE,
+    SCHEMA_OF_OPERATOR,
+    UNSAFE_VIEW,
+)
 from arg_dist.shard_step import GradientPart, apply_update, gradient_part
 from arg_dist.sharding.drivers import Round
 from arg_dist.sharding.shard import Shard
@@ -35,7 +40,7 @@ class Point(NamedTuple):
     passing: int
 
 
-class Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Unfilled(DISPATCH_MODE.imported()):  # type: ignore[misc]
     """Operators on the meta device, sparing torch most of what it derives of shapes in Python."""
 
     @classmethod
@@ -44,7 +49,7 @@ class Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        if func.is_view or func is torch.ops.aten._unsafe_view.default:
+        if func.is_view or func is VIEW_OF_PRODUCT:
             return func(*args, **options)
         return self.made(_made(func, args, options))
 
@@ -60,7 +65,7 @@ def _made(func: Any, args: Any, options: Any) -> Any:
         return _empty((args[1].shape[0], args[2].shape[1]), args[0].dtype)
     if func is torch.ops.aten.mm.default:
         return _empty((args[0].shape[0], args[1].shape[1]), args[0].dtype)
-    if func._schema.is_mutable:  # writes what it returns, and nothing is to be written
+    if SCHEMA_OF_OPERATOR.of(func).is_mutable:  # nothing is to be written
         return options["out"] if "out" in options else args[0]
     if func is torch.ops.aten.linalg_vector_norm.default:
         return _norms(*args, **options)
@@ -74,6 +79,7 @@ def _made(func: Any, args: Any, options: Any) -> Any:
     return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
 
+VIEW_OF_PRODUCT = UNSAFE_VIEW.of(torch.ops.aten).default
 NEW = {torch.ops.aten.new_empty.default, torch.ops.aten.new_zeros.default}
 _known: dict[tuple[Any, ...], tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 """Form of the one tensor that an operator makes, by the operator and the form of its arguments."""
@@ -116,7 +122,7 @@ class Allocations(Unfilled):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.log: list[tuple[int, int]] = []
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._numbers = count()
@@ -134,7 +140,7 @@ class Allocations(Unfilled):
     def number_of(self, tensor: Tensor) -> int:
         """The number of a tensor's storage, which is noted if it is new."""
         storage = tensor.untyped_storage()
-        where, size = storage._cdata, storage.nbytes()
+        where, size = ADDRESS_OF_STORAGE.of(storage), storage.nbytes()
         if where in self._alive:
             return self._alive[where][0]
         number = next(self._numbers)
@@ -164,7 +170,7 @@ def points_of(
         state: its state, updated; empty before the first step.
         settings: the settings of its parameter group.
     """
-    with Unfilled():  # type: ignore[no-untyped-call]
+    with Unfilled():
         gradient = gradient_part(shard)
     target = shard.fragment.target
     assert target.grad is not None

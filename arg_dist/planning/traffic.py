@@ -94,7 +94,7 @@ def matrix_requests(sharding: MatrixSharding, settings: AdaRankGradConfig, rank:
     def requests() -> list[Request]:
         return [Request(each) for each in requests_of_a_step(state, marked, settings, rank)]
 
-    with Unfilled():  # type: ignore[no-untyped-call]
+    with Unfilled():
         return Requests(requests(), requests())
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions  # nowhere public
 
+from arg_dist.library_internals import ALLGATHER_OPTIONS
 from arg_dist.sharding.fragment import Holding
 from arg_dist.sharding.message_device import message_device
 from arg_dist.sharding.messages import Messages
@@ -114,7 +114,7 @@ class Communicator:
         received = [torch.empty_like(longest) for _ in sizes]
 
         def start(limit: timedelta) -> dist.Work:
-            options = AllgatherOptions()
+            options = ALLGATHER_OPTIONS.imported()()
             options.timeout, options.asyncOp = limit, True
             return group.allgather([received], [longest], options)
 

@@ -13,7 +13,8 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch._compile import _disable_dynamo  # as torch.optim does: loads the compiler when called
+
+from arg_dist.library_internals import DISABLE_DYNAMO
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,7 +57,8 @@ def is_entry_point(function: Callable[..., object]) -> bool:
 
 def eager(function: Callable[P, T]) -> Callable[P, T]:
     """A function that ``torch.compile`` calls instead of tracing it, as torch's optimizers are."""
-    return _disable_dynamo(function)
+    decorated: Callable[P, T] = DISABLE_DYNAMO.imported()(function)
+    return decorated
 
 
 def check_not_captured() -> None:

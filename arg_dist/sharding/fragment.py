@@ -61,15 +61,12 @@ class Holding:
         replicated: every process holds all parameters whole, with equal gradients; work and state
             are sharded.
         copies: groups of processes that hold the same parts in different copies of the model.
-        saved_by_key: the engine's checkpoints merge the state of all processes by key, so each
-            process must save its state under its own key.
     """
 
     fragments: list[Fragment]
     group: dist.ProcessGroup | None
     replicated: bool = False
     copies: tuple[dist.ProcessGroup, ...] = ()
-    saved_by_key: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,13 +139,26 @@ class Adapter(ABC):
         """Called on every process after a checkpoint's weights were loaded into the targets."""
 
 
-ADAPTERS: list[Adapter] = []
-"""Adapters in the order in which they are tried; the engines register themselves at import."""
+_adapters: tuple[Adapter, ...] = ()
+
+
+def use_adapters(adapters: tuple[Adapter, ...]) -> None:
+    """Set the engines' adapters, in the order in which they are tried.
+
+    The package does so once, when it is imported: nothing here may import an engine.
+    """
+    global _adapters
+    _adapters = adapters
+
+
+def adapters() -> tuple[Adapter, ...]:
+    """The engines' adapters, in the order in which they are tried."""
+    return _adapters
 
 
 def step_calls(groups: Sequence[ParameterGroup]) -> list[StepCall]:
     """The upcoming calls to ``step()``; engines may pass one group, or a part of it, at a time."""
-    for adapter in ADAPTERS:
+    for adapter in _adapters:
         calls = adapter.step_calls(groups)
         if calls is not None:
             return calls
@@ -161,7 +171,7 @@ def hold(group: ParameterGroup) -> Holding:
     Raises:
         RuntimeError: no adapter recognizes it.
     """
-    for adapter in ADAPTERS:
+    for adapter in _adapters:
         if adapter.recognizes(group):
             return adapter.hold(group)
     kinds = sorted({type(target).__name__ for target in group.targets})

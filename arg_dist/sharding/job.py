@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from arg_dist.library_internals import GROUPS
 from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.plan import Plan
 
@@ -72,7 +73,7 @@ def for_host_data(job: Communicator, seconds: float) -> Communicator:
 
 def _even_out(job: Communicator) -> None:
     """Equalize the number of groups per process: torch derives group names from it, or hangs."""
-    mine = len(dist.distributed_c10d._world.pg_names)
+    mine = len(GROUPS.imported().pg_names)
     for _ in range(max(job.gather_objects(mine, "creating the group for checkpoints")) - mine):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 

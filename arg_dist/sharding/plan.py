@@ -91,7 +91,6 @@ class Plan:
         replicated: every process holds all parameters; only the state is sharded.
         copies: communicators of the processes that hold the same parts in other copies of the
             model.
-        saved_by_key: see :class:`arg_dist.sharding.fragment.Holding`.
     """
 
     communicator: Communicator
@@ -102,7 +101,6 @@ class Plan:
     held: list[Fragment]
     replicated: bool
     copies: list[Communicator]
-    saved_by_key: bool
 
     @cached_property
     def names(self) -> list[str]:
@@ -205,7 +203,6 @@ def _make_plan(
         held,
         replicated=any(holding.replicated for holding in holdings),
         copies=copies,
-        saved_by_key=any(holding.saved_by_key for holding in holdings),
     )
 
 

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MERGING = "torch.distributed.checkpoint.state_dict"
-"""The module that collects state dictionaries."""
+from arg_dist.library_internals import COLLECTING_STATE
+from arg_dist.sharding.plan import Plan, Unit
 
 
 def is_merged() -> bool:
     """Whether PyTorch is collecting or distributing state for a checkpoint: it is the caller."""
-    frame = sys._getframe(1) if MERGING in sys.modules else None
+    frame = sys._getframe(1) if COLLECTING_STATE.if_imported() is not None else None
     while frame is not None:
-        if frame.f_globals.get("__name__") == MERGING:
+        if frame.f_globals.get("__name__") == COLLECTING_STATE.owner:
             return True
         frame = frame.f_back
     return False
@@ -30,6 +30,14 @@ def is_merged() -> bool:
 def is_sharded(target: Tensor) -> bool:
     """Whether a tensor carries its distribution over the processes (a DTensor)."""
     return hasattr(target, "placements")
+
+
+def units_with_keys(plan: Plan) -> list[Unit]:
+    """What this process holds nothing of, and of which its state needs the keys all the same.
+
+    PyTorch looks up the keys of a sharded tensor's state on every process.
+    """
+    return [unit for unit in plan.elsewhere if is_sharded(unit.fragment.target)]
 
 
 def place_of(target: Any, group: dist.ProcessGroup | None) -> tuple[int, int]:

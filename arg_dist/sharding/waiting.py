@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from arg_dist.library_internals import BACKEND_OF_GROUP, BACKEND_TIMEOUT
 from arg_dist.sharding.roll_call import ROLL_CALL_SECONDS, RollCall, enumerated
 
 NAMED = 3
@@ -86,7 +87,7 @@ class Waiting:
         *,
         watched: bool | None = None,
     ) -> None:
-        backend = group._get_backend(device)
+        backend = BACKEND_OF_GROUP.of(group)(device)
         own = _own_seconds(backend)
         self.seconds = own if seconds is None else seconds
         self._is_own = seconds is None
@@ -266,4 +267,6 @@ def _shortened(cause: str) -> str:
 def _own_seconds(backend: Any) -> float:
     """The backend's own timeout in seconds."""
     options = getattr(backend, "options", None)
-    return UNKNOWN_SECONDS if options is None else float(options._timeout.total_seconds())
+    if options is None:
+        return UNKNOWN_SECONDS
+    return float(BACKEND_TIMEOUT.of(options).total_seconds())

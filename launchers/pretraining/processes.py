@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from arg_dist import ConfigError, NoAnswerError
 from arg_dist.cli.parsing import InputError, is_first_process
+from arg_dist.library_internals import GROUPS, SET_GROUP_TIMEOUT
 from arg_dist.sharding.waiting import SILENCE
 
 T = TypeVar("T")
@@ -52,9 +53,8 @@ def limit_waiting(limit: timedelta) -> None:
     Engines create groups with torch's timeout of 10 to 30 minutes, whatever the job's is; so call
     this once the engine is built.
     """
-    c10d = dist.distributed_c10d
-    for group in c10d._world.pg_map:  # torch has no public list of groups
-        c10d._set_pg_timeout(limit, group)
+    for group in GROUPS.imported().pg_map:
+        SET_GROUP_TIMEOUT.imported()(limit, group)
 
 
 def no_answer(error: RuntimeError) -> str | None:

@@ -1,9 +1,9 @@
 """The layers of the checkout, and what may import what: imports run one way.
 
 In the package: `cli` -> `planning`, `integrations` -> `engines` -> `checkpoint` -> `core` (the
-optimizer) -> `sharding` -> `subspace` -> torch, and `config` imports none of them. A layer is a
-folder of `arg_dist`; `core` is the files next to them. Around it: `benchmarks` -> `launchers` ->
-package, and the package imports neither. CONTRIBUTING.md gives the reasons.
+optimizer) -> `sharding` -> `subspace` -> torch; `config` and `library_internals` import none of
+them. A layer is a folder of `arg_dist`; `core` is the files next to them. Around it: `benchmarks`
+-> `launchers` -> package, and the package imports neither. CONTRIBUTING.md gives the reasons.
 """
 
 import ast
@@ -29,14 +29,15 @@ RIG = ROOT / "tests/hosts/namespaces.py"
 
 MAY_IMPORT = {
     "config": set(),
+    "library_internals": set(),
     "subspace": set(),
-    "sharding": {"subspace"},
-    "core": {"config", "sharding", "subspace"},
-    "checkpoint": {"config", "core", "sharding", "subspace"},
-    "engines": {"checkpoint", "config", "core", "sharding", "subspace"},
+    "sharding": {"library_internals", "subspace"},
+    "core": {"config", "library_internals", "sharding", "subspace"},
+    "checkpoint": {"config", "core", "library_internals", "sharding", "subspace"},
+    "engines": {"checkpoint", "config", "core", "library_internals", "sharding", "subspace"},
     "telemetry": {"sharding"},
-    "integrations": {"config", "core", "engines", "telemetry"},
-    "planning": {"config", "core", "sharding", "subspace", "telemetry"},
+    "integrations": {"config", "core", "engines", "library_internals", "telemetry"},
+    "planning": {"config", "core", "library_internals", "sharding", "subspace", "telemetry"},
     "cli": {"checkpoint", "config", "planning"},
     "__main__": {"cli"},
     "package": {"checkpoint", "config", "core", "engines", "integrations", "sharding"},
@@ -63,6 +64,7 @@ MAY_IMPORT |= {
 }
 THIRD_PARTY = {
     "config": {"pydantic"},
+    "library_internals": set(),
     "subspace": {"torch"},
     "sharding": {"torch"},
     "core": {"torch"},
@@ -161,6 +163,15 @@ def test_the_simple_optimizer_shares_only_the_codes_of_its_state_with_what_it_ve
     shared = {name for name in used if layer_of(name) == "subspace"}
     assert shared == {"arg_dist.subspace.momentum"}
     assert "arg_dist.algorithm" not in used
+
+
+def test_every_adapter_is_in_the_list_that_the_lower_layers_are_given() -> None:
+    from arg_dist.engines import ADAPTERS
+    from arg_dist.sharding.fragment import Adapter, adapters
+
+    written = {each for each in Adapter.__subclasses__() if each.__module__.startswith("arg_dist")}
+    assert {type(adapter) for adapter in ADAPTERS} == written
+    assert adapters() == ADAPTERS
 
 
 def test_importing_the_package_imports_no_engine() -> None:

@@ -5,8 +5,12 @@ import torch
 
 import arg_dist
 from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.library_internals import Internal
+from arg_dist.library_internals import Library as OtherLibrary
 
 pytestmark = pytest.mark.unit
+
+LIBRARY = OtherLibrary("library", "library", tested="1.2")
 
 
 class Library:
@@ -22,7 +26,7 @@ def shout(method, library, number, **more):
 
 
 def wrap(owner: type, name: str) -> None:
-    wrap_method(owner, name, shout, library="library", tested="1.2")
+    wrap_method(owner, Internal(LIBRARY, "Library", name, "doubling"), shout)
 
 
 def test_a_method_is_wrapped_once():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from arg_dist.engines import deepspeed_guard
 from arg_dist.engines.library_hooks import is_wrapped
 from arg_dist.integrations import preparing
 from arg_dist.integrations.saving import TRAINER_SAVES, optimizers_in
+from arg_dist.library_internals import SAVE_OPTIMIZER, SAVE_STATE
 
 pytestmark = pytest.mark.unit
 
@@ -49,9 +51,9 @@ def test_a_built_optimizer_makes_the_libraries_gather_state() -> None:
             """Not as the Trainer does it."""
 
     ours()
-    assert is_wrapped(Accelerator, "save_state")
-    assert all(is_wrapped(Trainer, name) for name in TRAINER_SAVES)
-    assert is_wrapped(Overriding, "_save_optimizer_and_scheduler")
+    assert is_wrapped(Accelerator, SAVE_STATE)
+    assert all(is_wrapped(Trainer, each) for each in TRAINER_SAVES)
+    assert is_wrapped(Overriding, SAVE_OPTIMIZER)
 
     class Later(Overriding):
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -63,7 +65,7 @@ def test_a_built_optimizer_makes_the_libraries_gather_state() -> None:
     for parameter in late.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     late.step()
-    assert is_wrapped(Later, "_save_optimizer_and_scheduler")
+    assert is_wrapped(Later, SAVE_OPTIMIZER)
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def consolidated(monkeypatch: pytest.MonkeyPatch) -> list[AdaRankGrad]:
     return found
 
 
-@pytest.mark.parametrize("name", TRAINER_SAVES)
+@pytest.mark.parametrize("name", [each.name for each in TRAINER_SAVES])
 @pytest.mark.parametrize("deepspeed", [False, True])
 def test_the_trainer_gathers_before_it_saves(
     consolidated: list[AdaRankGrad], name: str, deepspeed: bool
@@ -211,8 +213,8 @@ def test_deepspeed_imported_after_the_optimizer_is_refused(
 ) -> None:
     engine_module = SimpleNamespace(DeepSpeedEngine=type("Engine", (), {}))
     comm = SimpleNamespace(is_initialized=lambda: True)
-    monkeypatch.setitem(deepspeed_guard.sys.modules, "deepspeed.runtime.engine", engine_module)
-    monkeypatch.setitem(deepspeed_guard.sys.modules, "deepspeed", SimpleNamespace(comm=comm))
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.engine", engine_module)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(comm=comm))
     with pytest.raises(RuntimeError, match="DeepSpeed was imported after the AdaRankGrad was"):
         deepspeed_guard.refuse_unguarded()
     comm.is_initialized = lambda: False

@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from arg_dist.library_internals import ACCELERATE, DEEPSPEED, TORCH, TRANSFORMERS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -13,19 +15,26 @@ def name_of(requirement: str) -> str:
     return re.split(r"[\[<>=!~; ]", requirement)[0].lower()
 
 
+def pinned_versions() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if re.fullmatch(r"[\w.-]+==[\w.]+", line)]
+    return {name_of(name): version for name, version in pins}
+
+
 def test_everything_that_is_asked_for_by_name_has_its_version() -> None:
-    pinned = {
-        name_of(line)
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if re.fullmatch(r"[\w.-]+==[\w.]+", line)
-    }
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = content["project"]
     asked = [*content["build-system"]["requires"], *project["dependencies"]]
     for extra in project["optional-dependencies"].values():
         asked += extra
     names = {name_of(requirement) for requirement in asked} - {project["name"]}
-    assert len(names) > 20 and not names - pinned
+    assert len(names) > 20 and not names - set(pinned_versions())
+
+
+def test_errors_and_constraints_name_the_same_tested_versions() -> None:
+    pinned = pinned_versions()
+    for library in (TORCH, DEEPSPEED, ACCELERATE, TRANSFORMERS):
+        assert library.tested == pinned[library.package]
 
 
 OLDEST_TESTED = {
