@@ -207,6 +207,8 @@ def low_rank_step(
     projected_sq = row_squares(projected)
     state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
     state["since_refresh"] += 1
+    if not settings.remembers_residual:
+        _forget_momentum(state)
     if settings.residual == "none":
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
@@ -281,10 +283,8 @@ def _outside(
     waiting = [part.to(POLAR_TYPES[settings.polar_precision])]
     del part
     blend = None
-    if settings.residual_momentum:
+    if settings.remembers_residual:
         blend = _momentum(state, norm_sq**0.5, basis.device, spread, settings)
-    else:
-        _forget_momentum(state)
     steps = settings.polar_steps
     return (yield from orthogonalize(waiting.pop(), basis, spread, steps=steps, blend=blend))
 
@@ -316,10 +316,10 @@ def _momentum(
         R = decode(coded, residual.numel()).view(residual.shape)
         # R <- beta R + (1 - beta) S
         R.mul_(decay).add_(residual, alpha=(1 - decay) * norm)
-        state["residual_codes"], state["residual_scales"] = encode(R.view(-1), bits)
         # S <- (1 - beta) S + beta R, as Nesterov's
         share = 1 / reach if reach > 0 else 0.0
         residual.mul_((1 - decay) * norm * share).add_(R, alpha=decay * share)
+        state["residual_codes"], state["residual_scales"] = encode(R.view(-1), bits)
 
     return blend
 
@@ -332,7 +332,7 @@ def _forget_momentum(state: State) -> None:
 
 def momentum_bytes(elements: int, settings: AdaRankGradConfig) -> int:
     """Bytes of the momentum of a matrix's residual, on its home process; 0 without momentum."""
-    return coded_bytes(elements, settings.residual_bits) if settings.residual_momentum else 0
+    return coded_bytes(elements, settings.residual_bits) if settings.remembers_residual else 0
 
 
 def kept_before(state: State) -> list[Tensor]:

@@ -45,7 +45,13 @@ class ConfigError(ValueError):
     """A setting is unknown, has the wrong type, is out of range, or contradicts another one."""
 
 
-FINETUNING: dict[str, Any] = {"scale": 1.0, "residual": "matched", "energy": 0.8}
+FINETUNING: dict[str, Any] = {
+    "scale": 1.0,
+    "residual": "matched",
+    "residual_momentum": 0.0,
+    "min_rank": 4,
+    "energy": 0.8,
+}
 """``preset="finetuning"``, as measured in ``benchmarks/results/2026-11-22-finetuning-cola.md``."""
 
 PAPER: dict[str, Any] = {
@@ -54,6 +60,7 @@ PAPER: dict[str, Any] = {
     "energy": 0.96,
     "hysteresis": 0.0,
     "residual": "none",
+    "residual_momentum": 0.0,
     "min_gap": 1,
     "first_gap": 200,
     "refresh_below": 0.0,
@@ -76,6 +83,9 @@ GAPS = ("min_gap", "first_gap", "max_gap")
 
 RENAMED = {"decay": "refresh_below", "time_limit": "collective_timeout"}
 """Settings by their earlier names, which are accepted with a warning and read in what was saved."""
+
+BEFORE = {"residual_momentum": 0.0}
+"""Values with which versions trained that did not have these settings."""
 
 _WARNED_OF: set[str] = set()
 """The earlier names that this process has warned of."""
@@ -180,8 +190,8 @@ class AdaRankGradConfig(BaseModel):
     )
     residual_bits: Literal[2, 4] = Field(
         4,
-        description="bits an element of the momentum of the residual: 4 take 6.6 % of AdamW's "
-        "state, 2 take 3.5 %",
+        description="bits an element of the momentum of the residual: 4 take 6.3 % of AdamW's "
+        "state, 2 take 3.2 %",
     )
     residual_growth: float = Field(
         1.01,
@@ -328,6 +338,11 @@ class AdaRankGradConfig(BaseModel):
         return self
 
     @property
+    def remembers_residual(self) -> bool:
+        """Whether a momentum of the residual is kept."""
+        return self.residual == "orthogonalized" and self.residual_momentum > 0
+
+    @property
     def gap_to_second(self) -> int:
         """Steps from a matrix's first basis to its second, before refreshes are staggered."""
         return self.min_gap if self.first_gap is None else self.first_gap
@@ -374,6 +389,16 @@ def current_names(
             )
         current[name] = current.pop(earlier)
     return current
+
+
+def settings_at_saving(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All settings of a parameter group that was saved, by whatever version, as it trained then.
+
+    Args:
+        settings: values by name, as they were saved.
+        where: their owner, for messages.
+    """
+    return {**BEFORE, **current_names(settings, where, saved=True)}
 
 
 def following_gaps(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

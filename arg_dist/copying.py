@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arg_dist.config import RENAMED
-from arg_dist.custody import Custody
+from arg_dist.config import RENAMED, settings_at_saving
 from arg_dist.places import Layout, Place
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import adapters
 from arg_dist.sharding.plan import Plan
+from arg_dist.state_dict import Ownership
 
 CARRIED = (
     "_parameters",
@@ -28,7 +28,7 @@ CARRIED = (
     "_patterns_applied",
     "is_classified",
     "process_group",
-    "_custody",
+    "_ownership",
     "_budget",
     "_coverage",
     "_gradients_missing",
@@ -56,7 +56,7 @@ class CopiedOptimizer(torch.optim.Optimizer):
     """
 
     _parameters: dict[str, Place]
-    _custody: Custody
+    _ownership: Ownership
     _plans: dict[tuple[Layout, ...], list[Plan]]
     _tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]]
     _communicators: dict[Any, Communicator]
@@ -88,8 +88,9 @@ class CopiedOptimizer(torch.optim.Optimizer):
             )
         super().__setstate__(state)
         for settings in (self.defaults, *self.param_groups):
+            settings.update(settings_at_saving(settings, "unpickled optimizer"))
             for earlier in RENAMED.keys() & settings.keys():
-                settings[RENAMED[earlier]] = settings.pop(earlier)
+                del settings[earlier]
         self._plans, self._tensors_of_plans, self._communicators = {}, {}, {}
         self._every_group = self.param_groups
         if not self.calls:
@@ -117,7 +118,7 @@ class CopiedOptimizer(torch.optim.Optimizer):
         self._refuse_replaced()
         plans: Sequence[Plan] = [plan for made in self._plans.values() for plan in made]
         carried = {**super().__getstate__(), **{key: getattr(self, key) for key in CARRIED}}
-        return {**carried, "_custody": self._custody.carried(self.state, plans)}
+        return {**carried, "_ownership": self._ownership.carried(self.state, plans)}
 
     def _refuse_replaced(self) -> None:
         """Refuse to copy parts of parameters that only an engine can put together again."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from arg_dist.config import ConfigError, current_names, parse_config
+from arg_dist.config import ConfigError, parse_config, settings_at_saving
 from arg_dist.packing import is_bytes, is_packed, unpack, unpack_bytes
 from arg_dist.parameter_groups import SETTINGS, check_names, keep_newer, members
-from arg_dist.saved_forms import WHOLE, Place
+from arg_dist.state_dict import WHOLE, Place
 from arg_dist.subspace.state import OF_TENSOR, REQUIRED, State, unknown_keys
 
 OURS = ("energy", "max_rank")
@@ -77,7 +77,7 @@ def groups_to_load(
     loaded = []
     for position, (group, own) in enumerate(zip(groups, current, strict=True)):
         where = f"load_state_dict: parameter group {position}"
-        named = current_names(group, where, saved=True)
+        named = settings_at_saving(group, where)
         new = {k: deepcopy(v) for k, v in named.items() if k != "params"}
         keep_newer([new], [own])
         settings = {key: new[key] for key in SETTINGS if key != "lr"}

@@ -14,7 +14,6 @@ from arg_dist.algorithm import kept_before
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.copying import CopiedOptimizer
 from arg_dist.coverage import Coverage
-from arg_dist.custody import Custody
 from arg_dist.equality import compare
 from arg_dist.group_keys import numbers, tensors
 from arg_dist.parameter_groups import checked_last, complete_group, settings_of
@@ -29,6 +28,7 @@ from arg_dist.sharding.lanes import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
 from arg_dist.state_budget import StateBudget
+from arg_dist.state_dict import Ownership
 from arg_dist.subspace.exchange import Steps
 from arg_dist.subspace.precision import matmul_precision
 
@@ -104,10 +104,11 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         self._patterns_applied = config.targets is None and config.exclude is None
         self.is_classified = False
         self.process_group = process_group
-        self._custody = Custody()
+        self._ownership = Ownership()
         self._coverage = Coverage()
         self._every_group: list[dict[str, Any]] = []
-        self._budget = StateBudget(config.state_budget)
+        limit = config.state_budget
+        self._budget = None if limit is None else StateBudget(limit)
         self._gradients_missing = GradientsMissing()
         self.calls = 0
         self.skipped_steps = 0
@@ -168,21 +169,23 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         check_not_captured()
         groups = [group for group in self.param_groups if group["params"]]
         settings = [settings_of(group) for group in groups]
-        self._custody.whole = None
+        self._ownership.whole = None
         plans = self._bound_plans(groups)
         self._follow_parameters(groups, plans)
-        calls = self._budget.calls_that_share(plans, self.calls_of_a_step)
+        budget = self._budget
+        calls = [] if budget is None else budget.calls_that_share(plans, self.calls_of_a_step)
         self._settle(plans)
-        any_due, prepared = self._budget.any_due(calls, self.state_of), []
+        to_share = budget is not None and budget.any_due(calls, self.state_of)
+        prepared = []
         for plan in plans:
             gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
-            agreement = self._agree(plan, gradients, settings, any_due)
+            agreement = self._agree(plan, gradients, settings, to_share)
             prepared.append((plan, gradients, agreement))
         # change nothing until every gradient of this call is known to be usable
         skip = all(each.nonfinite == "skip" for each in settings)
         usable = all([agreed.is_usable(plan.names, skip=skip) for plan, _, agreed in prepared])
-        if any(agreed.refreshing for _, _, agreed in prepared):
-            self._budget.share_out(calls, self.state_of, self.state)
+        if budget is not None and any(agreed.refreshing for _, _, agreed in prepared):
+            budget.share_out(calls, self.state_of, self.state)
         if usable:
             with matmul_precision("highest"):  # the job's own setting is for its model
                 for plan, gradients, agreed in prepared:
@@ -201,7 +204,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         plan: Plan,
         gradients: dict[int, GradientPart],
         settings: list[AdaRankGradConfig],
-        any_due: bool,
+        to_share: bool,
     ) -> Agreement:
         """Agree on ``||G||^2``, finiteness and rounds of all matrices across the processes."""
         compared = compare(plan, self.state_of, settings, self.calls)
@@ -214,12 +217,12 @@ class AdaRankGrad(Saving, CopiedOptimizer):
             [(unit, gradient.norm_sq) for unit, gradient in gradients.items()],
             kept,
             needed,
-            own_state=self._custody.is_still_own(plan, self.state),
+            own_state=self._ownership.is_still_own(plan, self.state),
             steps=self.calls,
             units=len(plan.names),
             processes=plan.communicator.size,
             me=plan.communicator.me,
-            refreshing=any_due,
+            refreshing=to_share,
             likeness=compared.likeness,
         )
         return compared.agreement(norms)
@@ -249,7 +252,8 @@ class AdaRankGrad(Saving, CopiedOptimizer):
 
         def steps(shard: Shard) -> Steps[Any]:
             state, chosen = self.state_of(shard), settings[shard.group]
-            allowed = self._budget.allowed(shard, state, chosen)
+            budget = self._budget
+            allowed = None if budget is None else budget.allowed(shard, state, chosen)
             gradient = gradients.pop(shard.unit)
             return computation(
                 shard, gradient, state, agreed, chosen, turns=self._turns, allowed=allowed

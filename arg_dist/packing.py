@@ -28,10 +28,10 @@ from torch import Tensor
 
 from arg_dist.algorithm import momentum_bytes
 from arg_dist.config import AdaRankGradConfig, ConfigError
-from arg_dist.saved_forms import Place
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Unit
 from arg_dist.sharding.shares import as_share, own_share
+from arg_dist.state_dict import Place
 from arg_dist.subspace.spread import row_count
 from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 

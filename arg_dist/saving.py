@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from arg_dist.binding import Binding
-from arg_dist.custody import OTHERS_STATE, Custody
 from arg_dist.library_internals import LOAD_POST_HOOKS, LOAD_PRE_HOOKS
 from arg_dist.loading import check_shapes, groups_to_load, states_to_load
 from arg_dist.packing import expected_bytes, pack
 from arg_dist.parameter_groups import members, settings_of, without_arrays
-from arg_dist.saved_forms import WHOLE, Place, whole_state
 from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.drivers import run
 from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shares import is_merged, is_sharded, place_of, units_with_keys
 from arg_dist.state import copy_state
+from arg_dist.state_dict import OTHERS_STATE, WHOLE, Ownership, Place, whole_state
 from arg_dist.subspace.state import State
 
 
@@ -35,7 +34,7 @@ class Saving(Binding, torch.optim.Optimizer):
 
     calls: int
     skipped_steps: int
-    _custody: Custody
+    _ownership: Ownership
     expects_bytes = False
 
     @entry_point
@@ -54,12 +53,12 @@ class Saving(Binding, torch.optim.Optimizer):
             RuntimeError: on every process, if one of them has loaded another's state.
         """
         plans = self.plans_of_state()
-        self._custody.whole = (WHOLE, {})
+        self._ownership.whole = (WHOLE, {})
         for plan in plans:
             if not plan.replicated:
                 continue
             own = plan.communicator.gather_objects(
-                self._custody.is_own(plan, self.state), "consolidate_state_dict"
+                self._ownership.is_own(plan, self.state), "consolidate_state_dict"
             )
             if not all(own):
                 raise RuntimeError(
@@ -69,16 +68,16 @@ class Saving(Binding, torch.optim.Optimizer):
                 part = whole_state(shard, self.state_of(shard), to=to)
                 purpose = "consolidate_state_dict"
                 state = run([part], plan.communicator, 1, purpose, [shard.name])[0]
-                self._custody.keep_whole(plan, shard, state, to)
+                self._ownership.keep_whole(plan, shard, state, to)
 
     def _settle(self, plans: Sequence[Plan]) -> None:
         """Before a step: cut loaded state, and know on all processes which tensors have stepped."""
         for plan in plans:
-            self._custody.cut_loaded(plan, self.state)
+            self._ownership.cut_loaded(plan, self.state)
             for unit in units_with_keys(plan):
                 self.state[unit.fragment.target].setdefault(unit.name, {})
-        if self._custody.has_uncut and any(plan.replicated for plan in plans):
-            self._custody.cut_rest(self._resting_plans(), self.state)
+        if self._ownership.has_uncut and any(plan.replicated for plan in plans):
+            self._ownership.cut_rest(self._resting_plans(), self.state)
 
     @entry_point
     def plans_of_state(self) -> list[Plan]:
@@ -88,7 +87,7 @@ class Saving(Binding, torch.optim.Optimizer):
         """
         plans = self.bind_all()
         for plan in plans:
-            self._custody.cut_loaded(plan, self.state)
+            self._ownership.cut_loaded(plan, self.state)
         return plans
 
     @entry_point
@@ -99,7 +98,7 @@ class Saving(Binding, torch.optim.Optimizer):
             RuntimeError: it was loaded, and is another's.
         """
         for plan in plans:
-            if not self._custody.is_own(plan, self.state):
+            if not self._ownership.is_own(plan, self.state):
                 raise RuntimeError(
                     "load_state_dict: "
                     + OTHERS_STATE.format(plan.communicator.me, plan.communicator.size)
@@ -147,7 +146,7 @@ class Saving(Binding, torch.optim.Optimizer):
             saved["process"] = None
             saved["state"] = self._packed(plans, targets)
         else:
-            self._custody.sign(saved, targets, plans)
+            self._ownership.sign(saved, targets, plans)
         entries = [entry.values() for entry in saved["state"].values()]
         saved["units"] = sum(isinstance(unit, Mapping) for entry in entries for unit in entry)
         saved["shapes"] = self.parameter_shapes()
@@ -198,7 +197,7 @@ class Saving(Binding, torch.optim.Optimizer):
         self.state = defaultdict(dict)
         for target, units in loaded.states.items():
             self.state[target] = copy_state(units, target.device)
-        self._custody.take(loaded)
+        self._ownership.take(loaded.states, loaded.place)
         self.calls, self.expects_bytes = loaded.calls or 0, False
         for hook in LOAD_POST_HOOKS.of(self).values():
             hook(self)
@@ -226,7 +225,7 @@ class Saving(Binding, torch.optim.Optimizer):
             calls: calls to :meth:`step` so far; equal on all processes.
             skipped_steps: how many of them skipped the step.
         """
-        self._custody = Custody()
+        self._ownership = Ownership()
         self.state.clear()
         self.state.update(states)
         self.calls, self.skipped_steps = calls, skipped_steps

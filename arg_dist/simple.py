@@ -172,8 +172,13 @@ def low_rank_update(
     S = G - P @ Q.T
     # U = N Q^T + phi(S)
     U = N @ Q.T
+    if not settings.remembers_residual:
+        for key in ("residual_codes", "residual_scales", "residual_reach"):
+            state.pop(key, None)
     if settings.residual == "orthogonalized":
-        S, size = with_momentum(S, G, Q, state, settings)
+        size = float(G.norm())
+        if settings.remembers_residual:
+            S, size = with_momentum(S, size, Q, state, settings)
         U += orthogonalized(S, size, settings.polar_steps, outputs=0 if on_right else 1)
     elif settings.residual == "matched":
         U += matched(S, G, N)
@@ -260,15 +265,11 @@ def transport(state: State, Q: Tensor, P: Tensor, settings: AdaRankGradConfig) -
 
 
 def with_momentum(
-    S: Tensor, G: Tensor, Q: Tensor, state: State, settings: AdaRankGradConfig
+    S: Tensor, size: float, Q: Tensor, state: State, settings: AdaRankGradConfig
 ) -> tuple[Tensor, float]:
-    """Like S: the residual and those before it; and the norm that this may have at most."""
-    beta, size = settings.residual_momentum, float(G.norm())
-    if beta == 0:
-        for key in ("residual_codes", "residual_scales", "residual_reach"):
-            state.pop(key, None)
-        return S, size
-    # R <- b R + (1 - b) S, kept in few bits an element ;  rho <- b rho + (1 - b) ||G|| >= ||R||
+    """Like S, of norm `size`: it and those before it; and the norm that this may have at most."""
+    beta = settings.residual_momentum
+    # R <- b R + (1 - b) S, kept in few bits an element ;  rho <- b rho + (1 - b) size >= ||R||
     R, rho = (1 - beta) * S, (1 - beta) * size
     if "residual_codes" in state:
         coded = Coded(state["residual_codes"], state["residual_scales"])

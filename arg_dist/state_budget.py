@@ -52,13 +52,13 @@ class StateBudget:
     """Bounds the rank of each matrix at its next refresh.
 
     Args:
-        limit: bytes for all processes together; None for no budget.
+        limit: bytes for all processes together.
 
     Attributes:
         limit: as passed.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
         self._allowed: Ranks = {}
         self._has_warned = False
@@ -72,8 +72,8 @@ class StateBudget:
         )
 
     def allowed(self, shard: Shard, state: State, settings: AdaRankGradConfig) -> int | None:
-        """Largest rank permitted now; None without a budget, or if the shard is no matrix."""
-        if self.limit is None or not isinstance(shard, MatrixShard):
+        """Largest rank permitted now; None if the shard is no matrix."""
+        if not isinstance(shard, MatrixShard):
             return None
         # bytes already reserved for a matrix are never allotted to another
         reserved = claim_of(shard, state, settings).reserved
@@ -82,11 +82,11 @@ class StateBudget:
     def calls_that_share(
         self, plans: Sequence[Plan], calls_of_a_step: Callable[[], list[Call]]
     ) -> list[Call]:
-        """All calls of the step if `plans` are its first call's; empty otherwise or unbudgeted.
+        """All calls of the step if `plans` are its first call's; else empty.
 
         The first call discards the ranks permitted in the previous step.
         """
-        calls = [] if self.limit is None else calls_of_a_step()
+        calls = calls_of_a_step()
         if not calls or calls[0].plans is not plans:
             return []
         self._allowed = {}
@@ -108,7 +108,6 @@ class StateBudget:
             ConfigError: on every process, if the smallest ranks do not fit, or if the parameters
                 belong to different process groups.
         """
-        assert self.limit is not None
         plans = [plan for call in calls for plan in call.plans if plan.names]
         mine = _fixed_bytes(calls, states), list(_claims(calls, state_of))
         communicator = _communicator(plans)
@@ -119,7 +118,6 @@ class StateBudget:
         self._allowed = allowed_ranks(claims, self.limit - fixed)
 
     def _check(self, fixed: int, claims: Sequence[Claim]) -> None:
-        assert self.limit is not None
         check_fits(self.limit, fixed, claims)
         present = fixed + sum(claim.rank * claim.direction_bytes for claim in claims)
         if present > self.limit and not self._has_warned:

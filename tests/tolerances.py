@@ -60,6 +60,9 @@ CODES = Tolerance(
 CODES_WEIGHTS = Tolerance(
     1e-3, 0.0, "the same: weights after 20 steps of 1e-2 each, so 5e-3 of the way"
 )
+CODES_DISTANCE = Tolerance(
+    0.0, 5e-3, "the same: distance of two tensors of weights after 50 steps, by their norm"
+)
 LOW_PRECISION = Tolerance(
     0.0, 2**-8, "bf16 weights keep 8 bits: one rounding of a weight, whatever computed it"
 )

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from arg_dist.checkpoint.index import SlicedTensor, StateEntry, Weight, tensor_key
-from arg_dist.saved_forms import kept_parts
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, Holding, adapters
 from arg_dist.sharding.job import has_first_process
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
+from arg_dist.state_dict import kept_parts
 from arg_dist.subspace.exchange import Interval, even_rows
 from arg_dist.subspace.state import SUMMED, State, lists_of, numbers_of
 

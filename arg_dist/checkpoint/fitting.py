@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arg_dist.checkpoint.index import CheckpointError, Group, Index
-from arg_dist.config import current_names, parse_config
+from arg_dist.config import parse_config, settings_at_saving
 from arg_dist.group_keys import assign, numbers
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import SETTINGS
@@ -144,7 +144,7 @@ def _settings_for(checkpoint: Path, index: Index, group: Mapping[str, Any]) -> d
 
 
 def _comparable(group: Group) -> dict[str, Any]:
-    settings = current_names(group.settings, "checkpoint", saved=True)
+    settings = settings_at_saving(group.settings, "checkpoint")
     return {key: value for key, value in settings.items() if key not in OF_THE_JOB}
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 64
+BLOCK = 256
 """Elements that share a scale."""
 STEPS = {2: 0.9957, 4: 0.3352}
 """Distance of two levels by bits an element, in units of a block's rms."""
@@ -23,8 +23,8 @@ class Coded(NamedTuple):
     """A tensor in few bits an element.
 
     Attributes:
-        codes: ``blocks x (8 bits)``, uint8, where 64 elements take 8 bytes for each bit; the first
-            of the elements that share a byte is in its lowest bits.
+        codes: ``blocks x (8 bits)``, uint8, where 256 elements take 32 bytes for each bit; the
+            first of the elements that share a byte is in its lowest bits.
         scales: ``blocks``, bf16, d.
     """
 
@@ -58,18 +58,22 @@ def encode(values: Tensor, bits: int) -> Coded:
     """Round every element to the nearest level.
 
     Args:
-        values: ``elements``, fp32.
+        values: ``elements``, fp32; may be overwritten, to hold nothing of their size beside them.
         bits: 2 or 4.
     """
-    blocks = torch.nn.functional.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+    missing = -values.numel() % BLOCK
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    blocks = values.view(-1, BLOCK)
     counts = torch.full((len(blocks),), float(BLOCK), dtype=torch.float32, device=values.device)
-    counts[-1:] -= -values.numel() % BLOCK
+    counts[-1:] -= missing
     # d = c rms
     squares = torch.linalg.vector_norm(blocks, dim=1).square_()
     scales = squares.div_(counts).sqrt_().mul_(STEPS[bits]).to(torch.bfloat16)
     # x = (k + 1/2) d for a whole number k
-    whole, half = blocks / torch.where(scales > 0, scales, 1.0)[:, None].float(), 2 ** (bits - 1)
-    codes = whole.floor_().clamp_(-half, half - 1).add_(half).to(torch.uint8)
+    blocks.div_(torch.where(scales > 0, scales, 1.0)[:, None].float())
+    half = 2 ** (bits - 1)
+    codes = blocks.floor_().clamp_(-half, half - 1).add_(half).to(torch.uint8)
     sharing = codes.view(len(codes), -1, 8 // bits) << _shifts(bits, values.device)
     return Coded(sharing.sum(2, dtype=torch.uint8), scales)
 

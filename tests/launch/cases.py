@@ -14,6 +14,7 @@ SETTINGS: dict[str, Any] = {
     "max_gap": 6,
     "min_gap": 3,
     "hysteresis": 0.0,
+    "residual_momentum": 0.0,
 }
 
 

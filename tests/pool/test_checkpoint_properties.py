@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import arg_dist
-from arg_dist.saved_forms import kept_parts
 from arg_dist.sharding.shard import MatrixShard
+from arg_dist.state_dict import kept_parts
 from tests.launch.torch_engines import by_columns, fsdp2
 from tests.tolerances import FP64, REDUCTION_ORDER
 

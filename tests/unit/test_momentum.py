@@ -27,7 +27,7 @@ def root_mean_squares(values: torch.Tensor) -> torch.Tensor:
 @given(sizes, st.integers(-30, 30), widths)
 def test_an_element_becomes_the_nearest_level(size, exponent, bits):
     values = gaussian(size, 1, seed=size).view(-1) * 2.0**exponent
-    coded = encode(values, bits)
+    coded = encode(values.clone(), bits)
     assert coded.bits == bits
     assert coded.codes.nbytes + coded.scales.nbytes == coded_bytes(size, bits)
     assert coded.codes.dtype == torch.uint8 and coded.scales.dtype == torch.bfloat16
@@ -43,7 +43,7 @@ def test_an_element_becomes_the_nearest_level(size, exponent, bits):
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.0125), (2, 0.121)])
 def test_what_a_gaussian_loses(bits, most):
     values = gaussian(1000 * BLOCK, 1, seed=0).view(-1)
-    lost = decode(encode(values, bits), len(values)) - values
+    lost = decode(encode(values.clone(), bits), len(values)) - values
     assert lost.square().sum() / values.square().sum() < most  # 1.15 % and 11.9 %, and bf16's
 
 
@@ -56,7 +56,7 @@ def test_zeros_stay_zeros(size, bits):
 
 def test_a_block_of_zeros_beside_others():
     values = torch.cat((torch.zeros(BLOCK), torch.ones(BLOCK)))
-    found = decode(encode(values, 4), 2 * BLOCK)
+    found = decode(encode(values.clone(), 4), 2 * BLOCK)
     assert not found[:BLOCK].any() and found[BLOCK:].all()
 
 
@@ -103,7 +103,7 @@ def test_without_the_setting_momentum_is_forgotten():
     weight.grad = gaussian(24, 10, seed=0)
     optimizer.step()
     [state] = optimizer.state[weight].values()
-    assert state["residual_codes"].shape == (4, 32)
+    assert state["residual_codes"].shape == (1, 128)
     optimizer.param_groups[0]["residual_momentum"] = 0.0
     optimizer.step()
     assert not [key for key in state if key.startswith("residual")]

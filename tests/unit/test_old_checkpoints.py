@@ -31,6 +31,8 @@ def training() -> tuple[nn.ModuleDict, arg_dist.AdaRankGrad]:
         process_group=None,
         lr=1e-2,
         residual="scaled",
+        residual_momentum=0.0,
+        energy=0.65,
         max_rank=4,
         min_rank=2,
         min_gap=2,
@@ -70,3 +72,16 @@ def test_training_continues_as_the_old_version_did(load):
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
         ROUNDING.check(weights[name], value)
+
+
+def test_training_continues_without_the_momentum_that_the_old_version_did_not_have():
+    model, optimizer = training()
+    for group in optimizer.param_groups:
+        group["residual_momentum"] = 0.9
+    told = r"checkpoint's settings: .*residual_momentum=0\.0 instead of 0\.9"
+    with pytest.warns(UserWarning, match=told):
+        by_checkpoint(model, optimizer)
+    assert {group["residual_momentum"] for group in optimizer.param_groups} == {0.0}
+    optimizer.param_groups[0]["residual_momentum"] = 0.9
+    optimizer.load_state_dict(torch.load(SAVED / "state_dict.pt", weights_only=True))
+    assert {group["residual_momentum"] for group in optimizer.param_groups} == {0.0}

@@ -77,10 +77,16 @@ def test_no_view_keeps_a_larger_tensor_alive(steps):
 
 def test_state_is_smaller_than_adams():
     weight = gaussian(64, 48)
-    ours = optimizer_of(weight, max_rank=6, energy=1.0)
-    train(ours, [[gaussian(64, 48, seed=1)]])
+    ours, remembering = (
+        optimizer_of(weight, max_rank=6, energy=1.0, residual_momentum=decay)
+        for decay in (0.0, 0.9)
+    )
+    for optimizer in (ours, remembering):
+        train(optimizer, [[gaussian(64, 48, seed=1)]])
     assert ours.state_bytes() == 4 * 6 * (48 + 64 + 64) + 8
     assert ours.state_bytes() < 0.2 * 2 * weight.nbytes
+    # 4 bits an element, and a scale of 16 bits for 256 elements
+    assert remembering.state_bytes() == ours.state_bytes() + 64 * 48 * (4 + 16 / 256) / 8
 
 
 def test_state_shrinks_with_the_rank():
