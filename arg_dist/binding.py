@@ -230,7 +230,10 @@ class Binding(SelfReport):
             )
         specs = [
             group_spec(
-                self._seen(group, resting=resting), settings_of(group), self._full_rank_names
+                self._seen(group, resting=resting),
+                settings_of(group),
+                self._full_rank_names,
+                {name: self._parameters[name].position for name in group["param_names"]},
             )
             for group in groups
         ]

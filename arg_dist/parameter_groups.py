@@ -122,7 +122,10 @@ def settings_text(settings: AdaRankGradConfig) -> str:
 
 
 def group_spec(
-    group: ParameterGroup, settings: AdaRankGradConfig, full_rank: frozenset[str]
+    group: ParameterGroup,
+    settings: AdaRankGradConfig,
+    full_rank: frozenset[str],
+    positions: Mapping[str, int],
 ) -> GroupSpec:
     """Specify one group for the layout: its fragments, and which of them contain matrices.
 
@@ -130,6 +133,7 @@ def group_spec(
         group: the group's tensors and names.
         settings: the group's settings.
         full_rank: names of parameters trained by full-rank Adam whatever their shape.
+        positions: index of each parameter in the list that the group was built with.
     """
     for name, parameter in group.alive():
         check_shape(name, parameter)
@@ -150,6 +154,7 @@ def group_spec(
         holding=holding,
         side=settings.side,
         shard_basis=settings.shard_basis,
+        positions=positions,
         views=views,
         settings=settings_text(settings),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.choices import FP32
@@ -106,12 +107,12 @@ def units_of(layout: Layout, settings: AdaRankGradConfig) -> list[list[Unit]]:
         layout: the model's layout under the engine.
         settings: the optimizer's settings.
     """
-    calls = []
+    calls, positions = [], count()
     for call in layout.calls:
         units: list[Unit] = []
         for piece in layout.pieces(call):
-            for view in piece.parameter.views:
-                units.append(_matrix(piece, view, len(units), layout, settings))
+            for home, view in enumerate(piece.parameter.views, start=next(positions)):
+                units.append(_matrix(piece, view, home, layout, settings))
             if not piece.parameter.views:
                 units.append(_tensor(piece, layout, settings))
         calls.append(units)
@@ -135,7 +136,7 @@ def tensors(calls: list[list[Unit]]) -> Iterator[TensorUnit]:
 
 
 def _matrix(
-    piece: Piece, view: MatrixView, unit: int, layout: Layout, settings: AdaRankGradConfig
+    piece: Piece, view: MatrixView, home: int, layout: Layout, settings: AdaRankGradConfig
 ) -> MatrixUnit:
     some, ranges = _owned(piece.ranges, view.offset, view.rows * view.columns)
     sharding = _matrix_sharding(
@@ -147,8 +148,8 @@ def _matrix(
         layout.replicated,
     )
     _, largest = settings.rank_bounds(view.short)
-    elements, owners, home = view.rows * view.columns, piece.owners[some], unit % len(some)
-    return MatrixUnit(view.name, elements, owners, settings, sharding, home, largest)
+    elements, owners = view.rows * view.columns, piece.owners[some]
+    return MatrixUnit(view.name, elements, owners, settings, sharding, home % len(some), largest)
 
 
 def _tensor(piece: Piece, layout: Layout, settings: AdaRankGradConfig) -> TensorUnit:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,8 @@ class GroupSpec:
         shard_basis: store each basis once over the processes; None: if there are several.
         views: maps a parameter's name and full shape to the matrices that AdaRankGrad trains;
             empty for a tensor trained by Adam.
+        positions: index of each parameter, by name, in the list that the group was built with:
+            home processes follow from it, whatever other parameters train now.
         settings: the group's settings as text; must be equal on all processes.
     """
 
@@ -50,6 +52,7 @@ class GroupSpec:
     side: str
     shard_basis: bool | None
     views: Callable[[str, tuple[int, ...]], list[MatrixView]]
+    positions: Mapping[str, int]
     settings: str
 
 
@@ -224,7 +227,7 @@ def _shards_of(
     if fragment.transposed:
         views = [MatrixView(view.name, view.columns, view.rows, view.offset) for view in views]
     shards: list[Shard] = []
-    for view in views:
+    for home, view in enumerate(views, start=spec.positions[fragment.name]):
         unit = len(units)
         mine = clip_ranges(ranges, view.offset, view.rows * view.columns)
         spans_columns = basis_spans_columns(view.rows, view.columns, spec.side, fragment.transposed)
@@ -234,7 +237,7 @@ def _shards_of(
             mine,
             me=me,
             spans_columns=spans_columns,
-            home=unit,
+            home=home,
             shard_basis=spec.shard_basis is not False,
             replicated=replicated,
             transposed=fragment.transposed,

@@ -25,7 +25,14 @@ from arg_dist.checkpoint import Checkpoints
 from tests.launch.torch_engines import by_columns, one_axis, pairs_of_replicas
 
 SAVED_AFTER, STEPS = 7, 12
-SETTINGS = {"max_rank": 4, "min_rank": 1, "min_gap": 2, "max_gap": 4, "lr": 1e-2}
+SETTINGS = {
+    "max_rank": 4,
+    "min_rank": 1,
+    "min_gap": 2,
+    "max_gap": 4,
+    "lr": 1e-2,
+    "residual_momentum": 0.9,
+}
 EACH = 2
 """Steps for which a layer trains before the next one's turn."""
 
