@@ -99,7 +99,7 @@ def stay_away(group, number: int, settings) -> str:
             rf"in round 3 of \d+ of the step for {', '.join(NAMES[:3])} and 2 more \(an all-to",
         ),
         (7, A_LANE_EACH, rf"in round 2 of \d+ of the step for {NAMES[1]} \(an all-to-all\)"),
-        (27, {}, rf"in consolidate_state_dict for {NAMES[0]} \(an all-to-all\)"),
+        (23, {}, rf"in consolidate_state_dict for {NAMES[0]} \(an all-to-all\)"),
     ],
 )
 def test_who_waits_too_long_says_where_for_which_matrices_and_for_whom(
