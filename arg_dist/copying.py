@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arg_dist.config import RENAMED, settings_at_saving
+from arg_dist.config import settings_at_saving
 from arg_dist.places import Layout, Place
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import adapters
@@ -88,9 +88,9 @@ class CopiedOptimizer(torch.optim.Optimizer):
             )
         super().__setstate__(state)
         for settings in (self.defaults, *self.param_groups):
-            settings.update(settings_at_saving(settings, "unpickled optimizer"))
-            for earlier in RENAMED.keys() & settings.keys():
-                del settings[earlier]
+            saved = settings_at_saving(settings, "unpickled optimizer")
+            settings.clear()
+            settings.update(saved)
         self._plans, self._tensors_of_plans, self._communicators = {}, {}, {}
         self._every_group = self.param_groups
         if not self.calls:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from cuts import part_of
@@ -12,7 +12,7 @@ from arg_dist.algorithm import LowRankUpdate, State, StepFacts, low_rank_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.shard import MatrixShard
-from arg_dist.subspace.exchange import Steps
+from arg_dist.subspace.exchange import Request, Steps
 from arg_dist.subspace.norms import row_squares
 
 
@@ -66,14 +66,21 @@ def step_in_lockstep(
     return updates
 
 
-def counted(steps: Steps[Any], counts: list[int]) -> Generator[Any, Any, Any]:
-    """The same computation, which appends to `counts` how many requests it has made."""
-    answer, asked = None, 0
+def heard(steps: Steps[Any], hear: Callable[[Request], Any]) -> Generator[Any, Any, Any]:
+    """The same computation; `hear` is called with each request before it is made."""
+    answer = None
     while True:
         try:
             request = steps.send(answer)
         except StopIteration as finished:
-            counts.append(asked)
             return finished.value
-        asked += 1
+        hear(request)
         answer = yield request
+
+
+def counted(steps: Steps[Any], counts: list[int]) -> Generator[Any, Any, Any]:
+    """The same computation, which appends to `counts` how many requests it has made."""
+    requests: list[Request] = []
+    result = yield from heard(steps, requests.append)
+    counts.append(len(requests))
+    return result

@@ -23,7 +23,7 @@ class Coded(NamedTuple):
     """A tensor in few bits an element.
 
     Attributes:
-        codes: ``blocks x (8 bits)``, uint8, where 256 elements take 32 bytes for each bit; the
+        codes: ``blocks x (32 bits)``, uint8, where 256 elements take 32 bytes for each bit; the
             first of the elements that share a byte is in its lowest bits.
         scales: ``blocks``, bf16, d.
     """

@@ -48,7 +48,7 @@ class MatrixState(TensorState):
     kept_sq_at_refresh: float
     """``||P||^2`` of the refresh step, over all rows."""
     residual_codes: NotRequired[Tensor]
-    """``blocks x 128`` on the home process, momentum of the residual."""
+    """``blocks x (32 bits)`` on the home process, momentum of the residual."""
     residual_scales: NotRequired[Tensor]
     """``blocks`` on the home process, its scales."""
     residual_reach: NotRequired[float]

@@ -14,7 +14,7 @@ import torch
 from cuts import cut_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lockstep_steps import step_of
+from lockstep_steps import heard, step_of
 
 from arg_dist.cli.main import main
 from arg_dist.config import ConfigError, parse_config
@@ -129,37 +129,29 @@ def test_requests_are_those_of_the_algorithm(
     sharding = MatrixSharding(rows, columns, ranges, spans_columns, shard_basis, replicated)
     states: list[dict[str, Any]] = [{} for _ in range(processes)]
     for is_first in (True, False):
-        asked: list[list[list[int]]] = []
-        watched = [
-            watch(step_of(shard, state, gradient, config), i, asked)
-            for i, (shard, state) in enumerate(zip(shards, states, strict=True))
-        ]
-        run_lockstep(watched)
+        asked: list[list[int]] = [[] for _ in range(processes)]
+        steps = [step_of(*each, gradient, config) for each in zip(shards, states, strict=True)]
+        run_lockstep([listening(steps[me], me, asked[me]) for me in range(processes)])
         on_paper = matrix_traffic(sharding, config, rank, home, is_first=is_first)
         assert [moved.sent.tolist() for moved in on_paper] == [
             list(each) for each in zip(*asked, strict=True)
         ]
 
 
-def watch(steps, me, asked):
+def listening(steps, me, asked):
     """The same computation; `asked` gets the bytes that process `me` sends at each request."""
-    mine: list[int] = []
-    asked.append(mine)
-    answer = None
-    while True:
-        try:
-            request = next(steps) if answer is None else steps.send(answer)
-        except StopIteration as finished:
-            return finished.value
-        exchanges = exchanges_of(request)
-        size = 0
-        for exchange in exchanges:
-            row = math.prod(exchange.part.shape[1:]) * exchange.part.element_size()
-            for other, wanted in enumerate(exchange.want):
-                low, high = intersect(exchange.have[me], wanted)
-                size += padded((high - low) * row) if other != me else 0
-        mine.append(size)
-        answer = yield request
+    return heard(steps, lambda request: asked.append(sent_by(request, me)))
+
+
+def sent_by(request, me):
+    """Bytes that process `me` sends at a request."""
+    size = 0
+    for exchange in exchanges_of(request):
+        row = math.prod(exchange.part.shape[1:]) * exchange.part.element_size()
+        for other, wanted in enumerate(exchange.want):
+            low, high = intersect(exchange.have[me], wanted)
+            size += padded((high - low) * row) if other != me else 0
+    return size
 
 
 @given(st.sampled_from(SEVERAL), st.integers(1, 40), st.sampled_from(["fp32", "bf16"]))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuts import cut_matrix
-from lockstep_steps import step_of
+from lockstep_steps import heard, step_of
 from matrices import gaussian
 
 from arg_dist.config import parse_config
@@ -21,24 +21,15 @@ UNEVEN = ((0, 13), (13, 40), (40, 71), (71, 120))
 RULES = ["orthogonalized", "matched", "scaled", "none"]
 
 
-def listening(steps: Any, heard: list[Any]) -> Any:
-    """The same computation; `heard` gets what each request transfers."""
-    answer = None
-    while True:
-        try:
-            request = next(steps) if answer is None else steps.send(answer)
-        except StopIteration as finished:
-            return finished.value
-        heard.append(
-            tuple((e.have, e.want, e.part[:1].nbytes or None) for e in exchanges_of(request))
-        )
-        answer = yield request
+def transfers(request: Any) -> Any:
+    """What a request transfers; None for the bytes of rows that this process does not have."""
+    return tuple((e.have, e.want, e.part[:1].nbytes or None) for e in exchanges_of(request))
 
 
-def agrees(told: Any, heard: Any) -> bool:
+def agrees(told: Any, made: Any) -> bool:
     """Whether a recorded request is one that was made; without rows, nobody sees their bytes."""
-    return len(told) == len(heard) and all(
-        a[:2] == b[:2] and b[2] in (None, a[2]) for a, b in zip(told, heard, strict=True)
+    return len(told) == len(made) and all(
+        a[:2] == b[:2] and b[2] in (None, a[2]) for a, b in zip(told, made, strict=True)
     )
 
 
@@ -52,19 +43,19 @@ def test_every_process_records_what_all_of_them_request(residual, spans_columns)
     states: list[dict[str, Any]] = [{} for _ in shards]
     recorded: list[dict[str, Any]] = [{} for _ in shards]
     for step in range(3):  # the first basis, that basis, and another one
-        heard: list[list[Any]] = [[] for _ in shards]
+        made: list[list[Any]] = [[] for _ in shards]
         gradient = gaussian(12, 10, seed=step)
         run_lockstep(
             [
-                listening(step_of(shard, state, gradient, settings), mine)
-                for shard, state, mine in zip(shards, states, heard, strict=True)
+                heard(step_of(shard, state, gradient, settings), mine.append)
+                for shard, state, mine in zip(shards, states, made, strict=True)
             ]
         )
         for me, shard in enumerate(shards):
             spread = replace(shard.spread, me=me)
             told = requests_of_a_step(recorded[me], spread, settings, rank=4)
-            assert len(told) == len(heard[me])
-            assert all(map(agrees, told, heard[me]))
+            assert len(told) == len(made[me])
+            assert all(map(agrees, told, map(transfers, made[me])))
 
 
 def test_storages_are_counted_until_they_are_freed():
