@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 
+FIRST, EACH = 10_000, 2_000
+"""Ports below those that the system gives to outgoing connections, in one range for each worker."""
+
 
 def free_port() -> int:
-    """A port that nobody listens on now, and that no system gives to outgoing connections.
+    """A port that nobody listens on now, at any address, and neither on the next one.
 
-    One that the system chooses could be another program's before this test listens on it.
+    A launcher of two nodes takes both. One that the system chooses, or another worker of this test
+    run, could be another program's before this test listens on it.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = FIRST + EACH * (worker % 8)
     while True:
-        port = random.SystemRandom().randrange(12_000, 28_000)
-        with contextlib.suppress(OSError), socket.socket() as listener:
-            listener.bind(("127.0.0.1", port))
+        port = random.SystemRandom().randrange(first, first + EACH - 1)
+        if _can_listen(port) and _can_listen(port + 1):
             return port
+
+
+def _can_listen(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("", port)):
+        return True
+    return False
