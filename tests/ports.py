@@ -17,7 +17,7 @@ def free_port() -> int:
     A launcher of two nodes takes both. One that the system chooses, or another worker of this test
     run, could be another program's before this test listens on it.
     """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw7").removeprefix("gw"))
     first = FIRST + EACH * (worker % 8)
     while True:
         port = random.SystemRandom().randrange(first, first + EACH - 1)
