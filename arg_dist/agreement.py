@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.exchange import Exchange, Steps, even_rows
+from arg_dist.subspace.distributed import Exchange, Steps, even_rows
 from arg_dist.subspace.fingerprint import TOLERANCE
 
 LARGEST_NORM_SQ = 1e36

@@ -6,6 +6,7 @@ What a state holds is described in :mod:`arg_dist.subspace.state`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,13 +15,16 @@ import torch
 from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.subspace.adam import adam_direction
 from arg_dist.subspace.budget import Claim
-from arg_dist.subspace.exchange import (
+from arg_dist.subspace.distributed import (
+    DimensionSharding,
+    MatrixSharding,
     Steps,
+    from_home,
     gather,
     gather_each,
     relayed_sum,
+    row_count,
     select_rows,
     sum_scatter,
     sum_scatter_both,
@@ -39,7 +43,6 @@ from arg_dist.subspace.residual import (
     scaled_factors,
 )
 from arg_dist.subspace.sketch import gaussian_rows
-from arg_dist.subspace.spread import Side, Spread, from_home, row_count
 from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 from arg_dist.subspace.transport import transport_moments
 
@@ -162,7 +165,7 @@ def low_rank_step(
     gradient: Part,
     row_sq: Tensor,
     state: State,
-    spread: Spread,
+    sharding: MatrixSharding,
     settings: AdaRankGradConfig,
     facts: StepFacts,
     *,
@@ -174,7 +177,7 @@ def low_rank_step(
         gradient: this process's part of G.
         row_sq: ``moment.touch``, fp32, ``||G_i||^2`` over that part.
         state: the matrix's state; empty before its first step.
-        spread: how the matrix is distributed over the processes.
+        sharding: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
         facts: what is known of the matrix; equal on all processes.
         choose: decides the rank at a refresh; the one read of values on which requests depend.
@@ -182,13 +185,13 @@ def low_rank_step(
     Returns:
         The update, or None if the gradient has been zero since the start.
     """
-    me, moment = spread.me, spread.moment
+    me, moment = sharding.me, sharding.moment
     new = None
     if facts.norm_sq > 0 and is_due(state):
-        new = yield from _refresh(gradient, row_sq.device, state, spread, settings, facts, choose)
+        new = yield from _refresh(gradient, row_sq.device, state, sharding, settings, facts, choose)
         basis = new.vectors
     elif state:
-        basis = yield from gather(state["basis"], spread.store, spread.basis.touch, me)
+        basis = yield from gather(state["basis"], sharding.store, sharding.basis.touch, me)
     else:
         return None
     # P = G Q
@@ -200,7 +203,7 @@ def low_rank_step(
     else:
         projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
     if new is not None:
-        _adopt(new, projected, state, spread, settings, facts.phase)
+        _adopt(new, projected, state, sharding, settings, facts.phase)
     else:
         _watch(state, settings, facts)
     direction = _advance(state, projected, settings)
@@ -214,24 +217,24 @@ def low_rank_step(
         return LowRankUpdate(direction, basis)
     if settings.residual == "orthogonalized":
         outside = yield from _outside(
-            gradient, projected, basis, facts.norm_sq, state, spread, settings
+            gradient, projected, basis, facts.norm_sq, state, sharding, settings
         )
-        elements = spread.elements
+        elements = sharding.elements
         both = (
             (direction, moment.keep, moment.update),
-            (outside, spread.at_home(elements.size), elements.update),
+            (outside, sharding.at_home(elements.size), elements.update),
         )
         direction, outside = yield from gather_each(both, me)
         return LowRankUpdate(direction, basis, outside=outside)
     if settings.residual == "matched":
-        factors = matched_factors(direction, projected_sq, row_sq, dimension=spread.basis.size)
+        factors = matched_factors(direction, projected_sq, row_sq, dimension=sharding.basis.size)
     else:
         factors, state["residual_norm"] = yield from limit_growth(
             scaled_factors(direction, projected_sq),
             projected_sq,
             row_sq,
             state.get("residual_norm"),
-            spread,
+            sharding,
             growth=settings.residual_growth,
         )
     # N Q^T + phi (G - P Q^T) = (N - phi P) Q^T + phi G, and each process has its part of G
@@ -242,7 +245,7 @@ def low_rank_step(
 
 
 def adam_step(
-    gradient: Tensor, state: State, side: Side, settings: AdaRankGradConfig, *, me: int
+    gradient: Tensor, state: State, side: DimensionSharding, settings: AdaRankGradConfig, *, me: int
 ) -> Steps[Tensor]:
     """One step of Adam on the elements of a tensor, distributed over the processes by `side`.
 
@@ -271,26 +274,30 @@ def _outside(
     basis: Tensor,
     norm_sq: float,
     state: State,
-    spread: Spread,
+    sharding: MatrixSharding,
     settings: AdaRankGradConfig,
 ) -> Steps[Tensor]:
     """The orthogonalized residual, on the home process; `projected` is ``moment.keep x rank``."""
-    moment = spread.moment
-    projected = yield from gather(projected, moment.keep, moment.touch, spread.me)
+    moment = sharding.moment
+    projected = yield from gather(projected, moment.keep, moment.touch, sharding.me)
     with matmul_precision(settings.matmul_precision):
-        part = residual_part(gradient(), projected, basis, norm_sq, spread)
+        part = residual_part(gradient(), projected, basis, norm_sq, sharding)
     # handed over and not kept here, so that it is freed as soon as it has been used
     waiting = [part.to(POLAR_TYPES[settings.polar_precision])]
     del part
     blend = None
     if settings.remembers_residual:
-        blend = _momentum(state, norm_sq**0.5, basis.device, spread, settings)
+        blend = _momentum(state, norm_sq**0.5, basis.device, sharding, settings)
     steps = settings.polar_steps
-    return (yield from orthogonalize(waiting.pop(), basis, spread, steps=steps, blend=blend))
+    return (yield from orthogonalize(waiting.pop(), basis, sharding, steps=steps, blend=blend))
 
 
 def _momentum(
-    state: State, norm: float, device: torch.device, spread: Spread, settings: AdaRankGradConfig
+    state: State,
+    norm: float,
+    device: torch.device,
+    sharding: MatrixSharding,
+    settings: AdaRankGradConfig,
 ) -> Callable[[Tensor], None]:
     """Advance the norms of the residual's momentum; return how the home process advances it.
 
@@ -298,12 +305,12 @@ def _momentum(
         state: the matrix's state.
         norm: ``||G||``.
         device: device of new momentum.
-        spread: how the matrix is distributed over the processes.
+        sharding: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
     """
     decay, bits = settings.residual_momentum, settings.residual_bits
     if "residual_codes" not in state:
-        held = spread.elements.size if spread.me == spread.home else 0
+        held = sharding.elements.size if sharding.me == sharding.home else 0
         state["residual_codes"], state["residual_scales"] = coded_zeros(held, bits, device)
         state["residual_reach"] = 0.0
     # rho <- beta rho + (1 - beta) ||G||, so that ||R|| <= rho
@@ -345,10 +352,10 @@ def is_due(state: State) -> bool:
     return not state or state["since_refresh"] >= state["gap"]
 
 
-def claim(name: str, spread: Spread, state: State, settings: AdaRankGradConfig) -> Claim:
-    """The claim of a matrix distributed by `spread` on a `state_budget`."""
-    smallest, largest = settings.rank_bounds(min(spread.basis.size, spread.moment.size))
-    stored = spread.stored()
+def claim(name: str, sharding: MatrixSharding, state: State, settings: AdaRankGradConfig) -> Claim:
+    """The claim of a matrix distributed by `sharding` on a `state_budget`."""
+    smallest, largest = settings.rank_bounds(min(sharding.basis.size, sharding.moment.size))
+    stored = sharding.stored()
     rows = sum(row_count(each) for key in OF_EACH_DIRECTION for each in stored[key])
     return Claim(
         name=name,
@@ -356,11 +363,42 @@ def claim(name: str, spread: Spread, state: State, settings: AdaRankGradConfig) 
         largest=largest,
         rank=state.get("rank", 0),
         direction_bytes=FP32_BYTES * rows,
-        elements=spread.moment.size * spread.basis.size,
+        elements=sharding.moment.size * sharding.basis.size,
         energy=settings.energy,
         spectrum=state.get("spectrum"),
         is_due=is_due(state),
     )
+
+
+def adam_direction(
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """Update both moments in place and return the direction ``N``; all of one shape and type.
+
+    Block 3 of arXiv 2410.17881, algorithm 3 (Kingma and Ba 2015, algorithm 1).
+
+    Args:
+        gradient: the projected gradient P, ``moment x rank``, or any gradient.
+        exp_avg: first moment M.
+        exp_avg_sq: second moment V.
+        step: number of this step, starting at 1.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+    """
+    beta1, beta2 = betas
+    # M = b1 M + (1 - b1) P ;  V = b2 V + (1 - b2) P*P
+    exp_avg.lerp_(gradient, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    # N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps), in as few passes over memory as possible
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    root = exp_avg_sq.sqrt().mul_(correction1 / math.sqrt(correction2)).add_(eps * correction1)
+    return torch.div(exp_avg, root, out=root)
 
 
 def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Tensor:
@@ -389,9 +427,9 @@ def _watch(state: State, settings: AdaRankGradConfig, facts: StepFacts) -> None:
         refresh_below=settings.refresh_below,
     ):
         # within min_gap steps, all refresh before the first may refresh early again
-        spread = settings.min_gap if facts.turns is None else min(facts.turns, settings.min_gap)
+        staggered = settings.min_gap if facts.turns is None else min(facts.turns, settings.min_gap)
         state["gap"] = gap_after_decay(
-            state["gap"], since_refresh=since, spread=spread, phase=facts.phase
+            state["gap"], since_refresh=since, spread=staggered, phase=facts.phase
         )
 
 
@@ -399,17 +437,17 @@ def _refresh(
     gradient: Part,
     device: torch.device,
     state: State,
-    spread: Spread,
+    sharding: MatrixSharding,
     settings: AdaRankGradConfig,
     facts: StepFacts,
     choose: Choose,
 ) -> Steps[NewBasis]:
     """Sketch -> ordered directions -> rank -> basis, and its rotation from the old basis."""
-    me, basis = spread.me, spread.basis
-    bounds = settings.rank_bounds(min(basis.size, spread.moment.size))
-    width = min(bounds[1] + settings.oversample, basis.size, spread.moment.size)
+    me, basis = sharding.me, sharding.basis
+    bounds = settings.rank_bounds(min(basis.size, sharding.moment.size))
+    width = min(bounds[1] + settings.oversample, basis.size, sharding.moment.size)
     omega = gaussian_rows(
-        spread.moment.touch[me],
+        sharding.moment.touch[me],
         width,
         seed=settings.seed,
         name=facts.name,
@@ -417,17 +455,17 @@ def _refresh(
         device=device,
     )
     found = yield from leading_directions(
-        gradient, omega, spread, power_passes=settings.power_passes
+        gradient, omega, sharding, power_passes=settings.power_passes
     )
     choice = choose(found.energies, bounds, state.get("rank"), settings, facts)
     rank = choice.rank
-    vectors = yield from from_home(found.vectors[:, :rank], basis.size, basis.touch, spread)
+    vectors = yield from from_home(found.vectors[:, :rank], basis.size, basis.touch, sharding)
     rotation = None
     if state:
         # R = Q_new^T Q_old, with each row of the bases counted once
-        old = select_rows(state["basis"], spread.store[me], basis.keep[me])
+        old = select_rows(state["basis"], sharding.store[me], basis.keep[me])
         part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
-        whole, shares = spread.whole(rank), spread.shares(rank)
+        whole, shares = sharding.whole(rank), sharding.shares(rank)
         rotation = yield from relayed_sum(part, whole, shares, whole, me)
     return NewBasis(vectors, found.energies[:rank], rotation, choice)
 
@@ -436,7 +474,7 @@ def _adopt(
     new: NewBasis,
     projected: Tensor,
     state: State,
-    spread: Spread,
+    sharding: MatrixSharding,
     settings: AdaRankGradConfig,
     phase: float,
 ) -> None:
@@ -475,5 +513,5 @@ def _adopt(
         state["spectrum"] = new.choice.spectrum
     # copy: a slice would keep the whole basis or bucket alive
     state["basis"] = select_rows(
-        new.vectors, spread.basis.touch[spread.me], spread.store[spread.me]
+        new.vectors, sharding.basis.touch[sharding.me], sharding.store[sharding.me]
     ).clone(memory_format=torch.contiguous_format)

@@ -16,8 +16,8 @@ from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.fragment import ParameterGroup, step_calls
 from arg_dist.sharding.job import is_first_process
-from arg_dist.sharding.local import local_part
 from arg_dist.sharding.plan import Plan, make_plans
+from arg_dist.sharding.shard import local_part
 from arg_dist.state import move_state
 from arg_dist.state_budget import Call
 from arg_dist.uses import Use, full_shape

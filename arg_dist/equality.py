@@ -27,7 +27,7 @@ from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.roll_call import enumerated
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.sharding.waiting import named
-from arg_dist.subspace.exchange import Steps
+from arg_dist.subspace.distributed import Steps
 from arg_dist.subspace.fingerprint import Numbers, differ, fingerprint, summary
 from arg_dist.subspace.state import State
 

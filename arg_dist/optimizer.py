@@ -29,7 +29,7 @@ from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
 from arg_dist.state_budget import StateBudget
 from arg_dist.state_dict import Ownership
-from arg_dist.subspace.exchange import Steps
+from arg_dist.subspace.distributed import Steps
 from arg_dist.subspace.precision import matmul_precision
 
 RENEWED_TOGETHER = 2

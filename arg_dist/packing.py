@@ -32,7 +32,7 @@ from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Unit
 from arg_dist.sharding.shares import as_share, own_share
 from arg_dist.state_dict import Place
-from arg_dist.subspace.spread import row_count
+from arg_dist.subspace.distributed import DimensionSharding, row_count
 from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 
 FORM = "form"
@@ -157,11 +157,11 @@ def _limits(unit: Unit, settings: AdaRankGradConfig) -> tuple[int, int | None]:
     width = 8 if unit.fragment.target.dtype.is_complex else 4
     fixed = DESCRIPTION_BYTES + 8 * SCALARS
     most = {key: max(map(row_count, rows)) for key, rows in unit.sharding.stored().items()}
-    if unit.spread is None:
+    if isinstance(unit.sharding, DimensionSharding):
         return fixed + width * sum(most.values()), None
-    rank = settings.rank_bounds(min(unit.spread.basis.size, unit.spread.moment.size))[1]
+    rank = settings.rank_bounds(min(unit.sharding.basis.size, unit.sharding.moment.size))[1]
     direction = width * sum(most[key] for key in OF_EACH_DIRECTION) + 8  # of the spectrum, 8
-    momentum = momentum_bytes(unit.spread.elements.size, settings)
+    momentum = momentum_bytes(unit.sharding.elements.size, settings)
     return fixed + rank * direction + momentum, rank
 
 

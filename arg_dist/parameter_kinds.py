@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from arg_dist.config import ConfigError
-from arg_dist.sharding.local import local_part
+from arg_dist.sharding.shard import local_part
 
 TRAINED = (
     torch.float32,

@@ -15,11 +15,10 @@ from torch import Tensor
 from arg_dist.algorithm import Choice, LowRankUpdate, StepFacts, adam_step, low_rank_step
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.sharding.drivers import Round, run_recorded
-from arg_dist.sharding.layout import matrix_spread
-from arg_dist.subspace.exchange import even_rows
+from arg_dist.sharding.layout import shard_matrix
+from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding, even_rows, row_count
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.residual import Rule
-from arg_dist.subspace.spread import Side, Spread, row_count
 from arg_dist.subspace.state import State
 
 ROWS, COLUMNS, RANK = 7, 5, 3
@@ -30,17 +29,17 @@ def recorded_step(
     gradient: Part,
     row_sq: Tensor,
     state: State,
-    spread: Spread,
+    sharding: MatrixSharding,
     settings: AdaRankGradConfig,
     rank: int,
 ) -> Generator[Round, None, LowRankUpdate | None]:
     """One step of AdaRankGrad on one matrix; yields what each of its requests transfers.
 
     Args:
-        gradient: the part of the gradient of the process ``spread.me``, on the meta device.
+        gradient: the part of the gradient of the process ``sharding.me``, on the meta device.
         row_sq: ``moment.touch``, fp32, on the meta device.
         state: the matrix's state from previous recorded steps, updated; empty before the first.
-        spread: how the matrix is distributed over the processes.
+        sharding: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
         rank: rank of the bases that refreshes find.
     """
@@ -48,25 +47,27 @@ def recorded_step(
         gradient,
         row_sq,
         state,
-        spread,
+        sharding,
         settings,
         StepFacts("", norm_sq=1.0, kept_sq=1.0, phase=0.0),
         choose=lambda *_: Choice(rank, 1.0),
     )
-    return run_recorded(steps, spread.me)
+    return run_recorded(steps, sharding.me)
 
 
 def requests_of_a_step(
-    state: State, spread: Spread, settings: AdaRankGradConfig, rank: int
+    state: State, sharding: MatrixSharding, settings: AdaRankGradConfig, rank: int
 ) -> list[Round]:
     """What the requests of :func:`recorded_step` transfer, with a gradient of fp32."""
-    rows, columns = (row_count(side.touch[spread.me]) for side in (spread.moment, spread.basis))
+    rows, columns = (
+        row_count(side.touch[sharding.me]) for side in (sharding.moment, sharding.basis)
+    )
     part = torch.empty(rows, columns, dtype=torch.float32, device="meta")
     row_sq = part.new_empty(rows)
-    return list(recorded_step(lambda: part, row_sq, state, spread, settings, rank))
+    return list(recorded_step(lambda: part, row_sq, state, sharding, settings, rank))
 
 
-def requests_of_adam(side: Side, settings: AdaRankGradConfig) -> list[Round]:
+def requests_of_adam(side: DimensionSharding, settings: AdaRankGradConfig) -> list[Round]:
     """What the requests of a step of Adam on a tensor in fp32 transfer."""
     gradient = torch.empty(row_count(side.keep[0]), dtype=torch.float32, device="meta")
     return list(run_recorded(adam_step(gradient, {}, side, settings, me=0), me=0))
@@ -85,12 +86,12 @@ def rounds(
     Args:
         power_passes: power passes of the randomized SVD.
         residual: rule of the residual.
-        relayed: :attr:`arg_dist.subspace.spread.Spread.is_relayed` of the matrix.
-        aligned: :attr:`arg_dist.subspace.spread.Spread.is_aligned` of the matrix.
+        relayed: :attr:`arg_dist.subspace.distributed.MatrixSharding.is_relayed` of the matrix.
+        aligned: :attr:`arg_dist.subspace.distributed.MatrixSharding.is_aligned` of the matrix.
     """
     processes = 3 if relayed else 2
     everything = ((0, ROWS * COLUMNS),) * processes
-    spread = matrix_spread(
+    sharding = shard_matrix(
         ROWS,
         COLUMNS,
         everything if aligned else even_rows(ROWS * COLUMNS, processes),
@@ -105,7 +106,7 @@ def rounds(
     state: State = {}
 
     def requests() -> int:
-        return len(requests_of_a_step(state, spread, settings, RANK))
+        return len(requests_of_a_step(state, sharding, settings, RANK))
 
     requests()
     steady = requests()

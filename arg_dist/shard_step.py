@@ -23,7 +23,7 @@ from arg_dist.recording import rounds
 from arg_dist.sharding.drivers import run_local
 from arg_dist.sharding.lanes import Lane
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
-from arg_dist.subspace.exchange import Steps
+from arg_dist.subspace.distributed import Steps
 from arg_dist.subspace.norms import norm_sq, row_squares
 from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.range_finder import Part
@@ -98,21 +98,21 @@ def computation(
             turns=turns,
             allowed=allowed,
         )
-        return low_rank_step(gradient.read, gradient.row_sq, state, shard.spread, settings, facts)
+        return low_rank_step(gradient.read, gradient.row_sq, state, shard.sharding, settings, facts)
     assert isinstance(shard, TensorShard)
-    return adam_step(gradient.read(), state, shard.side, settings, me=shard.me)
+    return adam_step(gradient.read(), state, shard.sharding, settings, me=shard.me)
 
 
 def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig]) -> int:
     """Communication rounds that a shard's step may take."""
     if not shard.is_shared or not isinstance(shard, MatrixShard):
         return int(shard.is_shared)
-    chosen, spread = settings[shard.group], shard.spread
+    chosen, sharding = settings[shard.group], shard.sharding
     steady, refreshing = rounds(
         chosen.power_passes,
         chosen.residual,
-        relayed=spread.is_relayed,
-        aligned=spread.is_aligned,
+        relayed=sharding.is_relayed,
+        aligned=sharding.is_aligned,
     )
     return refreshing if is_due(state) else steady
 

@@ -31,8 +31,8 @@ from arg_dist.group_keys import numbers, tensors
 from arg_dist.optimizer import RENEWED_TOGETHER
 from arg_dist.parameter_groups import checked_last, complete_group, settings_of, trained_views
 from arg_dist.sharding.layout import MatrixView
-from arg_dist.sharding.local import as_reals
 from arg_dist.sharding.plan import phase_of
+from arg_dist.sharding.shard import as_reals
 from arg_dist.subspace.momentum import Coded, decode, encode
 
 State = dict[str, Any]

@@ -20,7 +20,7 @@ from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.state import storage_bytes
 from arg_dist.subspace.budget import Claim, Ranks, allowed_ranks, smallest_bytes
-from arg_dist.subspace.spread import Spread, row_count
+from arg_dist.subspace.distributed import MatrixSharding, row_count
 from arg_dist.subspace.state import SCALARS, State
 
 SCALAR_BYTES = 8 * len(SCALARS)
@@ -153,7 +153,7 @@ def check_fits(limit: int, fixed: int, claims: Sequence[Claim]) -> None:
 
 def claim_of(shard: MatrixShard, state: State, settings: AdaRankGradConfig) -> Claim:
     """The claim of one shard's matrix."""
-    return claim(shard.name, shard.spread, state, settings)
+    return claim(shard.name, shard.sharding, state, settings)
 
 
 def in_words(size: int) -> str:
@@ -165,7 +165,7 @@ def _claims(calls: Sequence[Call], state_of: Callable[[Shard], State]) -> Iterat
     """The claims of the matrices whose home is this process: exactly one process per matrix."""
     for call in calls:
         for shard, settings in call.shards():
-            if isinstance(shard, MatrixShard) and shard.spread.home == shard.me:
+            if isinstance(shard, MatrixShard) and shard.sharding.home == shard.me:
                 yield claim_of(shard, state_of(shard), settings)
 
 
@@ -176,10 +176,10 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
         for shard, settings in call.shards():
             bound.add((id(shard.fragment.target), shard.name))
             if isinstance(shard, TensorShard):
-                rows = sum(row_count(rows[shard.me]) for rows in shard.side.stored().values())
+                rows = sum(row_count(rows[shard.me]) for rows in shard.sharding.stored().values())
                 size += shard.moment_type.itemsize * rows
-            elif isinstance(shard, MatrixShard) and shard.spread.home == shard.me:
-                size += fixed_bytes(shard.spread, settings)
+            elif isinstance(shard, MatrixShard) and shard.sharding.home == shard.me:
+                size += fixed_bytes(shard.sharding, settings)
     # include state left by parameters that have since been frozen
     return size + storage_bytes(
         state
@@ -189,10 +189,10 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
     )
 
 
-def fixed_bytes(spread: Spread, settings: AdaRankGradConfig) -> int:
+def fixed_bytes(sharding: MatrixSharding, settings: AdaRankGradConfig) -> int:
     """Bytes of a matrix's state on all processes that do not depend on its rank."""
-    scalars = SCALAR_BYTES * max(PROCESSES, len(spread.owners))
-    return scalars + momentum_bytes(spread.elements.size, settings)
+    scalars = SCALAR_BYTES * max(PROCESSES, len(sharding.owners))
+    return scalars + momentum_bytes(sharding.elements.size, settings)
 
 
 def _communicator(plans: Sequence[Plan]) -> Communicator:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
-from arg_dist.subspace.exchange import Exchange, Rows, Steps, select_rows
+from arg_dist.subspace.distributed import Exchange, Rows, Steps, select_rows
 from arg_dist.subspace.state import SUMMED, WITH_ROWS, State
 
 Place = tuple[int, int]

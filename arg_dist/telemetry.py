@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from arg_dist.sharding.entry import entry_point
-from arg_dist.sharding.local import local_part
+from arg_dist.sharding.shard import local_part
 
 ADAMW_BYTES_PER_ELEMENT = 8
 """AdamW's two fp32 moments."""

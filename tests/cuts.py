@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arg_dist.sharding.fragment import Fragment
-from arg_dist.sharding.layout import MatrixView, Ranges, matrix_spread
+from arg_dist.sharding.layout import MatrixView, Ranges, shard_matrix
 from arg_dist.sharding.shard import MatrixShard
-from arg_dist.subspace.exchange import Rows
+from arg_dist.subspace.distributed import Rows
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 
@@ -75,7 +75,7 @@ def cut_matrix(
             range=(start, stop),
             group=0,
             matrix=MatrixView("w", rows, columns, 0),
-            spread=matrix_spread(
+            sharding=shard_matrix(
                 rows,
                 columns,
                 ranges,

@@ -12,7 +12,7 @@ from arg_dist.algorithm import LowRankUpdate, State, StepFacts, low_rank_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.shard import MatrixShard
-from arg_dist.subspace.exchange import Request, Steps
+from arg_dist.subspace.distributed import Request, Steps
 from arg_dist.subspace.norms import row_squares
 
 
@@ -33,7 +33,7 @@ def step_of(
         phase=shard.phase,
         turns=turns,
     )
-    return low_rank_step(lambda: part, row_squares(part), state, shard.spread, settings, facts)
+    return low_rank_step(lambda: part, row_squares(part), state, shard.sharding, settings, facts)
 
 
 def step_in_lockstep(

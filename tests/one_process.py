@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from arg_dist import AdaRankGrad, AdaRankGradConfig
 from arg_dist.algorithm import LowRankUpdate, State, StepFacts, low_rank_step
 from arg_dist.sharding.drivers import run_local
+from arg_dist.subspace.distributed import single_process
 from arg_dist.subspace.norms import row_squares
-from arg_dist.subspace.spread import single_process
 
 
 def one_step(

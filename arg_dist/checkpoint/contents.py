@@ -16,7 +16,7 @@ from arg_dist.sharding.job import has_first_process
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.state_dict import kept_parts
-from arg_dist.subspace.exchange import Interval, even_rows
+from arg_dist.subspace.distributed import Interval, even_rows
 from arg_dist.subspace.state import SUMMED, State, lists_of, numbers_of
 
 

@@ -20,7 +20,7 @@ from arg_dist.checkpoint.index import (
     file_name,
     tensor_key,
 )
-from arg_dist.subspace.exchange import Interval, intersect
+from arg_dist.subspace.distributed import Interval, intersect
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements transposed at a time, which limits the temporary memory."""

@@ -28,7 +28,7 @@ from arg_dist.library_internals import (
 )
 from arg_dist.parameter_groups import SETTINGS, members
 from arg_dist.sharding.communicator import Communicator, training_group
-from arg_dist.subspace.exchange import Exchange
+from arg_dist.subspace.distributed import Exchange
 
 _BUILT: list[weakref.ref[Any]] = []
 """Every AdaRankGrad that may be alive, in the order in which they were built."""

@@ -254,10 +254,10 @@ def _collectives(
     steady, refreshing = 1, 1
     for lane in cut:
         shared = [unit for unit in lane if unit.is_shared]
-        spreads = [unit.sharding.spread for unit in shared if isinstance(unit, MatrixUnit)]
+        shardings = [unit.planned.sharding for unit in shared if isinstance(unit, MatrixUnit)]
         needed = (int(bool(shared)),) * 2
-        if spreads:
-            kinds = {(spread.is_relayed, spread.is_aligned) for spread in spreads}
+        if shardings:
+            kinds = {(sharding.is_relayed, sharding.is_aligned) for sharding in shardings}
             each = [
                 rounds(settings.power_passes, settings.residual, relayed=relayed, aligned=aligned)
                 for relayed, aligned in kinds

@@ -15,7 +15,7 @@ from arg_dist.algorithm import LowRankUpdate, adam_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.allocations import Point, points_of
 from arg_dist.planning.rows import Counts, Spans
-from arg_dist.planning.shardings import MatrixSharding, TensorSharding
+from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
 from arg_dist.planning.traffic import AtHome, matrix_requests
 from arg_dist.recording import recorded_step
 from arg_dist.shard_step import GradientPart
@@ -45,18 +45,18 @@ Steps = tuple[Sequence[Point], Sequence[Point]]
 
 @dataclass(frozen=True)
 class Kind:
-    """Processes that hold equally much at every point, of any sharding.
+    """Processes that hold equally much at every point, of any planned.
 
     Attributes:
         sizes: all that decides it; see :func:`_sizes`.
         is_home: whether it is the home process.
-        sharding: a sharding with such an owner.
+        planned: a planned with such an owner.
         me: that owner.
     """
 
     sizes: tuple[int, ...]
     is_home: bool
-    sharding: MatrixSharding = field(compare=False)
+    planned: PlannedMatrix = field(compare=False)
     me: int = field(compare=False)
 
 
@@ -65,13 +65,13 @@ class MatrixMemory:
     """Temporary memory of the owners of a matrix.
 
     Attributes:
-        sharding: how it is sharded.
+        planned: how it is sharded.
         settings: its settings.
         rank: rank of its basis.
         dtype: type of its weights and gradients.
     """
 
-    sharding: MatrixSharding
+    planned: PlannedMatrix
     settings: AdaRankGradConfig
     rank: int
     dtype: torch.dtype
@@ -84,7 +84,7 @@ class MatrixMemory:
             is_first: whether this is the first step.
         """
         at_home = self._steps(home, is_home=True)[not is_first]
-        if len(self.sharding.ranges) == 1:
+        if len(self.planned.ranges) == 1:
             return Memory.of([at_home])
         held, passing = (each.copy() for each in self._elsewhere[not is_first])
         held[:, home], passing[:, home] = np.array(at_home).T
@@ -103,74 +103,74 @@ class MatrixMemory:
         )
 
     def _steps(self, me: int, *, is_home: bool) -> Steps:
-        kind = Kind(tuple(self._sizes[me].tolist()), is_home, self.sharding, me)
+        kind = Kind(tuple(self._sizes[me].tolist()), is_home, self.planned, me)
         return _recorded(kind, self.settings, self.rank, self.dtype)
 
     @cached_property
     def _sizes(self) -> Counts:
         """``owners x sizes``: everything on which an owner's temporary memory depends."""
-        sharding = self.sharding
-        spread, ends = sharding.spread, np.array(sharding.ranges, np.int64)
-        sides = (spread.moment, spread.basis, spread.elements)
+        planned = self.planned
+        sharding, ends = planned.sharding, np.array(planned.ranges, np.int64)
+        sides = (sharding.moment, sharding.basis, sharding.elements)
         rows = [rows for side in sides for rows in (side.touch, side.keep, side.update)]
-        rows.append(spread.store)
-        common = [sharding.rows, sharding.columns, sharding.spans_columns, sharding.replicated]
-        for request in matrix_requests(sharding, self.settings, self.rank):
+        rows.append(sharding.store)
+        common = [planned.rows, planned.columns, planned.spans_columns, planned.replicated]
+        for request in matrix_requests(planned, self.settings, self.rank):
             for transfer in (each for made in request for each in made.transfers):
                 both = (transfer.have, transfer.want)
                 rows += [each for each in both if not isinstance(each, AtHome)]
                 common.append(transfer.row_bytes)
         sizes = [Spans.of(each).counts() for each in rows]
-        is_cut = [ends[:, k] % sharding.columns != 0 for k in range(2)]
+        is_cut = [ends[:, k] % planned.columns != 0 for k in range(2)]
         same = [np.full(len(ends), each) for each in common]
         return np.stack([*sizes, *is_cut, *same], 1).astype(np.int64)
 
 
 @lru_cache(maxsize=4096)
 def matrix_memory(
-    sharding: MatrixSharding, settings: AdaRankGradConfig, rank: int, size: int
+    planned: PlannedMatrix, settings: AdaRankGradConfig, rank: int, size: int
 ) -> MatrixMemory:
     """Temporary memory of a matrix.
 
     Args:
-        sharding: how it is sharded.
+        planned: how it is sharded.
         settings: its settings.
         rank: rank of its basis.
         size: bytes per element of its weights and gradients.
     """
-    return MatrixMemory(sharding, settings, rank, DTYPES[size])
+    return MatrixMemory(planned, settings, rank, DTYPES[size])
 
 
 @lru_cache(maxsize=4096)
-def tensor_memory(sharding: TensorSharding, settings: AdaRankGradConfig, size: int) -> Memory:
+def tensor_memory(planned: PlannedTensor, settings: AdaRankGradConfig, size: int) -> Memory:
     """Temporary memory of a tensor; arguments as of :func:`matrix_memory`."""
-    both = np.stack([sharding.held, sharding.kept], 1)
+    both = np.stack([planned.held, planned.kept], 1)
     _, firsts, kinds = np.unique(both, axis=0, return_index=True, return_inverse=True)
-    found = [_recorded_adam(sharding, int(me), settings, DTYPES[size]) for me in firsts]
+    found = [_recorded_adam(planned, int(me), settings, DTYPES[size]) for me in firsts]
     held, passing = Memory.of(found)
     return Memory(held[:, kinds.reshape(-1)], passing[:, kinds.reshape(-1)])
 
 
 @lru_cache(maxsize=16384)
 def _recorded(kind: Kind, settings: AdaRankGradConfig, rank: int, dtype: torch.dtype) -> Steps:
-    shard = kind.sharding.shard(kind.me, is_home=kind.is_home, dtype=dtype)
+    shard = kind.planned.shard(kind.me, is_home=kind.is_home, dtype=dtype)
     state: State = {}
 
     def steps(gradient: GradientPart) -> Generator[Round, None, LowRankUpdate | None]:
         assert gradient.row_sq is not None
-        return recorded_step(gradient.read, gradient.row_sq, state, shard.spread, settings, rank)
+        return recorded_step(gradient.read, gradient.row_sq, state, shard.sharding, settings, rank)
 
     return points_of(shard, steps, state, settings), points_of(shard, steps, state, settings)
 
 
 def _recorded_adam(
-    sharding: TensorSharding, me: int, settings: AdaRankGradConfig, dtype: torch.dtype
+    planned: PlannedTensor, me: int, settings: AdaRankGradConfig, dtype: torch.dtype
 ) -> list[Point]:
-    shard = sharding.shard(me, dtype)
+    shard = planned.shard(me, dtype)
     state: State = {}
 
     def steps(gradient: GradientPart) -> Generator[Round, None, Tensor]:
-        return run_recorded(adam_step(gradient.read(), state, shard.side, settings, me=me), me)
+        return run_recorded(adam_step(gradient.read(), state, shard.sharding, settings, me=me), me)
 
     points_of(shard, steps, state, settings)  # makes the state
     return points_of(shard, steps, state, settings)

@@ -1,6 +1,6 @@
 """Row intervals of a tall matrix over thousands of processes, as arrays, and their exchange volume.
 
-The planning counterpart of :mod:`arg_dist.subspace.exchange`: a process sends what
+The planning counterpart of :mod:`arg_dist.subspace.distributed`: a process sends what
 :class:`arg_dist.sharding.communicator.Communicator` would pack for the others.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arg_dist.sharding.messages import ALIGNMENT
-from arg_dist.subspace.exchange import Rows
+from arg_dist.subspace.distributed import Rows
 
 Counts = npt.NDArray[np.int64]
 """One integer per process."""

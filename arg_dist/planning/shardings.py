@@ -10,13 +10,13 @@ from torch import Tensor
 
 from arg_dist.planning.rows import Counts, Spans
 from arg_dist.sharding.fragment import Fragment
-from arg_dist.sharding.layout import MatrixView, Ranges, element_side, matrix_spread
+from arg_dist.sharding.layout import MatrixView, Ranges, shard_elements, shard_matrix
 from arg_dist.sharding.shard import MatrixShard, TensorShard
-from arg_dist.subspace.spread import Side, Spread
+from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
 
 
 @dataclass(frozen=True, eq=False)
-class MatrixSharding:
+class PlannedMatrix:
     """How one matrix is sharded; equal ones are one object.
 
     Attributes:
@@ -36,9 +36,9 @@ class MatrixSharding:
     replicated: bool
 
     @cached_property
-    def spread(self) -> Spread:
+    def sharding(self) -> MatrixSharding:
         """The distribution over the owners, for the first, which is the home process."""
-        return matrix_spread(
+        return shard_matrix(
             self.rows,
             self.columns,
             self.ranges,
@@ -57,17 +57,17 @@ class MatrixSharding:
     @cached_property
     def stored(self) -> Counts:
         """Rows of the basis that each owner stores."""
-        return Spans.of(self.spread.store).counts()
+        return Spans.of(self.sharding.store).counts()
 
     @cached_property
     def kept(self) -> Counts:
         """Rows of the moments that each owner keeps."""
-        return Spans.of(self.spread.moment.keep).counts()
+        return Spans.of(self.sharding.moment.keep).counts()
 
     @cached_property
     def touched(self) -> Counts:
         """Rows of the moment side that each owner touches."""
-        return Spans.of(self.spread.moment.touch).counts()
+        return Spans.of(self.sharding.moment.touch).counts()
 
     def shard(self, me: int, *, is_home: bool, dtype: torch.dtype) -> MatrixShard:
         """The part of owner `me`, on the meta device, with a gradient."""
@@ -81,7 +81,7 @@ class MatrixSharding:
             group=0,
             me=me,
             matrix=MatrixView("a matrix", self.rows, self.columns, 0),
-            spread=replace(self.spread, me=me, home=home),
+            sharding=replace(self.sharding, me=me, home=home),
             spans_columns=self.spans_columns,
             replicated=self.replicated,
             phase=0.0,
@@ -89,7 +89,7 @@ class MatrixSharding:
 
 
 @dataclass(frozen=True, eq=False)
-class TensorSharding:
+class PlannedTensor:
     """How the elements of one tensor are sharded; equal ones are one object.
 
     Attributes:
@@ -103,9 +103,9 @@ class TensorSharding:
     replicated: bool
 
     @cached_property
-    def side(self) -> Side:
+    def sharding(self) -> DimensionSharding:
         """The distribution over the owners."""
-        return element_side(self.ranges, self.size, self.replicated)
+        return shard_elements(self.ranges, self.size, self.replicated)
 
     @cached_property
     def held(self) -> Counts:
@@ -115,7 +115,7 @@ class TensorSharding:
     @cached_property
     def kept(self) -> Counts:
         """Elements whose moments each owner keeps."""
-        return Spans.of(self.side.keep).counts()
+        return Spans.of(self.sharding.keep).counts()
 
     def shard(self, me: int, dtype: torch.dtype) -> TensorShard:
         """The part of owner `me`, on the meta device, with a gradient."""
@@ -127,7 +127,7 @@ class TensorSharding:
             range=self.ranges[me],
             group=0,
             me=me,
-            side=self.side,
+            sharding=self.sharding,
         )
 
 

@@ -48,8 +48,8 @@ def budget_sent(calls: list[list[Unit]], settings: AdaRankGradConfig, processes:
 
 
 def _claim(unit: MatrixUnit) -> Claim:
-    return claim(unit.name, unit.sharding.spread, {}, unit.settings)
+    return claim(unit.name, unit.planned.sharding, {}, unit.settings)
 
 
 def _fixed(unit: MatrixUnit) -> int:
-    return fixed_bytes(unit.sharding.spread, unit.settings)
+    return fixed_bytes(unit.planned.sharding, unit.settings)

@@ -41,17 +41,17 @@ def temporaries(
     for peak, units in zip(peaks, lanes, strict=True):
         for unit in units:
             if isinstance(unit, TensorUnit):
-                memory = tensor_memory(unit.sharding, unit.settings, size)
+                memory = tensor_memory(unit.planned, unit.settings, size)
                 peak.add(unit, memory, unit.rounds)
-                held = unit.sharding.held
+                held = unit.planned.held
             elif isinstance(unit, MatrixUnit):
-                rank, sharding = ranks[unit.name], unit.sharding
-                recorded = matrix_memory(sharding, unit.settings, rank, size)
+                rank, planned = ranks[unit.name], unit.planned
+                recorded = matrix_memory(planned, unit.settings, rank, size)
                 memory = recorded.with_home(unit.home, is_first=is_first)
                 peak.add(unit, memory, unit.rounds(rank, is_first=is_first))
                 # squared norms of the gradient's rows
-                always[unit.owners] += FP32 * sharding.touched
-                held = sharding.held
+                always[unit.owners] += FP32 * planned.touched
+                held = planned.held
             np.maximum.at(squaring, unit.owners, FP32 * np.minimum(held, RUN))
     total: Counts = always + np.maximum(squaring, _most(peaks, processes))
     return total

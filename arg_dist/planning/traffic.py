@@ -15,11 +15,10 @@ import numpy as np
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.allocations import Unfilled
 from arg_dist.planning.rows import Counts, Spans, sent
-from arg_dist.planning.shardings import MatrixSharding, TensorSharding
+from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
 from arg_dist.recording import requests_of_a_step, requests_of_adam
 from arg_dist.sharding.drivers import Round, Transfer
-from arg_dist.subspace.exchange import Rows
-from arg_dist.subspace.spread import Spread
+from arg_dist.subspace.distributed import MatrixSharding, Rows
 from arg_dist.subspace.state import State
 
 
@@ -42,8 +41,8 @@ class AtHome(tuple[tuple[int, int], ...]):
         return Spans.at(home, len(self), max(high for _, high in self))
 
 
-class AnyHome(Spread):
-    """A spread that marks the rows at home, so that one recording serves every home process."""
+class AnyHome(MatrixSharding):
+    """A sharding that marks the rows at home, so that one recording serves every home process."""
 
     def at_home(self, size: int) -> Rows:
         """All of `size` rows on the home process, none elsewhere."""
@@ -85,10 +84,10 @@ class Requests(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def matrix_requests(sharding: MatrixSharding, settings: AdaRankGradConfig, rank: int) -> Requests:
+def matrix_requests(planned: PlannedMatrix, settings: AdaRankGradConfig, rank: int) -> Requests:
     """What the steps of a matrix request, with a basis of `rank` columns."""
-    spread = sharding.spread
-    marked = AnyHome(*(getattr(spread, each.name) for each in fields(spread)))
+    sharding = planned.sharding
+    marked = AnyHome(*(getattr(sharding, each.name) for each in fields(sharding)))
     state: State = {}
 
     def requests() -> list[Request]:
@@ -100,17 +99,17 @@ def matrix_requests(sharding: MatrixSharding, settings: AdaRankGradConfig, rank:
 
 @lru_cache(maxsize=4096)
 def matrix_traffic(
-    sharding: MatrixSharding, settings: AdaRankGradConfig, rank: int, home: int, *, is_first: bool
+    planned: PlannedMatrix, settings: AdaRankGradConfig, rank: int, home: int, *, is_first: bool
 ) -> list[Moved]:
     """What each round of a matrix moves, in its first step or in one without a refresh."""
-    requests = matrix_requests(sharding, settings, rank)
+    requests = matrix_requests(planned, settings, rank)
     return [each.moved(home) for each in (requests.first if is_first else requests.steady)]
 
 
 @lru_cache(maxsize=4096)
-def tensor_traffic(sharding: TensorSharding, settings: AdaRankGradConfig) -> list[Moved]:
+def tensor_traffic(planned: PlannedTensor, settings: AdaRankGradConfig) -> list[Moved]:
     """What each round of a tensor that Adam trains moves."""
-    return [Request(each).moved() for each in requests_of_adam(sharding.side, settings)]
+    return [Request(each).moved() for each in requests_of_adam(planned.sharding, settings)]
 
 
 def _moved(transfer: Transfer, home: int) -> Moved:

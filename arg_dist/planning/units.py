@@ -14,7 +14,7 @@ from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.choices import FP32
 from arg_dist.planning.cuts import Layout, Piece
 from arg_dist.planning.rows import Counts
-from arg_dist.planning.shardings import MatrixSharding, TensorSharding
+from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
 from arg_dist.planning.traffic import Moved, matrix_traffic, tensor_traffic
 from arg_dist.sharding.lanes import lanes_of
 from arg_dist.sharding.layout import MatrixView, Ranges, basis_spans_columns, clip_ranges
@@ -47,10 +47,10 @@ class TensorUnit(Unit):
     """A tensor that full-rank Adam trains.
 
     Attributes:
-        sharding: how it is sharded over its owners.
+        planned: how it is sharded over its owners.
     """
 
-    sharding: TensorSharding
+    planned: PlannedTensor
 
     @property
     def is_shared(self) -> bool:
@@ -60,12 +60,12 @@ class TensorUnit(Unit):
     @property
     def rounds(self) -> list[Moved]:
         """What each round of a step moves."""
-        return tensor_traffic(self.sharding, self.settings)
+        return tensor_traffic(self.planned, self.settings)
 
     @property
     def moment_bytes(self) -> Counts:
         """Bytes of both moments."""
-        return 2 * FP32 * self.sharding.kept
+        return 2 * FP32 * self.planned.kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +73,12 @@ class MatrixUnit(Unit):
     """A low-rank matrix.
 
     Attributes:
-        sharding: how it is sharded over its owners.
+        planned: how it is sharded over its owners.
         home: its home process, as an index into the owners.
         largest: largest rank allowed.
     """
 
-    sharding: MatrixSharding
+    planned: PlannedMatrix
     home: int
     largest: int
 
@@ -89,15 +89,15 @@ class MatrixUnit(Unit):
 
     def basis_bytes(self, rank: int) -> Counts:
         """Bytes of the basis."""
-        return FP32 * rank * self.sharding.stored
+        return FP32 * rank * self.planned.stored
 
     def moment_bytes(self, rank: int) -> Counts:
         """Bytes of both moments."""
-        return 2 * FP32 * rank * self.sharding.kept
+        return 2 * FP32 * rank * self.planned.kept
 
     def rounds(self, rank: int, *, is_first: bool) -> list[Moved]:
         """What each round moves, in the first step or in one without a refresh."""
-        return matrix_traffic(self.sharding, self.settings, rank, self.home, is_first=is_first)
+        return matrix_traffic(self.planned, self.settings, rank, self.home, is_first=is_first)
 
 
 def units_of(layout: Layout, settings: AdaRankGradConfig) -> list[list[Unit]]:
@@ -139,7 +139,7 @@ def _matrix(
     piece: Piece, view: MatrixView, home: int, layout: Layout, settings: AdaRankGradConfig
 ) -> MatrixUnit:
     some, ranges = _owned(piece.ranges, view.offset, view.rows * view.columns)
-    sharding = _matrix_sharding(
+    planned = _planned_matrix(
         view.rows,
         view.columns,
         ranges,
@@ -149,13 +149,13 @@ def _matrix(
     )
     _, largest = settings.rank_bounds(view.short)
     elements, owners = view.rows * view.columns, piece.owners[some]
-    return MatrixUnit(view.name, elements, owners, settings, sharding, home % len(some), largest)
+    return MatrixUnit(view.name, elements, owners, settings, planned, home % len(some), largest)
 
 
 def _tensor(piece: Piece, layout: Layout, settings: AdaRankGradConfig) -> TensorUnit:
     name, numel = piece.parameter.name, piece.parameter.numel
-    sharding = _tensor_sharding(numel, piece.ranges, layout.replicated)
-    return TensorUnit(name, numel, piece.owners, settings, sharding)
+    planned = _planned_tensor(numel, piece.ranges, layout.replicated)
+    return TensorUnit(name, numel, piece.owners, settings, planned)
 
 
 @lru_cache(maxsize=512)
@@ -166,5 +166,5 @@ def _owned(ranges: Ranges, offset: int, numel: int) -> tuple[list[int], Ranges]:
     return some, tuple(clipped[i] for i in some)
 
 
-_matrix_sharding = lru_cache(maxsize=512)(MatrixSharding)
-_tensor_sharding = lru_cache(maxsize=512)(TensorSharding)
+_planned_matrix = lru_cache(maxsize=512)(PlannedMatrix)
+_planned_tensor = lru_cache(maxsize=512)(PlannedTensor)

@@ -22,7 +22,7 @@ from arg_dist.sharding.fragment import Holding
 from arg_dist.sharding.message_device import message_device
 from arg_dist.sharding.messages import Messages
 from arg_dist.sharding.waiting import Waiting, Words
-from arg_dist.subspace.exchange import Exchange
+from arg_dist.subspace.distributed import Exchange
 
 SIZE_BYTES = 8
 """Size of an object's length, which is sent before the object."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from arg_dist.sharding.fragment import Fragment
-from arg_dist.sharding.local import as_reals
+from arg_dist.sharding.shard import as_reals
 
 if TYPE_CHECKING:
     from arg_dist.sharding.plan import GroupSpec

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.lanes import Answer, Lane, run_lanes
-from arg_dist.subspace.exchange import (
+from arg_dist.subspace.distributed import (
     Exchange,
     Request,
     Rows,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.waiting import named
-from arg_dist.subspace.exchange import Request, Steps, exchanges_of
+from arg_dist.subspace.distributed import Request, Steps, exchanges_of
 
 T = TypeVar("T")
 Answer = Tensor | tuple[Tensor, ...]

@@ -1,12 +1,17 @@
-"""From element ranges to spreads: the rows of each matrix a process touches, keeps and updates."""
+"""From element ranges to shardings: the rows of each matrix that a process touches and keeps."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from arg_dist.subspace.exchange import Interval, Rows, even_rows
-from arg_dist.subspace.spread import Side, Spread
+from arg_dist.subspace.distributed import (
+    DimensionSharding,
+    Interval,
+    MatrixSharding,
+    Rows,
+    even_rows,
+)
 
 Ranges = tuple[Interval, ...]
 """Element range of one matrix on each process of a group."""
@@ -95,7 +100,7 @@ def basis_spans_columns(rows: int, columns: int, side: str, transposed: bool) ->
     return (side == "right") != transposed
 
 
-def matrix_spread(
+def shard_matrix(
     rows: int,
     columns: int,
     ranges: Ranges,
@@ -106,8 +111,8 @@ def matrix_spread(
     shard_basis: bool,
     replicated: bool,
     transposed: bool = False,
-) -> Spread:
-    """The spread of a ``rows x columns`` matrix of which process `i` holds the range ``ranges[i]``.
+) -> MatrixSharding:
+    """The sharding of a ``rows x columns`` matrix; process `i` holds the range ``ranges[i]``.
 
     A row split between processes is touched by all of them and kept by the one that holds its first
     element. The side that is not sharded is kept in proportion to what each process holds.
@@ -130,21 +135,23 @@ def matrix_spread(
         moment_size, basis_size = (rows, columns) if spans_columns else (columns, rows)
         everyone = ((0, moment_size),) * processes
         kept = even_rows(moment_size, processes)
-        moment = Side(moment_size, kept, kept, everyone)
+        moment = DimensionSharding(moment_size, kept, kept, everyone)
         full = ((0, basis_size),) * processes
-        basis = Side(basis_size, full, even_rows(basis_size, processes), full)
+        basis = DimensionSharding(basis_size, full, even_rows(basis_size, processes), full)
         parts = tuple((low * basis_size, high * basis_size) for low, high in kept)
-        elements = Side(rows * columns, parts, parts, ((0, rows * columns),) * processes)
+        elements = DimensionSharding(
+            rows * columns, parts, parts, ((0, rows * columns),) * processes
+        )
     else:
         touched = tuple((a // columns, -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
         first = tuple((-(-a // columns), -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
-        split = Side(rows, touched, first, touched)
+        split = DimensionSharding(rows, touched, first, touched)
         whole: Rows = tuple((0, columns if i in owners else 0) for i in range(processes))
         parts = _in_proportion(ranges, rows * columns, columns)
-        unsplit = Side(columns, whole, parts, whole)
+        unsplit = DimensionSharding(columns, whole, parts, whole)
         moment, basis = (split, unsplit) if spans_columns else (unsplit, split)
-        elements = Side(rows * columns, ranges, ranges, ranges)
-    return Spread(
+        elements = DimensionSharding(rows * columns, ranges, ranges, ranges)
+    return MatrixSharding(
         moment=moment,
         basis=basis,
         elements=elements,
@@ -157,12 +164,12 @@ def matrix_spread(
     )
 
 
-def element_side(ranges: Ranges, numel: int, replicated: bool) -> Side:
+def shard_elements(ranges: Ranges, numel: int, replicated: bool) -> DimensionSharding:
     """The distribution of the elements of a non-matrix tensor over the processes."""
     if not replicated:
-        return Side(numel, ranges, ranges, ranges)
+        return DimensionSharding(numel, ranges, ranges, ranges)
     kept = even_rows(numel, len(ranges))
-    return Side(numel, kept, kept, ((0, numel),) * len(ranges))
+    return DimensionSharding(numel, kept, kept, ((0, numel),) * len(ranges))
 
 
 def _in_proportion(ranges: Ranges, numel: int, size: int) -> Rows:

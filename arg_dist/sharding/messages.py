@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arg_dist.sharding.routes import Route, route
 from arg_dist.sharding.transfers import gathered, spread_out
-from arg_dist.subspace.exchange import Exchange, add_up, put_together
+from arg_dist.subspace.distributed import Exchange, add_up, put_together
 
 ALIGNMENT = 8
 """Byte alignment of each piece, so that it can be viewed as any dtype."""

@@ -24,11 +24,11 @@ from arg_dist.sharding.layout import (
     basis_spans_columns,
     check_tiling,
     clip_ranges,
-    element_side,
-    matrix_spread,
+    shard_elements,
+    shard_matrix,
 )
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
-from arg_dist.subspace.spread import Side, Spread
+from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
 
 FP32_BYTES = 4
 
@@ -63,21 +63,12 @@ class Unit:
     Attributes:
         name: its name.
         fragment: the parameter that contains it.
-        spread: how a matrix is distributed over the processes; None for a tensor.
-        side: how a tensor's elements are distributed; None for a matrix.
+        sharding: how a matrix, or the elements of a tensor, are distributed over the processes.
     """
 
     name: str
     fragment: Fragment
-    spread: Spread | None = None
-    side: Side | None = None
-
-    @property
-    def sharding(self) -> Spread | Side:
-        """How it is distributed over the processes."""
-        found = self.spread or self.side
-        assert found is not None
-        return found
+    sharding: MatrixSharding | DimensionSharding
 
 
 @dataclass(frozen=True)
@@ -231,7 +222,7 @@ def _shards_of(
         unit = len(units)
         mine = clip_ranges(ranges, view.offset, view.rows * view.columns)
         spans_columns = basis_spans_columns(view.rows, view.columns, spec.side, fragment.transposed)
-        spread = matrix_spread(
+        sharding = shard_matrix(
             view.rows,
             view.columns,
             mine,
@@ -242,7 +233,7 @@ def _shards_of(
             replicated=replicated,
             transposed=fragment.transposed,
         )
-        units.append(Unit(view.name, fragment, spread=spread))
+        units.append(Unit(view.name, fragment, sharding))
         if mine[me][0] == mine[me][1]:
             continue
         shards.append(
@@ -255,7 +246,7 @@ def _shards_of(
                 group=position,
                 me=me,
                 matrix=view,
-                spread=spread,
+                sharding=sharding,
                 spans_columns=spans_columns,
                 replicated=replicated,
                 phase=phase_of(view.name),
@@ -264,8 +255,8 @@ def _shards_of(
     if not views:
         unit = len(units)
         ranges = tuple((start * width, stop * width) for start, stop in ranges)
-        side = element_side(ranges, numel, replicated)
-        units.append(Unit(fragment.name, fragment, side=side))
+        flat = shard_elements(ranges, numel, replicated)
+        units.append(Unit(fragment.name, fragment, flat))
         if fragment.start < fragment.stop:
             shards.append(
                 TensorShard(
@@ -276,7 +267,7 @@ def _shards_of(
                     range=ranges[me],
                     group=position,
                     me=me,
-                    side=side,
+                    sharding=flat,
                 )
             )
     return shards, [view.rows * view.columns for view in views] or [numel]

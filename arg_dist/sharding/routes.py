@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from arg_dist.subspace.exchange import Interval, Rows, intersect, tile
+from arg_dist.subspace.distributed import Interval, Rows, intersect, tile
 
 Piece = tuple[int, int, int]
 """A peer process, and rows sent to or received from it, ``[low, high)``."""

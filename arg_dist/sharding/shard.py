@@ -10,9 +10,7 @@ from torch import Tensor
 
 from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import MatrixView
-from arg_dist.sharding.local import as_reals, elements
-from arg_dist.subspace.exchange import Interval
-from arg_dist.subspace.spread import Side, Spread, row_count
+from arg_dist.subspace.distributed import DimensionSharding, Interval, MatrixSharding, row_count
 from arg_dist.subspace.state import OF_EACH_DIRECTION, OF_TENSOR, WITH_ROWS, State
 
 
@@ -29,6 +27,7 @@ class Shard:
             real numbers.
         group: position of its parameter group in the plan.
         me: this process's index in the group of processes.
+        sharding: how the matrix, or the elements of the tensor, are distributed over the processes.
     """
 
     unit: int
@@ -38,6 +37,7 @@ class Shard:
     range: Interval
     group: int
     me: int
+    sharding: MatrixSharding | DimensionSharding
 
     required: ClassVar[tuple[str, ...]]
     """Keys of the tensors of every state that is not empty."""
@@ -91,11 +91,6 @@ class Shard:
         """Whether its step needs other processes."""
         raise NotImplementedError
 
-    @property
-    def sharding(self) -> Spread | Side:
-        """How it is distributed over the processes."""
-        raise NotImplementedError
-
     def fits(self, state: State) -> bool:
         """Whether `state` has the rows that this process holds of it; empty state fits."""
         stored, held = self.sharding.stored(), state.keys() & set(WITH_ROWS)
@@ -113,25 +108,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class TensorShard(Shard):
-    """Part of a tensor that full-rank Adam trains.
-
-    Attributes:
-        side: how its elements are distributed over the processes.
-    """
+    """Part of a tensor that full-rank Adam trains."""
 
     required = OF_TENSOR
 
-    side: Side
+    sharding: DimensionSharding
 
     @property
     def is_shared(self) -> bool:
         """Whether its step needs other processes."""
-        return self.side.keep != self.side.update
-
-    @property
-    def sharding(self) -> Side:
-        """How it is distributed over the processes."""
-        return self.side
+        return self.sharding.keep != self.sharding.update
 
     @property
     def moment_type(self) -> torch.dtype:
@@ -141,7 +127,7 @@ class TensorShard(Shard):
 
     def kept_gradient(self, gradient: Tensor) -> Tensor:
         """``keep``: the gradient of the elements whose state this process keeps."""
-        low, high = (bound - self.range[0] for bound in self.side.keep[self.me])
+        low, high = (bound - self.range[0] for bound in self.sharding.keep[self.me])
         return gradient.reshape(-1)[low:high]
 
     def apply(self, direction: Tensor, *, lr: float, weight_decay: float) -> None:
@@ -156,7 +142,6 @@ class MatrixShard(Shard):
 
     Attributes:
         matrix: the whole matrix, as stored.
-        spread: how it is distributed over the processes.
         spans_columns: whether the basis spans its columns (`right`, unless stored transposed).
         replicated: every process holds all of it.
         phase: in [0, 1); staggers its refreshes against those of other matrices.
@@ -164,8 +149,8 @@ class MatrixShard(Shard):
 
     required = OF_EACH_DIRECTION
 
+    sharding: MatrixSharding
     matrix: MatrixView
-    spread: Spread
     spans_columns: bool
     replicated: bool
     phase: float
@@ -173,12 +158,7 @@ class MatrixShard(Shard):
     @property
     def is_shared(self) -> bool:
         """Whether its step needs other processes."""
-        return len(self.spread.owners) > 1
-
-    @property
-    def sharding(self) -> Spread:
-        """How it is distributed over the processes."""
-        return self.spread
+        return len(self.sharding.owners) > 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -198,7 +178,7 @@ class MatrixShard(Shard):
         """
         block = self._whole_rows(gradient)
         if self.replicated:
-            low, high = self.spread.moment.touch[self.spread.me]
+            low, high = self.sharding.moment.touch[self.sharding.me]
             block = block[low:high] if self.spans_columns else block[:, low:high]
         return block if self.spans_columns else block.T
 
@@ -252,9 +232,9 @@ class MatrixShard(Shard):
 
     def _as_stored(self, flat: Tensor) -> Tensor:
         """The elements held, of ``elements.update``, in the order in which they are stored."""
-        if self.spread.cuts_moment == self.spans_columns:
+        if self.sharding.cuts_moment == self.spans_columns:
             return flat
-        return self.spread.matrix(flat).T.reshape(-1)  # all of them, and the moment side is cut
+        return self.sharding.matrix(flat).T.reshape(-1)  # all of them, and the moment side is cut
 
     def _has_whole_rows(self) -> bool:
         return all(bound % self.matrix.columns == 0 for bound in self.range)
@@ -277,3 +257,39 @@ def _add_scaled(values: Tensor, update: Tensor, keep: float, step: float) -> Non
         values.mul_(keep).add_(update, alpha=step)
     else:
         values.copy_(values.float().mul_(keep).add_(update, alpha=step))
+
+
+# -- the local part of a tensor, and parts of that: views wherever its strides allow it ------------
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of `tensor` on this process: the local tensor of a DTensor, else the tensor itself.
+
+    A DTensor's own storage reports the size of the whole tensor.
+    """
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def as_reals(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is real; ``... x 2``, real and imaginary parts, if it is complex."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def elements(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Elements ``[start, stop)`` of `tensor` in row-major order, whatever its strides.
+
+    Of a contiguous tensor a flat view. Of any other a view of some shape in the same order; a copy
+    if the range is not made of whole rows (of one or more of the leading dimensions).
+    """
+    if tensor.is_contiguous():
+        return tensor.reshape(-1)[start:stop]
+    if (start, stop) == (0, tensor.numel()):
+        return tensor
+    each = tensor[0].numel()
+    if start % each == 0 and stop % each == 0:
+        return tensor[start // each : stop // each]
+    first = start // each
+    if stop <= (first + 1) * each:
+        return elements(tensor[first], start - first * each, stop - first * each)
+    return tensor.reshape(-1)[start:stop]

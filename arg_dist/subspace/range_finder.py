@@ -13,8 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.exchange import Steps, gather, sum_scatter
-from arg_dist.subspace.spread import Spread, from_home, to_home
+from arg_dist.subspace.distributed import (
+    MatrixSharding,
+    Steps,
+    from_home,
+    gather,
+    sum_scatter,
+    to_home,
+)
 
 Part = Callable[[], Tensor]
 """Returns a process's part of a gradient, ``moment.touch x basis.touch``, fp32.
@@ -45,55 +51,55 @@ def orthonormalize(sketch: Tensor) -> Tensor:
 
 
 def range_finder(
-    gradient: Part, omega: Tensor, spread: Spread, *, power_passes: int
+    gradient: Part, omega: Tensor, sharding: MatrixSharding, *, power_passes: int
 ) -> Steps[Tensor]:
     """An orthonormal basis of the leading range of ``G^T``, not yet ordered.
 
     Args:
         gradient: this process's part of G.
         omega: ``moment.touch x width``, this process's rows of the sketch matrix.
-        spread: how G is distributed over the processes.
+        sharding: how G is distributed over the processes.
         power_passes: number of times the sketch is multiplied by ``G^T G``.
 
     Returns:
         ``basis x width`` on the home process, no rows elsewhere.
     """
-    moment, basis, me = spread.moment, spread.basis, spread.me
+    moment, basis, me = sharding.moment, sharding.basis, sharding.me
     # Y = G^T Omega ;  Q = qr(Y)
-    sketch = yield from to_home(gradient().T @ omega, basis.touch, basis.size, spread)
+    sketch = yield from to_home(gradient().T @ omega, basis.touch, basis.size, sharding)
     vectors = orthonormalize(sketch)
     for _ in range(power_passes):
         # Y <- G^T (G Q) ;  Q = qr(Y)
-        vectors = yield from from_home(vectors, basis.size, basis.touch, spread)
+        vectors = yield from from_home(vectors, basis.size, basis.touch, sharding)
         image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
         image = yield from gather(image, moment.keep, moment.touch, me)
-        sketch = yield from to_home(gradient().T @ image, basis.touch, basis.size, spread)
+        sketch = yield from to_home(gradient().T @ image, basis.touch, basis.size, sharding)
         vectors = orthonormalize(sketch)
     return vectors
 
 
 def leading_directions(
-    gradient: Part, omega: Tensor, spread: Spread, *, power_passes: int
+    gradient: Part, omega: Tensor, sharding: MatrixSharding, *, power_passes: int
 ) -> Steps[Directions]:
     """The leading right singular directions of G, ordered, with their energies.
 
     Arguments as in :func:`range_finder`. Everything that rounding could decide differently on two
     processes (orthonormalization, order, signs) is computed on the home process alone.
     """
-    moment, basis, me = spread.moment, spread.basis, spread.me
+    moment, basis, me = sharding.moment, sharding.basis, sharding.me
     width = omega.shape[1]
-    found = yield from range_finder(gradient, omega, spread, power_passes=power_passes)
-    vectors = yield from from_home(found, basis.size, basis.touch, spread)
+    found = yield from range_finder(gradient, omega, sharding, power_passes=power_passes)
+    vectors = yield from from_home(found, basis.size, basis.touch, sharding)
     # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64: squaring halves the precision
     image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
     image = image.double()
-    gram = yield from to_home(image.T @ image, spread.whole(width), width, spread)
+    gram = yield from to_home(image.T @ image, sharding.whole(width), width, sharding)
     energies = gram.new_zeros(0, width)
-    if me == spread.home:
+    if me == sharding.home:
         values, rotation = torch.linalg.eigh(gram)
         energies = values.flip(0).clamp_min(0.0)[None]
         found = positive_peaks((found.double() @ rotation.flip(1)).to(found.dtype))
-    energies = yield from gather(energies, spread.at_home(1), spread.whole(1), me)
+    energies = yield from gather(energies, sharding.at_home(1), sharding.whole(1), me)
     return Directions(found, energies.reshape(-1))
 
 

@@ -31,10 +31,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.exchange import Steps, gather_each, select_rows, sum_scatter
+from arg_dist.subspace.distributed import (
+    MatrixSharding,
+    Steps,
+    gather_each,
+    select_rows,
+    sum_scatter,
+)
 from arg_dist.subspace.norms import row_squares
-from arg_dist.subspace.polar import polar_factor, with_equal_rows
-from arg_dist.subspace.spread import Spread
 
 Rule = Literal["none", "scaled", "matched", "orthogonalized"]
 
@@ -42,7 +46,16 @@ SCALES_ROWS = ("scaled", "matched")
 """The rules that add ``phi_i S_i``, for which the rows' norms are exchanged."""
 
 FAINT = 1e-4
-"""Share of a row's ||G_i||^2 below which its residual fades out, being mostly rounding error."""
+"""Share of a row's ||G_i||^2, or of their mean, below which the row's residual fades out, being
+mostly rounding error."""
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Muon's a, b, c of ``a x + b x^3 + c x^5`` (https://kellerjordan.github.io/posts/muon).
+
+Steep at zero, so that after five steps every singular value above 1 % of the norm lies near one
+(between 0.7 and 1.2), and smaller ones have been multiplied by no more than 3.4445^5 = 485, which
+bounds what rounding can do.
+"""
 
 
 def scaled_factors(direction: Tensor, projected_sq: Tensor) -> Tensor:
@@ -80,7 +93,7 @@ def limit_growth(
     projected_sq: Tensor,
     row_sq: Tensor,
     norm_before: Tensor | None,
-    spread: Spread,
+    sharding: MatrixSharding,
     *,
     growth: float,
 ) -> Steps[tuple[Tensor, Tensor]]:
@@ -91,7 +104,7 @@ def limit_growth(
         projected_sq: ``moment.keep``, ``||P_i||^2``.
         row_sq: ``moment.keep``, ``||G_i||^2``.
         norm_before: the norm returned by the previous step, fp64; None at the first step.
-        spread: how the matrix is distributed over the processes.
+        sharding: how the matrix is distributed over the processes.
         growth: largest growth of the norm in one step.
 
     Returns:
@@ -99,8 +112,8 @@ def limit_growth(
     """
     # ||phi S||^2 = sum_i phi_i^2 ||S_i||^2
     part = (factors.square() * outside_sq(projected_sq, row_sq)).sum(dtype=torch.float64).view(1)
-    all_owners = spread.whole(1)
-    norm = (yield from sum_scatter(part, all_owners, all_owners, spread.me)).sqrt().view(())
+    all_owners = sharding.whole(1)
+    norm = (yield from sum_scatter(part, all_owners, all_owners, sharding.me)).sqrt().view(())
     if norm_before is None:
         return factors, norm
     # S <- S min(1, growth ||S_before|| / ||S||)
@@ -109,7 +122,7 @@ def limit_growth(
 
 
 def residual_part(
-    gradient: Tensor, projected: Tensor, basis: Tensor, norm_sq: float, spread: Spread
+    gradient: Tensor, projected: Tensor, basis: Tensor, norm_sq: float, sharding: MatrixSharding
 ) -> Tensor:
     """``elements.touch``: ``S / ||G||`` of this process's elements, fp32.
 
@@ -118,18 +131,18 @@ def residual_part(
         projected: ``moment.touch x rank``, P.
         basis: ``basis.touch x rank``, Q.
         norm_sq: ``||G||_F^2`` over all processes.
-        spread: how the matrix is distributed over the processes.
+        sharding: how the matrix is distributed over the processes.
     """
     # S = G - P Q^T
     share = norm_sq**-0.5 if norm_sq > 0 else 0.0
     part: Tensor = torch.addmm(gradient, projected, basis.T, beta=share, alpha=-share)
-    return spread.flat(part)
+    return sharding.flat(part)
 
 
 def orthogonalize(
     part: Tensor,
     basis: Tensor,
-    spread: Spread,
+    sharding: MatrixSharding,
     *,
     steps: int,
     blend: Callable[[Tensor], None] | None = None,
@@ -139,32 +152,66 @@ def orthogonalize(
     Args:
         part: ``elements.keep``, S of this process's elements; overwritten.
         basis: ``basis.touch x rank``, Q.
-        spread: how the matrix is distributed over the processes.
+        sharding: how the matrix is distributed over the processes.
         steps: Newton-Schulz iterations.
         blend: replaces S, ``moment x basis``, by one that remembers those before; in place.
     """
-    elements, (m, n) = spread.elements, (spread.moment.size, spread.basis.size)
-    kept = select_rows(basis, spread.basis.touch[spread.me], spread.basis.keep[spread.me])
+    elements, (m, n) = sharding.elements, (sharding.moment.size, sharding.basis.size)
+    kept = select_rows(basis, sharding.basis.touch[sharding.me], sharding.basis.keep[sharding.me])
     parts = (
-        (part, elements.keep, spread.at_home(elements.size)),
-        (kept.to(part.dtype), spread.basis.keep, spread.at_home(n)),
+        (part, elements.keep, sharding.at_home(elements.size)),
+        (kept.to(part.dtype), sharding.basis.keep, sharding.at_home(n)),
     )
     del part
-    whole, Q = yield from gather_each(parts, spread.me)
+    whole, Q = yield from gather_each(parts, sharding.me)
     del parts
-    if spread.me != spread.home:
+    if sharding.me != sharding.home:
         return whole
-    S = spread.matrix(whole)
+    S = sharding.matrix(whole)
     del whole  # or it would be held beside what Newton-Schulz makes of it
     if blend is not None:
         blend(S)
     # once more S - S Q Q^T: what is left of Q by rounding would be as large as the rest of O
     S.addmm_(S @ Q, Q.T, alpha=-1)
     # each row of W in S, divided by its rms
-    with_equal_rows(S if spread.outputs_are_moment else S.T)
+    with_equal_rows(S if sharding.outputs_are_moment else S.T)
     waiting = [S]
     del S
     # rms(O) = 1 / sqrt(max(m, n))
     factor = polar_factor(waiting.pop(), steps).mul_(max(m, n) ** 0.5)
-    ordered: Tensor = (factor if spread.cuts_moment else factor.T).contiguous()
+    ordered: Tensor = (factor if sharding.cuts_moment else factor.T).contiguous()
     return ordered.view(-1)
+
+
+def polar_factor(matrix: Tensor, steps: int) -> Tensor:
+    """``m x n``: ``O = U V^T`` of ``U diag(s) V^T``, approximately; zero of a zero matrix.
+
+    By Newton-Schulz: an odd polynomial of a matrix is the same polynomial of its singular values,
+    so a few matrix polynomials replace a singular value decomposition. In the type of the matrix.
+
+    Args:
+        matrix: ``m x n``, with a norm of at most 1. A far smaller one remains far smaller.
+        steps: Newton-Schulz iterations.
+    """
+    a, b, c = COEFFICIENTS
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    X = matrix if is_wide else matrix.T
+    del matrix  # or two of its size would be held beside the next X
+    for _ in range(steps):
+        # X <- a X + (b A + c A^2) X,  A = X X^T
+        A = X @ X.T
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X if is_wide else X.T
+
+
+def with_equal_rows(residual: Tensor) -> Tensor:
+    """``m x n``: rows of equal norms, together of norm 1; in place. Zero rows stay zero.
+
+    Args:
+        residual: ``m x n``, ``S / ||G||`` of a matrix that has one output per row.
+    """
+    m = residual.shape[0]
+    # S^_i = S_i / (||S_i|| sqrt(m))
+    squares = torch.linalg.vector_norm(residual, dim=1, keepdim=True, dtype=torch.float32).square()
+    squares += FAINT / m
+    return residual.div_((m * squares).sqrt().to(residual.dtype))

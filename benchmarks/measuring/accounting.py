@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from arg_dist.sharding.local import local_part
+from arg_dist.sharding.shard import local_part
 from benchmarks.compare.counting import Bytes, count, tensors_in
 
 

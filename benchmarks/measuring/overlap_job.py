@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from arg_dist.sharding import lanes
-from arg_dist.sharding.local import local_part
+from arg_dist.sharding.shard import local_part
 from benchmarks.measuring.contenders import NEVER
 from benchmarks.measuring.engines import build
 from benchmarks.measuring.timing import in_turns

@@ -30,7 +30,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 import arg_dist  # noqa: E402
 from arg_dist.planning.llama import model_config  # noqa: E402
-from arg_dist.sharding.local import local_part  # noqa: E402
+from arg_dist.sharding.shard import local_part  # noqa: E402
 from benchmarks.measuring.allocations import allocations  # noqa: E402
 from launchers.pretraining.models import build_model  # noqa: E402
 from launchers.pretraining.training import leave_processes  # noqa: E402

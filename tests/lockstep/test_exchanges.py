@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from matrices import whole_numbers
 
 from arg_dist.sharding.drivers import run_local, run_lockstep
-from arg_dist.subspace.exchange import (
+from arg_dist.subspace.distributed import (
     even_rows,
     gather,
     relayed_gather,
     relayed_sum,
+    single_process,
     sum_scatter,
 )
 from arg_dist.subspace.range_finder import leading_directions, range_finder
-from arg_dist.subspace.spread import single_process
 
 SIZE = 9
 interval = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(sorted).map(tuple)
@@ -97,15 +97,15 @@ def test_the_range_of_an_integer_gradient_is_that_of_the_whole(ranges, spans_col
         [
             range_finder(
                 partial(block, shard, gradient),
-                omega[slice(*shard.spread.moment.touch[me])],
-                shard.spread,
+                omega[slice(*shard.sharding.moment.touch[me])],
+                shard.sharding,
                 power_passes=0,
             )
             for me, shard in enumerate(shards)
         ]
     )
     for me, vectors in enumerate(found):
-        is_home = me == shards[me].spread.home
+        is_home = me == shards[me].sharding.home
         assert torch.equal(vectors, expected if is_home else expected[:0])
 
 
@@ -113,21 +113,21 @@ def test_the_range_of_an_integer_gradient_is_that_of_the_whole(ranges, spans_col
 def test_energies_have_the_same_bits_on_every_owner(ranges, spans_columns, power_passes):
     gradient = whole_numbers(7, 6)
     shards = cut_matrix(gradient, ranges, spans_columns=spans_columns)
-    omega = whole_numbers(shards[0].spread.moment.size, 4, seed=1)
+    omega = whole_numbers(shards[0].sharding.moment.size, 4, seed=1)
     found = run_lockstep(
         [
             leading_directions(
                 partial(block, shard, gradient),
-                omega[slice(*shard.spread.moment.touch[me])],
-                shard.spread,
+                omega[slice(*shard.sharding.moment.touch[me])],
+                shard.sharding,
                 power_passes=power_passes,
             )
             for me, shard in enumerate(shards)
         ]
     )
-    owners = shards[0].spread.owners
+    owners = shards[0].sharding.owners
     assert all(torch.equal(found[i].energies, found[owners[0]].energies) for i in owners)
-    assert [me for me, each in enumerate(found) if len(each.vectors)] == [shards[0].spread.home]
+    assert [me for me, each in enumerate(found) if len(each.vectors)] == [shards[0].sharding.home]
 
 
 def block(shard, gradient: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from arg_dist.algorithm import adam_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.recording import rounds
 from arg_dist.sharding.drivers import run_lockstep
-from arg_dist.sharding.layout import element_side
+from arg_dist.sharding.layout import shard_elements
 
 SHAPES = ((7, 5), (5, 7), (6, 6))
 
@@ -57,9 +57,9 @@ def test_a_step_on_a_matrix_stays_within_its_rounds(
         transport=transport,
         residual=residual,
     )
-    spread = shards[0].spread
+    sharding = shards[0].sharding
     steady, refreshing = rounds(
-        power_passes, residual, relayed=spread.is_relayed, aligned=spread.is_aligned
+        power_passes, residual, relayed=sharding.is_relayed, aligned=sharding.is_aligned
     )
     for step in range(4):
         asked = requests_of_a_step(shards, states, gaussian(*shape, seed=step), settings)
@@ -96,7 +96,7 @@ def test_a_replicated_matrix_needs_all_rounds_of_an_aligned_one(processes, resid
 def test_adam_asks_once_at_most(ranges, replicated):
     if replicated:
         ranges = ((0, 11),) * len(ranges)
-    side, counts = element_side(ranges, 11, replicated), []
+    side, counts = shard_elements(ranges, 11, replicated), []
     run_lockstep(
         [
             counted(

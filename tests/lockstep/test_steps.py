@@ -32,7 +32,7 @@ from tolerances import (
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_lockstep
-from arg_dist.subspace.exchange import Exchange
+from arg_dist.subspace.distributed import Exchange
 
 ROWS, COLUMNS, RANK = 7, 6, 3
 SHAPE = (ROWS, COLUMNS)
@@ -55,12 +55,12 @@ def state_in_parts(shards) -> list[dict]:
     """A state of whole numbers in the middle of training, each shard's part of it."""
     states = []
     for shard in shards:
-        spread, me = shard.spread, shard.spread.me
-        basis, moments = spread.basis.size, spread.moment.size
-        kept = slice(*spread.moment.keep[me])
+        sharding, me = shard.sharding, shard.sharding.me
+        basis, moments = sharding.basis.size, sharding.moment.size
+        kept = slice(*sharding.moment.keep[me])
         states.append(
             {
-                "basis": signed_permutation(basis, RANK)[slice(*spread.store[me])],
+                "basis": signed_permutation(basis, RANK)[slice(*sharding.store[me])],
                 "exp_avg": whole_numbers(moments, RANK, seed=4)[kept],
                 "exp_avg_sq": whole_numbers(moments, RANK, seed=5).square()[kept],
                 "kept_sq": torch.tensor(1.0 if me == 0 else 0.0).double(),
@@ -80,7 +80,7 @@ def test_a_steady_step_of_whole_numbers_is_that_of_the_whole(ranges, layout, rep
         gradient = whole_numbers(*SHAPE, seed=1)
         results.append((shards, states, step_in_lockstep(shards, states, gradient, settings())))
     (_, (expected,), (whole,)), (shards, states, updates) = results
-    moment, basis = shards[0].spread.moment, shards[0].spread.basis
+    moment, basis = shards[0].sharding.moment, shards[0].sharding.basis
     for key in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(put_together([s[key] for s in states], moment.keep), expected[key])
     for me, update in enumerate(updates):
@@ -178,12 +178,12 @@ def test_state_is_held_once_and_no_view_holds_more(ranges, layout, replicated):
 def test_bases_are_equal_on_all_shards_and_orthonormal(ranges, spans_columns):
     layout = {"spans_columns": spans_columns}
     *_, shards, states = trained(ranges, shard_basis=True, **layout)
-    basis = put_together([state["basis"] for state in states], shards[0].spread.store)
+    basis = put_together([state["basis"] for state in states], shards[0].sharding.store)
     rank = states[0]["rank"]
     ORTHONORMAL.check(basis.T @ basis, torch.eye(rank))
     *_, shards, states = trained(ranges, shard_basis=False, **layout)
     for shard, state in zip(shards, states, strict=True):
-        assert torch.equal(state["basis"], basis[slice(*shard.spread.store[shard.spread.me])])
+        assert torch.equal(state["basis"], basis[slice(*shard.sharding.store[shard.sharding.me])])
 
 
 def bystander(requests: int):

@@ -18,7 +18,7 @@ from arg_dist.config import AdaRankGradConfig
 from arg_dist.recording import rounds
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.drivers import run_collective
-from arg_dist.subspace.exchange import Exchange
+from arg_dist.subspace.distributed import Exchange
 
 SHAPES = ((13, 10), (9, 14))
 STEPS = 7

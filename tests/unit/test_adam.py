@@ -8,11 +8,10 @@ from matrices import gaussian
 from one_process import optimizer_of, parameters_of, train
 from tolerances import ROUNDING
 
-from arg_dist.algorithm import adam_step
+from arg_dist.algorithm import adam_direction, adam_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_local
-from arg_dist.sharding.layout import element_side
-from arg_dist.subspace.adam import adam_direction
+from arg_dist.sharding.layout import shard_elements
 
 GRADIENTS = [[gaussian(7, 5, seed=seed)] for seed in range(30)]
 
@@ -51,10 +50,10 @@ def test_a_part_of_a_tensor_is_trained_as_within_the_whole():
     whole, part = ({}, {})
     for _ in range(3):
         all_of_it = run_local(
-            adam_step(gradient, whole, element_side(((0, 10),), 10, False), settings, me=0)
+            adam_step(gradient, whole, shard_elements(((0, 10),), 10, False), settings, me=0)
         )
         some = run_local(
-            adam_step(gradient[3:7], part, element_side(((3, 7),), 10, False), settings, me=0)
+            adam_step(gradient[3:7], part, shard_elements(((3, 7),), 10, False), settings, me=0)
         )
     assert torch.equal(some, all_of_it[3:7])
     assert torch.equal(part["exp_avg_sq"], whole["exp_avg_sq"][3:7])

@@ -17,7 +17,7 @@ from arg_dist.sharding.job import job_communicator
 from arg_dist.sharding.message_device import message_device
 from arg_dist.sharding.messages import Messages
 from arg_dist.sharding.transfers import gathered
-from arg_dist.subspace.exchange import Exchange, even_rows
+from arg_dist.subspace.distributed import Exchange, even_rows
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

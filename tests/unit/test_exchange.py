@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from matrices import whole_numbers
 
 from arg_dist.sharding.drivers import run_collective, run_local, run_lockstep
-from arg_dist.subspace.exchange import (
+from arg_dist.subspace.distributed import (
     Exchange,
     add_up,
     even_rows,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arg_dist.sharding.lanes import AT_ONCE, WORTH_IT, Lane, lanes_of, run_lanes, turns
-from arg_dist.subspace.exchange import Exchange
+from arg_dist.subspace.distributed import Exchange
 
 
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60))

@@ -12,17 +12,17 @@ from arg_dist.sharding.layout import (
     basis_spans_columns,
     check_tiling,
     clip_ranges,
-    element_side,
-    matrix_spread,
     matrix_views,
+    shard_elements,
+    shard_matrix,
 )
-from arg_dist.subspace.exchange import is_within
+from arg_dist.subspace.distributed import is_within
 
 ROWS, COLUMNS = 7, 5
 
 
-def spread(ranges, spans_columns=True, shard_basis=True, replicated=False, home=0):
-    return matrix_spread(
+def sharding(ranges, spans_columns=True, shard_basis=True, replicated=False, home=0):
+    return shard_matrix(
         ROWS,
         COLUMNS,
         ranges,
@@ -42,7 +42,7 @@ def rows_of(intervals):
 def test_state_is_kept_once_by_those_who_touch_it(ranges, spans_columns, shard_basis, replicated):
     if replicated:
         ranges = ((0, ROWS * COLUMNS),) * len(ranges)
-    found = spread(ranges, spans_columns, shard_basis, replicated)
+    found = sharding(ranges, spans_columns, shard_basis, replicated)
     for side in (found.moment, found.basis):
         assert rows_of(side.keep) == list(range(side.size))
         assert all(map(is_within, side.keep, side.touch))
@@ -53,30 +53,30 @@ def test_state_is_kept_once_by_those_who_touch_it(ranges, spans_columns, shard_b
 
 @given(element_ranges(ROWS * COLUMNS))
 def test_a_process_touches_exactly_the_rows_that_its_elements_lie_in(ranges):
-    for (start, stop), touched in zip(ranges, spread(ranges).moment.touch, strict=True):
+    for (start, stop), touched in zip(ranges, sharding(ranges).moment.touch, strict=True):
         assert set(range(*touched)) == {element // COLUMNS for element in range(start, stop)}
 
 
 @given(element_ranges(ROWS * COLUMNS), st.integers(0, 20))
 def test_home_is_an_owner_and_homes_go_around(ranges, home):
-    found = spread(ranges, home=home)
+    found = sharding(ranges, home=home)
     assert found.owners == tuple(i for i, (start, stop) in enumerate(ranges) if start < stop)
     assert found.home == found.owners[home % len(found.owners)]
 
 
 def test_a_cut_row_is_kept_by_the_holder_of_its_first_element():
-    found = spread(((0, 13), (13, 14), (14, 35)))
+    found = sharding(((0, 13), (13, 14), (14, 35)))
     assert found.moment.touch == ((0, 3), (2, 3), (2, 7))
     assert found.moment.keep == ((0, 3), (3, 3), (3, 7))
 
 
 def test_whole_rows_need_nobody_on_the_moments_side():
-    moment = spread(whole_rows(ROWS, COLUMNS, 3)).moment
+    moment = sharding(whole_rows(ROWS, COLUMNS, 3)).moment
     assert moment.touch == moment.keep == moment.update == ((0, 3), (3, 6), (6, 7))
 
 
 def test_processes_without_elements_take_no_part():
-    found = spread(((0, 0), (0, 35), (35, 35)))
+    found = sharding(((0, 0), (0, 35), (35, 35)))
     assert found.owners == (1,)
     assert found.basis.touch == ((0, 0), (0, 5), (0, 0))
     assert found.whole(4) == found.at_home(4) == found.shares(4) == ((0, 0), (0, 4), (0, 0))
@@ -84,10 +84,10 @@ def test_processes_without_elements_take_no_part():
 
 def test_elements_of_replicated_tensors_are_shared_out():
     everything = ((0, 7),) * 3
-    assert element_side(everything, 7, replicated=True).keep == ((0, 2), (2, 4), (4, 7))
-    assert element_side(everything, 7, replicated=True).update == everything
+    assert shard_elements(everything, 7, replicated=True).keep == ((0, 2), (2, 4), (4, 7))
+    assert shard_elements(everything, 7, replicated=True).update == everything
     parts = ((0, 3), (3, 3), (3, 7))
-    assert element_side(parts, 7, replicated=False).keep == parts
+    assert shard_elements(parts, 7, replicated=False).keep == parts
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.messages import ALIGNMENT, Messages
-from arg_dist.subspace.exchange import Exchange, Rows, even_rows
+from arg_dist.subspace.distributed import Exchange, Rows, even_rows
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.bfloat16)

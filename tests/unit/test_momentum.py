@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import arg_dist
 from arg_dist.subspace.momentum import BLOCK, STEPS, Coded, coded_bytes, coded_zeros, decode, encode
-from arg_dist.subspace.polar import polar_factor
+from arg_dist.subspace.residual import polar_factor
 from tests.matrices import gaussian
 from tests.tolerances import ROUNDING
 

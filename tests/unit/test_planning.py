@@ -23,11 +23,11 @@ from arg_dist.planning.cuts import lay_out
 from arg_dist.planning.figures import Plan, make_plan
 from arg_dist.planning.model import Model, describe, load_model
 from arg_dist.planning.rows import Spans, sent
-from arg_dist.planning.shardings import MatrixSharding
+from arg_dist.planning.shardings import PlannedMatrix
 from arg_dist.planning.traffic import matrix_traffic
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.messages import ALIGNMENT
-from arg_dist.subspace.exchange import even_rows, exchanges_of, intersect
+from arg_dist.subspace.distributed import even_rows, exchanges_of, intersect
 
 pytestmark = pytest.mark.unit
 
@@ -126,13 +126,13 @@ def test_requests_are_those_of_the_algorithm(
     )
     if replicated:
         ranges = ((0, numel),) * processes
-    sharding = MatrixSharding(rows, columns, ranges, spans_columns, shard_basis, replicated)
+    planned = PlannedMatrix(rows, columns, ranges, spans_columns, shard_basis, replicated)
     states: list[dict[str, Any]] = [{} for _ in range(processes)]
     for is_first in (True, False):
         asked: list[list[int]] = [[] for _ in range(processes)]
         steps = [step_of(*each, gradient, config) for each in zip(shards, states, strict=True)]
         run_lockstep([listening(steps[me], me, asked[me]) for me in range(processes)])
-        on_paper = matrix_traffic(sharding, config, rank, home, is_first=is_first)
+        on_paper = matrix_traffic(planned, config, rank, home, is_first=is_first)
         assert [moved.sent.tolist() for moved in on_paper] == [
             list(each) for each in zip(*asked, strict=True)
         ]

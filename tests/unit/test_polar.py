@@ -10,7 +10,7 @@ from matrices import gaussian, with_spectrum
 from one_process import one_step
 from tolerances import ROUNDING
 
-from arg_dist.subspace.polar import polar_factor, with_equal_rows
+from arg_dist.subspace.residual import polar_factor, with_equal_rows
 
 sizes = st.integers(1, 24)
 STEPS = 5

@@ -10,14 +10,16 @@ from matrices import SHAPES, gaussian, geometric, with_spectrum
 from tolerances import ENERGY, ORTHONORMAL, ROUNDING
 
 from arg_dist.sharding.drivers import run_local
+from arg_dist.subspace.distributed import single_process
 from arg_dist.subspace.range_finder import Directions, leading_directions, positive_peaks
-from arg_dist.subspace.spread import single_process
 
 
 def directions(gradient: torch.Tensor, width: int, power_passes: int = 1) -> Directions:
     omega = gaussian(gradient.shape[0], width, seed=3)
-    spread = single_process(*gradient.shape)
-    return run_local(leading_directions(lambda: gradient, omega, spread, power_passes=power_passes))
+    sharding = single_process(*gradient.shape)
+    return run_local(
+        leading_directions(lambda: gradient, omega, sharding, power_passes=power_passes)
+    )
 
 
 def dense_energies(gradient: torch.Tensor) -> torch.Tensor:

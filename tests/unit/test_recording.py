@@ -15,7 +15,7 @@ from arg_dist.config import parse_config
 from arg_dist.planning.allocations import Allocations
 from arg_dist.recording import requests_of_a_step
 from arg_dist.sharding.drivers import run_lockstep
-from arg_dist.subspace.exchange import exchanges_of
+from arg_dist.subspace.distributed import exchanges_of
 
 UNEVEN = ((0, 13), (13, 40), (40, 71), (71, 120))
 RULES = ["orthogonalized", "matched", "scaled", "none"]
@@ -52,8 +52,8 @@ def test_every_process_records_what_all_of_them_request(residual, spans_columns)
             ]
         )
         for me, shard in enumerate(shards):
-            spread = replace(shard.spread, me=me)
-            told = requests_of_a_step(recorded[me], spread, settings, rank=4)
+            sharding = replace(shard.sharding, me=me)
+            told = requests_of_a_step(recorded[me], sharding, settings, rank=4)
             assert len(told) == len(made[me])
             assert all(map(agrees, told, map(transfers, made[me])))
 

@@ -14,9 +14,9 @@ from tolerances import CODES, FP64, LOW_PRECISION, REFERENCE
 from torch import Tensor, nn
 
 from arg_dist import AdaRankGrad, ConfigError, param_groups
-from arg_dist.sharding.local import as_reals
+from arg_dist.sharding.shard import as_reals
 from arg_dist.simple import AdaRankGradSimple, orthogonalized
-from arg_dist.subspace.polar import COEFFICIENTS
+from arg_dist.subspace.residual import COEFFICIENTS
 
 RATIOS = (0.45, 0.8, 0.3, 0.9, 0.6)
 
