@@ -31,7 +31,7 @@ from arg_dist.subspace.distributed import (
 )
 from arg_dist.subspace.momentum import Coded, coded_bytes, coded_zeros, decode, encode
 from arg_dist.subspace.norms import row_squares
-from arg_dist.subspace.precision import matmul_precision
+from arg_dist.subspace.precision import lowered_precision
 from arg_dist.subspace.range_finder import Part, leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_after_decay, gap_until_next
 from arg_dist.subspace.residual import (
@@ -195,7 +195,7 @@ def low_rank_step(
     else:
         return None
     # P = G Q
-    with matmul_precision(settings.matmul_precision):
+    with lowered_precision(settings.matmul_precision):
         product = gradient() @ basis
     if settings.residual in SCALES_ROWS:
         parts = product, row_sq
@@ -210,9 +210,8 @@ def low_rank_step(
     projected_sq = row_squares(projected)
     state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
     state["since_refresh"] += 1
-    if not settings.remembers_residual:
-        _forget_momentum(state)
     if settings.residual == "none":
+        _forget_momentum(state)
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
     if settings.residual == "orthogonalized":
@@ -226,6 +225,7 @@ def low_rank_step(
         )
         direction, outside = yield from gather_each(both, me)
         return LowRankUpdate(direction, basis, outside=outside)
+    _forget_momentum(state)
     if settings.residual == "matched":
         factors = matched_factors(direction, projected_sq, row_sq, dimension=sharding.basis.size)
     else:
@@ -280,14 +280,16 @@ def _outside(
     """The orthogonalized residual, on the home process; `projected` is ``moment.keep x rank``."""
     moment = sharding.moment
     projected = yield from gather(projected, moment.keep, moment.touch, sharding.me)
-    with matmul_precision(settings.matmul_precision):
+    with lowered_precision(settings.matmul_precision):
         part = residual_part(gradient(), projected, basis, norm_sq, sharding)
     # handed over and not kept here, so that it is freed as soon as it has been used
     waiting = [part.to(POLAR_TYPES[settings.polar_precision])]
     del part
     blend = None
-    if settings.remembers_residual:
+    if settings.residual_momentum > 0:
         blend = _momentum(state, norm_sq**0.5, basis.device, sharding, settings)
+    else:
+        _forget_momentum(state)
     steps = settings.polar_steps
     return (yield from orthogonalize(waiting.pop(), basis, sharding, steps=steps, blend=blend))
 

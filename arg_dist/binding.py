@@ -1,169 +1,224 @@
-"""The part of the optimizer that maps its parameters to a layout."""
+"""Binding: from the optimizer's parameter groups to plans, whatever an engine or a user replaces.
+
+Engines put other tensors into the groups, and users move, reshape and freeze them, while the
+optimizer trains. Parameters are known by their places; plans are made for the tensors that the
+groups hold now, and again when these change.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from arg_dist.config import ConfigError
 from arg_dist.coverage import Coverage
 from arg_dist.parameter_groups import group_spec, settings_of
-from arg_dist.places import GradientsMissing, Layout, Place, has_changed, layout_of
-from arg_dist.self_report import SelfReport
-from arg_dist.sharding.communicator import training_group
-from arg_dist.sharding.entry import entry_point
+from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.fragment import ParameterGroup, step_calls
 from arg_dist.sharding.job import is_first_process
 from arg_dist.sharding.plan import Plan, make_plans
-from arg_dist.sharding.shard import local_part
-from arg_dist.state import move_state
+from arg_dist.sharding.shard import Shard
 from arg_dist.state_budget import Call
+from arg_dist.subspace.state import State
 from arg_dist.uses import Use, full_shape
+
+Groups = list[dict[str, Any]]
 
 RESTING = (0, False)
 """First in the key of the plans of frozen parameters."""
 
+CALLS_WITHOUT_GRADIENT = 3
+"""Calls to ``step()`` in a row without any gradient after which the user is warned."""
 
-class Binding(SelfReport):
-    """The part of :class:`arg_dist.AdaRankGrad` that binds parameters to a layout.
 
-    An engine may call :meth:`step` with one parameter group at a time and remove the others from
-    `param_groups` meanwhile; `_every_group` keeps all of them.
+class Place(NamedTuple):
+    """Where a parameter is: the list that its group had when it was added, and the index in it.
+
+    This holds no parameter by itself. If an engine shards a parameter and puts another tensor into
+    the list, the whole parameter is freed; if it gives the group a list of its own tensors, this
+    list still has the model's. A weak reference to a tensor would make
+    ``torch.utils.swap_tensors`` refuse it, with which modules move such parameters.
+
+    Attributes:
+        params: the list.
+        position: index in it.
     """
 
-    param_groups: list[dict[str, Any]]
-    _every_group: list[dict[str, Any]]
-    defaults: dict[str, Any]
-    process_group: Any
-    _parameters: dict[str, Place]
-    _tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]]
-    _full_rank_names: frozenset[str]
-    _gradients_missing: GradientsMissing
-    _patterns_applied: bool
-    _coverage: Coverage
-    is_classified: bool
+    params: list[Tensor]
+    position: int
 
-    @entry_point
-    def parameter_names(self) -> dict[int, str]:
-        """Names of the parameters the optimizer was built with, by ``id``."""
-        return {id(place.parameter): name for name, place in self._parameters.items()}
+    @property
+    def parameter(self) -> Tensor | None:
+        """What is there now; None if the list has become shorter."""
+        return self.params[self.position] if self.position < len(self.params) else None
 
-    @entry_point
-    def adopt_names(
-        self,
-        names: Mapping[str, str],
-        full_rank: Iterable[str],
-        uses: Mapping[str, Use] | None = None,
+
+Layout = tuple[Any, ...]
+"""What a plan depends on in one tensor: ``id``, `requires_grad`, shape, strides, distribution."""
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """The layout of a tensor now.
+
+    A tensor remains the same object when its contents are replaced (``tensor.data = ...``,
+    ``swap_tensors``), so its ``id`` alone does not tell. Device and dtype are looked up at every
+    step, and no plan depends on them.
+    """
+    return (
+        id(tensor),
+        tensor.requires_grad,
+        None if is_lazy(tensor) else tuple(tensor.shape),
+        tensor.stride() if tensor.layout == torch.strided and not is_lazy(tensor) else None,
+        getattr(tensor, "placements", None),
+        getattr(tensor, "device_mesh", None),
+    )
+
+
+def has_changed(before: Layout, now: Layout) -> bool:
+    """Whether a tensor has another shape, strides or distribution; it may train or be frozen."""
+    return before[2:] != now[2:]
+
+
+States = Mapping[Tensor, dict[str, State]]
+"""The optimizer's state by target and name."""
+
+
+def state_of(shard: Shard, states: States) -> State:
+    """This process's part of a matrix's or tensor's state; empty before its first step."""
+    return states[shard.fragment.target].setdefault(shard.name, {})
+
+
+class Binding:
+    """The optimizer's parameters by name, and the plans made for the tensors that it holds.
+
+    Args:
+        process_group: as of the optimizer.
+        patterns_applied: no `targets` or `exclude` wait for the names of the model's modules.
+
+    Attributes:
+        process_group: as of the optimizer.
+        communicators: by process group.
+        is_classified: whether someone chose which parameters are trained in low rank.
+        coverage: what is trained in low rank.
+        every_group: all parameter groups: an engine may call :meth:`AdaRankGrad.step` with one at
+            a time, and remove the others from `param_groups` meanwhile.
+    """
+
+    def __init__(self, process_group: Any, *, patterns_applied: bool) -> None:
+        self.process_group = process_group
+        self.communicators: dict[Any, Communicator] = {}
+        self.is_classified = False
+        self.coverage = Coverage()
+        self.every_group: Groups = []
+        self._patterns_applied = patterns_applied
+        self._places: dict[str, Place] = {}
+        self._full_rank: frozenset[str] = frozenset()
+        self._plans: dict[tuple[Layout, ...], list[Plan]] = {}
+        self._tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]] = {}
+
+    def twin(self) -> Binding:
+        """The binding of a copy of the optimizer: it makes its own plans and communicators."""
+        twin = Binding(self.process_group, patterns_applied=self._patterns_applied)
+        twin.is_classified, twin.coverage = self.is_classified, self.coverage
+        twin._places, twin._full_rank = self._places, self._full_rank
+        return twin
+
+    # -- parameters and their names --------------------------------------------------------------
+
+    def add(self, group: Mapping[str, Any]) -> None:
+        """Add the parameters of a new group."""
+        for index, name in enumerate(group["param_names"]):
+            self._places[name] = Place(group["params"], index)
+            self.coverage.add(name, group["params"][index])
+
+    @property
+    def parameters(self) -> dict[str, Tensor | None]:
+        """The parameters by name; None for those whose place no longer exists."""
+        return {name: place.parameter for name, place in self._places.items()}
+
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return len(self._places)
+
+    def rename(
+        self, names: Mapping[str, str], full_rank: Iterable[str], uses: Mapping[str, Use]
     ) -> None:
-        """Rename parameters and keep some of them full-rank; only before the first step.
-
-        For engines that build the optimizer from bare parameters and have the model.
-
-        Args:
-            names: new name for each old one.
-            full_rank: new names of the parameters trained by full-rank Adam.
-            uses: uses of the model's parameters, by new name.
-        """
-        if self._plans or any(self.state.values()):  # state is kept by name
-            raise RuntimeError(
-                "parameters can be renamed only before the first step; pass a new optimizer "
-                "without state to the engine, then load the state"
-            )
-        self._parameters = {names.get(old, old): place for old, place in self._parameters.items()}
-        for group in self.param_groups:
-            group["param_names"] = [names.get(old, old) for old in group["param_names"]]
-        self._coverage.rename(names, uses or {})
-        self._full_rank_names = frozenset(full_rank)
+        """Rename parameters, keep some full-rank; see :meth:`AdaRankGrad.adopt_names`."""
+        self._places = {names.get(old, old): place for old, place in self._places.items()}
+        self.coverage.rename(names, uses)
+        self._full_rank = frozenset(full_rank)
         self._patterns_applied = True
 
-    @entry_point
-    def bind(self, *, anew: bool = False) -> list[Plan]:
-        """Plans for all tensors, as the engine will pass them to :meth:`step`.
-
-        Collective: every process must call it, after the engine has taken over the parameters.
-
-        Args:
-            anew: discard existing plans, because settings have changed.
-        """
-        if anew:
-            self._plans.clear()
-            self._tensors_of_plans.clear()
-        return [plan for call in self.calls_of_a_step() for plan in call.plans]
-
-    @entry_point
-    def bind_all(self, *, frozen: Collection[str] = (), anew: bool = False) -> list[Plan]:
-        """Plans of all that is saved: tensors that train, and frozen parameters that have state.
-
-        Collective: every process must call it, after the engine has taken over the parameters.
-
-        Args:
-            frozen: names of frozen parameters to include whether or not they have state.
-            anew: discard existing plans, because settings have changed.
-        """
-        return self.bind(anew=anew) + self._resting_plans(frozen)
-
-    def _resting_plans(self, frozen: Collection[str] = ()) -> list[Plan]:
-        """Plans of frozen parameters that have state, or whose names are given.
-
-        Local where every process holds the parameters whole; otherwise collective.
-        """
-        groups = []
-        for group in self._every_group:
-            if len(group["params"]) != len(group["param_names"]):
-                continue  # an engine's own tensors, which are never frozen
-            rest = [
-                (name, target)
-                for name, target in zip(group["param_names"], group["params"], strict=True)
-                if not target.requires_grad and (name in frozen or self.state.get(target))
-            ]
-            if rest:
-                names, targets = map(list, zip(*rest, strict=True))
-                groups.append({**group, "params": targets, "param_names": names})
-        return self._bound_plans(groups, resting=True) if groups else []
-
-    @entry_point
-    def parameter_shapes(self) -> dict[str, list[int]]:
+    def shapes(self, groups: Groups) -> dict[str, list[int]]:
         """Full shapes of the parameters, by name, as far as they are known."""
         shapes: dict[str, list[int]] = {}
-        for group in map(self._seen, self.param_groups):
+        for group in map(self._seen, groups):
             known = group.alive()
             if not known and len(group.targets) == len(group.names):
                 known = list(zip(group.names, group.targets, strict=True))
             shapes |= {name: list(full_shape(parameter)) for name, parameter in known}
         return shapes
 
-    @entry_point
-    def calls_of_a_step(self) -> list[Call]:
-        """The calls to :meth:`step` that the engine will make, without those that have no tensors.
+    def follow(self, groups: Groups) -> None:
+        """Note the groups that the optimizer has now, unless these are some of them only."""
+        if len(groups) >= len(self.every_group):
+            self.every_group = groups
 
-        Collective: every process must call it, after the engine has taken over the parameters.
-        """
-        every, calls = self._all_groups(), []
+    # -- plans -----------------------------------------------------------------------------------
+
+    def every_plan(self) -> Iterator[Plan]:
+        """All plans made so far."""
+        return chain.from_iterable(self._plans.values())
+
+    def forget_plans(self) -> None:
+        """Discard existing plans, because settings have changed."""
+        self._plans.clear()
+        self._tensors_of_plans.clear()
+
+    def calls_of_a_step(self, states: States) -> list[Call]:
+        """The calls to ``step()`` that the engine will make, without those that have no tensors."""
+        every: Groups = self.every_group
+        calls = []
         for call in step_calls([self._seen(group) for group in every]):
-            groups = [{**every[i], "params": targets} for i, targets in call if targets]
-            if groups:
-                settings = [settings_of(group) for group in groups]
-                calls.append(Call(settings, self._bound_plans(groups)))
+            held = [{**every[i], "params": targets} for i, targets in call if targets]
+            if held:
+                settings = [settings_of(group) for group in held]
+                calls.append(Call(settings, self.plans(held, states)))
         return calls
 
-    def _all_groups(self) -> list[dict[str, Any]]:
-        """All parameter groups, also while an engine steps some of them only."""
-        if len(self.param_groups) >= len(self._every_group):
-            self._every_group = self.param_groups
-        return self._every_group
+    def resting_plans(self, states: States, frozen: Collection[str] = ()) -> list[Plan]:
+        """Plans of frozen parameters that have state, or whose names are given.
 
-    def _follow_parameters(self, groups: list[dict[str, Any]], plans: list[Plan]) -> None:
-        """Move state to the devices of its tensors; warn if they never have gradients."""
-        for plan in plans:
-            for shard in plan.shards:
-                move_state(self.state_of(shard), local_part(shard.fragment.target).device)
-        tensors = (tensor for group in groups for tensor in group["params"])
-        self._gradients_missing.note(tensors, len(self._parameters))
+        Local where every process holds the parameters whole; otherwise collective.
+        """
+        groups = []
+        for group in self.every_group:
+            if len(group["params"]) != len(group["param_names"]):
+                continue  # an engine's own tensors, which are never frozen
+            rest = [
+                (name, target)
+                for name, target in zip(group["param_names"], group["params"], strict=True)
+                if not target.requires_grad and (name in frozen or states.get(target))
+            ]
+            if rest:
+                names, targets = map(list, zip(*rest, strict=True))
+                groups.append({**group, "params": targets, "param_names": names})
+        return self.plans(groups, states, resting=True) if groups else []
 
-    def _bound_plans(self, groups: list[dict[str, Any]], *, resting: bool = False) -> list[Plan]:
-        """Plans for the tensors that the groups hold now, created on first use.
+    def plans(self, groups: Groups, states: States, *, resting: bool = False) -> list[Plan]:
+        """Plans for the tensors that the groups of one call hold now, made on first use.
+
+        Args:
+            groups: the parameter groups.
+            states: the optimizer's state.
+            resting: the parameters are frozen, and held as if they trained.
 
         Raises:
             RuntimeError: on every process: the state of a tensor does not fit its present shape.
@@ -175,7 +230,8 @@ class Binding(SelfReport):
             outdated = self._outdated(layouts)
             plans = self._make_plans(groups, resting=resting)
             if outdated:
-                self._refuse_misfits([plan for old in outdated for plan in self._plans[old]], plans)
+                before = [plan for old in outdated for plan in self._plans[old]]
+                _refuse_misfits(before, plans, states)
             for old in outdated:
                 del self._plans[old], self._tensors_of_plans[old]
             self._plans[key] = plans
@@ -184,7 +240,7 @@ class Binding(SelfReport):
 
     def _outdated(self, layouts: tuple[Layout, ...]) -> list[tuple[Layout, ...]]:
         """The plans of tensors that have changed, or that the groups no longer hold."""
-        calls = step_calls([self._seen(group) for group in self._all_groups()])
+        calls = step_calls([self._seen(group) for group in self.every_group])
         now = {layout[0]: layout for layout in layouts}
         held = {id(tensor) for call in calls for _, targets in call for tensor in targets}
         held |= now.keys()
@@ -198,53 +254,31 @@ class Binding(SelfReport):
             )
         ]
 
-    def _refuse_misfits(self, outdated: list[Plan], plans: list[Plan]) -> None:
-        """Check, on all processes, that state fits the tensors as they are now."""
-        before = {part.name: part.parameter_shape for plan in outdated for part in plan.held}
-        for plan in plans:
-            mine = [
-                shard.fragment
-                for shard in plan.shards
-                if (state := self.state_of(shard))
-                and (
-                    before.get(shard.fragment.name) not in (None, shard.fragment.parameter_shape)
-                    or not shard.fits(state)
-                )
-            ]
-            found = [(each.name, each.parameter_shape) for each in mine]
-            everyone = plan.communicator.gather_objects(found, "comparing changed parameters")
-            for name, shape in (misfit for found in everyone for misfit in found):
-                raise RuntimeError(
-                    f"{name}: after its last step it was given another shape or distribution over "
-                    f"the processes (shape {before.get(name, shape)}, now {shape}), and its "
-                    "optimizer state does not fit; build a new optimizer from the model's "
-                    "parameters, or delete its state (del optimizer.state[parameter], on every "
-                    "process) to start it anew"
-                )
-
     def _make_plans(self, groups: list[dict[str, Any]], *, resting: bool) -> list[Plan]:
         if not self._patterns_applied:
             raise ConfigError(
                 "targets, exclude: the optimizer was built from bare parameters, which have no "
                 "module names; build its groups with arg_dist.param_groups(model, targets=..., ...)"
             )
+        if not groups:
+            return []
         specs = [
             group_spec(
                 self._seen(group, resting=resting),
                 settings_of(group),
-                self._full_rank_names,
-                {name: self._parameters[name].position for name in group["param_names"]},
+                self._full_rank,
+                {name: self._places[name].position for name in group["param_names"]},
             )
             for group in groups
         ]
-        self._coverage.tell(
-            self._every_group,
-            self._full_rank_names,
+        self.coverage.tell(
+            self.every_group,
+            self._full_rank,
             is_classified=self.is_classified,
             aloud=is_first_process(training_group(self.process_group)),
         )
-        timeout, bucket_size = self.defaults["collective_timeout"], self.defaults["bucket_size"]
-        return make_plans(specs, self._communicators, timeout, bucket_size, resting=resting)
+        timeout, bucket_size = groups[0]["collective_timeout"], groups[0]["bucket_size"]
+        return make_plans(specs, self.communicators, timeout, bucket_size, resting=resting)
 
     def _seen(self, group: dict[str, Any], *, resting: bool = False) -> ParameterGroup:
         """A group in the form that the engine adapters take.
@@ -253,7 +287,7 @@ class Binding(SelfReport):
             RuntimeError: parameters were added to the group's list, or removed from it.
         """
         names = group["param_names"]
-        places = [self._parameters[name] for name in names]
+        places = [self._places[name] for name in names]
         if places and places[0].params is group["params"] and len(places) != len(group["params"]):
             raise RuntimeError(
                 f"parameter group of {names[0]}: it was built with {len(names)} parameters, and "
@@ -263,3 +297,62 @@ class Binding(SelfReport):
         process_group = training_group(self.process_group)
         parameters = [place.parameter for place in places]
         return ParameterGroup(list(group["params"]), names, parameters, process_group, resting)
+
+
+def _refuse_misfits(outdated: Iterable[Plan], plans: Iterable[Plan], states: States) -> None:
+    """Check, on all processes, that state fits the tensors as they are now."""
+    before = {part.name: part.parameter_shape for plan in outdated for part in plan.held}
+    for plan in plans:
+        mine = [
+            shard.fragment
+            for shard in plan.shards
+            if (state := state_of(shard, states))
+            and (
+                before.get(shard.fragment.name) not in (None, shard.fragment.parameter_shape)
+                or not shard.fits(state)
+            )
+        ]
+        found = [(each.name, each.parameter_shape) for each in mine]
+        everyone = plan.communicator.gather_objects(found, "comparing changed parameters")
+        for name, shape in (misfit for found in everyone for misfit in found):
+            raise RuntimeError(
+                f"{name}: after its last step it was given another shape or distribution over "
+                f"the processes (shape {before.get(name, shape)}, now {shape}), and its "
+                "optimizer state does not fit; build a new optimizer from the model's "
+                "parameters, or delete its state (del optimizer.state[parameter], on every "
+                "process) to start it anew"
+            )
+
+
+class GradientsMissing:
+    """Warns, once, when no parameter of the optimizer ever has a gradient.
+
+    Attributes:
+        calls: calls to ``step()`` in a row without one; set to 0 by the first that has one.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._has_warned = False
+
+    def note(self, groups: Groups, names: int) -> None:
+        """Note one call to ``step()`` in which every gradient was zero.
+
+        Args:
+            groups: the parameter groups of this call.
+            names: number of the optimizer's parameters, for the message.
+        """
+        if self._has_warned:
+            return
+        tensors = [tensor for group in groups for tensor in group["params"]]
+        self.calls = 0 if any(each.grad is not None for each in tensors) else self.calls + 1
+        if self.calls == CALLS_WITHOUT_GRADIENT:
+            self._has_warned = True
+            warnings.warn(
+                f"step: none of the optimizer's {names} parameters has had a gradient in "
+                f"{self.calls} calls, so nothing is trained. Either backward() has not run, or "
+                "the model has other parameters now (load_state_dict(assign=True), to_empty() and "
+                "other conversions replace them): build the optimizer from the model's present "
+                "parameters",
+                stacklevel=5,
+            )

@@ -9,35 +9,27 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from arg_dist.binding import Binding
 from arg_dist.config import settings_at_saving
-from arg_dist.places import Layout, Place
-from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import adapters
-from arg_dist.sharding.plan import Plan
 from arg_dist.state_dict import Ownership
 
 CARRIED = (
-    "_parameters",
-    "_full_rank_names",
-    "_patterns_applied",
-    "is_classified",
-    "process_group",
+    "_binding",
     "_ownership",
     "_budget",
-    "_coverage",
     "_gradients_missing",
     "calls",
     "skipped_steps",
 )
 """Attributes of the optimizer that a copy carries, beside those that torch copies."""
 
-RENEWED = ("_plans", "_tensors_of_plans", "_communicators", "_every_group")
+RENEWED = ("_has_stepped",)
 """Attributes that a copy makes anew."""
 
 REMEDY = (
@@ -55,29 +47,26 @@ class CopiedOptimizer(torch.optim.Optimizer):
             `process_group` cannot be; or, when unpickled, another version has written the pickle.
     """
 
-    _parameters: dict[str, Place]
+    _binding: Binding
     _ownership: Ownership
-    _plans: dict[tuple[Layout, ...], list[Plan]]
-    _tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]]
-    _communicators: dict[Any, Communicator]
-    process_group: Any
     calls: int
 
     def __getstate__(self) -> dict[str, Any]:
         """The contents of a pickle."""
+        processes = self._binding.process_group
         try:
-            pickle.dumps(self.process_group)
+            pickle.dumps(processes)
         except Exception as error:
             raise RuntimeError(
-                f"process_group: got a {type(self.process_group).__name__}, with which the "
-                f"optimizer cannot be pickled ({error}); {REMEDY}"
+                f"process_group: got a {type(processes).__name__}, with which the optimizer "
+                f"cannot be pickled ({error}); {REMEDY}"
             ) from error
         self._refuse_sharded()
         return self._carried()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill a copy; torch also calls this with the state and groups that it has loaded."""
-        if "_parameters" in vars(self):
+        if "_binding" in vars(self):
             super().__setstate__(state)
             return
         missing = [key for key in CARRIED if key not in state]
@@ -91,8 +80,8 @@ class CopiedOptimizer(torch.optim.Optimizer):
             saved = settings_at_saving(settings, "unpickled optimizer")
             settings.clear()
             settings.update(saved)
-        self._plans, self._tensors_of_plans, self._communicators = {}, {}, {}
-        self._every_group = self.param_groups
+        self._binding.every_group = self.param_groups
+        self._has_stepped = False
         if not self.calls:
             for adapter in adapters():
                 adapter.on_construction(self)
@@ -107,7 +96,8 @@ class CopiedOptimizer(torch.optim.Optimizer):
         """A copy with its own parameters and state, in the same group of processes."""
         self._refuse_sharded()
         carried = self._carried()
-        memo[id(self.process_group)] = self.process_group
+        processes = self._binding.process_group
+        memo[id(processes)] = processes
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(carried, memo))
@@ -116,13 +106,14 @@ class CopiedOptimizer(torch.optim.Optimizer):
     def _carried(self) -> dict[str, Any]:
         """What a copy carries."""
         self._refuse_replaced()
-        plans: Sequence[Plan] = [plan for made in self._plans.values() for plan in made]
+        plans = list(self._binding.every_plan())
         carried = {**super().__getstate__(), **{key: getattr(self, key) for key in CARRIED}}
-        return {**carried, "_ownership": self._ownership.carried(self.state, plans)}
+        ownership = self._ownership.carried(self.state, plans)
+        return {**carried, "_binding": self._binding.twin(), "_ownership": ownership}
 
     def _refuse_replaced(self) -> None:
         """Refuse to copy parts of parameters that only an engine can put together again."""
-        own = {id(place.parameter) for place in self._parameters.values()}
+        own = {id(parameter) for parameter in self._binding.parameters.values()}
         for position, group in enumerate(self.param_groups):
             is_emptied = not group["params"] and group["param_names"]
             if is_emptied or any(id(target) not in own for target in group["params"]):
@@ -134,8 +125,8 @@ class CopiedOptimizer(torch.optim.Optimizer):
 
     def _refuse_sharded(self) -> None:
         """Refuse to copy this process's parts of parameters; models of them are not copied."""
-        for name, place in self._parameters.items():
-            if hasattr(place.parameter, "to_local"):
+        for name, parameter in self._binding.parameters.items():
+            if hasattr(parameter, "to_local"):
                 raise RuntimeError(
                     f"AdaRankGrad: {name} is sharded over processes, and neither it nor its model "
                     f"can be copied; {REMEDY}"

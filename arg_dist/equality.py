@@ -8,7 +8,7 @@ The agreement carries a summary; if it differs, one more exchange finds out what
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import NamedTuple
@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arg_dist.agreement import Agreement, Likeness
 from arg_dist.algorithm import is_due
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.parameter_groups import settings_text
@@ -27,6 +26,7 @@ from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.roll_call import enumerated
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.sharding.waiting import named
+from arg_dist.step import Agreement, Likeness
 from arg_dist.subspace.distributed import Steps
 from arg_dist.subspace.fingerprint import Numbers, differ, fingerprint, summary
 from arg_dist.subspace.state import State
@@ -114,7 +114,7 @@ class Comparison:
 
 def compare(
     plan: Plan,
-    state_of: Callable[[Shard], State],
+    states: Mapping[int, State],
     settings: Sequence[AdaRankGradConfig],
     step: int,
 ) -> Comparison:
@@ -122,20 +122,21 @@ def compare(
 
     Args:
         plan: the plan of the step.
-        state_of: returns a shard's state.
+        states: this process's part of the state of each matrix and tensor, by unit.
         settings: settings of the parameter groups of this call.
         step: steps taken before; equal on all processes.
     """
-    if plan.communicator.size == 1 and not plan.copies:
-        return Comparison(plan, step, [])
     texts = [settings_text(settings[group]) for group in plan.groups]
     if plan.copies and step % COPIES_EVERY == 0:
         return Comparison(plan, step, texts, apart=_apart_from_copies(plan, step))
     if not plan.replicated or not plan.shards:
         return Comparison(plan, step, texts)
-    states = [(shard, state_of(shard)) for shard in plan.shards]
-    due = [shard for shard, state in states if isinstance(shard, MatrixShard) and is_due(state)]
-    new = [shard for shard, state in states if not state]
+    due = [
+        shard
+        for shard in plan.shards
+        if isinstance(shard, MatrixShard) and is_due(states[shard.unit])
+    ]
+    new = [shard for shard in plan.shards if not states[shard.unit]]
     shards = _chosen([*due, *new], plan.shards, step)
     names = [shard.name for shard in due]
     return Comparison(plan, step, texts, names, shards, _fingerprints(shards))

@@ -1,36 +1,33 @@
-"""The user-facing optimizer: a short ``step()`` over fragments, independent of the engine."""
+"""The user-facing optimizer: a short ``step()`` over plans, independent of the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from arg_dist.agreement import Agreement, agree
-from arg_dist.algorithm import kept_before
+from arg_dist.binding import Binding, GradientsMissing, state_of
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.copying import CopiedOptimizer
-from arg_dist.coverage import Coverage
 from arg_dist.equality import compare
 from arg_dist.group_keys import numbers, tensors
 from arg_dist.parameter_groups import checked_last, complete_group, settings_of
-from arg_dist.places import GradientsMissing, Layout, Place
 from arg_dist.saving import Saving
 from arg_dist.settings import Settings
-from arg_dist.shard_step import GradientPart, computation, gradient_part, lane_of, rounds_of
-from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.entry import check_not_captured, eager, entry_point
 from arg_dist.sharding.fragment import adapters
-from arg_dist.sharding.lanes import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
-from arg_dist.state_budget import StateBudget
+from arg_dist.state import move_state
+from arg_dist.state_budget import Call, StateBudget
 from arg_dist.state_dict import Ownership
-from arg_dist.subspace.distributed import Steps
+from arg_dist.step import PlanStep
 from arg_dist.subspace.precision import matmul_precision
+from arg_dist.subspace.state import State
+from arg_dist.telemetry import held_elements, matrix_figures, storage_bytes
+from arg_dist.uses import Use
 
 RENEWED_TOGETHER = 2
 """At least this many parameters may refresh early in one step; further ones are staggered."""
@@ -96,27 +93,18 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         given = {**adam, **settings}
         config = parse_config(numbers(given))
-        self._parameters: dict[str, Place] = {}
-        self._plans: dict[tuple[Layout, ...], list[Plan]] = {}
-        self._tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]] = {}
-        self._communicators: dict[Any, Communicator] = {}
-        self._full_rank_names: frozenset[str] = frozenset()
-        self._patterns_applied = config.targets is None and config.exclude is None
-        self.is_classified = False
-        self.process_group = process_group
+        no_patterns = config.targets is None and config.exclude is None
+        self._binding = Binding(process_group, patterns_applied=no_patterns)
         self._ownership = Ownership()
-        self._coverage = Coverage()
-        self._every_group: list[dict[str, Any]] = []
         limit = config.state_budget
         self._budget = None if limit is None else StateBudget(limit)
         self._gradients_missing = GradientsMissing()
+        self._has_stepped = False
         self.calls = 0
         self.skipped_steps = 0
         super().__init__(params, {**dict(config), **tensors(given)})
         for adapter in adapters():
             adapter.on_construction(self)
-
-    # -- parameters and their names --------------------------------------------------------------
 
     @entry_point
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -129,14 +117,13 @@ class AdaRankGrad(Saving, CopiedOptimizer):
                 parameter is of a kind that cannot be trained.
             TypeError: the parameters are a set.
         """
-        position = len(self.param_groups)
-        self.is_classified |= "low_rank" in param_group
-        super().add_param_group(complete_group(param_group, position, self.defaults))
-        added = checked_last(self.param_groups, self._parameters)
-        self._every_group = self.param_groups
-        for index, name in enumerate(added["param_names"]):
-            self._parameters[name] = Place(added["params"], index)
-            self._coverage.add(name, added["params"][index])
+        binding = self._binding
+        binding.is_classified |= "low_rank" in param_group
+        group = complete_group(param_group, len(self.param_groups), self.defaults)
+        super().add_param_group(group)
+        added = checked_last(self.param_groups, binding.parameters)
+        binding.follow(self.param_groups)
+        binding.add(added)
 
     # -- the step --------------------------------------------------------------------------------
 
@@ -169,95 +156,185 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         check_not_captured()
         groups = [group for group in self.param_groups if group["params"]]
         settings = [settings_of(group) for group in groups]
-        self._ownership.whole = None
-        plans = self._bound_plans(groups)
-        self._follow_parameters(groups, plans)
+        plans = self._plans_of_step(groups)
         budget = self._budget
         calls = [] if budget is None else budget.calls_that_share(plans, self.calls_of_a_step)
-        self._settle(plans)
         to_share = budget is not None and budget.any_due(calls, self.state_of)
-        prepared = []
-        for plan in plans:
-            gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
-            agreement = self._agree(plan, gradients, settings, to_share)
-            prepared.append((plan, gradients, agreement))
+        steps = [self._prepared(plan, settings, to_share) for plan in plans]
         # change nothing until every gradient of this call is known to be usable
         skip = all(each.nonfinite == "skip" for each in settings)
-        usable = all([agreed.is_usable(plan.names, skip=skip) for plan, _, agreed in prepared])
-        if budget is not None and any(agreed.refreshing for _, _, agreed in prepared):
-            budget.share_out(calls, self.state_of, self.state)
+        usable = all([each.agreed.is_usable(each.plan.names, skip=skip) for each in steps])
+        if any(any(each.agreed.norm_sq) for each in steps):
+            self._gradients_missing.calls = 0
+        else:
+            self._gradients_missing.note(groups, self._binding.count)
+        allowed = None
+        if budget is not None:
+            allowed = budget.allowed
+            if any(each.agreed.refreshing for each in steps):
+                budget.share_out(calls, self.state_of, self.state)
         if usable:
             with matmul_precision("highest"):  # the job's own setting is for its model
-                for plan, gradients, agreed in prepared:
-                    self._update(plan, gradients, agreed, settings)
+                for each in steps:
+                    each.take(allowed)
         else:
             self.skipped_steps += 1
         self.calls += 1
 
-    @property
-    def _turns(self) -> int:
-        """Steps over which simultaneous early refreshes are staggered; 1 for few parameters."""
-        return max(1, len(self._parameters) // RENEWED_TOGETHER)
+    def _plans_of_step(self, groups: list[dict[str, Any]]) -> list[Plan]:
+        """Plans of the tensors that the groups hold now, with their state cut and in its place."""
+        if not self._has_stepped:
+            self._has_stepped = True
+            for adapter in adapters():
+                adapter.on_first_step(self)
+        self._binding.follow(self.param_groups)
+        self._ownership.whole = None
+        plans = self._binding.plans(groups, self.state)
+        if self._ownership.uncut:
+            self._cut_loaded(plans)
+        for plan in plans:
+            for unit in plan.keys_only:
+                self.state[unit.fragment.target].setdefault(unit.name, {})
+        return plans
 
-    def _agree(
-        self,
-        plan: Plan,
-        gradients: dict[int, GradientPart],
-        settings: list[AdaRankGradConfig],
-        to_share: bool,
-    ) -> Agreement:
-        """Agree on ``||G||^2``, finiteness and rounds of all matrices across the processes."""
-        compared = compare(plan, self.state_of, settings, self.calls)
-        kept, needed = [], []
-        for shards in plan.shards_by_lane:
-            states = [(shard, self.state_of(shard)) for shard in shards]
-            needed.append(max((rounds_of(*each, settings) for each in states), default=0))
-            kept += [(shard.unit, part) for shard, state in states for part in kept_before(state)]
-        norms = agree(
-            [(unit, gradient.norm_sq) for unit, gradient in gradients.items()],
-            kept,
-            needed,
-            own_state=self._ownership.is_still_own(plan, self.state),
+    def _prepared(self, plan: Plan, settings: list[AdaRankGradConfig], to_share: bool) -> PlanStep:
+        """A step on a plan, agreed between all processes."""
+        states = {shard.unit: state_of(shard, self.state) for shard in plan.shards}
+        for shard in plan.shards:
+            if shard.is_elsewhere(states[shard.unit]):
+                move_state(states[shard.unit], shard.fragment.target.device)
+        checks: dict[str, Any] = {}
+        if not plan.is_alone:
+            comparison = compare(plan, states, settings, self.calls)
+            checks = {"likeness": comparison.likeness, "reach": comparison.agreement}
+        ownership = self._ownership
+        return PlanStep.prepared(
+            plan,
+            states,
+            settings,
+            max(1, self._binding.count // RENEWED_TOGETHER),
+            own_state=plan in ownership.known_own or ownership.is_own_now(plan, self.state),
             steps=self.calls,
-            units=len(plan.names),
-            processes=plan.communicator.size,
-            me=plan.communicator.me,
             refreshing=to_share,
-            likeness=compared.likeness,
+            **checks,
         )
-        return compared.agreement(norms)
 
-    def _update(
+    # -- for engines and checkpoints -------------------------------------------------------------
+
+    @property
+    def process_group(self) -> Any:
+        """The processes that train this model together, without a sharding engine."""
+        return self._binding.process_group
+
+    @property
+    def is_classified(self) -> bool:
+        """Whether the groups say which parameters are trained in low rank."""
+        return self._binding.is_classified
+
+    @entry_point
+    def parameter_names(self) -> dict[int, str]:
+        """Names of the parameters the optimizer was built with, by ``id``."""
+        return {id(parameter): name for name, parameter in self._binding.parameters.items()}
+
+    @entry_point
+    def adopt_names(
         self,
-        plan: Plan,
-        gradients: dict[int, GradientPart],
-        agreed: Agreement,
-        settings: list[AdaRankGradConfig],
+        names: Mapping[str, str],
+        full_rank: Iterable[str],
+        uses: Mapping[str, Use] | None = None,
     ) -> None:
-        """Run the algorithm on every shard."""
-        lanes = [
-            partial(self._lane, shards, gradients, agreed, settings)
-            for shards in plan.shards_by_lane
-        ]
-        run_lanes(lanes, plan.communicator, agreed.rounds)
+        """Rename parameters and keep some of them full-rank; only before the first step.
 
-    def _lane(
-        self,
-        held: list[Shard],
-        gradients: dict[int, GradientPart],
-        agreed: Agreement,
-        settings: list[AdaRankGradConfig],
-    ) -> Lane[Any]:
-        """The steps of a lane's shards, without those that never had a gradient."""
+        For engines that build the optimizer from bare parameters and have the model.
 
-        def steps(shard: Shard) -> Steps[Any]:
-            state, chosen = self.state_of(shard), settings[shard.group]
-            budget = self._budget
-            allowed = None if budget is None else budget.allowed(shard, state, chosen)
-            gradient = gradients.pop(shard.unit)
-            return computation(
-                shard, gradient, state, agreed, chosen, turns=self._turns, allowed=allowed
+        Args:
+            names: new name for each old one.
+            full_rank: new names of the parameters trained by full-rank Adam.
+            uses: uses of the model's parameters, by new name.
+        """
+        if any(self.every_plan()) or any(self.state.values()):  # state is kept by name
+            raise RuntimeError(
+                "parameters can be renamed only before the first step; pass a new optimizer "
+                "without state to the engine, then load the state"
             )
+        self._binding.rename(names, full_rank, uses or {})
+        for group in self.param_groups:
+            group["param_names"] = [names.get(old, old) for old in group["param_names"]]
 
-        shards = [shard for shard in held if self.state_of(shard) or agreed.norm_sq[shard.unit] > 0]
-        return lane_of(shards, steps, settings)
+    @entry_point
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        """Full shapes of the parameters, by name, as far as they are known."""
+        return self._binding.shapes(self.param_groups)
+
+    @entry_point
+    def bind(self, *, anew: bool = False) -> list[Plan]:
+        """Plans for all tensors, as the engine will pass them to :meth:`step`.
+
+        Collective: every process must call it, after the engine has taken over the parameters.
+
+        Args:
+            anew: discard existing plans, because settings have changed.
+        """
+        if anew:
+            self._binding.forget_plans()
+        return [plan for call in self.calls_of_a_step() for plan in call.plans]
+
+    @entry_point
+    def bind_all(self, *, frozen: Collection[str] = (), anew: bool = False) -> list[Plan]:
+        """Plans of all that is saved: tensors that train, and frozen parameters that have state.
+
+        Collective: every process must call it, after the engine has taken over the parameters.
+
+        Args:
+            frozen: names of frozen parameters to include whether or not they have state.
+            anew: discard existing plans, because settings have changed.
+        """
+        return self.bind(anew=anew) + self._binding.resting_plans(self.state, frozen)
+
+    @entry_point
+    def calls_of_a_step(self) -> list[Call]:
+        """The calls to :meth:`step` that the engine will make, without those that have no tensors.
+
+        Collective: every process must call it, after the engine has taken over the parameters.
+        """
+        self._binding.follow(self.param_groups)
+        return self._binding.calls_of_a_step(self.state)
+
+    def every_plan(self) -> Iterator[Plan]:
+        """All plans made so far."""
+        return self._binding.every_plan()
+
+    def state_of(self, shard: Shard) -> State:
+        """This process's part of a matrix's or tensor's state; empty before its first step."""
+        return state_of(shard, self.state)
+
+    # -- figures ---------------------------------------------------------------------------------
+
+    @entry_point
+    def stats(self) -> list[dict[str, Any]]:
+        """One entry for each matrix of which this process holds state.
+
+        Keys: name, shape, side, rank, energy (share of the gradient kept at the last refresh),
+        steps_since_refresh, refreshes, state_bytes (on this process).
+        """
+        return matrix_figures(self.every_plan(), self.state_of)
+
+    @entry_point
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this process, counted as whole storages, not views."""
+        return storage_bytes(list(self.state.values()))
+
+    @entry_point
+    def comm_bytes(self) -> int:
+        """Bytes sent by this process in the optimizer's collectives since it was built."""
+        return sum(each.sent_bytes for each in self._binding.communicators.values())
+
+    @entry_point
+    def collectives(self) -> int:
+        """Collectives of the optimizer on this process since it was built."""
+        return sum(each.collectives for each in self._binding.communicators.values())
+
+    @entry_point
+    def held_elements(self) -> int:
+        """Numbers (a complex element has two) that the engine assigns to this optimizer."""
+        return held_elements(self.every_plan())

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from arg_dist.config import (
+    RENAMED,
     AdaRankGradConfig,
     ConfigError,
     current_names,
@@ -26,6 +27,9 @@ from arg_dist.sharding.plan import GroupSpec
 
 SETTINGS = tuple(AdaRankGradConfig.model_fields)
 """Keys of a parameter group that are settings."""
+BUT_LR = tuple(key for key in SETTINGS if key != "lr")
+PLAIN = frozenset({bool, int, float, str, type(None)})
+"""Types of the values, or of those in a tuple, that validation leaves."""
 
 
 OF_ALL = frozenset(JobSettings.__annotations__ | PatternSettings.__annotations__)
@@ -99,21 +103,24 @@ def checked_last(groups: list[dict[str, Any]], known: Iterable[str]) -> dict[str
 
 def settings_of(group: Mapping[str, Any]) -> AdaRankGradConfig:
     """A group's current settings: schedulers change the learning rate between steps."""
+    if RENAMED.keys().isdisjoint(group):
+        lr, values = group["lr"], [group[key] for key in BUT_LR]
+        if type(lr) is float and all(map(_is_plain, values)):
+            return _settings(*values).model_copy(update={"lr": lr})
     named = current_names(group, "parameter group")
-    values = numbers({key: named[key] for key in SETTINGS})
-    lr = float(values.pop("lr"))
-    try:
-        others = _settings(*values.values())
-    except TypeError:  # cannot be hashed, as betas that are a list
-        return AdaRankGradConfig.model_construct(lr=lr, **values)
-    return others.model_copy(update={"lr": lr})
+    converted = numbers({key: named[key] for key in SETTINGS})
+    return AdaRankGradConfig.model_construct(**{**converted, "lr": float(converted["lr"])})
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting is as validation leaves it: neither converted nor changed in place."""
+    return type(value) in PLAIN or (type(value) is tuple and PLAIN.issuperset(map(type, value)))
 
 
 @lru_cache(maxsize=64, typed=True)
 def _settings(*values: Any) -> AdaRankGradConfig:
-    """The settings of these values in the order of SETTINGS, without the learning rate."""
-    keys = (key for key in SETTINGS if key != "lr")
-    return AdaRankGradConfig.model_construct(**dict(zip(keys, values, strict=True)))
+    """The settings of these values in the order of BUT_LR."""
+    return AdaRankGradConfig.model_construct(**dict(zip(BUT_LR, values, strict=True)))
 
 
 def settings_text(settings: AdaRankGradConfig) -> str:

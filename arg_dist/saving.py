@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arg_dist.binding import Binding
+from arg_dist.binding import Binding, state_of
 from arg_dist.library_internals import LOAD_POST_HOOKS, LOAD_PRE_HOOKS
 from arg_dist.loading import check_shapes, groups_to_load, states_to_load
 from arg_dist.packing import expected_bytes, pack
@@ -18,13 +18,13 @@ from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.drivers import run
 from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.plan import Plan
-from arg_dist.sharding.shares import is_merged, is_sharded, place_of, units_with_keys
+from arg_dist.sharding.shares import is_merged, is_sharded, place_of
 from arg_dist.state import copy_state
 from arg_dist.state_dict import OTHERS_STATE, WHOLE, Ownership, Place, whole_state
 from arg_dist.subspace.state import State
 
 
-class Saving(Binding, torch.optim.Optimizer):
+class Saving(torch.optim.Optimizer):
     """The part of :class:`arg_dist.AdaRankGrad` that saves and loads its state.
 
     Attributes:
@@ -34,6 +34,7 @@ class Saving(Binding, torch.optim.Optimizer):
 
     calls: int
     skipped_steps: int
+    _binding: Binding
     _ownership: Ownership
     expects_bytes = False
 
@@ -65,19 +66,17 @@ class Saving(Binding, torch.optim.Optimizer):
                     "consolidate_state_dict: " + OTHERS_STATE.format(own.index(False), len(own))
                 )
             for shard in plan.shards:
-                part = whole_state(shard, self.state_of(shard), to=to)
+                part = whole_state(shard, state_of(shard, self.state), to=to)
                 purpose = "consolidate_state_dict"
                 state = run([part], plan.communicator, 1, purpose, [shard.name])[0]
                 self._ownership.keep_whole(plan, shard, state, to)
 
-    def _settle(self, plans: Sequence[Plan]) -> None:
-        """Before a step: cut loaded state, and know on all processes which tensors have stepped."""
+    def _cut_loaded(self, plans: Sequence[Plan]) -> None:
+        """Reduce state that was loaded whole to this process's part, where state is sharded."""
         for plan in plans:
             self._ownership.cut_loaded(plan, self.state)
-            for unit in units_with_keys(plan):
-                self.state[unit.fragment.target].setdefault(unit.name, {})
-        if self._ownership.has_uncut and any(plan.replicated for plan in plans):
-            self._ownership.cut_rest(self._resting_plans(), self.state)
+        if self._ownership.uncut and any(plan.replicated for plan in plans):
+            self._ownership.cut_rest(self._binding.resting_plans(self.state), self.state)
 
     @entry_point
     def plans_of_state(self) -> list[Plan]:
@@ -85,7 +84,10 @@ class Saving(Binding, torch.optim.Optimizer):
 
         Collective: every process must call it, after the engine has taken over the parameters.
         """
-        plans = self.bind_all()
+        self._binding.follow(self.param_groups)
+        calls = self._binding.calls_of_a_step(self.state)
+        plans = [plan for call in calls for plan in call.plans]
+        plans += self._binding.resting_plans(self.state)
         for plan in plans:
             self._ownership.cut_loaded(plan, self.state)
         return plans
@@ -117,7 +119,7 @@ class Saving(Binding, torch.optim.Optimizer):
                 loaded, and is another process's.
         """
         targets = members(self.param_groups)
-        plans, merged = list(self.every_plan()), is_merged()
+        plans, merged = list(self._binding.every_plan()), is_merged()
         if not merged and any(map(is_sharded, targets)):
             merged = bool(plans or self.state)
         if merged:
@@ -149,7 +151,7 @@ class Saving(Binding, torch.optim.Optimizer):
             self._ownership.sign(saved, targets, plans)
         entries = [entry.values() for entry in saved["state"].values()]
         saved["units"] = sum(isinstance(unit, Mapping) for entry in entries for unit in entry)
-        saved["shapes"] = self.parameter_shapes()
+        saved["shapes"] = self._binding.shapes(self.param_groups)
 
     def _packed(self, plans: Sequence[Plan], targets: Sequence[Tensor]) -> dict[int, Any]:
         """The state in the form of checkpoints that merge all processes by key."""
@@ -189,11 +191,11 @@ class Saving(Binding, torch.optim.Optimizer):
         """
         state_dict = self._as_hooks_leave(state_dict)
         groups = groups_to_load(self.param_groups, state_dict)
-        check_shapes(state_dict, self.parameter_shapes())
+        check_shapes(state_dict, self._binding.shapes(self.param_groups))
         targets = members(self.param_groups)
         loaded = states_to_load(state_dict, targets, self._place, merged=is_merged())
         # nothing has been changed so far
-        self.param_groups = self._every_group = groups
+        self.param_groups = self._binding.every_group = groups
         self.state = defaultdict(dict)
         for target, units in loaded.states.items():
             self.state[target] = copy_state(units, target.device)
@@ -211,7 +213,7 @@ class Saving(Binding, torch.optim.Optimizer):
         return state_dict
 
     def _place(self, target: Tensor) -> Place:
-        return place_of(target, training_group(self.process_group))
+        return place_of(target, training_group(self._binding.process_group))
 
     @entry_point
     def replace_state(

@@ -1,29 +1,12 @@
-"""Optimizer state as nested dictionaries of tensors: its size, its device, copies of it."""
+"""Optimizer state as nested dictionaries of tensors: its device, copies of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def storage_bytes(states: Iterable[Any]) -> int:
-    """Bytes of all distinct storages that the tensors in nested dictionaries reference."""
-    storages: dict[int, int] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, Mapping):
-            for inner in value.values():
-                visit(inner)
-
-    for state in states:
-        visit(state)
-    return sum(storages.values())
 
 
 def move_state(state: dict[str, Any], device: torch.device) -> None:

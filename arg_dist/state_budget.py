@@ -18,10 +18,10 @@ from arg_dist.config import AdaRankGradConfig, ConfigError, in_bytes
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
-from arg_dist.state import storage_bytes
 from arg_dist.subspace.budget import Claim, Ranks, allowed_ranks, smallest_bytes
 from arg_dist.subspace.distributed import MatrixSharding, row_count
 from arg_dist.subspace.state import SCALARS, State
+from arg_dist.telemetry import storage_bytes
 
 SCALAR_BYTES = 8 * len(SCALARS)
 """Scalar tensors of a matrix's state, fp64, on each process that holds a part of it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -98,13 +98,23 @@ class Ownership:
     Attributes:
         whole: consolidated state for saving, by target and name, and its place; valid until the
             next step.
+        uncut: target and name of state that was loaded whole, and may have to be cut.
+        known_own: plans whose state was found to be this process's, since it was loaded.
     """
 
     def __init__(self) -> None:
         self.whole: tuple[Place, dict[Tensor, dict[str, State]]] | None = None
         self._place: Place | None = None
-        self._uncut: set[tuple[Tensor, str]] = set()
-        self._known_own: list[ref[Plan]] = []
+        self.uncut: set[tuple[Tensor, str]] = set()
+        self.known_own: WeakSet[Plan] = WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled; plans are of the process that has made them."""
+        return {key: value for key, value in vars(self).items() if key != "known_own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill an unpickled one."""
+        vars(self).update(state, known_own=WeakSet())
 
     def carried(
         self, states: Mapping[Tensor, Mapping[str, State]], plans: Sequence[Plan]
@@ -116,14 +126,14 @@ class Ownership:
             plans: the optimizer's plans; empty before its first step.
         """
         twin = Ownership()
-        twin.whole, twin._place, twin._uncut = self.whole, self._place, set(self._uncut)
+        twin.whole, twin._place, twin.uncut = self.whole, self._place, set(self.uncut)
         places = {(plan.communicator.me, plan.communicator.size) for plan in plans}
         here = places.pop() if len(places) == 1 else None
         if here == WHOLE and self._place in (None, WHOLE):
             # several processes may each take their part of it
             twin._place = WHOLE
-            twin._uncut = {(target, name) for target, units in states.items() for name in units}
-        elif here is not None and not self._uncut and self._place in (None, WHOLE, here):
+            twin.uncut = {(target, name) for target, units in states.items() for name in units}
+        elif here is not None and not self.uncut and self._place in (None, WHOLE, here):
             twin._place = here
         return twin
 
@@ -165,39 +175,32 @@ class Ownership:
 
     def take(self, states: Mapping[Tensor, Mapping[str, State]], place: Place | None) -> None:
         """Begin to track state that was loaded; of `place`, None: of this process."""
-        self.whole, self._place, self._known_own = None, place, []
+        self.whole, self._place, self.known_own = None, place, WeakSet()
         whole = states if place == WHOLE else {}
-        self._uncut = {(target, name) for target, units in whole.items() for name in units}
+        self.uncut = {(target, name) for target, units in whole.items() for name in units}
 
     def cut_rest(self, plans: Sequence[Plan], states: Mapping[Tensor, dict[str, State]]) -> None:
         """Reduce what is left, the state of frozen parameters, to this process's part."""
         for plan in plans:
             self.cut_loaded(plan, states)
-        self._uncut.clear()
-
-    @property
-    def has_uncut(self) -> bool:
-        """Whether state that was loaded whole may still have to be cut."""
-        return bool(self._uncut)
+        self.uncut.clear()
 
     def cut_loaded(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> None:
         """Reduce state that was loaded whole to this process's part, if the state is sharded."""
-        if not (self._uncut and plan.replicated):
+        if not (self.uncut and plan.replicated):
             return
         for shard in plan.shards:
             target = shard.fragment.target
-            if (target, shard.name) in self._uncut:
-                self._uncut.remove((target, shard.name))
+            if (target, shard.name) in self.uncut:
+                self.uncut.remove((target, shard.name))
                 units = states[target]
                 units[shard.name] = cut_state(shard, units[shard.name])
 
-    def is_still_own(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> bool:
-        """:meth:`is_own`, looked up once for each plan after a load."""
-        if not any(plan is known() for known in self._known_own):
-            if not self.is_own(plan, states):
-                return False
-            self._known_own.append(ref(plan))
-        return True
+    def is_own_now(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> bool:
+        """:meth:`is_own`, noted in :attr:`known_own`."""
+        if found := self.is_own(plan, states):
+            self.known_own.add(plan)
+        return found
 
     def is_own(self, plan: Plan, states: Mapping[Tensor, dict[str, State]]) -> bool:
         """Whether the state, possibly loaded, belongs to this process and matches the shapes."""

@@ -1,22 +1,73 @@
-"""State sizes, ranks and traffic of the optimizer, gathered from all processes."""
+"""State sizes, ranks and traffic of the optimizer: on this process, and on all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim import Optimizer
 
 from arg_dist.sharding.entry import entry_point
-from arg_dist.sharding.shard import local_part
+from arg_dist.sharding.plan import Plan
+from arg_dist.sharding.shard import MatrixShard, Shard, local_part
+from arg_dist.subspace.state import State, progress
 
 ADAMW_BYTES_PER_ELEMENT = 8
 """AdamW's two fp32 moments."""
+
+
+# -- on this process ------------------------------------------------------------------------------
+
+
+def matrix_figures(
+    plans: Iterable[Plan], state_of: Callable[[Shard], State]
+) -> list[dict[str, Any]]:
+    """The entries of :meth:`arg_dist.AdaRankGrad.stats`."""
+    # a matrix is in several plans if groups were added or parameters frozen during training
+    shards = {shard.name: shard for plan in plans for shard in plan.shards}
+    return [
+        {
+            "name": shard.name,
+            "shape": shard.shape,
+            "side": shard.side_name,
+            **progress(state),
+            "state_bytes": storage_bytes([state]),
+        }
+        for shard in shards.values()
+        if isinstance(shard, MatrixShard) and (state := state_of(shard))
+    ]
+
+
+def held_elements(plans: Iterable[Plan]) -> int:
+    """Numbers (a complex element has two) that this process holds; several plans may have them."""
+    parts = [part for plan in plans for part in plan.held]
+    held = {part.name: (part.stop - part.start) * part.width for part in parts}
+    return sum(held.values())
+
+
+def storage_bytes(states: Iterable[Any]) -> int:
+    """Bytes of all distinct storages that the tensors in nested dictionaries reference."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for inner in value.values():
+                visit(inner)
+
+    for state in states:
+        visit(state)
+    return sum(storages.values())
+
+
+# -- on all processes -----------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -103,7 +154,7 @@ def _own_numbers(optimizer: Optimizer) -> Numbers:
         local_part(value).untyped_storage().nbytes()
         for state in optimizer.state.values()
         for value in state.values()
-        if isinstance(value, torch.Tensor) and value.dim() > 0  # not the step counters
+        if isinstance(value, Tensor) and value.dim() > 0  # not the step counters
     )
     return Numbers([], state_bytes, state_bytes)
 

@@ -36,7 +36,6 @@ from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, adapters
 from arg_dist.sharding.job import job_communicator
 from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.sharding.shares import units_with_keys
 from arg_dist.subspace.state import State, as_scalar, with_scalars
 
 
@@ -126,7 +125,7 @@ def restore(
                 if shard.name in index.states:
                     state = _state(reader, shard)
                     states.setdefault(shard.fragment.target, {})[shard.name] = state
-            for unit in (unit for plan in plans for unit in units_with_keys(plan)):
+            for unit in (unit for plan in plans for unit in plan.keys_only):
                 if unit.name in index.states:  # that it has state is known on every process
                     states.setdefault(unit.fragment.target, {}).setdefault(unit.name, {})
             optimizer.replace_state(states, index.calls, index.skipped_steps)

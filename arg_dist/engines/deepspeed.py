@@ -16,7 +16,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from arg_dist.engines.deepspeed_guard import expect, introduce, refuse_unguarded, wrapper_of
+from arg_dist.engines.deepspeed_guard import (
+    expect,
+    has_stepped,
+    introduce,
+    refuse_unguarded,
+    wrapper_of,
+)
 from arg_dist.engines.replicated import changed_weights, same_values
 from arg_dist.library_internals import (
     DEEPSPEED,
@@ -49,6 +55,10 @@ class FlatPartitionAdapter(Adapter):
     def on_construction(self, optimizer: Any) -> None:
         """Registers the optimizer with DeepSpeed, if that is or will be in use."""
         expect(optimizer)
+
+    def on_first_step(self, optimizer: Any) -> None:
+        """Records that the optimizer is in use."""
+        has_stepped(optimizer)
         # accelerate and the Trainer announce DeepSpeed in the environment and import it later
         if DEEPSPEED.is_imported or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             introduce(type(optimizer))

@@ -38,13 +38,15 @@ MOE = (
 _EXPECTED: set[str] = set()
 """A token for each AdaRankGrad that has been built but has not stepped yet."""
 
+_TOKENS: weakref.WeakKeyDictionary[AdaRankGrad, str] = weakref.WeakKeyDictionary()
+"""The token of each of them that still exists."""
+
 _TOKEN = "_token_of_adarankgrad"
 """Attribute of its parameters with this token.
 
 No weak reference: ``torch.utils.swap_tensors``, which moves some modules, refuses tensors with
 them. Nor ``id``, which another tensor may have later.
 """
-
 
 _ENGINES: weakref.WeakKeyDictionary[AdaRankGrad, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 """The DeepSpeed engine of each optimizer."""
@@ -66,8 +68,12 @@ def expect(optimizer: AdaRankGrad) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             setattr(parameter, _TOKEN, token)
-    # the hook is not removed: torch iterates over the hooks when it runs, and fails with others
-    optimizer.register_step_pre_hook(lambda *_: _EXPECTED.discard(token))
+    _TOKENS[optimizer] = token
+
+
+def has_stepped(optimizer: AdaRankGrad) -> None:
+    """Records that an optimizer takes its first step, and is not expected any longer."""
+    _EXPECTED.discard(_TOKENS.pop(optimizer, ""))
 
 
 def _is_expected(parameter: Any) -> bool:

@@ -14,6 +14,7 @@ from arg_dist.engines.joining import support_join
 from arg_dist.engines.library_hooks import meet_libraries
 from arg_dist.library_internals import FLAT_PARAMETER, FLATTENED_PARAMETER, ZERO_REDUNDANCY
 from arg_dist.sharding.fragment import Adapter, Fragment, Holding, ParameterGroup
+from arg_dist.sharding.shard import local_part
 
 
 class ReplicatedAdapter(Adapter):
@@ -79,13 +80,9 @@ class ReplicatedAdapter(Adapter):
                     "supported; use FSDP2 (torch.distributed.fsdp.fully_shard)"
                 )
             shape = tuple(target.shape)
-            fragments.append(Fragment(name, shape, 0, target.numel(), target, _itself))
+            fragments.append(Fragment(name, shape, 0, target.numel(), target, local_part))
         several = group.process_group is not None
         return Holding(fragments, group.process_group, replicated=several)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _copied(group: ParameterGroup) -> list[tuple[str, Tensor]]:

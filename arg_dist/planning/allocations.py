@@ -21,9 +21,9 @@ from arg_dist.library_internals import (
     SCHEMA_OF_OPERATOR,
     UNSAFE_VIEW,
 )
-from arg_dist.shard_step import GradientPart, apply_update, gradient_part
 from arg_dist.sharding.drivers import Round
 from arg_dist.sharding.shard import Shard
+from arg_dist.step import GradientPart, apply_update, gradient_part
 from arg_dist.subspace.distributed import row_count
 from arg_dist.subspace.state import State
 

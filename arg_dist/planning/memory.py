@@ -18,8 +18,8 @@ from arg_dist.planning.rows import Counts, Spans
 from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
 from arg_dist.planning.traffic import AtHome, matrix_requests
 from arg_dist.recording import recorded_step
-from arg_dist.shard_step import GradientPart
 from arg_dist.sharding.drivers import Round, run_recorded
+from arg_dist.step import GradientPart
 from arg_dist.subspace.state import State
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from arg_dist.planning.rows import Counts, Spans
 from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import MatrixView, Ranges, shard_elements, shard_matrix
-from arg_dist.sharding.shard import MatrixShard, TensorShard
+from arg_dist.sharding.shard import MatrixShard, TensorShard, local_part
 from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
 
 
@@ -134,8 +133,4 @@ class PlannedTensor:
 def _fragment(shape: tuple[int, ...], held: tuple[int, int], dtype: torch.dtype) -> Fragment:
     target = torch.empty(held[1] - held[0], dtype=dtype, device="meta")
     target.grad = torch.empty_like(target)
-    return Fragment("a parameter", shape, *held, target, _itself)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+    return Fragment("a parameter", shape, *held, target, local_part)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -44,7 +45,7 @@ class Fragment:
         """The parameter's shape in the model."""
         return self.shape[::-1] if self.transposed else self.shape
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Real numbers in one element: 2 if the parameter is complex."""
         return 2 if self.target.is_complex() else 1
@@ -123,6 +124,9 @@ class Adapter(ABC):
 
     def on_construction(self, optimizer: Any) -> None:  # noqa: B027  optional hook
         """Called when an optimizer is built, before an engine takes it over."""
+
+    def on_first_step(self, optimizer: Any) -> None:  # noqa: B027
+        """Called before the first step of an optimizer, or of its copy."""
 
     def step_calls(self, groups: Sequence[ParameterGroup]) -> list[StepCall] | None:
         """The upcoming calls to ``step()``; None: one call with all tensors, or another engine."""

@@ -71,7 +71,7 @@ class Unit:
     sharding: MatrixSharding | DimensionSharding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Everything that one process group does in one call to ``step()``.
 
@@ -100,6 +100,19 @@ class Plan:
     def names(self) -> list[str]:
         """Names of all matrices and tensors."""
         return [unit.name for unit in self.units]
+
+    @cached_property
+    def is_alone(self) -> bool:
+        """Whether this process is the only one that trains these tensors."""
+        return self.communicator.size == 1 and not self.copies
+
+    @cached_property
+    def keys_only(self) -> list[Unit]:
+        """What this process holds nothing of, and of which its state needs the keys all the same.
+
+        PyTorch looks up the keys of a sharded tensor's state on every process.
+        """
+        return [unit for unit in self.elsewhere if hasattr(unit.fragment.target, "placements")]
 
     @cached_property
     def elsewhere(self) -> list[Unit]:

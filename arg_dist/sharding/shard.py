@@ -99,6 +99,10 @@ class Shard:
             and all(state[key].shape[0] == row_count(stored[key][self.me]) for key in held)
         )
 
+    def is_elsewhere(self, state: State) -> bool:
+        """Whether `state` is on another device than the weights, as one of them was moved."""
+        return bool(state) and state[self.required[0]].device != self.fragment.target.device
+
     def _cut(self, local: Tensor) -> Tensor:
         if self.fragment.transposed:
             return local

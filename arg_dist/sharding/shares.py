@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from arg_dist.library_internals import COLLECTING_STATE
-from arg_dist.sharding.plan import Plan, Unit
 
 
 def is_merged() -> bool:
@@ -30,14 +29,6 @@ def is_merged() -> bool:
 def is_sharded(target: Tensor) -> bool:
     """Whether a tensor carries its distribution over the processes (a DTensor)."""
     return hasattr(target, "placements")
-
-
-def units_with_keys(plan: Plan) -> list[Unit]:
-    """What this process holds nothing of, and of which its state needs the keys all the same.
-
-    PyTorch looks up the keys of a sharded tensor's state on every process.
-    """
-    return [unit for unit in plan.elsewhere if is_sharded(unit.fragment.target)]
 
 
 def place_of(target: Any, group: dist.ProcessGroup | None) -> tuple[int, int]:

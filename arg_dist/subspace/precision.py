@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,14 @@ MatmulPrecision = Literal["highest", "high", "medium"]
 
 CPU = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 CUDA = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
+
+
+AS_IT_IS: nullcontext[None] = nullcontext()
+
+
+def lowered_precision(precision: MatmulPrecision) -> AbstractContextManager[None]:
+    """:func:`matmul_precision` inside a step, all of which has the highest one."""
+    return AS_IT_IS if precision == "highest" else matmul_precision(precision)
 
 
 @contextmanager

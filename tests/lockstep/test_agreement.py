@@ -11,8 +11,8 @@ from hypothesis import given
 from matrices import whole_numbers
 from tolerances import FP64
 
-from arg_dist.agreement import ALIKE, Agreement, Likeness, agree
 from arg_dist.sharding.drivers import run_local, run_lockstep
+from arg_dist.step import ALIKE, Agreement, Likeness, agree
 from arg_dist.subspace.norms import norm_sq
 
 

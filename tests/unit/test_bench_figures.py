@@ -15,7 +15,7 @@ from benchmarks.measuring.contenders import NAMES, OURS, steps_that_work
 from benchmarks.measuring.floor import copy_seconds_per_byte, moved_bytes, two_products
 from benchmarks.measuring.results import Block, Figures, number, with_spread, write
 from benchmarks.measuring.shapes import Place, Shape, cases, copies, layer_shapes, left_out
-from benchmarks.measuring.timing import MatrixSharding, Times, in_turns
+from benchmarks.measuring.timing import Spread, Times, in_turns
 
 CPU = Place(torch.device("cpu"), torch.float32)
 
@@ -25,15 +25,15 @@ def rounds(*milliseconds: float) -> dict[str, Any]:
 
 
 def test_a_spread_is_the_median_between_quartiles() -> None:
-    assert MatrixSharding.of([4.0, 1.0, 3.0, 2.0, 5.0]) == MatrixSharding(3.0, 2.0, 4.0)
-    assert MatrixSharding.of([7.0]) == MatrixSharding(7.0, 7.0, 7.0)
-    assert MatrixSharding(3.0, 2.0, 4.0).times(2) == MatrixSharding(6.0, 4.0, 8.0)
+    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+    assert Spread(3.0, 2.0, 4.0).times(2) == Spread(6.0, 4.0, 8.0)
 
 
 def test_ratios_and_differences_are_those_of_a_round() -> None:
     a, b = Times((2.0, 40.0, 6.0)), Times((1.0, 10.0, 2.0))
-    assert a.over(b) == MatrixSharding.of([2.0, 4.0, 3.0])
-    assert a.less(b) == MatrixSharding.of([1.0, 30.0, 4.0])
+    assert a.over(b) == Spread.of([2.0, 4.0, 3.0])
+    assert a.less(b) == Spread.of([1.0, 30.0, 4.0])
     assert a.as_json() == {"median": 6.0, "quartiles": [4.0, 23.0], "rounds": (2.0, 40.0, 6.0)}
 
 
@@ -143,7 +143,7 @@ def test_what_others_cannot_do_is_told_and_what_we_cannot_do_is_raised() -> None
 
 
 def test_a_table_fits_a_terminal_of_100_columns_and_loses_no_number() -> None:
-    name, cell = max(NAMES, key=len), with_spread(MatrixSharding(1234.5, 1200, 9999))
+    name, cell = max(NAMES, key=len), with_spread(Spread(1234.5, 1200, 9999))
     heading = "350m: 96 of 11008 x 4096, rank 512, bf16 and more of such words"
     table = Figures(
         "T", ["", "ms per matrix", "vs. floor", "vs. recommended"],

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from arg_dist.agreement import agree
 from arg_dist.sharding import message_device as devices
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, Holding
@@ -17,6 +16,7 @@ from arg_dist.sharding.job import job_communicator
 from arg_dist.sharding.message_device import message_device
 from arg_dist.sharding.messages import Messages
 from arg_dist.sharding.transfers import gathered
+from arg_dist.step import agree
 from arg_dist.subspace.distributed import Exchange, even_rows
 
 CPU, META = torch.device("cpu"), torch.device("meta")

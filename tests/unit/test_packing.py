@@ -12,7 +12,7 @@ from one_process import feed, optimizer_of
 from arg_dist import AdaRankGrad, ConfigError
 from arg_dist.packing import DESCRIPTION_BYTES, FORM, pack, unpack
 from arg_dist.parameter_groups import settings_of
-from arg_dist.state import storage_bytes
+from arg_dist.telemetry import storage_bytes
 
 SHAPES = [(40, 30), (3, 8, 6), (5,), ()]
 ALONE = (0, 1)

@@ -1,0 +1,441 @@
+"""One step on the tensors of a plan: read gradients, agree, run the algorithm, update weights.
+
+Every process first learns the norms of all gradients, and whether they are finite, in one exchange
+of a few numbers; then nothing can fail that would leave some processes changed and others not.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arg_dist.algorithm import (
+    LowRankUpdate,
+    StepFacts,
+    adam_step,
+    is_due,
+    kept_before,
+    low_rank_step,
+)
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.recording import rounds
+from arg_dist.sharding.drivers import run_local
+from arg_dist.sharding.lanes import Lane, run_lanes
+from arg_dist.sharding.plan import Plan
+from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
+from arg_dist.subspace.distributed import Exchange, Steps, even_rows
+from arg_dist.subspace.fingerprint import TOLERANCE
+from arg_dist.subspace.norms import norm_sq, row_squares
+from arg_dist.subspace.precision import lowered_precision
+from arg_dist.subspace.range_finder import Part
+from arg_dist.subspace.state import State
+
+# -- gradients ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradientPart:
+    """This process's part of one gradient, with the norms that the processes exchange.
+
+    Attributes:
+        read: returns it in fp32, oriented as ``moment x basis`` (if it is not of a matrix, in the
+            type of the moments); copies only if necessary.
+        norm_sq: ``||G||^2`` of the part, an fp64 scalar.
+        row_sq: ``moment.touch``, ``||G_i||^2`` of the part; None if it is not of a matrix.
+    """
+
+    read: Part
+    norm_sq: Tensor
+    row_sq: Tensor | None = None
+
+
+def gradient_part(shard: Shard) -> GradientPart:
+    """The gradient of a shard; a missing one counts as zero under every engine."""
+    if isinstance(shard, MatrixShard):
+        part = shard.oriented_gradient(_held_gradient(shard))
+        squares = row_squares(part)
+        total = norm_sq(part, squares)
+        return GradientPart(partial(_oriented_gradient, shard), total, squares)
+    assert isinstance(shard, TensorShard)
+    total = norm_sq(shard.kept_gradient(_held_gradient(shard)))
+    return GradientPart(partial(_kept_gradient, shard), total)
+
+
+def _oriented_gradient(shard: MatrixShard) -> Tensor:
+    return shard.oriented_gradient(_held_gradient(shard)).float()
+
+
+def _kept_gradient(shard: TensorShard) -> Tensor:
+    return shard.kept_gradient(_held_gradient(shard)).to(shard.moment_type)
+
+
+def _held_gradient(shard: Shard) -> Tensor:
+    gradient = shard.gradient()
+    if gradient is None:
+        values = shard.values()
+        gradient = values.new_zeros(1, dtype=torch.float32).expand(values.shape)
+    return gradient
+
+
+# -- the agreement --------------------------------------------------------------------------------
+
+LARGEST_NORM_SQ = 1e36
+"""Squares and products of larger gradients overflow in fp32."""
+
+OWN_STATE, REFRESHING, COMPARES, APART = 1, 2, 4, 8
+"""Flags in the lowest 8 bits of the first word of a report; above them steps and settings."""
+SETTINGS_BIT = 32
+STEPS = (1 << SETTINGS_BIT - 8) - 1
+"""Mask of the number of steps in a report, which is compared only."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What must be alike on all processes, in short.
+
+    Attributes:
+        settings: checksum of the settings, 31 bits.
+        summary: of the tensors that every process holds whole, an fp64 scalar; None: none compared.
+        apart: this process has found that its part differs from another copy of the model.
+    """
+
+    settings: int = 0
+    summary: Tensor | None = None
+    apart: bool = False
+
+
+ALIKE = Likeness()
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The agreed values, equal on every process of a group.
+
+    Attributes:
+        norm_sq: ``||G||_F^2`` of each matrix and tensor of the plan.
+        kept_sq: ``||P||_F^2`` of each matrix in the previous step.
+        rounds: communication rounds of each lane in this step.
+        strangers: processes that hold optimizer state saved by another process, or whose step
+            count differs from the first process's.
+        processes: size of the group.
+        refreshing: whether any process reports that a matrix of the optimizer is due for a refresh.
+        unlike: whether something that must be alike on all processes seems to differ.
+    """
+
+    norm_sq: list[float]
+    kept_sq: list[float]
+    rounds: list[int]
+    strangers: list[int]
+    processes: int
+    refreshing: bool = False
+    unlike: bool = False
+
+    def is_usable(self, names: Sequence[str], *, skip: bool) -> bool:
+        """Whether the step can be taken.
+
+        Args:
+            names: names of the matrices and tensors.
+            skip: skip a step with a non-finite gradient instead of raising.
+
+        Raises:
+            RuntimeError: a process holds another process's state.
+            FloatingPointError: a gradient is not finite and `skip` is not set.
+        """
+        if self.strangers:
+            raise RuntimeError(
+                f"load_state_dict: the optimizer state of process "
+                f"{', '.join(map(str, self.strangers))} of {self.processes} does not belong with "
+                "process 0's: it was loaded from another process, another number of processes, "
+                "another model or another step (or step() was called on some processes only); the "
+                "state is sharded: each process must save and load its own"
+            )
+        bad = self.nonfinite()
+        if bad and not skip:
+            more = f" and {len(bad) - 1} of {len(names) - 1} others" if len(bad) > 1 else ""
+            raise FloatingPointError(
+                f"the gradient of {names[bad[0]]}{more} is NaN or infinite (or above 1e18); "
+                "this call to step() left its parameters and their state unchanged. Lower the "
+                "learning rate, clip gradients, check the batch, or set "
+                'nonfinite="skip"'
+            )
+        return not bad
+
+    def nonfinite(self) -> list[int]:
+        """Positions of matrices and tensors whose gradient is NaN, infinite or too large."""
+        return [i for i, norm_sq in enumerate(self.norm_sq) if not norm_sq < LARGEST_NORM_SQ]
+
+
+def agree(
+    norms_sq: Sequence[tuple[int, Tensor]],
+    kept_sq: Sequence[tuple[int, Tensor]],
+    rounds: Sequence[int],
+    *,
+    own_state: bool,
+    steps: int,
+    units: int,
+    processes: int,
+    me: int,
+    refreshing: bool = False,
+    likeness: Likeness = ALIKE,
+) -> Steps[Agreement]:
+    """Sum squared norms over all processes, and take the maximum number of rounds per lane.
+
+    Args:
+        norms_sq: position and ``||G||^2`` over this process's part of each gradient, fp64 scalars;
+            each element is held by exactly one process.
+        kept_sq: position and ``||P||^2`` over this process's rows, fp64 scalars.
+        rounds: rounds that this process's matrices need in each lane.
+        own_state: whether this process's optimizer state is its own.
+        steps: steps this process's optimizer has taken.
+        units: number of matrices and tensors of the plan.
+        processes: size of the group.
+        me: this process's index.
+        refreshing: whether this process has matrices due for a refresh.
+        likeness: what must be alike on all processes.
+    """
+    device = norms_sq[0][1].device if norms_sq else torch.device("cpu")
+    part = torch.zeros(units, 2, dtype=torch.float64, device=device)
+    for column, values in enumerate((norms_sq, kept_sq)):
+        _fill_in(part[:, column], values)
+    all_units = ((0, units),) * processes
+    all_rows = ((0, processes),) * processes
+    flags = OWN_STATE * own_state + REFRESHING * refreshing
+    mine = _report(flags, steps, rounds, likeness)
+    answers = yield (
+        Exchange(part, all_units, all_units),
+        Exchange(mine, even_rows(processes, processes), all_rows),
+    )
+    totals, reports = answers[0].tolist(), answers[1].tolist()
+    taken = [_steps_in(report[0]) for report in reports]
+    return Agreement(
+        norm_sq=[row[0] for row in totals],
+        kept_sq=[row[1] for row in totals],
+        rounds=[max(needed) for needed in zip(*(report[2:] for report in reports), strict=True)],
+        strangers=[
+            process
+            for process, report in enumerate(reports)
+            if not report[0] & OWN_STATE or taken[process] != taken[0]
+        ],
+        processes=processes,
+        refreshing=any(report[0] & REFRESHING for report in reports),
+        unlike=_are_unlike(reports),
+    )
+
+
+def _report(flags: int, steps: int, rounds: Sequence[int], likeness: Likeness) -> Tensor:
+    """What this process tells each other one: ``1 x (2 + lanes)``, int64."""
+    compares = likeness.summary is not None
+    flags += COMPARES * compares + APART * likeness.apart
+    first = flags | (steps & STEPS) << 8 | likeness.settings << SETTINGS_BIT
+    report = torch.tensor([[first, 0, *rounds]], dtype=torch.int64, device="cpu")
+    if likeness.summary is not None:
+        report = report.to(likeness.summary.device)
+        report[0, 1] = likeness.summary.view(torch.int64)
+    return report
+
+
+def _steps_in(word: int) -> int:
+    return word >> 8 & STEPS
+
+
+def _are_unlike(reports: Sequence[Sequence[int]]) -> bool:
+    """Whether flags, settings or summaries differ, or a process has found a difference."""
+    words = [(report[0] >> SETTINGS_BIT, report[0] & COMPARES) for report in reports]
+    first, *others = [_number(report[1]) for report in reports]
+    return (
+        len(set(words)) > 1
+        or any(report[0] & APART for report in reports)
+        or any(str(each) != str(first) and not abs(each - first) <= TOLERANCE for each in others)
+    )
+
+
+def _number(word: int) -> float:
+    """The fp64 number that has the bits of an int64."""
+    number: float = struct.unpack("<d", word.to_bytes(8, "little", signed=True))[0]
+    return number
+
+
+def _fill_in(column: Tensor, values: Sequence[tuple[int, Tensor]]) -> None:
+    """Write scalars to their positions in a column; one copy from each device.
+
+    Args:
+        column: ``units``.
+        values: positions and scalars, on any devices.
+    """
+    for device in dict.fromkeys(value.device for _, value in values):
+        there = [(unit, value) for unit, value in values if value.device == device]
+        scalars = torch.stack([value for _, value in there])
+        column[[unit for unit, _ in there]] = scalars.to(column.device)
+
+
+# -- the step -------------------------------------------------------------------------------------
+
+
+def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig]) -> int:
+    """Communication rounds that a shard's step may take."""
+    if not shard.is_shared or not isinstance(shard, MatrixShard):
+        return int(shard.is_shared)
+    chosen, sharding = settings[shard.group], shard.sharding
+    steady, refreshing = rounds(
+        chosen.power_passes,
+        chosen.residual,
+        relayed=sharding.is_relayed,
+        aligned=sharding.is_aligned,
+    )
+    return refreshing if is_due(state) else steady
+
+
+@dataclass
+class PlanStep:
+    """One step on the tensors of a plan, which changes nothing before :meth:`take`.
+
+    Attributes:
+        plan: the plan.
+        states: this process's part of the state of each matrix and tensor, by unit.
+        settings: settings of the parameter groups of the call.
+        turns: as of :class:`arg_dist.algorithm.StepFacts`.
+        gradients: this process's part of each gradient, by unit; released as they are used.
+        agreed: what all processes know, once they agree.
+    """
+
+    plan: Plan
+    states: dict[int, State]
+    settings: Sequence[AdaRankGradConfig]
+    turns: int
+    gradients: dict[int, GradientPart]
+    agreed: Agreement
+
+    @classmethod
+    def prepared(
+        cls,
+        plan: Plan,
+        states: dict[int, State],
+        settings: Sequence[AdaRankGradConfig],
+        turns: int,
+        *,
+        own_state: bool,
+        steps: int,
+        refreshing: bool,
+        likeness: Likeness = ALIKE,
+        reach: Callable[[Steps[Agreement]], Agreement] = run_local,
+    ) -> PlanStep:
+        """Read the gradients, and agree with the other processes.
+
+        Args:
+            plan: the plan.
+            states: this process's part of the states, by unit.
+            settings: settings of the parameter groups of the call.
+            turns: as of :class:`arg_dist.algorithm.StepFacts`.
+            own_state: as of :func:`agree`.
+            steps: as of :func:`agree`.
+            refreshing: as of :func:`agree`.
+            likeness: as of :func:`agree`.
+            reach: runs the agreement with the other processes, if there are any.
+        """
+        gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
+        norms = [(unit, gradient.norm_sq) for unit, gradient in gradients.items()]
+        kept = [(unit, part) for unit, state in states.items() for part in kept_before(state)]
+        agreement = agree(
+            norms,
+            kept,
+            [
+                max((rounds_of(shard, states[shard.unit], settings) for shard in shards), default=0)
+                for shards in plan.shards_by_lane
+            ],
+            own_state=own_state,
+            steps=steps,
+            units=len(plan.names),
+            processes=plan.communicator.size,
+            me=plan.communicator.me,
+            refreshing=refreshing,
+            likeness=likeness,
+        )
+        return cls(plan, states, settings, turns, gradients, reach(agreement))
+
+    def take(self, allowed: Allowed | None = None) -> None:
+        """Run the algorithm on every matrix and tensor; `allowed` is None without a budget."""
+        if self.plan.is_alone:
+            self._step_alone(self.plan.shards, allowed)
+            return
+        lanes = [partial(self._lane, shards, allowed) for shards in self.plan.shards_by_lane]
+        run_lanes(lanes, self.plan.communicator, self.agreed.rounds)
+
+    def _lane(self, shards: Sequence[Shard], allowed: Allowed | None) -> Lane[Any]:
+        """A lane: shared shards communicate, others step while messages are in flight."""
+        shared = [shard for shard in self._moving(shards) if shard.is_shared]
+
+        def finish(position: int, update: Any) -> None:
+            shard = shared[position]
+            apply_update(shard, update, self.settings[shard.group])
+
+        return Lane(
+            (self._computation(shard, allowed) for shard in shared),
+            finish,
+            "the step",
+            [shard.name for shard in shared],
+            lambda: self._step_alone([each for each in shards if not each.is_shared], allowed),
+        )
+
+    def _step_alone(self, shards: Iterable[Shard], allowed: Allowed | None) -> None:
+        """The steps of shards that no other process holds a part of."""
+        for shard in self._moving(shards):
+            settings = self.settings[shard.group]
+            # no name for the update, or it would be held beside the next one
+            apply_update(shard, run_local(self._computation(shard, allowed)), settings)
+
+    def _moving(self, shards: Iterable[Shard]) -> list[Shard]:
+        """Those that have, or have had, a gradient."""
+        norms = self.agreed.norm_sq
+        return [shard for shard in shards if self.states[shard.unit] or norms[shard.unit] > 0]
+
+    def _computation(self, shard: Shard, allowed: Allowed | None) -> Steps[Any]:
+        """The algorithm on this shard: AdaRankGrad for matrices, Adam for the rest."""
+        settings, state = self.settings[shard.group], self.states[shard.unit]
+        gradient = self.gradients.pop(shard.unit)
+        if isinstance(shard, MatrixShard):
+            assert gradient.row_sq is not None
+            facts = StepFacts(
+                name=shard.name,
+                norm_sq=self.agreed.norm_sq[shard.unit],
+                kept_sq=self.agreed.kept_sq[shard.unit],
+                phase=shard.phase,
+                turns=self.turns,
+                allowed=None if allowed is None else allowed(shard, state, settings),
+            )
+            read, row_sq = gradient.read, gradient.row_sq
+            return low_rank_step(read, row_sq, state, shard.sharding, settings, facts)
+        assert isinstance(shard, TensorShard)
+        return adam_step(gradient.read(), state, shard.sharding, settings, me=shard.me)
+
+
+Allowed = Callable[[Shard, State, AdaRankGradConfig], int | None]
+"""The largest rank that a budget permits a shard's matrix now."""
+
+
+def apply_update(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None:
+    """Apply the algorithm's result to the weights held; None changes nothing."""
+    lr, weight_decay = settings.lr, settings.weight_decay
+    if isinstance(update, LowRankUpdate):
+        assert isinstance(shard, MatrixShard)
+        direction, basis, factors, outside = update
+        gradient = None if factors is None else shard.gradient()
+        residual = None if factors is None or gradient is None else (factors, gradient)
+        with lowered_precision(settings.matmul_precision):
+            shard.apply(
+                direction,
+                basis,
+                residual,
+                outside,
+                lr=lr,
+                scale=settings.scale,
+                weight_decay=weight_decay,
+            )
+    elif update is not None:
+        assert isinstance(shard, TensorShard)
+        shard.apply(update, lr=lr * settings.full_rank_scale, weight_decay=weight_decay)
