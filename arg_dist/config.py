@@ -132,12 +132,12 @@ class AdaRankGradConfig(BaseModel):
         "full-rank Adam",
     )
     min_rank: Rank = Field(
-        1,
+        4,
         description="smallest rank: an integer, or a fraction of the matrix's shorter dimension "
         "(0 < x < 1). A gradient of lower numerical rank gets only the directions it has",
     )
     energy: float = Field(
-        0.25,
+        0.65,
         gt=0,
         le=1,
         description="share of the gradient's energy ||G||_F^2 that a basis must keep, which "
@@ -182,7 +182,7 @@ class AdaRankGradConfig(BaseModel):
         "processes; `bf16` halves what is sent",
     )
     residual_momentum: float = Field(
-        0.9,
+        0.0,
         ge=0,
         lt=1,
         description="decay of a momentum of the residual, which is orthogonalized in its place; 0 "

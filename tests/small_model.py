@@ -20,7 +20,7 @@ REFRESHING = {"min_gap": 4, "max_gap": 12, "first_gap": None, "min_rank": 1, "en
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "recommended": {},
-    "without momentum": {"residual_momentum": 0.0},
+    "with momentum": {"residual_momentum": 0.9},
     "paper": {"preset": "paper"},
     "finetuning": {"preset": "finetuning"},
 }

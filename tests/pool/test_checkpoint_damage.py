@@ -196,7 +196,7 @@ def test_settings_are_those_of_the_checkpoint_and_a_warning_says_so(pool, saved)
     for (_, found), expected in zip(results, pool.run(load_one, 2, checkpoint), strict=True):
         assert same(found, expected)
     [words] = [warned for warned in results[0][0] if "instead of" in warned]
-    assert "side='auto' instead of 'left'" in words and "energy=0.25 instead of 0.5" in words
+    assert "side='auto' instead of 'left'" in words and "energy=0.65 instead of 0.5" in words
 
 
 def load_from_own(group: Any, folder: Path) -> str:

@@ -158,9 +158,8 @@ def test_each_method_trains_all_parameters_and_projects_the_same_matrices(llama,
         short_and_long = [sorted(p.shape) for p in matrices.values()]
         rule = sum(4 * 4 * (short + 2 * long) for short, long in short_and_long)
         scalars = SCALAR * SCALARS[family] * len(matrices)
-        if family == "adarankgrad":  # its rank may be lower; and 4 bits an element, with scales
-            codes = sum(p.numel() for p in matrices.values()) * (4 + 16 / 256) / 8
-            assert codes < counted.peak.logical <= codes + rule + scalars
+        if family == "adarankgrad":  # its rank may be lower
+            assert 0 < counted.peak.logical <= rule + scalars
         else:
             assert counted.peak.logical == rule + scalars
 

@@ -66,7 +66,7 @@ def test_what_is_not_in_its_name_is_the_same_in_all(name: str) -> None:
         if key != "zero_optimization":
             assert config[key] == first[key]
     settings = optimizer_settings(config)
-    assert (settings.max_rank, settings.min_rank, settings.energy) == (0.25, 1, 0.25)
+    assert (settings.max_rank, settings.min_rank, settings.energy) == (0.25, 4, 0.65)
 
 
 @pytest.mark.parametrize("name", FILES + TRAINER_FILES)

@@ -140,7 +140,7 @@ def test_one_json_serves_both_optimizers():
     config = {"optimizer": section}
     assert choose_optimizer(config, None) == "adarankgrad"
     settings = set_optimizer(config, "adarankgrad", {"energy": 0.8}, lr=None)
-    assert (settings["energy"], settings["max_rank"], settings["min_rank"]) == (0.8, 48, 1)
+    assert (settings["energy"], settings["max_rank"], settings["min_rank"]) == (0.8, 48, 4)
     with pytest.raises(InputError, match=r"optimizer\.params\.enrgy: unknown key; did you mean"):
         set_optimizer(config, "adarankgrad", {"enrgy": 0.8}, lr=None)
     set_optimizer(config, "adamw", {}, lr=2e-3)

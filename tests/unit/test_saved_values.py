@@ -218,7 +218,7 @@ def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path, m
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(map(torch.equal, optimizer.param_groups[0]["params"], weights))
-    assert optimizer.calls == 1 and optimizer.param_groups[0]["energy"] == 0.25
+    assert optimizer.calls == 1 and optimizer.param_groups[0]["energy"] == 0.65
     assert torch.equal(torch.get_rng_state(), drawn)
     config = read_index(restored.path).model_config_values
     plain = {"layers": [1], "dtype": "bfloat16", "id2label": {"0": "a"}, "limit": math.inf}
