@@ -56,7 +56,7 @@ class MethodSettings(TypedDict, total=False):
 class JobSettings(TypedDict, total=False):
     """Settings that apply to the optimizer as a whole; a parameter group cannot override them."""
 
-    preset: Literal["recommended", "finetuning", "paper"]
+    preset: Literal["recommended", "pretraining", "finetuning", "paper"]
     state_budget: int | float | str | None
     bucket_size: int | float | str
     collective_timeout: float

@@ -53,8 +53,10 @@ def whole_state(shard: Shard, state: State, *, to: int) -> Steps[State | None]:
         return None
     whole = {**state, **dict(zip(requests, answers, strict=True))}
     whole |= {key: whole[key].view(()) for key in sums}
+    # copies: what was received are views of one message, which torch.save refuses in two types
     return {
-        key: value.cpu() if isinstance(value, Tensor) else value for key, value in whole.items()
+        key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+        for key, value in whole.items()
     }
 
 

@@ -47,8 +47,8 @@ DeepSpeed JSON; an unknown key is an error that names the nearest valid one. `pr
 a parameter group may override any of the others. Which values to choose:
 [Choosing settings](choosing-settings.md).
 
-"Presets" has the defaults under `preset="finetuning"` and `preset="paper"`, where they differ.
-Settings given next to a preset override it.
+"Presets" has the defaults under the other presets, where they differ. Settings given next to a
+preset override it.
 
 Earlier names are accepted with a warning, and read in what was saved under them: {
     ", ".join(f"`{earlier}` is `{name}` now" for earlier, name in RENAMED.items())

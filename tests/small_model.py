@@ -20,7 +20,7 @@ REFRESHING = {"min_gap": 4, "max_gap": 12, "first_gap": None, "min_rank": 1, "en
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "recommended": {},
-    "with momentum": {"residual_momentum": 0.9},
+    "pretraining": {"preset": "pretraining"},
     "paper": {"preset": "paper"},
     "finetuning": {"preset": "finetuning"},
 }

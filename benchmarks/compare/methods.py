@@ -28,6 +28,7 @@ FAMILIES = {
     "soap": "soap",
     "lora": "lora",
     "recommended": OURS,
+    "pretraining": OURS,
     "finetuning": OURS,
     "paper": OURS,
 }
@@ -73,11 +74,12 @@ RATES = {
     "apollo": (5e-3, 1e-2, 2e-2, 4e-2),
     "fira": (2.5e-3, 5e-3, 1e-2, 2e-2),
     "recommended": (1.2e-2, 1.6e-2, 2.4e-2),
+    "pretraining": (8e-3, 1.2e-2, 1.6e-2),
     "paper": (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
 }
 """Default learning rates of the low-rank matrices for pre-training, by method."""
 
-REST_RATES = (4e-3, 8e-3, 1.6e-2)
+REST_RATES = (8e-3, 1.6e-2, 3.2e-2)
 """Default learning rates of all other parameters for pre-training."""
 
 TWO_OPTIMIZERS = {"muon", "normuon", "soap"}

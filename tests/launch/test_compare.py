@@ -16,7 +16,8 @@ from tests.launch.launching import ROOT, environment
 from tests.launch.tiny_checkpoints import reviews, write_checkpoints
 
 WITH_PACKAGE = ("normuon", "soap") if find_spec("pytorch_optimizer") else ()
-PRETRAINED = ("adamw", "galore", "apollo", "fira", "muon", *WITH_PACKAGE, "recommended", "paper")
+OURS = ("recommended", "pretraining", "paper")
+PRETRAINED = ("adamw", "galore", "apollo", "fira", "muon", *WITH_PACKAGE, *OURS)
 FINETUNED = ("galore", "lora", "recommended")
 RATE = {"adamw": 2e-3, "muon": 2e-3, "normuon": 2e-3, "soap": 2e-3}
 REST_RATE = 8e-3
@@ -46,7 +47,7 @@ def check(out: Path, methods: tuple[str, ...], printed: str) -> dict[str, dict[s
         assert matrices["peak"]["logical"] <= matrices["peak"]["storage"]
         assert matrices["adamw"] == next(iter(found.values()))["state"]["matrices"]["adamw"]
         assert 0 < run["seconds"]["optimizer"] < run["seconds"]["step"]
-        assert bool(run["ranks"]) == (name in ("recommended", "paper"))
+        assert bool(run["ranks"]) == (name in OURS)
         assert name in printed and f"| {name} |" in (out / "table.md").read_text()
     for picture in ("curves.png", "frontier.png", "ranks.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")

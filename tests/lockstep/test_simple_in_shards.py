@@ -108,7 +108,7 @@ def simple_training(preset: str) -> Training:
 def check_in_shards(preset: str, cut: str, **how: bool) -> None:
     model = SmallModel()
     sharded = training(model, InShards(model, CUTS[cut], **SETTINGS, **DEFAULTS[preset], **how))
-    check_alike(sharded, simple_training(preset), in_codes=preset == "with momentum")
+    check_alike(sharded, simple_training(preset), in_codes=preset == "pretraining")
 
 
 @pytest.mark.parametrize("cut", CUTS)

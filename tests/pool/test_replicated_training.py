@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from itertools import pairwise
 
 import pytest
@@ -195,12 +196,14 @@ def test_nan_on_one_process_is_skipped_by_all(pool):
 
 
 def checkpoint(optimizer, group, to: int = 0):
-    """What process `to` saves, on all processes, as if it had been read from a file."""
+    """What process `to` saves, as all processes read it from a file."""
     optimizer.consolidate_state_dict(to)
-    saved = [optimizer.state_dict()]
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    saved = [file.getvalue()]
     if group is not None:
         dist.broadcast_object_list(saved, group=group, group_src=to)
-    return saved[0]
+    return torch.load(io.BytesIO(saved[0]), weights_only=True)
 
 
 def copy_weights(ours, theirs):
@@ -223,7 +226,9 @@ def go_on_from_a_checkpoint(group, settings, to) -> None:
     assert second.state_bytes() == straight.state_bytes()
 
 
-@pytest.mark.parametrize(("settings", "to"), [({}, 0), ({"shard_basis": False}, 2)])
+@pytest.mark.parametrize(
+    ("settings", "to"), [({}, 0), ({"shard_basis": False}, 2), ({"preset": "pretraining"}, 1)]
+)
 def test_a_run_that_one_process_saved_and_all_loaded_goes_on_to_the_bit(pool, settings, to):
     pool.run(go_on_from_a_checkpoint, 3, settings, to)
 

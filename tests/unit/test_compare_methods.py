@@ -121,7 +121,7 @@ def test_all_methods_have_as_many_learning_rates_or_their_default_numbers():
         "adamw": 3, "galore": 4, "recommended": 3,
     }  # fmt: skip
     assert rates["recommended"].lr == RATES["recommended"]
-    assert {each.rest_lr for each in rates.values()} == {(4e-3, 8e-3, 1.6e-2)}
+    assert {each.rest_lr for each in rates.values()} == {(8e-3, 1.6e-2, 3.2e-2)}
     given = rates_of(methods, {"adamw": (1e-3, 2e-3, 1.5e-3)})
     assert given["adamw"].lr == (1e-3, 1.5e-3, 2e-3) and given["adamw"].rest_lr == ()
     one = rates_of(methods, dict.fromkeys(FAMILIES, (1e-3,)))

@@ -68,7 +68,7 @@ def trained_model(kind: type[torch.optim.Optimizer], **settings: Any):
 @pytest.mark.parametrize("preset", DEFAULTS)
 def test_a_model_trains_alike_under_every_preset(preset):
     simple = trained_model(AdaRankGradSimple, **DEFAULTS[preset])
-    in_codes = preset == "with momentum"
+    in_codes = preset == "pretraining"
     check_alike(trained_model(AdaRankGrad, **DEFAULTS[preset]), simple, in_codes=in_codes)
     # the gradient of `late` comes late, and bases end early unless the preset has that switched off
     assert ["late.weight" in bases for bases in simple.bases].index(True) == 7
@@ -80,7 +80,7 @@ def test_a_model_trains_alike_under_every_preset(preset):
 def test_a_model_trains_alike_where_bases_and_ranks_change_often(preset):
     settings = {**REFRESHING, **DEFAULTS[preset]}
     simple = trained_model(AdaRankGradSimple, **settings)
-    check_alike(trained_model(AdaRankGrad, **settings), simple, in_codes=preset == "with momentum")
+    check_alike(trained_model(AdaRankGrad, **settings), simple, in_codes=preset == "pretraining")
     changing = [name for name in simple.bases[-1] if len(simple.ranks(name)) > 1]
     assert len(changing) >= 3
     assert all(count >= 4 for _, count in simple.bases[-1].values())
