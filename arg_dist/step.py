@@ -57,13 +57,16 @@ class GradientPart:
 
 def gradient_part(shard: Shard) -> GradientPart:
     """The gradient of a shard; a missing one counts as zero under every engine."""
+    held = _held_gradient(shard)
     if isinstance(shard, MatrixShard):
-        part = shard.oriented_gradient(_held_gradient(shard))
+        part = shard.oriented_gradient(held)
         squares = row_squares(part)
-        total = norm_sq(part, squares)
-        return GradientPart(partial(_oriented_gradient, shard), total, squares)
+        # a copy is not kept until the step: it is made again then
+        is_view = shard.has_whole_rows and held.is_contiguous()
+        read = part.float if is_view else partial(_oriented_gradient, shard)
+        return GradientPart(read, norm_sq(part, squares), squares)
     assert isinstance(shard, TensorShard)
-    total = norm_sq(shard.kept_gradient(_held_gradient(shard)))
+    total = norm_sq(shard.kept_gradient(held))
     return GradientPart(partial(_kept_gradient, shard), total)
 
 

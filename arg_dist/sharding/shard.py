@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -217,7 +218,7 @@ class MatrixShard(Shard):
             factors, gradient = residual
             factors = factors[:, None] if self.spans_columns else factors[None]
         is_matrix = values.is_contiguous() or values.shape[-1] == columns
-        if self._has_whole_rows() and values.dtype == torch.float32 and is_matrix:
+        if self.has_whole_rows and values.dtype == torch.float32 and is_matrix:
             values = values.view(-1, columns)
             values.addmm_(left, right.T, beta=keep, alpha=step)
             if residual is not None:
@@ -240,13 +241,15 @@ class MatrixShard(Shard):
             return flat
         return self.sharding.matrix(flat).T.reshape(-1)  # all of them, and the moment side is cut
 
-    def _has_whole_rows(self) -> bool:
+    @cached_property
+    def has_whole_rows(self) -> bool:
+        """Whether no row as it is stored is split between processes."""
         return all(bound % self.matrix.columns == 0 for bound in self.range)
 
     def _whole_rows(self, gradient: Tensor) -> Tensor:
         """``touched rows x columns``: the elements held, and zeros for those of other processes."""
         columns = self.matrix.columns
-        if self._has_whole_rows():
+        if self.has_whole_rows:
             return gradient.reshape(-1, columns)
         start, stop = self.range
         first, last = start // columns, -(-stop // columns)
@@ -286,9 +289,10 @@ def elements(tensor: Tensor, start: int, stop: int) -> Tensor:
     Of a contiguous tensor a flat view. Of any other a view of some shape in the same order; a copy
     if the range is not made of whole rows (of one or more of the leading dimensions).
     """
+    is_whole = (start, stop) == (0, tensor.numel())
     if tensor.is_contiguous():
-        return tensor.reshape(-1)[start:stop]
-    if (start, stop) == (0, tensor.numel()):
+        return tensor.view(-1) if is_whole else tensor.view(-1)[start:stop]
+    if is_whole:
         return tensor
     each = tensor[0].numel()
     if start % each == 0 and stop % each == 0:

@@ -142,6 +142,8 @@ def put_together(parts: Sequence[Tensor]) -> Tensor:
 
 def select_rows(part: Tensor, have: Interval, want: Interval) -> Tensor:
     """The rows `want` of a matrix, as a view of a part that has the rows `have`."""
+    if have == want:
+        return part
     low, high = want if want[0] < want[1] else (have[0], have[0])
     return part[low - have[0] : high - have[0]]
 
@@ -333,7 +335,7 @@ class MatrixSharding:
 
     def at_home(self, size: int) -> Rows:
         """All of `size` rows on the home process, none elsewhere."""
-        return tuple((0, size if i == self.home else 0) for i in range(self.processes))
+        return _rows_at(self.home, size, self.processes)
 
     @property
     def is_relayed(self) -> bool:
@@ -356,6 +358,11 @@ class MatrixSharding:
         """`size` rows split evenly over the owners."""
         parts = dict(zip(self.owners, even_rows(size, len(self.owners)), strict=True))
         return tuple(parts.get(i, (0, 0)) for i in range(self.processes))
+
+
+@lru_cache(maxsize=65536)
+def _rows_at(home: int, size: int, processes: int) -> Rows:
+    return tuple((0, size if i == home else 0) for i in range(processes))
 
 
 def to_home(part: Tensor, have: Rows, size: int, sharding: MatrixSharding) -> Steps[Tensor]:

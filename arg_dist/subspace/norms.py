@@ -32,6 +32,8 @@ def row_squares(part: Tensor) -> Tensor:
     if not in_host_memory(part):
         norms: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
         return norms.square()
+    if part.numel() <= RUN:
+        return part.float().square().sum(1)
     squares = part.new_zeros(rows, dtype=torch.float32)
     if part.stride(1) == 1:
         height = max(1, RUN // max(1, columns))
@@ -63,14 +65,15 @@ def norm_sq(part: Tensor, squares: Tensor | None = None) -> Tensor:
     if not in_host_memory(part):
         norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
         return norm.square()
-    flat = (part if part.is_contiguous() or part.ndim != 2 else part.T).reshape(-1)
     if squares is None:
-        runs = (flat[start : start + RUN].float() for start in range(0, flat.numel(), RUN))
-        squares = torch.stack([torch.dot(run, run) for run in runs] or [flat.new_zeros(())])
+        squares = torch.stack([torch.dot(run, run) for run in map(Tensor.float, _runs(part))])
     total = squares.sum(dtype=torch.float64)
-    if FAINT * flat.numel() <= total < math.inf:
+    if FAINT * part.numel() <= float(total) < math.inf:
         return total
-    return sum(
-        (flat[start : start + RUN].double().square().sum() for start in range(0, len(flat), RUN)),
-        total.new_zeros(()),
-    )
+    return torch.stack([run.double().square().sum() for run in _runs(part)]).sum()
+
+
+def _runs(part: Tensor) -> list[Tensor]:
+    """The elements in the order in which they are stored; at least one run, which may be empty."""
+    flat = (part if part.is_contiguous() or part.ndim != 2 else part.T).reshape(-1)
+    return list(torch.split(flat, RUN))
