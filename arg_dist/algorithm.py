@@ -62,7 +62,7 @@ class StepFacts:
         kept_sq: ``||P||_F^2`` of the previous step, over all processes.
         phase: in [0, 1): staggers the refreshes of different matrices, even if all gradients decay
             in one step.
-        turns: steps over which early refreshes are staggered, at most `min_gap`; None: `min_gap`.
+        stagger: steps over which early refreshes are staggered, at most `min_gap`; None: `min_gap`.
         allowed: largest rank the budget permits at a refresh; None without a budget.
     """
 
@@ -70,7 +70,7 @@ class StepFacts:
     norm_sq: float
     kept_sq: float
     phase: float
-    turns: int | None = None
+    stagger: int | None = None
     allowed: int | None = None
 
 
@@ -205,7 +205,7 @@ def low_rank_step(
     if new is not None:
         _adopt(new, projected, state, sharding, settings, facts.phase)
     else:
-        _watch(state, settings, facts)
+        _refresh_early(state, settings, facts)
     direction = _advance(state, projected, settings)
     projected_sq = row_squares(projected)
     state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
@@ -416,7 +416,7 @@ def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Ten
     )
 
 
-def _watch(state: State, settings: AdaRankGradConfig, facts: StepFacts) -> None:
+def _refresh_early(state: State, settings: AdaRankGradConfig, facts: StepFacts) -> None:
     """Schedule an early refresh if the last step's projected gradient has decayed."""
     since = state["since_refresh"]
     if since == 1:
@@ -429,9 +429,9 @@ def _watch(state: State, settings: AdaRankGradConfig, facts: StepFacts) -> None:
         refresh_below=settings.refresh_below,
     ):
         # within min_gap steps, all refresh before the first may refresh early again
-        staggered = settings.min_gap if facts.turns is None else min(facts.turns, settings.min_gap)
+        steps = settings.min_gap if facts.stagger is None else min(facts.stagger, settings.min_gap)
         state["gap"] = gap_after_decay(
-            state["gap"], since_refresh=since, spread=staggered, phase=facts.phase
+            state["gap"], since_refresh=since, spread=steps, phase=facts.phase
         )
 
 

@@ -1,7 +1,7 @@
 """Binding: from the optimizer's parameter groups to plans, whatever an engine or a user replaces.
 
 Engines put other tensors into the groups, and users move, reshape and freeze them, while the
-optimizer trains. Parameters are known by their places; plans are made for the tensors that the
+optimizer trains. Parameters are known by their slots; plans are made for the tensors that the
 groups hold now, and again when these change.
 """
 
@@ -37,7 +37,7 @@ CALLS_WITHOUT_GRADIENT = 3
 """Calls to ``step()`` in a row without any gradient after which the user is warned."""
 
 
-class Place(NamedTuple):
+class Slot(NamedTuple):
     """Where a parameter is: the list that its group had when it was added, and the index in it.
 
     This holds no parameter by itself. If an engine shards a parameter and puts another tensor into
@@ -117,7 +117,7 @@ class Binding:
         self.coverage = Coverage()
         self.every_group: Groups = []
         self._patterns_applied = patterns_applied
-        self._places: dict[str, Place] = {}
+        self._slots: dict[str, Slot] = {}
         self._full_rank: frozenset[str] = frozenset()
         self._plans: dict[tuple[Layout, ...], list[Plan]] = {}
         self._tensors_of_plans: dict[tuple[Layout, ...], list[Tensor]] = {}
@@ -126,7 +126,7 @@ class Binding:
         """The binding of a copy of the optimizer: it makes its own plans and communicators."""
         twin = Binding(self.process_group, patterns_applied=self._patterns_applied)
         twin.is_classified, twin.coverage = self.is_classified, self.coverage
-        twin._places, twin._full_rank = self._places, self._full_rank
+        twin._slots, twin._full_rank = self._slots, self._full_rank
         return twin
 
     # -- parameters and their names --------------------------------------------------------------
@@ -134,24 +134,24 @@ class Binding:
     def add(self, group: Mapping[str, Any]) -> None:
         """Add the parameters of a new group."""
         for index, name in enumerate(group["param_names"]):
-            self._places[name] = Place(group["params"], index)
+            self._slots[name] = Slot(group["params"], index)
             self.coverage.add(name, group["params"][index])
 
     @property
     def parameters(self) -> dict[str, Tensor | None]:
-        """The parameters by name; None for those whose place no longer exists."""
-        return {name: place.parameter for name, place in self._places.items()}
+        """The parameters by name; None for those whose slot no longer exists."""
+        return {name: slot.parameter for name, slot in self._slots.items()}
 
     @property
     def count(self) -> int:
         """Number of parameters."""
-        return len(self._places)
+        return len(self._slots)
 
     def rename(
         self, names: Mapping[str, str], full_rank: Iterable[str], uses: Mapping[str, Use]
     ) -> None:
         """Rename parameters, keep some full-rank; see :meth:`AdaRankGrad.adopt_names`."""
-        self._places = {names.get(old, old): place for old, place in self._places.items()}
+        self._slots = {names.get(old, old): slot for old, slot in self._slots.items()}
         self.coverage.rename(names, uses)
         self._full_rank = frozenset(full_rank)
         self._patterns_applied = True
@@ -267,7 +267,7 @@ class Binding:
                 self._seen(group, resting=resting),
                 settings_of(group),
                 self._full_rank,
-                {name: self._places[name].position for name in group["param_names"]},
+                {name: self._slots[name].position for name in group["param_names"]},
             )
             for group in groups
         ]
@@ -287,15 +287,15 @@ class Binding:
             RuntimeError: parameters were added to the group's list, or removed from it.
         """
         names = group["param_names"]
-        places = [self._places[name] for name in names]
-        if places and places[0].params is group["params"] and len(places) != len(group["params"]):
+        slots = [self._slots[name] for name in names]
+        if slots and slots[0].params is group["params"] and len(slots) != len(group["params"]):
             raise RuntimeError(
                 f"parameter group of {names[0]}: it was built with {len(names)} parameters, and "
                 f"its list has {len(group['params'])} now; to freeze a parameter use "
                 "requires_grad_(False), to add one add_param_group, or build a new optimizer"
             )
         process_group = training_group(self.process_group)
-        parameters = [place.parameter for place in places]
+        parameters = [slot.parameter for slot in slots]
         return ParameterGroup(list(group["params"]), names, parameters, process_group, resting)
 
 

@@ -23,9 +23,9 @@ from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.comparison import first_difference
 from arg_dist.sharding.drivers import run
 from arg_dist.sharding.plan import Plan
-from arg_dist.sharding.roll_call import enumerated
 from arg_dist.sharding.shard import MatrixShard, Shard
-from arg_dist.sharding.waiting import named
+from arg_dist.sharding.stragglers import enumerated
+from arg_dist.sharding.timeouts import named
 from arg_dist.step import Agreement, Likeness
 from arg_dist.subspace.distributed import Steps
 from arg_dist.subspace.fingerprint import Numbers, differ, fingerprint, summary

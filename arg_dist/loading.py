@@ -15,7 +15,7 @@ from torch import Tensor
 from arg_dist.config import ConfigError, parse_config, settings_at_saving
 from arg_dist.packing import is_bytes, is_packed, unpack, unpack_bytes
 from arg_dist.parameter_groups import SETTINGS, check_names, keep_newer, members
-from arg_dist.state_dict import WHOLE, Place
+from arg_dist.state_dict import WHOLE, Holder
 from arg_dist.subspace.state import OF_TENSOR, REQUIRED, State, unknown_keys
 
 OURS = ("energy", "max_rank")
@@ -33,13 +33,13 @@ class Loaded:
 
     Attributes:
         calls: steps taken before it was saved.
-        place: the process that the state belongs to; None if that is not known.
+        holder: the process that the state belongs to; None if that is not known.
         states: states of the matrices and tensors in each target, by name.
         packed: number of matrices and tensors that were saved in packed form.
     """
 
     calls: int | None
-    place: Place | None
+    holder: Holder | None
     states: dict[Tensor, dict[str, State]] = field(default_factory=dict)
     packed: int | None = None
 
@@ -151,7 +151,7 @@ def check_shapes(saved: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) 
 def states_to_load(
     saved: Mapping[str, Any],
     targets: Sequence[Tensor],
-    place_of: Callable[[Tensor], Place],
+    holder_of: Callable[[Tensor], Holder],
     *,
     merged: bool,
 ) -> Loaded:
@@ -160,7 +160,7 @@ def states_to_load(
     Args:
         saved: the state dictionary, whose groups have been checked.
         targets: the tensors of the optimizer's groups.
-        place_of: this process among those that divide the state of a tensor.
+        holder_of: this process among those that divide the state of a tensor.
         merged: whether a checkpoint that merges all processes by key passes it.
 
     Raises:
@@ -173,11 +173,11 @@ def states_to_load(
             f"load_state_dict: the saved state has an entry {strangers[0]!r}, which is none of the "
             "parameters in its groups; pass the dictionary that state_dict() returned, unchanged"
         )
-    place = saved.get("process")
-    loaded = Loaded(saved.get("calls"), None if place is None else (place[0], place[1]))
+    holder = saved.get("process")
+    loaded = Loaded(saved.get("calls"), None if holder is None else (holder[0], holder[1]))
     for index, target in by_index.items():
         if index in saved["state"]:
-            _read_entry(loaded, index, saved["state"][index], target, place_of)
+            _read_entry(loaded, index, saved["state"][index], target, holder_of)
     _check_complete(loaded, saved, targets, merged=merged)
     return loaded
 
@@ -187,12 +187,12 @@ def _read_entry(
     index: Any,
     entry: Any,
     target: Tensor,
-    place_of: Callable[[Tensor], Place],
+    holder_of: Callable[[Tensor], Holder],
 ) -> None:
     if not isinstance(entry, Mapping):
         raise _not_ours(index, f"is a {type(entry).__name__}")
     if is_bytes(entry):
-        loaded.place, loaded.calls, loaded.states[target] = unpack_bytes(entry, place_of(target))
+        loaded.holder, loaded.calls, loaded.states[target] = unpack_bytes(entry, holder_of(target))
         return
     states = loaded.states[target] = {}
     for name, unit in entry.items():
@@ -200,8 +200,8 @@ def _read_entry(
             if not _is_placeholder(unit):
                 raise _not_ours(index, f"has {', '.join(map(str, entry))}")
         elif is_packed(unit):
-            loaded.place = place_of(target)
-            packed = unpack(unit, name, tuple(target.shape), loaded.place)
+            loaded.holder = holder_of(target)
+            packed = unpack(unit, name, tuple(target.shape), loaded.holder)
             loaded.calls, loaded.packed, states[name] = packed
         elif unit and not unit.keys() >= REQUIRED:
             raise _not_ours(index, f"has {', '.join(map(str, unit))} for {name}")
@@ -246,7 +246,7 @@ def _check_complete(
             "returned, or with arg_dist.checkpoint"
         )
     loaded.calls = loaded.calls or 0
-    of_one = loaded.place in (None, WHOLE)
+    of_one = loaded.holder in (None, WHOLE)
     expected = saved.get("units", 1 if loaded.calls and of_one else 0)
     if loaded.packed is None and found < expected:
         raise ConfigError(

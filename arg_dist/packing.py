@@ -31,7 +31,7 @@ from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Unit
 from arg_dist.sharding.shares import as_share, own_share
-from arg_dist.state_dict import Place
+from arg_dist.state_dict import Holder
 from arg_dist.subspace.distributed import DimensionSharding, row_count
 from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 
@@ -84,9 +84,9 @@ def pack(
     Raises:
         ConfigError: the state has a larger rank than the settings allow.
     """
-    place, target = (communicator.me, communicator.size), unit.fragment.target
+    holder, target = (communicator.me, communicator.size), unit.fragment.target
     limit, rank = _limits(unit, settings)
-    data = _to_bytes(state, place, list(unit.fragment.parameter_shape))
+    data = _to_bytes(state, holder, list(unit.fragment.parameter_shape))
     if data.numel() > limit:
         raise ConfigError(
             f"state_dict: the state of {unit.name} takes {data.numel()} bytes (rank "
@@ -98,9 +98,9 @@ def pack(
     padded[: data.numel()] = data
     shared = as_share(padded, target, communicator.group)
     form = torch.tensor(
-        [VERSION, place[1], limit, calls, units], dtype=torch.int64, device=shared.device
+        [VERSION, holder[1], limit, calls, units], dtype=torch.int64, device=shared.device
     )
-    return {_key(place[1], rank): shared, FORM: form}
+    return {_key(holder[1], rank): shared, FORM: form}
 
 
 def is_packed(unit: Mapping[str, Any]) -> bool:
@@ -108,17 +108,17 @@ def is_packed(unit: Mapping[str, Any]) -> bool:
     return FORM in unit
 
 
-def unpack(unit: Mapping[str, Any], name: str, shape: tuple[int, ...], place: Place) -> Packed:
+def unpack(unit: Mapping[str, Any], name: str, shape: tuple[int, ...], holder: Holder) -> Packed:
     """Unpack this process's state, without executing code.
 
     Args:
         unit: what :func:`pack` returned, with the shares of all processes or this one's.
         name: name of the matrix or tensor.
         shape: shape of its parameter.
-        place: this process.
+        holder: this process.
 
     Raises:
-        ConfigError: the entry has no state of `place`, or belongs to another model or version.
+        ConfigError: the entry has no state of `holder`, or belongs to another model or version.
     """
     version, processes, limit, calls, units = unit[FORM].tolist()
     if version != VERSION:
@@ -126,12 +126,12 @@ def unpack(unit: Mapping[str, Any], name: str, shape: tuple[int, ...], place: Pl
             f"load_state_dict: {name} was packed in form {version}, and this arg_dist reads "
             f"{VERSION}; use the version that wrote it"
         )
-    if processes != place[1]:
+    if processes != holder[1]:
         raise ConfigError(
-            f"load_state_dict: no state of {_process(place)} was saved, but of "
+            f"load_state_dict: no state of {_process(holder)} was saved, but of "
             f"{_process((0, processes))} and the others; {SAME_NUMBER}"
         )
-    shares = [own_share(value, place) for key, value in unit.items() if key != FORM]
+    shares = [own_share(value, holder) for key, value in unit.items() if key != FORM]
     if len(shares) != 1 or shares[0].numel() != limit:
         raise ConfigError(
             f"load_state_dict: the state of {name} has another size than when it was saved: it was "
@@ -144,10 +144,10 @@ def unpack(unit: Mapping[str, Any], name: str, shape: tuple[int, ...], place: Pl
             f"load_state_dict: the saved state belongs to another model: {name} is of a parameter "
             f"of shape {shape}, and was of one of {tuple(description['shape'])}"
         )
-    if tuple(description["process"]) != place:
+    if tuple(description["process"]) != holder:
         raise ConfigError(
             f"load_state_dict: {name}: got the state of {_process(description['process'])} on "
-            f"{_process(place)}; each process must load its own"
+            f"{_process(holder)}; each process must load its own"
         )
     return Packed(calls, units, state)
 
@@ -173,11 +173,11 @@ def _key(processes: int, rank: int | None) -> str:
     return everyone if rank is None else f"{everyone}, rank up to {rank}"
 
 
-def _process(place: Place) -> str:
-    return f"process {place[0]} of {place[1]}"
+def _process(holder: Holder) -> str:
+    return f"process {holder[0]} of {holder[1]}"
 
 
-def _to_bytes(state: State, place: Place, shape: list[int]) -> Tensor:
+def _to_bytes(state: State, holder: Holder, shape: list[int]) -> Tensor:
     tensors = {
         key: torch.tensor(value, dtype=torch.float64, device="cpu")
         if isinstance(value, list)
@@ -186,7 +186,7 @@ def _to_bytes(state: State, place: Place, shape: list[int]) -> Tensor:
         if isinstance(value, (Tensor, list))
     }
     description = {
-        "process": place,
+        "process": holder,
         "shape": shape,
         "numbers": {key: value for key, value in state.items() if key not in tensors},
         "lists": [key for key, value in state.items() if isinstance(value, list)],
@@ -233,9 +233,9 @@ def _from_bytes(data: Tensor, name: str) -> tuple[dict[str, Any], State]:
 # -- the form of earlier versions: bytes of each process under a key of its own ------------------
 
 
-def expected_bytes(place: Place, device: torch.device) -> dict[str, Any]:
+def expected_bytes(holder: Holder, device: torch.device) -> dict[str, Any]:
     """What a new optimizer offers a checkpoint of an earlier version to load into."""
-    return {_process(place): b"", FORM: torch.ones(1, dtype=torch.float32, device=device)}
+    return {_process(holder): b"", FORM: torch.ones(1, dtype=torch.float32, device=device)}
 
 
 def is_bytes(entry: Mapping[str, Any]) -> bool:
@@ -243,14 +243,14 @@ def is_bytes(entry: Mapping[str, Any]) -> bool:
     return any(isinstance(value, bytes) for value in entry.values())
 
 
-def unpack_bytes(entry: Mapping[str, Any], place: Place) -> tuple[Place, int, dict[str, State]]:
-    """Place, calls and states in an entry of an earlier version, without executing code.
+def unpack_bytes(entry: Mapping[str, Any], holder: Holder) -> tuple[Holder, int, dict[str, State]]:
+    """Holder, calls and states in an entry of an earlier version, without executing code.
 
     Raises:
-        ConfigError: the entry has no state of `place`.
+        ConfigError: the entry has no state of `holder`.
     """
     packed = {key: value for key, value in entry.items() if isinstance(value, bytes)}
-    key = _process(place) if len(packed) > 1 else next(iter(packed))
+    key = _process(holder) if len(packed) > 1 else next(iter(packed))
     if key not in packed:
         raise ConfigError(
             f"load_state_dict: no state of {key} was saved, but of {', '.join(packed)}; "

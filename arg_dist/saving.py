@@ -18,9 +18,9 @@ from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.drivers import run
 from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.plan import Plan
-from arg_dist.sharding.shares import is_merged, is_sharded, place_of
+from arg_dist.sharding.shares import holder_of, is_merged, is_sharded
 from arg_dist.state import copy_state
-from arg_dist.state_dict import OTHERS_STATE, WHOLE, Ownership, Place, whole_state
+from arg_dist.state_dict import OTHERS_STATE, WHOLE, Holder, Ownership, whole_state
 from arg_dist.subspace.state import State
 
 
@@ -169,8 +169,8 @@ class Saving(torch.optim.Optimizer):
             # torch looks for the keys of the state where it restores flattened names
             state = self.state[target].setdefault(unit.name, {})
             if self.expects_bytes and not any(map(len, self.state[target].values())):
-                place = (communicator.me, communicator.size)
-                entry.update(expected_bytes(place, target.device))
+                holder = (communicator.me, communicator.size)
+                entry.update(expected_bytes(holder, target.device))
             else:
                 chosen = settings[id(target)]
                 entry[unit.name] = pack(
@@ -193,13 +193,13 @@ class Saving(torch.optim.Optimizer):
         groups = groups_to_load(self.param_groups, state_dict)
         check_shapes(state_dict, self._binding.shapes(self.param_groups))
         targets = members(self.param_groups)
-        loaded = states_to_load(state_dict, targets, self._place, merged=is_merged())
+        loaded = states_to_load(state_dict, targets, self._holder, merged=is_merged())
         # nothing has been changed so far
         self.param_groups = self._binding.every_group = groups
         self.state = defaultdict(dict)
         for target, units in loaded.states.items():
             self.state[target] = copy_state(units, target.device)
-        self._ownership.take(loaded.states, loaded.place)
+        self._ownership.take(loaded.states, loaded.holder)
         self.calls, self.expects_bytes = loaded.calls or 0, False
         for hook in LOAD_POST_HOOKS.of(self).values():
             hook(self)
@@ -212,8 +212,8 @@ class Saving(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         return state_dict
 
-    def _place(self, target: Tensor) -> Place:
-        return place_of(target, training_group(self._binding.process_group))
+    def _holder(self, target: Tensor) -> Holder:
+        return holder_of(target, training_group(self._binding.process_group))
 
     @entry_point
     def replace_state(

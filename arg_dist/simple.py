@@ -118,11 +118,11 @@ class AdaRankGradSimple(torch.optim.Optimizer):
                     'gradients, check the batch, or set nonfinite="skip"'
                 )
         for name, parameter, settings in named:
-            self._train(name, parameter, settings, turns=max(1, len(named) // RENEWED_TOGETHER))
+            self._train(name, parameter, settings, stagger=max(1, len(named) // RENEWED_TOGETHER))
         return loss
 
     def _train(
-        self, name: str, parameter: Tensor, settings: AdaRankGradConfig, *, turns: int
+        self, name: str, parameter: Tensor, settings: AdaRankGradConfig, *, stagger: int
     ) -> None:
         """One step on a parameter: AdaRankGrad on its matrices, Adam on one that has none."""
         weights = as_reals(parameter.detach())  # in pairs if they are complex, which form no matrix
@@ -138,7 +138,7 @@ class AdaRankGradSimple(torch.optim.Optimizer):
                 continue  # before the first gradient, nothing changes
             if matrices:
                 lr, scale = settings.lr, settings.scale
-                U = low_rank_update(g, state, settings, phase=phase_of(part.name), turns=turns)
+                U = low_rank_update(g, state, settings, phase=phase_of(part.name), stagger=stagger)
             else:
                 lr, scale = settings.lr * settings.full_rank_scale, 1.0
                 U = adam_direction(g, state, settings)
@@ -153,12 +153,12 @@ def in_fp64(tensor: Tensor) -> Tensor:
 
 
 def low_rank_update(
-    gradient: Tensor, state: State, settings: AdaRankGradConfig, *, phase: float, turns: int
+    gradient: Tensor, state: State, settings: AdaRankGradConfig, *, phase: float, stagger: int
 ) -> Tensor:
     """Like the gradient: the update U of one matrix, whose state is advanced by one step.
 
     Matrices refresh in different steps: by `phase`, in [0, 1), which follows from their names, and
-    where they would all do so early, distributed over so many `turns`.
+    where they would all do so early, distributed over so many steps, `stagger`.
     """
     rows, columns = gradient.shape
     on_right = settings.side == "right" or (settings.side == "auto" and rows >= columns)
@@ -188,7 +188,7 @@ def low_rank_update(
     since = state["since_refresh"] = state["since_refresh"] + 1
     decayed = P.square().sum() < settings.refresh_below**2 * state["kept_sq_at_refresh"]
     if since >= settings.min_gap and decayed:
-        turn = int(phase * min(turns, settings.min_gap))
+        turn = int(phase * min(stagger, settings.min_gap))
         state["gap"] = min(state["gap"], since + 1 + turn)
     return U if on_right else U.T
 

@@ -20,11 +20,11 @@ from arg_dist.sharding.shard import Shard
 from arg_dist.subspace.distributed import Exchange, Rows, Steps, select_rows
 from arg_dist.subspace.state import SUMMED, WITH_ROWS, State
 
-Place = tuple[int, int]
+Holder = tuple[int, int]
 """Owner of a state: index of the process in its group, and the group's size."""
 
-WHOLE: Place = (0, 1)
-ELSEWHERE: Place = (-1, 1)
+WHOLE: Holder = (0, 1)
+ELSEWHERE: Holder = (-1, 1)
 """The state was gathered on another process."""
 
 
@@ -98,15 +98,15 @@ class Ownership:
     """Tracks which process the optimizer's state belongs to while saving and loading.
 
     Attributes:
-        whole: consolidated state for saving, by target and name, and its place; valid until the
+        whole: consolidated state for saving, by target and name, and its holder; valid until the
             next step.
         uncut: target and name of state that was loaded whole, and may have to be cut.
         known_own: plans whose state was found to be this process's, since it was loaded.
     """
 
     def __init__(self) -> None:
-        self.whole: tuple[Place, dict[Tensor, dict[str, State]]] | None = None
-        self._place: Place | None = None
+        self.whole: tuple[Holder, dict[Tensor, dict[str, State]]] | None = None
+        self._holder: Holder | None = None
         self.uncut: set[tuple[Tensor, str]] = set()
         self.known_own: WeakSet[Plan] = WeakSet()
 
@@ -128,15 +128,15 @@ class Ownership:
             plans: the optimizer's plans; empty before its first step.
         """
         twin = Ownership()
-        twin.whole, twin._place, twin.uncut = self.whole, self._place, set(self.uncut)
-        places = {(plan.communicator.me, plan.communicator.size) for plan in plans}
-        here = places.pop() if len(places) == 1 else None
-        if here == WHOLE and self._place in (None, WHOLE):
+        twin.whole, twin._holder, twin.uncut = self.whole, self._holder, set(self.uncut)
+        holders = {(plan.communicator.me, plan.communicator.size) for plan in plans}
+        here = holders.pop() if len(holders) == 1 else None
+        if here == WHOLE and self._holder in (None, WHOLE):
             # several processes may each take their part of it
-            twin._place = WHOLE
+            twin._holder = WHOLE
             twin.uncut = {(target, name) for target, units in states.items() for name in units}
-        elif here is not None and not self.uncut and self._place in (None, WHOLE, here):
-            twin._place = here
+        elif here is not None and not self.uncut and self._holder in (None, WHOLE, here):
+            twin._holder = here
         return twin
 
     # -- out -------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Ownership:
         Raises:
             RuntimeError: the state has not been consolidated, or is another process's.
         """
-        saved["process"] = None if plans else self._place
+        saved["process"] = None if plans else self._holder
         for plan in plans:
             saved["process"] = saved["process"] or (plan.communicator.me, plan.communicator.size)
             if plan.replicated:
@@ -175,10 +175,10 @@ class Ownership:
 
     # -- in --------------------------------------------------------------------------------------
 
-    def take(self, states: Mapping[Tensor, Mapping[str, State]], place: Place | None) -> None:
-        """Begin to track state that was loaded; of `place`, None: of this process."""
-        self.whole, self._place, self.known_own = None, place, WeakSet()
-        whole = states if place == WHOLE else {}
+    def take(self, states: Mapping[Tensor, Mapping[str, State]], holder: Holder | None) -> None:
+        """Begin to track state that was loaded; of `holder`, None: of this process."""
+        self.whole, self._holder, self.known_own = None, holder, WeakSet()
+        whole = states if holder == WHOLE else {}
         self.uncut = {(target, name) for target, units in whole.items() for name in units}
 
     def cut_rest(self, plans: Sequence[Plan], states: Mapping[Tensor, dict[str, State]]) -> None:
@@ -212,8 +212,8 @@ class Ownership:
 
     def _is_of(self, plan: Plan) -> bool:
         here = (plan.communicator.me, plan.communicator.size)
-        was_cut = plan.replicated and self._place == WHOLE
-        return self._place in (None, here) or was_cut
+        was_cut = plan.replicated and self._holder == WHOLE
+        return self._holder in (None, here) or was_cut
 
 
 OTHERS_STATE = (

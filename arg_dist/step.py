@@ -26,7 +26,7 @@ from arg_dist.algorithm import (
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.recording import rounds
 from arg_dist.sharding.drivers import run_local
-from arg_dist.sharding.lanes import Lane, run_lanes
+from arg_dist.sharding.overlap import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.distributed import Exchange, Steps, even_rows
@@ -302,7 +302,7 @@ class PlanStep:
         plan: the plan.
         states: this process's part of the state of each matrix and tensor, by unit.
         settings: settings of the parameter groups of the call.
-        turns: as of :class:`arg_dist.algorithm.StepFacts`.
+        stagger: as of :class:`arg_dist.algorithm.StepFacts`.
         gradients: this process's part of each gradient, by unit; released as they are used.
         agreed: what all processes know, once they agree.
     """
@@ -310,7 +310,7 @@ class PlanStep:
     plan: Plan
     states: dict[int, State]
     settings: Sequence[AdaRankGradConfig]
-    turns: int
+    stagger: int
     gradients: dict[int, GradientPart]
     agreed: Agreement
 
@@ -320,7 +320,7 @@ class PlanStep:
         plan: Plan,
         states: dict[int, State],
         settings: Sequence[AdaRankGradConfig],
-        turns: int,
+        stagger: int,
         *,
         own_state: bool,
         steps: int,
@@ -334,7 +334,7 @@ class PlanStep:
             plan: the plan.
             states: this process's part of the states, by unit.
             settings: settings of the parameter groups of the call.
-            turns: as of :class:`arg_dist.algorithm.StepFacts`.
+            stagger: as of :class:`arg_dist.algorithm.StepFacts`.
             own_state: as of :func:`agree`.
             steps: as of :func:`agree`.
             refreshing: as of :func:`agree`.
@@ -359,7 +359,7 @@ class PlanStep:
             refreshing=refreshing,
             likeness=likeness,
         )
-        return cls(plan, states, settings, turns, gradients, reach(agreement))
+        return cls(plan, states, settings, stagger, gradients, reach(agreement))
 
     def take(self, allowed: Allowed | None = None) -> None:
         """Run the algorithm on every matrix and tensor; `allowed` is None without a budget."""
@@ -408,7 +408,7 @@ class PlanStep:
                 norm_sq=self.agreed.norm_sq[shard.unit],
                 kept_sq=self.agreed.kept_sq[shard.unit],
                 phase=shard.phase,
-                turns=self.turns,
+                stagger=self.stagger,
                 allowed=None if allowed is None else allowed(shard, state, settings),
             )
             read, row_sq = gradient.read, gradient.row_sq

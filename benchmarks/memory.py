@@ -18,10 +18,10 @@ import torch
 
 from arg_dist.cli.parsing import OneLineParser, at_least
 from benchmarks.measuring import refusals
+from benchmarks.measuring.cli import jobs_of, run, run_and_exit
 from benchmarks.measuring.contenders import ADAMW, IN_TRAINING, NAMES
 from benchmarks.measuring.engines import ENGINES
 from benchmarks.measuring.jobs import Jobs, check_devices
-from benchmarks.measuring.line import jobs_of, run, run_and_exit
 from benchmarks.measuring.options import add_trained, parser
 from benchmarks.measuring.results import (
     NOT_MEASURED,

@@ -17,8 +17,8 @@ import torch
 
 from arg_dist.cli.parsing import InputError, OneLineParser, at_least
 from arg_dist.planning.llama import LLAMA_SIZES
+from benchmarks.measuring.cli import rank_for, run, run_and_exit
 from benchmarks.measuring.launching import run_job
-from benchmarks.measuring.line import rank_for, run, run_and_exit
 from benchmarks.measuring.options import add_kept, parser
 from benchmarks.measuring.overlap_job import WAYS
 from benchmarks.measuring.results import Block, Figures, Row, number, with_spread

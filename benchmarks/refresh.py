@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from arg_dist.cli.parsing import OneLineParser
+from benchmarks.measuring.cli import run, run_and_exit, turns_of
 from benchmarks.measuring.contenders import LOW_RANK, Matrices, step_of, steps_that_work
-from benchmarks.measuring.line import run, run_and_exit, turns_of
 from benchmarks.measuring.options import add_timed, parser
 from benchmarks.measuring.results import (
     NOT_POSSIBLE,

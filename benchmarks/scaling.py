@@ -19,9 +19,9 @@ import torch
 
 from arg_dist.cli.parsing import OneLineParser, at_least
 from benchmarks.measuring import refusals
+from benchmarks.measuring.cli import jobs_of, run, run_and_exit
 from benchmarks.measuring.contenders import IN_TRAINING, Matrices, step_of, steps_that_work
 from benchmarks.measuring.jobs import Jobs, check_devices
-from benchmarks.measuring.line import jobs_of, run, run_and_exit
 from benchmarks.measuring.options import add_trained, parser
 from benchmarks.measuring.results import (
     NOT_MEASURED,

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from arg_dist.cli.parsing import OneLineParser
+from benchmarks.measuring.cli import run, run_and_exit, turns_of
 from benchmarks.measuring.contenders import NAMES, OURS, Matrices, step_of, steps_that_work
 from benchmarks.measuring.floor import copy_seconds_per_byte, moved_bytes, two_products
-from benchmarks.measuring.line import run, run_and_exit, turns_of
 from benchmarks.measuring.options import add_timed, parser
 from benchmarks.measuring.results import (
     NOT_MEASURED,

@@ -22,7 +22,7 @@ def step_of(
     gradient: Tensor,
     settings: AdaRankGradConfig,
     kept_sq: float = 0.0,
-    turns: int | None = None,
+    stagger: int | None = None,
 ) -> Steps[LowRankUpdate | None]:
     """A shard's part of one step on the whole `gradient`."""
     part = shard.oriented_gradient(part_of(gradient, shard))
@@ -31,7 +31,7 @@ def step_of(
         norm_sq=float(gradient.double().square().sum()),
         kept_sq=kept_sq,
         phase=shard.phase,
-        turns=turns,
+        stagger=stagger,
     )
     return low_rank_step(lambda: part, row_squares(part), state, shard.sharding, settings, facts)
 
@@ -41,13 +41,13 @@ def step_in_lockstep(
     states: Sequence[State],
     gradient: Tensor,
     settings: AdaRankGradConfig,
-    turns: int | None = None,
+    stagger: int | None = None,
 ) -> list[LowRankUpdate | None]:
     """One step of all shards, on their weights and states."""
     kept_sq = sum(float(state.get("kept_sq", 0.0)) for state in states)
     updates = run_lockstep(
         [
-            step_of(shard, state, gradient, settings, kept_sq, turns)
+            step_of(shard, state, gradient, settings, kept_sq, stagger)
             for shard, state in zip(shards, states, strict=True)
         ]
     )

@@ -16,7 +16,7 @@ from torch import nn
 
 from arg_dist.checkpoint.index import CheckpointError
 from arg_dist.checkpoint.reading import Restored, restore, verified_index
-from arg_dist.checkpoint.series import Checkpoints, SaveTimes
+from arg_dist.checkpoint.rotation import Checkpoints, SaveTimes
 from arg_dist.checkpoint.writing import draft, write
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.sharding.entry import entry_point

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arg_dist.checkpoint.contents import held_untrained, local_values
-from arg_dist.checkpoint.files import describe, on_all, verify
-from arg_dist.checkpoint.fitting import (
+from arg_dist.checkpoint.compatibility import (
     check_model,
     check_plans,
     put_back,
@@ -20,6 +18,7 @@ from arg_dist.checkpoint.fitting import (
     saved_settings,
     trained_before,
 )
+from arg_dist.checkpoint.files import describe, on_all, verify
 from arg_dist.checkpoint.index import (
     INDEX_NAME,
     CheckpointError,
@@ -31,6 +30,7 @@ from arg_dist.checkpoint.random_states import restore_random_states
 from arg_dist.checkpoint.scheduling import load_scheduler
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.checkpoint.writing import persistent_buffers, untrained_parameters
+from arg_dist.checkpoint.written_parts import held_untrained, local_values
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, adapters

@@ -16,13 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arg_dist.checkpoint.contents import (
-    Contents,
-    add_states,
-    add_trained_weights,
-    add_untrained_weights,
-    dtype_name,
-)
 from arg_dist.checkpoint.files import (
     cannot_write,
     on_all,
@@ -44,8 +37,15 @@ from arg_dist.checkpoint.index import (
 from arg_dist.checkpoint.random_states import random_states
 from arg_dist.checkpoint.scheduling import scheduler_state
 from arg_dist.checkpoint.values import UnstorableError, encode
-from arg_dist.groups import named_parameters, own_name, unwrapped
+from arg_dist.checkpoint.written_parts import (
+    Contents,
+    add_states,
+    add_trained_weights,
+    add_untrained_weights,
+    dtype_name,
+)
 from arg_dist.library_internals import UNSAVED_BUFFERS
+from arg_dist.model_groups import named_parameters, own_name, unwrapped
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import settings_of
 from arg_dist.sharding.communicator import Communicator

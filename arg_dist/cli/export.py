@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from arg_dist.checkpoint.alone import newest_intact, whole_weight
 from arg_dist.checkpoint.files import sync_folder
 from arg_dist.checkpoint.index import CheckpointError, Index
+from arg_dist.checkpoint.offline import newest_intact, whole_weight
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.cli.parsing import InputError
 from arg_dist.planning.local_models import tokenizer_at

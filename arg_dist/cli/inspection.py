@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TextIO
 
-from arg_dist.checkpoint.alone import checkpoints_at, verified_alone
 from arg_dist.checkpoint.index import CheckpointError, Index, read_index
+from arg_dist.checkpoint.offline import checkpoints_at, verified_alone
 
 TITLES = (
     "checkpoint", "step", "processes", "MiB", "state", "model", "parameters", "matrices",

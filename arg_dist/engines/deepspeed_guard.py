@@ -17,9 +17,8 @@ from torch import nn
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_checkpoints import follow_checkpoints
 from arg_dist.engines.deepspeed_config import refuse_unsupported
-from arg_dist.engines.library_hooks import is_wrapped, wrap_method
+from arg_dist.engines.patching import is_wrapped, wrap_method
 from arg_dist.engines.replicated import changed_weights, same_values
-from arg_dist.groups import named_parameters, uses
 from arg_dist.library_internals import (
     ACCEPTED_OPTIMIZERS,
     CONFIG_VALUES,
@@ -27,6 +26,7 @@ from arg_dist.library_internals import (
     ENGINE_CONFIG,
     OPTIMIZER_CHECK,
 )
+from arg_dist.model_groups import named_parameters, uses
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.uses import Use
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from arg_dist.config import ConfigError
-from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.engines.patching import wrap_method
 from arg_dist.library_internals import (
     JOIN_BUILT,
     JOIN_COUNTED,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.joining import support_join
-from arg_dist.engines.library_hooks import meet_libraries
+from arg_dist.engines.patching import meet_libraries
 from arg_dist.library_internals import FLAT_PARAMETER, FLATTENED_PARAMETER, ZERO_REDUNDANCY
 from arg_dist.sharding.fragment import Adapter, Fragment, Holding, ParameterGroup
 from arg_dist.sharding.shard import local_part

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from arg_dist.config import ConfigError
-from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.engines.patching import wrap_method
 from arg_dist.integrations.saving import consolidate_before_saving, optimizers_in
 from arg_dist.integrations.trainer import check_processes, from_arguments
 from arg_dist.library_internals import (

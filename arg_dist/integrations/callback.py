@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from arg_dist.config import ConfigError
-from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.engines.patching import wrap_method
 from arg_dist.integrations.accelerate import innermost
 from arg_dist.integrations.trainer import check_processes
 from arg_dist.library_internals import METRICS_LOGGED

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_guard import introduce
-from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.engines.patching import wrap_method
 from arg_dist.integrations.accelerate import check_accelerator, check_optimizer, innermost
 from arg_dist.library_internals import (
     ACCELERATOR,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from arg_dist.engines.library_hooks import overriding, wrap_method
+from arg_dist.engines.patching import overriding, wrap_method
 from arg_dist.library_internals import (
     ACCELERATOR,
     PREPARED_OPTIMIZERS,

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from arg_dist.config import ConfigError, parse_config
-from arg_dist.engines.library_hooks import wrap_method
-from arg_dist.groups import param_groups
+from arg_dist.engines.patching import wrap_method
 from arg_dist.library_internals import CREATE_OPTIMIZER
+from arg_dist.model_groups import param_groups
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.settings import GroupSettings, JobSettings
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from arg_dist.config import AdaRankGradConfig, ConfigError
-from arg_dist.groups import param_groups
+from arg_dist.model_groups import param_groups
 from arg_dist.parameter_groups import trained_views
 from arg_dist.planning.choices import VOCABULARY
 from arg_dist.planning.llama import LLAMA_SIZES, model_config, skeleton

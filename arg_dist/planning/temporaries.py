@@ -15,7 +15,7 @@ from arg_dist.planning.memory import Memory, matrix_memory, tensor_memory
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.traffic import Moved
 from arg_dist.planning.units import MatrixUnit, TensorUnit, Unit
-from arg_dist.sharding.lanes import turns
+from arg_dist.sharding.overlap import turns
 from arg_dist.subspace.norms import RUN
 
 

@@ -16,8 +16,8 @@ from arg_dist.planning.cuts import Layout, Piece
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
 from arg_dist.planning.traffic import Moved, matrix_traffic, tensor_traffic
-from arg_dist.sharding.lanes import lanes_of
 from arg_dist.sharding.layout import MatrixView, Ranges, basis_spans_columns, clip_ranges
+from arg_dist.sharding.overlap import lanes_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ from torch import Tensor
 from arg_dist.library_internals import ALLGATHER_OPTIONS
 from arg_dist.sharding.fragment import Holding
 from arg_dist.sharding.message_device import message_device
-from arg_dist.sharding.messages import Messages
-from arg_dist.sharding.waiting import Waiting, Words
+from arg_dist.sharding.message_packing import Messages
+from arg_dist.sharding.timeouts import Waiting, Words
 from arg_dist.subspace.distributed import Exchange
 
 SIZE_BYTES = 8

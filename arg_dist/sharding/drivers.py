@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.lanes import Answer, Lane, run_lanes
+from arg_dist.sharding.overlap import Answer, Lane, run_lanes
 from arg_dist.subspace.distributed import (
     Exchange,
     Request,

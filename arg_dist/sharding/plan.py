@@ -17,7 +17,6 @@ from typing import Any
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.comparison import check_agreement, describe
 from arg_dist.sharding.fragment import Fragment, Holding
-from arg_dist.sharding.lanes import lanes_of
 from arg_dist.sharding.layout import (
     MatrixView,
     Ranges,
@@ -27,6 +26,7 @@ from arg_dist.sharding.layout import (
     shard_elements,
     shard_matrix,
 )
+from arg_dist.sharding.overlap import lanes_of
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
 
@@ -80,7 +80,7 @@ class Plan:
         shards: this process's parts, in an order equal on all processes.
         groups: positions of its parameter groups among those of the call.
         units: all matrices and tensors, including those that other processes hold.
-        lanes: their positions, divided into lanes (:mod:`arg_dist.sharding.lanes`).
+        lanes: their positions, divided into lanes (:mod:`arg_dist.sharding.overlap`).
         held: the fragments that this process holds.
         replicated: every process holds all parameters; only the state is sharded.
         copies: communicators of the processes that hold the same parts in other copies of the

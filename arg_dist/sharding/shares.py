@@ -31,7 +31,7 @@ def is_sharded(target: Tensor) -> bool:
     return hasattr(target, "placements")
 
 
-def place_of(target: Any, group: dist.ProcessGroup | None) -> tuple[int, int]:
+def holder_of(target: Any, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """This process's index among those that divide the state of a tensor, and their number.
 
     Args:
@@ -63,23 +63,23 @@ def as_share(local: Tensor, target: Any, group: dist.ProcessGroup | None) -> Ten
     else:
         assert group is not None
         mesh, placements = DeviceMesh.from_group(group, target.device.type), [Shard(0)]
-    size = torch.Size([local.numel() * place_of(target, group)[1]])
+    size = torch.Size([local.numel() * holder_of(target, group)[1]])
     shared: Tensor = DTensor.from_local(
         local.to(target.device), mesh, placements, run_check=False, shape=size, stride=(1,)
     )
     return shared
 
 
-def own_share(shared: Any, place: tuple[int, int]) -> Tensor:
+def own_share(shared: Any, holder: tuple[int, int]) -> Tensor:
     """This process's share of a tensor that :func:`as_share` returned, gathered or not.
 
     Args:
         shared: the tensor.
-        place: this process's index, and the number of processes.
+        holder: this process's index, and the number of processes.
     """
     if is_sharded(shared):
         local: Tensor = shared.to_local()
         return local
-    length = shared.numel() // place[1]
-    share: Tensor = shared[place[0] * length : (place[0] + 1) * length]
+    length = shared.numel() // holder[1]
+    share: Tensor = shared[holder[0] * length : (holder[0] + 1) * length]
     return share

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.compare``; see :mod:`benchmarks.compare.line`."""
+"""``python -m benchmarks.compare``; see :mod:`benchmarks.compare.cli`."""
 
 import sys
 
-from benchmarks.compare.line import main
+from benchmarks.compare.cli import main
 
 if __name__ == "__main__":
     sys.argv[0] = "compare"  # the prefix of error messages

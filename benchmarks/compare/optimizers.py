@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 import arg_dist
 from arg_dist.config import rank_of
-from arg_dist.groups import HEADS
+from arg_dist.model_groups import HEADS
 from benchmarks.compare.methods import OURS, TWO_OPTIMIZERS, Method
 from benchmarks.compare.peers import published
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from arg_dist.sharding import lanes
+from arg_dist.sharding import overlap
 from arg_dist.sharding.shard import local_part
 from benchmarks.measuring.contenders import NEVER
 from benchmarks.measuring.engines import build
 from benchmarks.measuring.timing import in_turns
 
-WAYS = {"one lane": 1, "in turns": lanes.AT_ONCE}
+WAYS = {"one lane": 1, "in turns": overlap.AT_ONCE}
 """Lanes in flight at a time, by variant; the names are keys of the JSON samples."""
 LENGTH = 64
 """Sequence length of the model, which is never run."""
@@ -62,11 +62,11 @@ def give_gradients(model: nn.Module, *, same: bool) -> None:
 @contextmanager
 def lanes_at_once(count: int) -> Iterator[None]:
     """Set the number of lanes in flight at a time."""
-    before, lanes.AT_ONCE = lanes.AT_ONCE, count
+    before, overlap.AT_ONCE = overlap.AT_ONCE, count
     try:
         yield
     finally:
-        lanes.AT_ONCE = before
+        overlap.AT_ONCE = before
 
 
 def _step(optimizer: Any, at_once: int) -> None:

@@ -2,7 +2,7 @@
 
 ``python -m launchers.cluster [OPTIONS] SCRIPT [ARGS...]`` is node k of n. The nodes rendezvous at a
 store on node 0, compare what they are about to run, and then each starts its launcher: torchrun,
-deepspeed or accelerate. Nothing here needs ssh. See :mod:`launchers.cluster.line` for the options.
+deepspeed or accelerate. Nothing here needs ssh. See :mod:`launchers.cluster.cli` for the options.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""``python -m launchers.cluster``; see :mod:`launchers.cluster.line`."""
+"""``python -m launchers.cluster``; see :mod:`launchers.cluster.cli`."""
 
 import os
 import sys
 
-from launchers.cluster.line import main
+from launchers.cluster.cli import main
 
 if __name__ == "__main__":
     sys.argv[0] = "cluster"  # the prefix of error messages

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from arg_dist import ConfigError, NoAnswerError
 from arg_dist.cli.parsing import InputError, is_first_process
 from arg_dist.library_internals import GROUPS, SET_GROUP_TIMEOUT
-from arg_dist.sharding.waiting import SILENCE
+from arg_dist.sharding.timeouts import SILENCE
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arg_dist.checkpoint.index import CheckpointError, Index, read_index
-from arg_dist.checkpoint.series import checkpoints_in
+from arg_dist.checkpoint.rotation import checkpoints_in
 from arg_dist.cli.parsing import InputError
 from arg_dist.config import current_names
 from launchers.pretraining.identity import changes, check_identity

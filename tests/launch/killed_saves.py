@@ -30,7 +30,7 @@ from saving_jobs import KEEP, STEP, Orders, start, warm_up  # noqa: E402
 
 from arg_dist.checkpoint.index import INDEX_NAME, CheckpointError  # noqa: E402
 from arg_dist.checkpoint.reading import verified_index  # noqa: E402
-from arg_dist.checkpoint.series import checkpoints_in  # noqa: E402
+from arg_dist.checkpoint.rotation import checkpoints_in  # noqa: E402
 from arg_dist.sharding.communicator import Communicator  # noqa: E402
 
 ROUND_SECONDS = 60

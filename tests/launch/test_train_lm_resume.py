@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from arg_dist.checkpoint.series import checkpoints_in
+from arg_dist.checkpoint.rotation import checkpoints_in
 from tests.launch.launching import Start, alone, launch
 from tests.launch.stopping import metrics, started, wait_for
 from tests.launch.tiny_jobs import llama_config, write_text

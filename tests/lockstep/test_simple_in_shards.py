@@ -61,7 +61,7 @@ class InShards:
         **settings: Any,
     ) -> None:
         self.settings, self.transposed = AdaRankGradConfig(**settings), transposed
-        self.turns = max(1, len(list(model.parameters())) // RENEWED_TOGETHER)
+        self.stagger = max(1, len(list(model.parameters())) // RENEWED_TOGETHER)
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.matrices: list[tuple[Tensor, list[MatrixShard], list[dict]]] = []
         candidates, others = param_groups(model)
@@ -93,7 +93,7 @@ class InShards:
         for parameter, shards, states in self.matrices:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradient = self.as_stored(gradient)
-            step_in_lockstep(shards, states, gradient, self.settings, self.turns)
+            step_in_lockstep(shards, states, gradient, self.settings, self.stagger)
             parameter.copy_(self.as_stored(weight_of(shards)))
             assert len({(state.get("rank"), state.get("gap")) for state in states}) == 1
         self.rest.step()

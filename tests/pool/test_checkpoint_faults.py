@@ -18,7 +18,7 @@ import pytest
 import torch.distributed as dist
 from checkpoint_jobs import build, load_auto, load_one, same, snapshot, step, told
 
-from arg_dist.checkpoint import CheckpointError, Checkpoints, claim, files, save
+from arg_dist.checkpoint import CheckpointError, Checkpoints, files, lock, save
 
 
 @contextmanager
@@ -182,12 +182,12 @@ def test_a_folder_belongs_to_one_job_at_a_time(pool, tmp_path):
 
 
 def claim_taken(group: Any, folder: Path) -> str:
-    usual = claim.WAIT_SECONDS
-    claim.WAIT_SECONDS = 0.2
+    usual = lock.WAIT_SECONDS
+    lock.WAIT_SECONDS = 0.2
     try:
         return told(lambda: Checkpoints(folder, build(group)))
     finally:
-        claim.WAIT_SECONDS = usual
+        lock.WAIT_SECONDS = usual
 
 
 def go_back_and_forth(group: Any, folder: Path) -> list[Any]:

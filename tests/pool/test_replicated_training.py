@@ -15,7 +15,7 @@ from tolerances import REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS
 
 from arg_dist import AdaRankGrad
 from arg_dist.recording import rounds
-from arg_dist.sharding.lanes import AT_ONCE
+from arg_dist.sharding.overlap import AT_ONCE
 
 SHAPES = [(96, 48), (48, 96), (3, 48, 36), (31,)]
 SETTINGS = {"lr": 1e-2, "max_rank": 12, "min_rank": 2, "energy": 0.8, "min_gap": 4, "max_gap": 8}

@@ -18,8 +18,8 @@ from processes import ProcessPool
 
 from arg_dist import AdaRankGrad
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.roll_call import ROLL_CALL_SECONDS, RollCall, note_key
-from arg_dist.sharding.waiting import NoAnswerError, Waiting
+from arg_dist.sharding.stragglers import ROLL_CALL_SECONDS, RollCall, note_key
+from arg_dist.sharding.timeouts import NoAnswerError, Waiting
 from tests.launch.forking import context
 
 PROCESSES = 3

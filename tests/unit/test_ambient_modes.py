@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import arg_dist
 from arg_dist import AdaRankGrad, ConfigError
 from arg_dist.checkpoint import Checkpoints
-from arg_dist.checkpoint.alone import newest_intact, whole_weight
+from arg_dist.checkpoint.offline import newest_intact, whole_weight
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.sharding.entry import is_entry_point, plain_mode
 from arg_dist.telemetry import sample_optimizer

@@ -16,7 +16,7 @@ import pytest
 from launchers.cluster import child as child_module
 from launchers.cluster import watch
 from launchers.cluster.child import SIGNALS, Child, adopt_orphans
-from launchers.cluster.line import main
+from launchers.cluster.cli import main
 from launchers.cluster.network import interface_of, own_address
 from launchers.cluster.place import Place
 from launchers.cluster.presence import Node

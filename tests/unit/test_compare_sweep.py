@@ -312,7 +312,7 @@ def test_files_that_are_none_of_ours_are_told(tmp_path):
     ],
 )
 def test_the_command_line_tells_mistakes_in_one_line(words, told, tmp_path, monkeypatch, capsys):
-    from benchmarks.compare.line import main
+    from benchmarks.compare.cli import main
 
     monkeypatch.chdir(tmp_path)
     try:

@@ -14,7 +14,7 @@ from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, Holding
 from arg_dist.sharding.job import job_communicator
 from arg_dist.sharding.message_device import message_device
-from arg_dist.sharding.messages import Messages
+from arg_dist.sharding.message_packing import Messages
 from arg_dist.sharding.transfers import gathered
 from arg_dist.step import agree
 from arg_dist.subspace.distributed import Exchange, even_rows

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from launchers.cluster.line import main
+from launchers.cluster.cli import main
 
 pytestmark = pytest.mark.unit
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import arg_dist
-from arg_dist.engines.library_hooks import wrap_method
+from arg_dist.engines.patching import wrap_method
 from arg_dist.library_internals import Internal
 from arg_dist.library_internals import Library as OtherLibrary
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from arg_dist import AdaRankGrad, ConfigError, prepare
 from arg_dist.engines import deepspeed_guard
-from arg_dist.engines.library_hooks import is_wrapped
+from arg_dist.engines.patching import is_wrapped
 from arg_dist.integrations import preparing
 from arg_dist.integrations.saving import TRAINER_SAVES, optimizers_in
 from arg_dist.library_internals import SAVE_OPTIMIZER, SAVE_STATE

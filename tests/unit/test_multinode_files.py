@@ -16,7 +16,7 @@ import pytest
 import torch.distributed.run as torchrun
 import yaml
 
-from launchers.cluster.line import _parser, _read_job
+from launchers.cluster.cli import _parser, _read_job
 from launchers.cluster.place import Place, find_place
 from launchers.pretraining.options import parse_options
 

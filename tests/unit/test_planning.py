@@ -26,7 +26,7 @@ from arg_dist.planning.rows import Spans, sent
 from arg_dist.planning.shardings import PlannedMatrix
 from arg_dist.planning.traffic import matrix_traffic
 from arg_dist.sharding.drivers import run_lockstep
-from arg_dist.sharding.messages import ALIGNMENT
+from arg_dist.sharding.message_packing import ALIGNMENT
 from arg_dist.subspace.distributed import even_rows, exchanges_of, intersect
 
 pytestmark = pytest.mark.unit

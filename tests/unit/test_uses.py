@@ -10,7 +10,7 @@ from torch import nn
 
 from arg_dist import classify, param_groups
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.groups import uses
+from arg_dist.model_groups import uses
 from arg_dist.parameter_groups import trained_views
 
 E, D, F = 4, 16, 24

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arg_dist.sharding.lanes import AT_ONCE, WORTH_IT, Lane, lanes_of, run_lanes, turns
+from arg_dist.sharding.overlap import AT_ONCE, WORTH_IT, Lane, lanes_of, run_lanes, turns
 from arg_dist.subspace.distributed import Exchange
 
 

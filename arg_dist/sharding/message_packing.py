@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from arg_dist.sharding.routes import Route, route
+from arg_dist.sharding.routing import Route, route
 from arg_dist.sharding.transfers import gathered, spread_out
 from arg_dist.subspace.distributed import Exchange, add_up, put_together
 

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from arg_dist.sharding import roll_call
-from arg_dist.sharding.roll_call import RollCall, note_key
+from arg_dist.sharding import stragglers
+from arg_dist.sharding.stragglers import RollCall, note_key
 
 pytestmark = pytest.mark.unit
 
@@ -25,7 +25,7 @@ class Group:
 @pytest.fixture
 def call_with(monkeypatch):
     """The roll call in collective 5 of a process that met the others by this store."""
-    monkeypatch.setattr(roll_call, "ROLL_CALL_SECONDS", 0.3)
+    monkeypatch.setattr(stragglers, "ROLL_CALL_SECONDS", 0.3)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: WORLD_SIZE)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: list(range(WORLD_SIZE)))

@@ -16,7 +16,7 @@ from arg_dist.checkpoint.files import cannot_write, on_all
 from arg_dist.checkpoint.index import CheckpointError
 from arg_dist.sharding.communicator import Communicator
 
-CLAIM_NAME = ".claim"
+FILE_NAME = ".claim"
 WAIT_SECONDS = 120.0
 """How long a job waits for the previous one, which may be exiting. If the machine of that job has
 failed, a network file system releases its lock only after a while (NFS 4 after 90 seconds)."""
@@ -25,11 +25,11 @@ QUIET_SECONDS = 2.0
 log = logging.getLogger("arg_dist")
 
 _TAKEN = (errno.EAGAIN, errno.EACCES)
-_held: weakref.WeakValueDictionary[tuple[int, int], Claim] = weakref.WeakValueDictionary()
+_held: weakref.WeakValueDictionary[tuple[int, int], FolderLock] = weakref.WeakValueDictionary()
 """By device and inode: closing one descriptor of a file releases all locks of the process on it."""
 
 
-class Claim:
+class FolderLock:
     """A lock on a file, released with this object or when the process exits, however it does.
 
     Args:
@@ -47,7 +47,7 @@ class Claim:
         os.fsync(descriptor)
 
 
-def claim(folder: Path, processes: Communicator, time_limit: float) -> Claim | None:
+def lock_folder(folder: Path, processes: Communicator, time_limit: float) -> FolderLock | None:
     """Creates the folder if necessary and locks it against other jobs; a collective.
 
     Args:
@@ -56,13 +56,13 @@ def claim(folder: Path, processes: Communicator, time_limit: float) -> Claim | N
         time_limit: seconds that they wait for each other.
 
     Returns:
-        On the first process, the claim, which is held as long as it is referenced.
+        On the first process, the lock, which is held as long as it is referenced.
 
     Raises:
         CheckpointError: on every process: the folder is not writable, is in use by another job, or
             is not the same on all processes.
     """
-    own: list[Claim] = []
+    own: list[FolderLock] = []
 
     def take() -> str:
         if processes.me == 0:
@@ -72,7 +72,7 @@ def claim(folder: Path, processes: Communicator, time_limit: float) -> Claim | N
     token = on_all(processes, take)[0]
 
     def compare() -> None:
-        found = "" if own else _read(folder / CLAIM_NAME)
+        found = "" if own else _read(folder / FILE_NAME)
         if not own and found != token:
             raise CheckpointError(
                 f"{folder}: is not the folder that process 0 sees under this name; checkpoints "
@@ -83,8 +83,8 @@ def claim(folder: Path, processes: Communicator, time_limit: float) -> Claim | N
     return own[0] if own else None
 
 
-def _take(folder: Path, seconds: float) -> Claim:
-    path = folder / CLAIM_NAME
+def _take(folder: Path, seconds: float) -> FolderLock:
+    path = folder / FILE_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -101,12 +101,12 @@ def _take(folder: Path, seconds: float) -> Claim:
         os.close(descriptor)
         raise
     try:
-        claimed = Claim(descriptor)
+        taken = FolderLock(descriptor)
     except OSError as error:
         raise cannot_write(folder, error) from None
     status = os.fstat(descriptor)
-    _held[status.st_dev, status.st_ino] = claimed
-    return claimed
+    _held[status.st_dev, status.st_ino] = taken
+    return taken
 
 
 def _lock(descriptor: int, folder: Path, seconds: float) -> None:
@@ -125,7 +125,7 @@ def _lock(descriptor: int, folder: Path, seconds: float) -> None:
             raise CheckpointError(
                 f"{folder}: another job saves its checkpoints here ({holder}); stop it, or give "
                 "this job its own folder; if that machine no longer exists, remove "
-                f"{folder / CLAIM_NAME}"
+                f"{folder / FILE_NAME}"
             )
         if waited > QUIET_SECONDS and not warned:
             warned = True

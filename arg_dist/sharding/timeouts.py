@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from arg_dist.library_internals import BACKEND_OF_GROUP, BACKEND_TIMEOUT
-from arg_dist.sharding.roll_call import ROLL_CALL_SECONDS, RollCall, enumerated
+from arg_dist.sharding.stragglers import ROLL_CALL_SECONDS, RollCall, enumerated
 
 NAMED = 3
 """Maximum number of matrices named in a message; the others are counted."""

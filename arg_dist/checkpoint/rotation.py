@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from arg_dist.checkpoint.claim import claim
 from arg_dist.checkpoint.files import on_all, sync_folder, write_bytes
 from arg_dist.checkpoint.index import CheckpointError
+from arg_dist.checkpoint.lock import lock_folder
 from arg_dist.checkpoint.reading import Restored, restore, verified_index
 from arg_dist.checkpoint.scheduling import check_scheduler
 from arg_dist.checkpoint.writing import Draft, draft, write
@@ -99,7 +99,7 @@ class Checkpoints:
         on_all(self._processes, partial(check_scheduler, scheduler))
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[SaveTimes] | None = None
-        self._claim = claim(self.folder, self._processes, time_limit)
+        self._lock = lock_folder(self.folder, self._processes, time_limit)
         on_all(self._processes, self._clear_leftovers)
 
     @entry_point

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arg_dist.checkpoint.index import CheckpointError, Index, tensor_key
 from arg_dist.checkpoint.reading import verified_index
-from arg_dist.checkpoint.series import checkpoints_in
+from arg_dist.checkpoint.rotation import checkpoints_in
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.entry import plain_mode

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from arg_dist.sharding import waiting
-from arg_dist.sharding.waiting import UNKNOWN_SECONDS, NoAnswerError, Waiting, Watch
+from arg_dist.sharding import timeouts
+from arg_dist.sharding.timeouts import UNKNOWN_SECONDS, NoAnswerError, Waiting, Watch
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ class Roll:
 
 def waiting_of(monkeypatch: pytest.MonkeyPatch, own: float, seconds: float | None) -> Waiting:
     """Waiting on a backend that is not gloo, whose own timeout is `own`."""
-    monkeypatch.setattr(waiting, "RollCall", Roll)
+    monkeypatch.setattr(timeouts, "RollCall", Roll)
     options = SimpleNamespace(_timeout=timedelta(seconds=own))
     backend = SimpleNamespace(options=options, name=lambda: "nccl")
     return Waiting(SimpleNamespace(_get_backend=lambda device: backend), CPU, seconds)

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.waiting import named
+from arg_dist.sharding.timeouts import named
 from arg_dist.subspace.distributed import Request, Steps, exchanges_of
 
 T = TypeVar("T")
