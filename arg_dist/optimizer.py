@@ -226,6 +226,10 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         """The processes that train this model together, without a sharding engine."""
         return self._binding.process_group
 
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        self._binding.process_group = process_group
+
     @property
     def is_classified(self) -> bool:
         """Whether the groups say which parameters are trained in low rank."""
