@@ -55,13 +55,13 @@ class FlatPartitionAdapter(Adapter):
     def on_construction(self, optimizer: Any) -> None:
         """Registers the optimizer with DeepSpeed, if that is or will be in use."""
         expect(optimizer)
+        # accelerate and the Trainer announce DeepSpeed in the environment and import it later
+        if DEEPSPEED.is_imported or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            introduce(type(optimizer))
 
     def on_first_step(self, optimizer: Any) -> None:
         """Records that the optimizer is in use."""
         has_stepped(optimizer)
-        # accelerate and the Trainer announce DeepSpeed in the environment and import it later
-        if DEEPSPEED.is_imported or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            introduce(type(optimizer))
 
     def hold(self, group: ParameterGroup) -> Holding:
         """Returns the part of each parameter that is in this process's partition.

@@ -131,13 +131,15 @@ def _job(me: int, orders: Orders, store: Path) -> Iterator[tuple[str, Any]]:
     if restored is not None:
         assert restored.job["step"] == step, restored
         for name, tensor in _saved_tensors(optimizer):
-            assert (tensor == _value(restored.job["number"], name)).all(), f"{name} in {restored}"
+            assert (tensor == _value(restored.job["number"], name, tensor)).all(), (
+                f"{name} in {restored}"
+            )
     passed_over = [] if restored is None else restored.passed_over
     yield "loaded", {"step": step, "leftovers": left, "passed_over": passed_over}
 
     def save(step: int, number: int) -> None:
         for name, tensor in _saved_tensors(optimizer):
-            tensor.fill_(_value(number, name))
+            tensor.fill_(_value(number, name, tensor))
         checkpoints.save(step, {"step": step, "number": number})
 
     for count in range(1, orders.saves + 1):
@@ -160,7 +162,12 @@ def optimizer_with_state(group: Any) -> arg_dist.AdaRankGrad:
     """An optimizer with state."""
     named = [(f"w{i}", nn.Parameter(torch.zeros(SIDE, SIDE))) for i in range(MATRICES)]
     optimizer = arg_dist.AdaRankGrad(
-        named, process_group=group, max_rank=8, oversample=2, power_passes=0
+        named,
+        process_group=group,
+        preset="pretraining",
+        max_rank=8,
+        oversample=2,
+        power_passes=0,
     )
     ones = torch.ones(SIDE, 2)
     for _, parameter in named:
@@ -178,8 +185,9 @@ def _saved_tensors(optimizer: arg_dist.AdaRankGrad) -> Iterator[tuple[str, Tenso
                     yield f"{name}.{key}", value
 
 
-def _value(number: int, name: str) -> int:
-    return 100 * number + sum(map(ord, name)) % 97  # exact in fp32
+def _value(number: int, name: str, tensor: Tensor) -> int:
+    value = 100 * number + sum(map(ord, name)) % 97  # exact in fp32
+    return value if tensor.dtype == torch.float32 else value % 251  # in bytes, and in bf16
 
 
 def _report(descriptor: int, me: int, event: str, value: Any) -> None:
