@@ -354,6 +354,11 @@ def is_due(state: State) -> bool:
     return not state or state["since_refresh"] >= state["gap"]
 
 
+def refresh_next(state: State) -> None:
+    """Make a matrix's next step refresh, whatever was scheduled."""
+    state["gap"] = 0
+
+
 def claim(name: str, sharding: MatrixSharding, state: State, settings: AdaRankGradConfig) -> Claim:
     """The claim of a matrix distributed by `sharding` on a `state_budget`."""
     smallest, largest = settings.rank_bounds(min(sharding.basis.size, sharding.moment.size))

@@ -12,7 +12,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from arg_dist.algorithm import Choice, LowRankUpdate, StepFacts, adam_step, low_rank_step
+from arg_dist.algorithm import (
+    Choice,
+    LowRankUpdate,
+    StepFacts,
+    adam_step,
+    low_rank_step,
+    refresh_next,
+)
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.sharding.drivers import Round, run_recorded
 from arg_dist.sharding.layout import shard_matrix
@@ -110,5 +117,5 @@ def rounds(
 
     requests()
     steady = requests()
-    state["gap"] = 0  # a refresh that also rotates the moments
+    refresh_next(state)  # which also rotates the moments
     return steady, requests()
