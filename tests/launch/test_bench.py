@@ -89,3 +89,13 @@ def test_what_a_process_holds_under_an_engine(engine: str, tmp_path: Path) -> No
         assert 0 < sum(states) < ADAM * PARAMETERS / 2
     assert max(states) < 1.05 * sum(states) / processes
     assert all(each["peak"] > each["state"]["storage"] for each in found)
+
+
+def test_the_overhead_of_a_step_is_compared_with_another_checkout() -> None:
+    words = ("--matrices", 2, "--rounds", 1, "--against", ".")
+    finished = alone("benchmarks/overhead.py", *words, seconds=60)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    first, second = (line.split("|")[2:4] for line in finished.stdout.splitlines()[-2:])
+    assert all(float(cell) > 0 for cell in (*first, *second))
+    finished = alone("benchmarks/overhead.py", "--against", "tests", seconds=60)
+    assert finished.returncode == 2 and "--against tests: no checkout" in finished.stderr
