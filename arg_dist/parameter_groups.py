@@ -22,8 +22,7 @@ from arg_dist.group_keys import numbers, own_settings, tensors
 from arg_dist.parameter_kinds import check_kind, check_present, check_shape, check_values
 from arg_dist.settings import JobSettings, PatternSettings
 from arg_dist.sharding.fragment import Holding, ParameterGroup, hold
-from arg_dist.sharding.layout import MatrixView, matrix_views
-from arg_dist.sharding.plan import GroupSpec
+from arg_dist.sharding.layout import GroupSpec, MatrixView, matrix_views
 
 SETTINGS = tuple(AdaRankGradConfig.model_fields)
 """Keys of a parameter group that are settings."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arg_dist.sharding.fragment import Fragment
+from arg_dist.sharding.layout import GroupSpec
 from arg_dist.sharding.shard import as_reals
-
-if TYPE_CHECKING:
-    from arg_dist.sharding.plan import GroupSpec
 
 
 def describe(spec: GroupSpec) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from arg_dist.sharding.fragment import Holding
 from arg_dist.subspace.distributed import (
     DimensionSharding,
     Interval,
@@ -37,6 +39,29 @@ class MatrixView:
     def short(self) -> int:
         """The shorter dimension."""
         return min(self.rows, self.columns)
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """Specification of one parameter group.
+
+    Attributes:
+        holding: what this process holds of it.
+        side: `auto`, `left` or `right`.
+        shard_basis: store each basis once over the processes; None: if there are several.
+        views: maps a parameter's name and full shape to the matrices that AdaRankGrad trains;
+            empty for a tensor trained by Adam.
+        positions: index of each parameter, by name, in the list that the group was built with:
+            home processes follow from it, whatever other parameters train now.
+        settings: the group's settings as text; must be equal on all processes.
+    """
+
+    holding: Holding
+    side: str
+    shard_basis: bool | None
+    views: Callable[[str, tuple[int, ...]], list[MatrixView]]
+    positions: Mapping[str, int]
+    settings: str
 
 
 def matrix_views(name: str, shape: tuple[int, ...], view: str) -> list[MatrixView]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.comparison import check_agreement, describe
 from arg_dist.sharding.fragment import Fragment, Holding
 from arg_dist.sharding.layout import (
+    GroupSpec,
     MatrixView,
     Ranges,
     basis_spans_columns,
@@ -31,29 +32,6 @@ from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
 
 FP32_BYTES = 4
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """Specification of one parameter group.
-
-    Attributes:
-        holding: what this process holds of it.
-        side: `auto`, `left` or `right`.
-        shard_basis: store each basis once over the processes; None: if there are several.
-        views: maps a parameter's name and full shape to the matrices that AdaRankGrad trains;
-            empty for a tensor trained by Adam.
-        positions: index of each parameter, by name, in the list that the group was built with:
-            home processes follow from it, whatever other parameters train now.
-        settings: the group's settings as text; must be equal on all processes.
-    """
-
-    holding: Holding
-    side: str
-    shard_basis: bool | None
-    views: Callable[[str, tuple[int, ...]], list[MatrixView]]
-    positions: Mapping[str, int]
-    settings: str
 
 
 @dataclass(frozen=True)
