@@ -182,9 +182,23 @@ class Binding:
         self._plans.clear()
         self._tensors_of_plans.clear()
 
-    def calls_of_a_step(self, states: States) -> list[Call]:
-        """The calls to ``step()`` that the engine will make, without those that have no tensors."""
-        every: Groups = self.every_group
+    def plans_of_state(
+        self, groups: Groups, states: States, frozen: Collection[str] = ()
+    ) -> list[Plan]:
+        """Plans of all that is saved; see :meth:`AdaRankGrad.bind_all`."""
+        calls = self.calls_of_a_step(groups, states)
+        trained = [plan for call in calls for plan in call.plans]
+        return trained + self.resting_plans(states, frozen)
+
+    def calls_of_a_step(self, groups: Groups, states: States) -> list[Call]:
+        """The calls to ``step()`` that the engine will make, without those that have no tensors.
+
+        Args:
+            groups: the optimizer's parameter groups now.
+            states: the optimizer's state.
+        """
+        self.follow(groups)
+        every = self.every_group
         calls = []
         for call in step_calls([self._seen(group) for group in every]):
             held = [{**every[i], "params": targets} for i, targets in call if targets]

@@ -293,7 +293,9 @@ class AdaRankGrad(Saving, CopiedOptimizer):
             frozen: names of frozen parameters to include whether or not they have state.
             anew: discard existing plans, because settings have changed.
         """
-        return self.bind(anew=anew) + self._binding.resting_plans(self.state, frozen)
+        if anew:
+            self._binding.forget_plans()
+        return self._binding.plans_of_state(self.param_groups, self.state, frozen)
 
     @entry_point
     def calls_of_a_step(self) -> list[Call]:
@@ -301,8 +303,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
 
         Collective: every process must call it, after the engine has taken over the parameters.
         """
-        self._binding.follow(self.param_groups)
-        return self._binding.calls_of_a_step(self.state)
+        return self._binding.calls_of_a_step(self.param_groups, self.state)
 
     def every_plan(self) -> Iterator[Plan]:
         """All plans made so far."""

@@ -84,10 +84,7 @@ class Saving(torch.optim.Optimizer):
 
         Collective: every process must call it, after the engine has taken over the parameters.
         """
-        self._binding.follow(self.param_groups)
-        calls = self._binding.calls_of_a_step(self.state)
-        plans = [plan for call in calls for plan in call.plans]
-        plans += self._binding.resting_plans(self.state)
+        plans = self._binding.plans_of_state(self.param_groups, self.state)
         for plan in plans:
             self._ownership.cut_loaded(plan, self.state)
         return plans

@@ -29,6 +29,7 @@ from arg_dist.sharding.layout import (
 )
 from arg_dist.sharding.overlap import lanes_of
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
+from arg_dist.sharding.shares import is_sharded
 from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
 
 FP32_BYTES = 4
@@ -90,7 +91,7 @@ class Plan:
 
         PyTorch looks up the keys of a sharded tensor's state on every process.
         """
-        return [unit for unit in self.elsewhere if hasattr(unit.fragment.target, "placements")]
+        return [unit for unit in self.elsewhere if is_sharded(unit.fragment.target)]
 
     @cached_property
     def elsewhere(self) -> list[Unit]:
