@@ -6,6 +6,7 @@ from arg_dist.engines import ADAPTERS as _ADAPTERS
 from arg_dist.engines.deepspeed_entry import initialize
 from arg_dist.engines.deepspeed_entry import offer_by_name as _offer_by_name
 from arg_dist.engines.patching import use_meetings as _use_meetings
+from arg_dist.engines.replicated import sketch_only
 from arg_dist.integrations import MEETINGS as _MEETINGS
 from arg_dist.integrations.accelerate import prepare
 from arg_dist.integrations.trainer import for_trainer
@@ -27,6 +28,7 @@ __all__ = [
     "initialize",
     "param_groups",
     "prepare",
+    "sketch_only",
 ]
 
 # imports run one way, so what lower layers call of higher ones is handed down to them here

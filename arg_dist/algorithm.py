@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.subspace.budget import Claim
+from arg_dist.subspace.codes import BLOCK, Coded, coded_bytes, coded_zeros, decode, encode
 from arg_dist.subspace.distributed import (
     DimensionSharding,
     MatrixSharding,
@@ -29,7 +30,6 @@ from arg_dist.subspace.distributed import (
     sum_scatter,
     sum_scatter_both,
 )
-from arg_dist.subspace.momentum import Coded, coded_bytes, coded_zeros, decode, encode
 from arg_dist.subspace.norms import row_squares
 from arg_dist.subspace.precision import lowered_precision
 from arg_dist.subspace.range_finder import Part, leading_directions
@@ -48,6 +48,9 @@ from arg_dist.subspace.transport import transport_moments
 
 FP32_BYTES = 4
 
+PROBES = 8
+"""Random directions that tell the norm of a mean which is not formed, to 3 % (one deviation)."""
+
 POLAR_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Types in which an orthogonalized residual is sent and computed, by `polar_precision`."""
 
@@ -58,7 +61,8 @@ class StepFacts:
 
     Attributes:
         name: the matrix's name, which seeds its sketches.
-        norm_sq: ``||G||_F^2`` over all processes; finite.
+        norm_sq: ``||G||_F^2`` over all processes; finite. Of a mean of terms a limit: the mean of
+            their ``||G_i||_F^2``.
         kept_sq: ``||P||_F^2`` of the previous step, over all processes.
         phase: in [0, 1): staggers the refreshes of different matrices, even if all gradients decay
             in one step.
@@ -108,7 +112,9 @@ class Choice(NamedTuple):
 
 Bounds = tuple[int, int]
 """Smallest and largest rank."""
-Choose = Callable[[Tensor, Bounds, int | None, AdaRankGradConfig, StepFacts], Choice]
+Choose = Callable[
+    [Tensor, float | Tensor, Bounds, int | None, AdaRankGradConfig, StepFacts], Choice
+]
 """Decides a rank; arguments as of :func:`chosen_by_energy`."""
 
 
@@ -130,6 +136,7 @@ class NewBasis(NamedTuple):
 
 def chosen_by_energy(
     energies: Tensor,
+    norm_sq: float | Tensor,
     bounds: Bounds,
     before: int | None,
     settings: AdaRankGradConfig,
@@ -139,26 +146,28 @@ def chosen_by_energy(
 
     Args:
         energies: ``width``, fp64, descending: ``||G q_i||^2``.
+        norm_sq: ``||G||_F^2``.
         bounds: smallest and largest rank that the settings allow the matrix.
         before: the previous rank; None at the first refresh.
         settings: the settings of the matrix's parameter group.
         facts: what is known of the matrix.
     """
     energies, spectrum = energies.cpu(), None  # the refresh's only wait for the device
+    norm_sq = float(norm_sq)
     smallest, largest = bounds
     if facts.allowed is not None:  # the spectrum beyond it lets the rank rise again later
-        spectrum = (energies[:largest] / facts.norm_sq).tolist()
+        spectrum = (energies[:largest] / norm_sq).tolist()
         largest = min(largest, facts.allowed)
     rank = choose_rank(
         energies,
-        facts.norm_sq,
+        norm_sq,
         energy=settings.energy,
         smallest=smallest,
         largest=largest,
         before=before,
         hysteresis=settings.hysteresis,
     )
-    return Choice(rank, min(1.0, float(energies[:rank].sum()) / facts.norm_sq), spectrum)
+    return Choice(rank, min(1.0, float(energies[:rank].sum()) / norm_sq), spectrum)
 
 
 def low_rank_step(
@@ -188,10 +197,10 @@ def low_rank_step(
     me, moment = sharding.me, sharding.moment
     new = None
     if facts.norm_sq > 0 and is_due(state):
-        new = yield from _refresh(gradient, row_sq.device, state, sharding, settings, facts, choose)
+        new = yield from refresh(gradient, row_sq.device, state, sharding, settings, facts, choose)
         basis = new.vectors
     elif state:
-        basis = yield from gather(state["basis"], sharding.store, sharding.basis.touch, me)
+        basis = yield from present_basis(state, sharding)
     else:
         return None
     # P = G Q
@@ -202,16 +211,8 @@ def low_rank_step(
         projected, row_sq = yield from sum_scatter_both(parts, moment.touch, moment.keep, me)
     else:
         projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
-    if new is not None:
-        _adopt(new, projected, state, sharding, settings, facts.phase)
-    else:
-        _refresh_early(state, settings, facts)
-    direction = _advance(state, projected, settings)
-    projected_sq = row_squares(projected)
-    state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
-    state["since_refresh"] += 1
+    direction, projected_sq = step_in_basis(new, projected, state, sharding, settings, facts)
     if settings.residual == "none":
-        _forget_momentum(state)
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
     if settings.residual == "orthogonalized":
@@ -225,7 +226,6 @@ def low_rank_step(
         )
         direction, outside = yield from gather_each(both, me)
         return LowRankUpdate(direction, basis, outside=outside)
-    _forget_momentum(state)
     if settings.residual == "matched":
         factors = matched_factors(direction, projected_sq, row_sq, dimension=sharding.basis.size)
     else:
@@ -244,13 +244,53 @@ def low_rank_step(
     return LowRankUpdate(direction, basis, factors)
 
 
+def present_basis(state: State, sharding: MatrixSharding) -> Steps[Tensor]:
+    """``basis.touch x rank``: the basis of the last refresh."""
+    return (yield from gather(state["basis"], sharding.store, sharding.basis.touch, sharding.me))
+
+
+def step_in_basis(
+    new: NewBasis | None,
+    projected: Tensor,
+    state: State,
+    sharding: MatrixSharding,
+    settings: AdaRankGradConfig,
+    facts: StepFacts,
+) -> tuple[Tensor, Tensor]:
+    """Advance the moments, after a refresh in their new basis; what is left is the residual.
+
+    Args:
+        new: the new basis; None without a refresh.
+        projected: ``moment.keep x rank``, P.
+        state: the matrix's state, updated.
+        sharding: how the matrix is distributed over the processes.
+        settings: the settings of its parameter group.
+        facts: what is known of the matrix.
+
+    Returns:
+        ``moment.keep x rank``, N; and ``moment.keep``, ``||P_i||^2``.
+    """
+    if new is not None:
+        adopt(new, projected, state, sharding, settings, facts.phase)
+    else:
+        refresh_early(state, settings, facts)
+    direction = advance(state, projected, settings)
+    projected_sq = row_squares(projected)
+    state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
+    state["since_refresh"] += 1
+    if not settings.remembers_residual:
+        forget_momentum(state)
+    return direction, projected_sq
+
+
 def adam_step(
     gradient: Tensor, state: State, side: DimensionSharding, settings: AdaRankGradConfig, *, me: int
 ) -> Steps[Tensor]:
     """One step of Adam on the elements of a tensor, distributed over the processes by `side`.
 
     Args:
-        gradient: ``touch``, this process's elements, in the type of new moments.
+        gradient: ``touch``, this process's elements, or its term of them, in the type of new
+            moments.
         state: exp_avg and exp_avg_sq, ``keep``, and step; empty before the first step.
         side: how the elements are distributed over the processes.
         settings: the settings of the parameter group.
@@ -259,12 +299,14 @@ def adam_step(
     Returns:
         ``update``, the direction.
     """
+    if side.touch != side.keep:
+        gradient = yield from sum_scatter(gradient, side.touch, side.keep, me)
     if not state:
         state.update(
             step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient)
         )
     # moments that were loaded keep their type
-    direction = _advance(state, gradient.to(state["exp_avg"].dtype), settings)
+    direction = advance(state, gradient.to(state["exp_avg"].dtype), settings)
     return (yield from gather(direction, side.keep, side.update, me))
 
 
@@ -287,14 +329,12 @@ def _outside(
     del part
     blend = None
     if settings.residual_momentum > 0:
-        blend = _momentum(state, norm_sq**0.5, basis.device, sharding, settings)
-    else:
-        _forget_momentum(state)
+        blend = blended_momentum(state, norm_sq**0.5, basis.device, sharding, settings)
     steps = settings.polar_steps
     return (yield from orthogonalize(waiting.pop(), basis, sharding, steps=steps, blend=blend))
 
 
-def _momentum(
+def blended_momentum(
     state: State,
     norm: float,
     device: torch.device,
@@ -312,7 +352,7 @@ def _momentum(
     """
     decay, bits = settings.residual_momentum, settings.residual_bits
     if "residual_codes" not in state:
-        held = sharding.elements.size if sharding.me == sharding.home else 0
+        held = BLOCK * row_count(sharding.stored()["residual_codes"][sharding.me])
         state["residual_codes"], state["residual_scales"] = coded_zeros(held, bits, device)
         state["residual_reach"] = 0.0
     # rho <- beta rho + (1 - beta) ||G||, so that ||R|| <= rho
@@ -333,7 +373,7 @@ def _momentum(
     return blend
 
 
-def _forget_momentum(state: State) -> None:
+def forget_momentum(state: State) -> None:
     """Drop the residual's momentum of steps that had other settings."""
     for key in ("residual_codes", "residual_scales", "residual_reach"):
         state.pop(key, None)
@@ -342,6 +382,11 @@ def _forget_momentum(state: State) -> None:
 def momentum_bytes(elements: int, settings: AdaRankGradConfig) -> int:
     """Bytes of the momentum of a matrix's residual, on its home process; 0 without momentum."""
     return coded_bytes(elements, settings.residual_bits) if settings.remembers_residual else 0
+
+
+def block_bytes(settings: AdaRankGradConfig) -> int:
+    """Bytes of one block of that momentum; 0 without momentum."""
+    return momentum_bytes(BLOCK, settings)
 
 
 def kept_before(state: State) -> list[Tensor]:
@@ -408,7 +453,7 @@ def adam_direction(
     return torch.div(exp_avg, root, out=root)
 
 
-def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Tensor:
+def advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Tensor:
     """Advance the moments in `state` by one step of Adam; return the direction."""
     state["step"] += 1
     return adam_direction(
@@ -421,7 +466,7 @@ def _advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Ten
     )
 
 
-def _refresh_early(state: State, settings: AdaRankGradConfig, facts: StepFacts) -> None:
+def refresh_early(state: State, settings: AdaRankGradConfig, facts: StepFacts) -> None:
     """Schedule an early refresh if the last step's projected gradient has decayed."""
     since = state["since_refresh"]
     if since == 1:
@@ -440,7 +485,7 @@ def _refresh_early(state: State, settings: AdaRankGradConfig, facts: StepFacts) 
         )
 
 
-def _refresh(
+def refresh(
     gradient: Part,
     device: torch.device,
     state: State,
@@ -448,11 +493,15 @@ def _refresh(
     settings: AdaRankGradConfig,
     facts: StepFacts,
     choose: Choose,
+    norm_sq: Tensor | None = None,
 ) -> Steps[NewBasis]:
-    """Sketch -> ordered directions -> rank -> basis, and its rotation from the old basis."""
+    """Sketch -> ordered directions -> rank -> basis, and its rotation from the old basis.
+
+    Arguments as of :func:`low_rank_step`; `norm_sq` is ``||G||_F^2`` where `facts` has a limit.
+    """
     me, basis = sharding.me, sharding.basis
     bounds = settings.rank_bounds(min(basis.size, sharding.moment.size))
-    width = min(bounds[1] + settings.oversample, basis.size, sharding.moment.size)
+    width = sketch_width(sharding, settings)
     omega = gaussian_rows(
         sharding.moment.touch[me],
         width,
@@ -461,10 +510,22 @@ def _refresh(
         refresh=state.get("refreshes", 0),
         device=device,
     )
+    passes, probes = settings.power_passes, None
+    if norm_sq is None and sharding.terms is not None:
+        probes = gaussian_rows(
+            basis.touch[me],
+            PROBES,
+            seed=settings.seed,
+            name=f"probes of {facts.name}",
+            refresh=state.get("refreshes", 0),
+            device=device,
+        )
     found = yield from leading_directions(
-        gradient, omega, sharding, power_passes=settings.power_passes
+        gradient, omega, sharding, power_passes=passes, probes=probes
     )
-    choice = choose(found.energies, bounds, state.get("rank"), settings, facts)
+    known = [each for each in (norm_sq, found.norm_sq) if each is not None]
+    whole_sq = known[0] if known else facts.norm_sq
+    choice = choose(found.energies, whole_sq, bounds, state.get("rank"), settings, facts)
     rank = choice.rank
     vectors = yield from from_home(found.vectors[:, :rank], basis.size, basis.touch, sharding)
     rotation = None
@@ -477,7 +538,13 @@ def _refresh(
     return NewBasis(vectors, found.energies[:rank], rotation, choice)
 
 
-def _adopt(
+def sketch_width(sharding: MatrixSharding, settings: AdaRankGradConfig) -> int:
+    """Columns of a refresh's sketch."""
+    short = min(sharding.basis.size, sharding.moment.size)
+    return min(settings.rank_bounds(short)[1] + settings.oversample, short)
+
+
+def adopt(
     new: NewBasis,
     projected: Tensor,
     state: State,

@@ -203,6 +203,11 @@ class AdaRankGradConfig(BaseModel):
         description="bits an element of the momentum of the residual: 4 take 6.3 % of AdamW's "
         "state, 2 take 3.2 %",
     )
+    residual_sync_bits: Literal[1, 2, 4] = Field(
+        2,
+        description="bits an element in which the residual is sent, used with "
+        '`gradient_sync="sketch"` only: 1 sends signs, of which the majority decides',
+    )
     residual_growth: float = Field(
         1.01,
         ge=1,
@@ -283,7 +288,20 @@ class AdaRankGradConfig(BaseModel):
     shard_basis: bool | None = Field(
         None,
         description="whether each basis is sharded over the processes that share the matrix (the "
-        "default) or, if false, stored whole on each of them",
+        "default) or, if false, stored whole on each of them (the default with "
+        '`gradient_sync="sketch"`)',
+    )
+    gradient_sync: Literal["engine", "sketch"] = Field(
+        "engine",
+        description="who averages the gradients of the processes: `engine` expects them averaged; "
+        "`sketch` expects each process's own, and sends products with few columns, which is exact, "
+        "and the residual in `residual_sync_bits`, for training over a slow network",
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description='with `gradient_sync="sketch"`, the norm to which the mean of the processes\' '
+        "gradients is clipped; it is known to 2 % (one standard deviation) without forming the "
+        "mean. If not set, it is not clipped",
     )
     nonfinite: Literal["error", "skip"] = Field(
         "error",
@@ -344,6 +362,16 @@ class AdaRankGradConfig(BaseModel):
             raise ValueError(
                 f"first_gap ({self.first_gap}) is not between min_gap ({self.min_gap}) and max_gap "
                 f"({self.max_gap}): change one of them"
+            )
+        if self.gradient_sync == "sketch" and self.residual == "scaled":
+            raise ValueError(
+                'gradient_sync="sketch": residual="scaled" needs the norms of the mean gradient, '
+                'which is not formed; use residual="orthogonalized", "matched" or "none"'
+            )
+        if self.max_grad_norm is not None and self.gradient_sync != "sketch":
+            raise ValueError(
+                'max_grad_norm is for gradient_sync="sketch"; where gradients are averaged, clip '
+                "them before step(), as with torch.nn.utils.clip_grad_norm_ or by the engine"
             )
         return self
 

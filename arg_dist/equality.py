@@ -34,7 +34,7 @@ from arg_dist.subspace.state import State
 AT_LEAST_ELEMENTS, AT_MOST_TENSORS = 2**20, 16
 """Compared in each step by turns, in addition to the matrices that refresh."""
 COPIES_EVERY = 20
-"""Steps between comparisons of the copies of a sharded model."""
+"""Steps between comparisons of the copies of a sharded model, or of gradients that must differ."""
 
 
 class Seen(NamedTuple):
@@ -131,6 +131,8 @@ def compare(
         return Comparison(plan, step, texts, apart=_apart_from_copies(plan, step))
     if not plan.replicated or not plan.shards:
         return Comparison(plan, step, texts)
+    if plan.terms and step % COPIES_EVERY == 0:
+        _check_own_gradients(plan)
     due = [
         shard
         for shard in plan.shards
@@ -140,6 +142,25 @@ def compare(
     shards = _chosen([*due, *new], plan.shards, step)
     names = [shard.name for shard in due]
     return Comparison(plan, step, texts, names, shards, _fingerprints(shards))
+
+
+def _check_own_gradients(plan: Plan) -> None:
+    """Check that each process has gradients of its own, not their average; collective.
+
+    Raises:
+        RuntimeError: on every process: all of their gradients are equal.
+    """
+    gradients = [gradient for shard in plan.shards if (gradient := shard.gradient()) is not None]
+    seen = [fingerprint(gradient).tolist() for gradient in gradients]
+    everyone = plan.communicator.gather_objects(seen, "comparing gradients")
+    has_some = any(any(numbers) for numbers in seen)
+    if has_some and all(theirs == everyone[0] for theirs in everyone):
+        raise RuntimeError(
+            f'gradient_sync: got "sketch", but the gradients of all {len(everyone)} processes are '
+            "equal: DistributedDataParallel averages them (call arg_dist.sketch_only(model) after "
+            "wrapping the model in it), the job does, or all processes read the same batches (use "
+            "a DistributedSampler). This step changed nothing"
+        )
 
 
 def _chosen(certain: Sequence[Shard], shards: Sequence[Shard], step: int) -> list[Shard]:
@@ -159,7 +180,7 @@ def _fingerprints(shards: Iterable[Shard]) -> Tensor:
     found = []
     for shard in shards:
         weights = fingerprint(shard.values())
-        gradient = shard.gradient()
+        gradient = shard.gradient() if shard.terms == 1 else None
         both = torch.zeros_like(weights) if gradient is None else fingerprint(gradient)
         found.append(torch.stack([both, weights]))
     return torch.stack([each.to(found[0].device) for each in found])

@@ -218,6 +218,8 @@ PREPARED_OPTIMIZER_BUILT = _accelerate(
 )
 PREPARE = _accelerator("prepare", "checks of accelerator.prepare")
 PREPARE_OPTIMIZER = _accelerator("prepare_optimizer", "checks of accelerator.prepare_optimizer")
+CLIP_NORM = _accelerator("clip_grad_norm_", 'gradient_sync="sketch": refusal of local clipping')
+CLIP_VALUE = _accelerator("clip_grad_value_", 'gradient_sync="sketch": refusal of local clipping')
 SAVE_STATE = _accelerator("save_state", "accelerator.save_state of sharded state")
 PREPARED_OPTIMIZERS = _accelerator("_optimizers", "accelerator.save_state of sharded state")
 REGISTERED_OBJECTS = _accelerator(

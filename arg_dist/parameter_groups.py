@@ -163,7 +163,25 @@ def group_spec(
         positions=positions,
         views=views,
         settings=settings_text(settings),
+        terms=_has_terms(holding, settings),
     )
+
+
+def _has_terms(holding: Holding, settings: AdaRankGradConfig) -> bool:
+    """Whether the processes' gradients are terms of a mean that the optimizer forms.
+
+    Raises:
+        ConfigError: they should be, but the engine averages them.
+    """
+    if settings.gradient_sync != "sketch" or holding.group is None:
+        return False
+    if not holding.replicated:
+        raise ConfigError(
+            'gradient_sync="sketch": each process needs a gradient of the whole model, but the '
+            "engine shards the model and has averaged the gradients; use one that leaves the model "
+            'whole on each process, or leave gradient_sync at "engine"'
+        )
+    return True
 
 
 def _check_trainable(holding: Holding) -> None:

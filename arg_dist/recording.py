@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,12 @@ from arg_dist.algorithm import (
 )
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.sharding.drivers import Round, run_recorded
-from arg_dist.sharding.layout import shard_matrix
+from arg_dist.sharding.layout import as_terms, shard_matrix
 from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding, even_rows, row_count
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.residual import Rule
 from arg_dist.subspace.state import State
+from arg_dist.terms import sends_whole, step_of_terms
 
 ROWS, COLUMNS, RANK = 7, 5, 3
 """A matrix of which every part that processes may share is split between three of them."""
@@ -50,15 +52,16 @@ def recorded_step(
         settings: the settings of its parameter group.
         rank: rank of the bases that refreshes find.
     """
-    steps = low_rank_step(
-        gradient,
-        row_sq,
-        state,
-        sharding,
-        settings,
-        StepFacts("", norm_sq=1.0, kept_sq=1.0, phase=0.0),
-        choose=lambda *_: Choice(rank, 1.0),
-    )
+    facts = StepFacts("", norm_sq=1.0, kept_sq=1.0, phase=0.0)
+
+    def choose(*_: Any) -> Choice:
+        return Choice(rank, 1.0)
+
+    if sharding.terms is not None:
+        device = row_sq.device
+        steps = step_of_terms(gradient, device, state, sharding, settings, facts, choose=choose)
+    else:
+        steps = low_rank_step(gradient, row_sq, state, sharding, settings, facts, choose=choose)
     return run_recorded(steps, sharding.me)
 
 
@@ -76,13 +79,19 @@ def requests_of_a_step(
 
 def requests_of_adam(side: DimensionSharding, settings: AdaRankGradConfig) -> list[Round]:
     """What the requests of a step of Adam on a tensor in fp32 transfer."""
-    gradient = torch.empty(row_count(side.keep[0]), dtype=torch.float32, device="meta")
+    gradient = torch.empty(row_count(side.touch[0]), dtype=torch.float32, device="meta")
     return list(run_recorded(adam_step(gradient, {}, side, settings, me=0), me=0))
 
 
 @lru_cache
 def rounds(
-    power_passes: int, residual: Rule, *, relayed: bool = False, aligned: bool = False
+    power_passes: int,
+    residual: Rule,
+    *,
+    relayed: bool = False,
+    aligned: bool = False,
+    terms: bool = False,
+    whole: bool = False,
 ) -> tuple[int, int]:
     """Maximum number of sequential requests of a step, without and with a refresh.
 
@@ -95,21 +104,29 @@ def rounds(
         residual: rule of the residual.
         relayed: :attr:`arg_dist.subspace.distributed.MatrixSharding.is_relayed` of the matrix.
         aligned: :attr:`arg_dist.subspace.distributed.MatrixSharding.is_aligned` of the matrix.
+        terms: whether the gradient is a mean of terms.
+        whole: whether a refresh forms that mean, :func:`arg_dist.terms.sends_whole`.
     """
     processes = 3 if relayed else 2
-    everything = ((0, ROWS * COLUMNS),) * processes
+    rows, columns = ROWS, COLUMNS
+    if terms and not whole:  # so large that sketches are smaller
+        rows = columns = 4 * RANK * (1 + power_passes)
+    everything = ((0, rows * columns),) * processes
     sharding = shard_matrix(
-        ROWS,
-        COLUMNS,
-        everything if aligned else even_rows(ROWS * COLUMNS, processes),
+        rows,
+        columns,
+        everything if aligned or terms else even_rows(rows * columns, processes),
         me=0,
         spans_columns=True,
         home=0,
-        shard_basis=True,
-        replicated=aligned,
+        shard_basis=not terms,
+        replicated=aligned or terms,
     )
-    chosen = {"power_passes": power_passes, "residual": residual}
+    if terms:
+        sharding = as_terms(sharding)
+    chosen = {"power_passes": power_passes, "residual": residual, "oversample": 0}
     settings = parse_config({**chosen, "max_rank": RANK, "min_rank": RANK})
+    assert not terms or whole == sends_whole(sharding, settings)
     state: State = {}
 
     def requests() -> int:

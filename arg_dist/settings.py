@@ -37,6 +37,7 @@ class MethodSettings(TypedDict, total=False):
     polar_precision: Literal["fp32", "bf16"]
     residual_momentum: float
     residual_bits: Literal[2, 4]
+    residual_sync_bits: Literal[1, 2, 4]
     residual_growth: float
     side: Literal["auto", "left", "right"]
     view: Literal["auto", "stack", "flatten"]
@@ -59,6 +60,8 @@ class JobSettings(TypedDict, total=False):
     preset: Literal["recommended", "pretraining", "finetuning", "paper"]
     state_budget: int | float | str | None
     bucket_size: int | float | str
+    gradient_sync: Literal["engine", "sketch"]
+    max_grad_norm: float | None
     collective_timeout: float
 
 

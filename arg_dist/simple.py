@@ -33,7 +33,7 @@ from arg_dist.parameter_groups import checked_last, complete_group, settings_of,
 from arg_dist.sharding.layout import MatrixView
 from arg_dist.sharding.plan import phase_of
 from arg_dist.sharding.shard import as_reals
-from arg_dist.subspace.momentum import Coded, decode, encode
+from arg_dist.subspace.codes import Coded, decode, encode
 
 State = dict[str, Any]
 

@@ -6,9 +6,10 @@ of a few numbers; then nothing can fail that would leave some processes changed 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,10 +32,12 @@ from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.distributed import Exchange, Steps, even_rows
 from arg_dist.subspace.fingerprint import TOLERANCE
+from arg_dist.subspace.norm_sketch import BUCKETS, norm_sketch
 from arg_dist.subspace.norms import norm_sq, row_squares
 from arg_dist.subspace.precision import lowered_precision
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.state import State
+from arg_dist.terms import sends_whole, step_of_terms
 
 # -- gradients ------------------------------------------------------------------------------------
 
@@ -45,8 +48,10 @@ class GradientPart:
 
     Attributes:
         read: returns it in fp32, oriented as ``moment x basis`` (if it is not of a matrix, in the
-            type of the moments); copies only if necessary.
-        norm_sq: ``||G||^2`` of the part, an fp64 scalar.
+            type of the moments); copies only if necessary. A term of a mean is divided by their
+            number.
+        norm_sq: ``||G||^2`` of the part, an fp64 scalar; of K terms ``||G_i||^2 / K``, as the sum
+            of these is a limit for ``||G||^2``.
         row_sq: ``moment.touch``, ``||G_i||^2`` of the part; None if it is not of a matrix.
     """
 
@@ -62,20 +67,26 @@ def gradient_part(shard: Shard) -> GradientPart:
         part = shard.oriented_gradient(held)
         squares = row_squares(part)
         # a copy is not kept until the step: it is made again then
-        is_view = shard.has_whole_rows and held.is_contiguous()
+        is_view = shard.has_whole_rows and held.is_contiguous() and shard.terms == 1
         read = part.float if is_view else partial(_oriented_gradient, shard)
-        return GradientPart(read, norm_sq(part, squares), squares)
+        return GradientPart(read, norm_sq(part, squares) / shard.terms, squares)
     assert isinstance(shard, TensorShard)
-    total = norm_sq(shard.kept_gradient(held))
-    return GradientPart(partial(_kept_gradient, shard), total)
+    total = norm_sq(shard.touched_gradient(held)) / shard.terms
+    return GradientPart(partial(_touched_gradient, shard), total)
 
 
 def _oriented_gradient(shard: MatrixShard) -> Tensor:
-    return shard.oriented_gradient(_held_gradient(shard)).float()
+    return _term(shard.oriented_gradient(_held_gradient(shard)).float(), shard)
 
 
-def _kept_gradient(shard: TensorShard) -> Tensor:
-    return shard.kept_gradient(_held_gradient(shard)).to(shard.moment_type)
+def _touched_gradient(shard: TensorShard) -> Tensor:
+    gradient = shard.touched_gradient(_held_gradient(shard)).to(shard.moment_type)
+    return _term(gradient, shard)
+
+
+def _term(gradient: Tensor, shard: Shard) -> Tensor:
+    """``G_i / K``: the sum over the K processes is the mean."""
+    return gradient if shard.terms == 1 else gradient / shard.terms
 
 
 def _held_gradient(shard: Shard) -> Tensor:
@@ -86,7 +97,26 @@ def _held_gradient(shard: Shard) -> Tensor:
     return gradient
 
 
+def mean_sketch(shards: Iterable[Shard], steps: int) -> Tensor:
+    """``BUCKETS``, fp64: this process's term of the sketch of all gradients, on the CPU.
+
+    Args:
+        shards: matrices and tensors, whose gradients are terms of a mean.
+        steps: steps taken before; each has signs of its own.
+    """
+    total = torch.zeros(BUCKETS, dtype=torch.float64, device="cpu")
+    for shard in shards:
+        gradient = shard.gradient()
+        if gradient is not None:
+            name = f"{shard.name}|{steps}"
+            total += norm_sketch(gradient, shard.range[0], name).cpu() / shard.terms
+    return total
+
+
 # -- the agreement --------------------------------------------------------------------------------
+
+CLIP_EPS = 1e-6
+"""Added to the norm in the denominator, as by torch.nn.utils.clip_grad_norm_."""
 
 LARGEST_NORM_SQ = 1e36
 """Squares and products of larger gradients overflow in fp32."""
@@ -129,6 +159,8 @@ class Agreement:
         processes: size of the group.
         refreshing: whether any process reports that a matrix of the optimizer is due for a refresh.
         unlike: whether something that must be alike on all processes seems to differ.
+        mean_sq: of gradients that are terms of a mean, the mean's ``||G||^2`` over all of them, if
+            it is to be clipped.
     """
 
     norm_sq: list[float]
@@ -138,6 +170,7 @@ class Agreement:
     processes: int
     refreshing: bool = False
     unlike: bool = False
+    mean_sq: float | None = None
 
     def is_usable(self, names: Sequence[str], *, skip: bool) -> bool:
         """Whether the step can be taken.
@@ -186,6 +219,7 @@ def agree(
     me: int,
     refreshing: bool = False,
     likeness: Likeness = ALIKE,
+    sketch: Tensor | None = None,
 ) -> Steps[Agreement]:
     """Sum squared norms over all processes, and take the maximum number of rounds per lane.
 
@@ -201,6 +235,8 @@ def agree(
         me: this process's index.
         refreshing: whether this process has matrices due for a refresh.
         likeness: what must be alike on all processes.
+        sketch: of this process's gradients, from which the norm of their mean follows
+            (:mod:`arg_dist.subspace.norm_sketch`); on all processes or none.
     """
     device = norms_sq[0][1].device if norms_sq else torch.device("cpu")
     part = torch.zeros(units, 2, dtype=torch.float64, device=device)
@@ -210,9 +246,14 @@ def agree(
     all_rows = ((0, processes),) * processes
     flags = OWN_STATE * own_state + REFRESHING * refreshing
     mine = _report(flags, steps, rounds, likeness)
+    sketches: tuple[Exchange, ...] = ()
+    if sketch is not None:
+        everything = ((0, len(sketch)),) * processes
+        sketches = (Exchange(sketch, everything, everything),)
     answers = yield (
         Exchange(part, all_units, all_units),
         Exchange(mine, even_rows(processes, processes), all_rows),
+        *sketches,
     )
     totals, reports = answers[0].tolist(), answers[1].tolist()
     taken = [_steps_in(report[0]) for report in reports]
@@ -228,6 +269,7 @@ def agree(
         processes=processes,
         refreshing=any(report[0] & REFRESHING for report in reports),
         unlike=_are_unlike(reports),
+        mean_sq=float(answers[2].square().sum()) if sketches else None,
     )
 
 
@@ -283,13 +325,15 @@ def _fill_in(column: Tensor, values: Sequence[tuple[int, Tensor]]) -> None:
 def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig]) -> int:
     """Communication rounds that a shard's step may take."""
     if not shard.is_shared or not isinstance(shard, MatrixShard):
-        return int(shard.is_shared)
+        return int(shard.is_shared) + int(shard.terms > 1)
     chosen, sharding = settings[shard.group], shard.sharding
     steady, refreshing = rounds(
         chosen.power_passes,
         chosen.residual,
         relayed=sharding.is_relayed,
         aligned=sharding.is_aligned,
+        terms=shard.terms > 1,
+        whole=shard.terms > 1 and sends_whole(sharding, chosen),
     )
     return refreshing if is_due(state) else steady
 
@@ -342,6 +386,7 @@ class PlanStep:
             reach: runs the agreement with the other processes, if there are any.
         """
         gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
+        limit = settings[0].max_grad_norm
         norms = [(unit, gradient.norm_sq) for unit, gradient in gradients.items()]
         kept = [(unit, part) for unit, state in states.items() for part in kept_before(state)]
         agreement = agree(
@@ -358,8 +403,28 @@ class PlanStep:
             me=plan.communicator.me,
             refreshing=refreshing,
             likeness=likeness,
+            sketch=mean_sketch(plan.shards, steps) if plan.terms and limit is not None else None,
         )
-        return cls(plan, states, settings, stagger, gradients, reach(agreement))
+        prepared = cls(plan, states, settings, stagger, gradients, reach(agreement))
+        if limit is not None:
+            prepared.clip(limit)
+        return prepared
+
+    def clip(self, limit: float) -> None:
+        """Scale the gradients, in place, to a norm of all of them together of at most `limit`."""
+        agreed = self.agreed
+        total = sum(agreed.norm_sq) if agreed.mean_sq is None else agreed.mean_sq
+        if not limit**2 < total < math.inf:
+            return
+        factor = limit / (total**0.5 + CLIP_EPS)
+        for shard in self.plan.shards:
+            gradient = shard.gradient()
+            if gradient is not None:
+                gradient.mul_(factor)
+            part = self.gradients[shard.unit]
+            if part.row_sq is not None:
+                part.row_sq.mul_(factor**2)
+        self.agreed = replace(agreed, norm_sq=[each * factor**2 for each in agreed.norm_sq])
 
     def take(self, allowed: Allowed | None = None) -> None:
         """Run the algorithm on every matrix and tensor; `allowed` is None without a budget."""
@@ -412,6 +477,9 @@ class PlanStep:
                 allowed=None if allowed is None else allowed(shard, state, settings),
             )
             read, row_sq = gradient.read, gradient.row_sq
+            if shard.sharding.terms is not None:
+                device = row_sq.device
+                return step_of_terms(read, device, state, shard.sharding, settings, facts)
             return low_rank_step(read, row_sq, state, shard.sharding, settings, facts)
         assert isinstance(shard, TensorShard)
         return adam_step(gradient.read(), state, shard.sharding, settings, me=shard.me)

@@ -23,9 +23,12 @@ OF_THE_JOB = {
     "collective_timeout",
     "state_budget",
     "bucket_size",
+    "gradient_sync",
+    "residual_sync_bits",
+    "max_grad_norm",
 }
-"""Settings of the current job that are not restored: how groups are composed and sharded, and how
-much memory and time the job may use."""
+"""Settings of the current job that are not restored: how groups are composed and sharded, how
+gradients are averaged, and how much memory and time the job may use."""
 
 
 def check_model(checkpoint: Path, index: Index, optimizer: AdaRankGrad, *, weights: bool) -> None:

@@ -1,4 +1,4 @@
-"""One process, or several that each hold the whole model and the same averaged gradient (DDP)."""
+"""One process, or several that each hold the whole model (DDP), with averaged gradients or not."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.joining import support_join
 from arg_dist.engines.patching import meet_libraries
 from arg_dist.library_internals import FLAT_PARAMETER, FLATTENED_PARAMETER, ZERO_REDUNDANCY
+from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.fragment import Adapter, Fragment, Holding, ParameterGroup
 from arg_dist.sharding.shard import local_part
 
@@ -83,6 +85,31 @@ class ReplicatedAdapter(Adapter):
             fragments.append(Fragment(name, shape, 0, target.numel(), target, local_part))
         several = group.process_group is not None
         return Holding(fragments, group.process_group, replicated=several)
+
+
+@entry_point
+def sketch_only(model: nn.Module) -> nn.Module:
+    """Keep DistributedDataParallel from averaging gradients, for ``gradient_sync="sketch"``.
+
+    Each process keeps its own, as under ``no_sync()``, and AdaRankGrad sends what it needs of them.
+    DDP still makes the weights equal when it wraps the model, and its buffers in each forward pass.
+
+    Args:
+        model: the wrapped model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: it is not wrapped in DistributedDataParallel, or that is compiled.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            f"sketch_only: got {type(model).__name__}, and a DistributedDataParallel is needed, "
+            "the outermost wrapper; a model without one averages no gradients and needs no call"
+        )
+    model.require_backward_grad_sync = False
+    return model
 
 
 def _copied(group: ParameterGroup) -> list[tuple[str, Tensor]]:

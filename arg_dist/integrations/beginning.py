@@ -9,6 +9,7 @@ from torch import nn
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.patching import wrap_method
+from arg_dist.integrations.preparing import check_clipping
 from arg_dist.integrations.saving import consolidate_before_saving, optimizers_in
 from arg_dist.integrations.trainer import check_processes, from_arguments
 from arg_dist.library_internals import (
@@ -51,6 +52,8 @@ def check_training(args: Any, model: nn.Module | None, optimizers: list[AdaRankG
     check_processes(args)
     _check_parameters(model, optimizers)
     _check_json(args)
+    if args.max_grad_norm:
+        check_clipping(optimizers, f"max_grad_norm={args.max_grad_norm} of the Trainer's arguments")
     consolidate_before_saving()
     trainer = TRAINER.if_imported()
     if trainer is not None and not SAVE_OPTIMIZER.is_on(trainer):

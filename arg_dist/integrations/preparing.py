@@ -5,23 +5,28 @@ accelerate replaces, drops or reloads optimizers silently; these are noticed bef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from arg_dist.config import ConfigError
 from arg_dist.engines.deepspeed_guard import introduce
 from arg_dist.engines.patching import wrap_method
+from arg_dist.engines.replicated import sketch_only
 from arg_dist.integrations.accelerate import check_accelerator, check_optimizer, innermost
 from arg_dist.library_internals import (
     ACCELERATOR,
+    CLIP_NORM,
+    CLIP_VALUE,
     PREPARE,
     PREPARE_OPTIMIZER,
     PREPARED_OPTIMIZER,
     PREPARED_OPTIMIZER_BUILT,
+    PREPARED_OPTIMIZERS,
 )
 from arg_dist.optimizer import AdaRankGrad
 
@@ -35,6 +40,8 @@ def check_what_is_prepared() -> None:
     if accelerator is not None and wrapper is not None:
         wrap_method(accelerator, PREPARE, _prepare)
         wrap_method(accelerator, PREPARE_OPTIMIZER, _prepare_optimizer)
+        wrap_method(accelerator, CLIP_NORM, _clip_norm)
+        wrap_method(accelerator, CLIP_VALUE, _clip_value)
         wrap_method(wrapper, PREPARED_OPTIMIZER_BUILT, _wrap)
 
 
@@ -55,6 +62,10 @@ def _prepare(prepare: Callable[..., Any], accelerator: Any, *given: Any, **more:
     for i, optimizer in ours.items():
         if check_optimizer(results[i]) is not optimizer:
             raise ConfigError(f"prepare: another AdaRankGrad took the place of argument {i}")
+    if any(sends_sketches(optimizer) for optimizer in ours.values()):
+        for result in results:
+            if isinstance(result, DistributedDataParallel):
+                sketch_only(result)
     return prepared
 
 
@@ -89,6 +100,41 @@ def _wrap(
     trained = isinstance(optimizer, AdaRankGrad) and any(True for _ in optimizer.every_plan())
     init(wrapper, optimizer, device_placement and not trained, scaler)
     wrapper.device_placement = device_placement
+
+
+def _clip_norm(clip: Callable[..., Any], accelerator: Any, *given: Any, **more: Any) -> Any:
+    """Refuses to clip a process's own gradient, which is not that of the model."""
+    check_clipping(PREPARED_OPTIMIZERS.of(accelerator), "accelerator.clip_grad_norm_")
+    return clip(accelerator, *given, **more)
+
+
+def _clip_value(clip: Callable[..., Any], accelerator: Any, *given: Any, **more: Any) -> Any:
+    check_clipping(PREPARED_OPTIMIZERS.of(accelerator), "accelerator.clip_grad_value_")
+    return clip(accelerator, *given, **more)
+
+
+def check_clipping(optimizers: Iterable[Any], by: str) -> None:
+    """Refuses to clip gradients that are not averaged.
+
+    Args:
+        optimizers: those that train, in whatever wrappers.
+        by: what would clip.
+
+    Raises:
+        ConfigError: one of them is an AdaRankGrad with ``gradient_sync="sketch"``.
+    """
+    ours = [_adarankgrad(each) for each in optimizers]
+    if any(each is not None and sends_sketches(each) for each in ours):
+        raise ConfigError(
+            f"{by}: would clip each process's own gradient by another factor, as gradient_sync=\""
+            'sketch" does not average them; remove it (for the Trainer max_grad_norm=0), and '
+            "pass max_grad_norm to AdaRankGrad, which clips by the norm of their mean"
+        )
+
+
+def sends_sketches(optimizer: AdaRankGrad) -> bool:
+    """Whether it averages sketches, and expects gradients that are not averaged."""
+    return bool(optimizer.defaults["gradient_sync"] == "sketch")
 
 
 def _adarankgrad(given: Any) -> AdaRankGrad | None:

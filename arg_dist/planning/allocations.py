@@ -24,7 +24,6 @@ from arg_dist.library_internals import (
 from arg_dist.sharding.drivers import Round
 from arg_dist.sharding.shard import Shard
 from arg_dist.step import GradientPart, apply_update, gradient_part
-from arg_dist.subspace.distributed import row_count
 from arg_dist.subspace.state import State
 
 
@@ -182,7 +181,7 @@ def points_of(
             while True:
                 transfers = next(requests)
                 marks.append(len(log))
-                answers.append(sum(row_count(t.want[shard.me]) * t.row_bytes for t in transfers))
+                answers.append(sum(t.answer_bytes(shard.me) for t in transfers))
         except StopIteration as finished:
             update = finished.value
         marks.append(len(log))

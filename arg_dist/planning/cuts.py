@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from arg_dist.config import ConfigError
+from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.planning.choices import ENGINES
 from arg_dist.planning.model import Model, Parameter
 from arg_dist.planning.rows import Counts
@@ -59,6 +59,21 @@ class Layout:
     def replicated(self) -> bool:
         """Whether every process holds all parameters."""
         return self.engine in REPLICATED
+
+    def has_terms(self, settings: AdaRankGradConfig) -> bool:
+        """Whether each of several processes has gradients of its own, which nobody averages.
+
+        Raises:
+            ConfigError: they should have, but the engine averages them.
+        """
+        if settings.gradient_sync != "sketch":
+            return False
+        if self.engine not in ("none", "ddp"):
+            raise ConfigError(
+                f'gradient_sync="sketch": {ENGINES[self.engine]} averages gradients itself; choose '
+                '--engine ddp, or leave gradient_sync at "engine"'
+            )
+        return self.processes > 1
 
     @property
     def part(self) -> int:

@@ -89,9 +89,17 @@ def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
     )
 
 
-def engine_sent(layout: Layout, dtype: str) -> Counts:
-    """Bytes of weights and gradients that each process sends per step of one micro-batch."""
+def engine_sent(layout: Layout, dtype: str, *, averages: bool = True) -> Counts:
+    """Bytes of weights and gradients that each process sends per step of one micro-batch.
+
+    Args:
+        layout: the model's layout under the engine.
+        dtype: data type of the weights used in forward and backward, one of :data:`DTYPES`.
+        averages: the engine averages gradients; else it sends nothing (``gradient_sync="sketch"``).
+    """
     processes = layout.processes
+    if not averages:
+        return np.zeros(processes, np.int64)
     size = DTYPES[dtype] * sum(parameter.numel for call in layout.calls for parameter in call)
     once = size * (processes - 1) / processes  # a reduce-scatter, or an all-gather
     times = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from arg_dist.algorithm import momentum_bytes
+from arg_dist.algorithm import block_bytes, momentum_bytes
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.choices import BUCKET, ENGINES, FP64
 from arg_dist.planning.cuts import Layout, lay_out
@@ -27,6 +27,8 @@ from arg_dist.planning.shares import budget_sent, planned_ranks
 from arg_dist.planning.temporaries import temporaries
 from arg_dist.planning.units import MatrixUnit, Unit, lanes, matrices, tensors, units_of
 from arg_dist.recording import rounds
+from arg_dist.subspace.norm_sketch import BUCKETS
+from arg_dist.terms import sends_whole
 
 KEPT = (
     "weights",
@@ -172,8 +174,9 @@ def make_plan(
     ranks = planned_ranks(calls, settings)
     holds = held(layout, dtype, reduce_bucket)
     sent = engine_sent(layout, dtype)
+    ours = engine_sent(layout, dtype, averages=not layout.has_terms(settings))
     figures = {
-        "AdaRankGrad": _ours(layout, calls, ranks, holds, sent, settings),
+        "AdaRankGrad": _ours(layout, calls, ranks, holds, ours, settings),
         "AdamW": _adamw(layout, holds, sent),
     }
     runs = runs_galore(engine)
@@ -200,8 +203,10 @@ def _ours(
     for unit in matrices(calls):
         rank = ranks[unit.name]
         moments[unit.owners] += unit.moment_bytes(rank) + scalars
-        momentum = momentum_bytes(unit.elements, settings)
-        moments[unit.owners[unit.home]] += momentum
+        if unit.planned.terms:
+            moments[unit.owners] += block_bytes(settings) * unit.planned.blocks
+        else:
+            moments[unit.owners[unit.home]] += momentum_bytes(unit.elements, settings)
         projectors[unit.owners] += unit.basis_bytes(rank)
         for moved in unit.rounds(rank, is_first=False):
             steady_sent[unit.owners] += moved.sent
@@ -214,6 +219,8 @@ def _ours(
             first_sent[tensor.owners] += moved.sent
     cut = [lanes(units, settings) for units in calls]
     agreeing = sum(_agreeing(each, processes) for each in cut)
+    if layout.has_terms(settings) and settings.max_grad_norm is not None:
+        agreeing += (processes - 1) * FP64 * BUCKETS
     budget = budget_sent(calls, settings, processes)
     steps, firsts = (
         [
@@ -222,7 +229,8 @@ def _ours(
         ]
         for is_first in (False, True)
     )
-    collectives = [_collectives(each, settings, processes) for each in cut]
+    has_terms = layout.has_terms(settings)
+    collectives = [_collectives(each, settings, processes, has_terms=has_terms) for each in cut]
     return Figures(
         _kept(holds, moments, projectors, full_rank),
         np.max(steps, 0),
@@ -246,7 +254,7 @@ def _agreeing(cut: list[list[Unit]], processes: int) -> int:
 
 
 def _collectives(
-    cut: list[list[Unit]], settings: AdaRankGradConfig, processes: int
+    cut: list[list[Unit]], settings: AdaRankGradConfig, processes: int, *, has_terms: bool
 ) -> tuple[int, int]:
     """Collectives of one call to ``step()``: without a refresh, and refreshing all matrices."""
     if processes == 1:
@@ -255,12 +263,27 @@ def _collectives(
     for lane in cut:
         shared = [unit for unit in lane if unit.is_shared]
         shardings = [unit.planned.sharding for unit in shared if isinstance(unit, MatrixUnit)]
-        needed = (int(bool(shared)),) * 2
+        terms = has_terms and bool(shared)
+        needed = (int(bool(shared)) + int(terms),) * 2
         if shardings:
-            kinds = {(sharding.is_relayed, sharding.is_aligned) for sharding in shardings}
+            kinds = {
+                (
+                    sharding.is_relayed,
+                    sharding.is_aligned,
+                    sharding.terms is not None and sends_whole(sharding, settings),
+                )
+                for sharding in shardings
+            }
             each = [
-                rounds(settings.power_passes, settings.residual, relayed=relayed, aligned=aligned)
-                for relayed, aligned in kinds
+                rounds(
+                    settings.power_passes,
+                    settings.residual,
+                    relayed=relayed,
+                    aligned=aligned,
+                    terms=terms,
+                    whole=whole,
+                )
+                for relayed, aligned, whole in kinds
             ]
             needed = max(steady for steady, _ in each), max(most for _, most in each)
         steady, refreshing = steady + needed[0], refreshing + needed[1]

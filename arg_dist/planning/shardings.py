@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from arg_dist.planning.rows import Counts, Spans
 from arg_dist.sharding.fragment import Fragment
-from arg_dist.sharding.layout import MatrixView, Ranges, shard_elements, shard_matrix
+from arg_dist.sharding.layout import (
+    MatrixView,
+    Ranges,
+    as_terms,
+    shard_elements,
+    shard_matrix,
+)
 from arg_dist.sharding.shard import MatrixShard, TensorShard, local_part
 from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
+from arg_dist.subspace.state import AT_HOME
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +32,7 @@ class PlannedMatrix:
         spans_columns: whether the basis spans the columns.
         shard_basis: store the basis once over the owners.
         replicated: every process holds the whole matrix.
+        terms: every process has a gradient of its own.
     """
 
     rows: int
@@ -33,20 +41,25 @@ class PlannedMatrix:
     spans_columns: bool
     shard_basis: bool
     replicated: bool
+    terms: bool = False
 
     @cached_property
     def sharding(self) -> MatrixSharding:
         """The distribution over the owners, for the first, which is the home process."""
-        return shard_matrix(
+        return self._sharding(me=0, home=0)
+
+    def _sharding(self, me: int, home: int) -> MatrixSharding:
+        sharding = shard_matrix(
             self.rows,
             self.columns,
             self.ranges,
-            me=0,
+            me=me,
             spans_columns=self.spans_columns,
-            home=0,
+            home=home,
             shard_basis=self.shard_basis,
             replicated=self.replicated,
         )
+        return as_terms(sharding) if self.terms else sharding
 
     @cached_property
     def held(self) -> Counts:
@@ -62,6 +75,11 @@ class PlannedMatrix:
     def kept(self) -> Counts:
         """Rows of the moments that each owner keeps."""
         return Spans.of(self.sharding.moment.keep).counts()
+
+    @cached_property
+    def blocks(self) -> Counts:
+        """Blocks of the residual's momentum that each owner holds, if it has one."""
+        return Spans.of(self.sharding.stored()[AT_HOME[0]]).counts()
 
     @cached_property
     def touched(self) -> Counts:
@@ -80,7 +98,7 @@ class PlannedMatrix:
             group=0,
             me=me,
             matrix=MatrixView("a matrix", self.rows, self.columns, 0),
-            sharding=replace(self.sharding, me=me, home=home),
+            sharding=self._sharding(me, home),
             spans_columns=self.spans_columns,
             replicated=self.replicated,
             phase=0.0,
@@ -95,16 +113,18 @@ class PlannedTensor:
         size: number of its elements.
         ranges: elements that each owner holds.
         replicated: every process holds the whole tensor.
+        terms: every process has a gradient of its own.
     """
 
     size: int
     ranges: Ranges
     replicated: bool
+    terms: bool = False
 
     @cached_property
     def sharding(self) -> DimensionSharding:
         """The distribution over the owners."""
-        return shard_elements(self.ranges, self.size, self.replicated)
+        return shard_elements(self.ranges, self.size, self.replicated, terms=self.terms)
 
     @cached_property
     def held(self) -> Counts:

@@ -6,7 +6,7 @@ All numbers are per process, in the order of the owners of a matrix or tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -49,6 +49,13 @@ class AnyHome(MatrixSharding):
         return AtHome(super().at_home(size))
 
 
+def _for_any_home(sharding: MatrixSharding) -> AnyHome:
+    terms = sharding.terms
+    if terms is not None:
+        sharding = replace(sharding, terms=replace(terms, averaged=_for_any_home(terms.averaged)))
+    return AnyHome(*(getattr(sharding, each.name) for each in fields(sharding)))
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """What one request of a matrix or tensor transfers, with any process as home."""
@@ -86,8 +93,7 @@ class Requests(NamedTuple):
 @lru_cache(maxsize=4096)
 def matrix_requests(planned: PlannedMatrix, settings: AdaRankGradConfig, rank: int) -> Requests:
     """What the steps of a matrix request, with a basis of `rank` columns."""
-    sharding = planned.sharding
-    marked = AnyHome(*(getattr(sharding, each.name) for each in fields(sharding)))
+    marked = _for_any_home(planned.sharding)
     state: State = {}
 
     def requests() -> list[Request]:
@@ -113,9 +119,11 @@ def tensor_traffic(planned: PlannedTensor, settings: AdaRankGradConfig) -> list[
 
 
 def _moved(transfer: Transfer, home: int) -> Moved:
-    *rows, row_bytes = transfer
+    row_bytes = transfer.row_bytes
     have, want = (
-        each.with_home(home) if isinstance(each, AtHome) else Spans.of(each) for each in rows
+        each.with_home(home) if isinstance(each, AtHome) else Spans.of(each)
+        for each in (transfer.have, transfer.want)
     )
-    answer = row_bytes * want.counts() * (np.count_nonzero(have.counts()) > 1)
+    several = np.count_nonzero(have.counts())
+    answer = row_bytes * want.counts() * (several if transfer.stacked else several > 1)
     return Moved(sent(have, want, row_bytes), sent(want, have, row_bytes), answer)

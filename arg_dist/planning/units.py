@@ -139,13 +139,15 @@ def _matrix(
     piece: Piece, view: MatrixView, home: int, layout: Layout, settings: AdaRankGradConfig
 ) -> MatrixUnit:
     some, ranges = _owned(piece.ranges, view.offset, view.rows * view.columns)
+    terms = layout.has_terms(settings)
     planned = _planned_matrix(
         view.rows,
         view.columns,
         ranges,
         basis_spans_columns(view.rows, view.columns, settings.side, transposed=False),
-        settings.shard_basis is not False,
+        not terms if settings.shard_basis is None else settings.shard_basis,
         layout.replicated,
+        terms,
     )
     _, largest = settings.rank_bounds(view.short)
     elements, owners = view.rows * view.columns, piece.owners[some]
@@ -154,7 +156,7 @@ def _matrix(
 
 def _tensor(piece: Piece, layout: Layout, settings: AdaRankGradConfig) -> TensorUnit:
     name, numel = piece.parameter.name, piece.parameter.numel
-    planned = _planned_tensor(numel, piece.ranges, layout.replicated)
+    planned = _planned_tensor(numel, piece.ranges, layout.replicated, layout.has_terms(settings))
     return TensorUnit(name, numel, piece.owners, settings, planned)
 
 

@@ -20,8 +20,10 @@ from arg_dist.subspace.distributed import (
     Rows,
     Steps,
     add_up,
+    contributors,
     exchanges_of,
     intersect,
+    row_count,
 )
 
 T = TypeVar("T")
@@ -117,11 +119,18 @@ class Transfer(NamedTuple):
         have: rows that each process contributes to.
         want: rows that each process receives.
         row_bytes: bytes of one row.
+        stacked: as of :class:`arg_dist.subspace.distributed.Exchange`.
     """
 
     have: Rows
     want: Rows
     row_bytes: int
+    stacked: bool = False
+
+    def answer_bytes(self, me: int) -> int:
+        """Bytes that process `me` receives, together with its own."""
+        several = contributors(self.have, self.want[me]) if self.stacked else 1
+        return several * row_count(self.want[me]) * self.row_bytes
 
 
 Round = tuple[Transfer, ...]
@@ -150,13 +159,15 @@ def run_recorded(steps: Steps[T], me: int) -> Generator[Round, None, T]:
 def _transfer(exchange: Exchange) -> Transfer:
     part = exchange.part
     row_bytes = math.prod(part.shape[1:]) * part.element_size()
-    return Transfer(exchange.have, exchange.want, row_bytes)
+    return Transfer(exchange.have, exchange.want, row_bytes, exchange.stacked)
 
 
 def _unfilled(request: Request, me: int) -> Answer:
     def rows(exchange: Exchange) -> Tensor:
         low, high = exchange.want[me]
-        return exchange.part.new_empty(max(0, high - low), *exchange.part.shape[1:])
+        shape = (max(0, high - low), *exchange.part.shape[1:])
+        several = (contributors(exchange.have, (low, high)),) if exchange.stacked else ()
+        return exchange.part.new_empty(*several, *shape)
 
     return tuple(map(rows, request)) if isinstance(request, tuple) else rows(request)
 

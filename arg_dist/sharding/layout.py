@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arg_dist.sharding.fragment import Holding
 from arg_dist.subspace.distributed import (
@@ -12,7 +12,9 @@ from arg_dist.subspace.distributed import (
     Interval,
     MatrixSharding,
     Rows,
+    Terms,
     even_rows,
+    single_process,
 )
 
 Ranges = tuple[Interval, ...]
@@ -54,6 +56,7 @@ class GroupSpec:
         positions: index of each parameter, by name, in the list that the group was built with:
             home processes follow from it, whatever other parameters train now.
         settings: the group's settings as text; must be equal on all processes.
+        terms: every process has gradients of its own, whose mean is that of the model.
     """
 
     holding: Holding
@@ -62,6 +65,7 @@ class GroupSpec:
     views: Callable[[str, tuple[int, ...]], list[MatrixView]]
     positions: Mapping[str, int]
     settings: str
+    terms: bool = False
 
 
 def matrix_views(name: str, shape: tuple[int, ...], view: str) -> list[MatrixView]:
@@ -189,12 +193,49 @@ def shard_matrix(
     )
 
 
-def shard_elements(ranges: Ranges, numel: int, replicated: bool) -> DimensionSharding:
-    """The distribution of the elements of a non-matrix tensor over the processes."""
+def as_terms(averaged: MatrixSharding) -> MatrixSharding:
+    """The sharding of a matrix of which every process has a gradient of its own.
+
+    Args:
+        averaged: its sharding where every process has the mean of these gradients.
+    """
+    processes, me = averaged.processes, averaged.me
+
+    def whole(side: DimensionSharding) -> DimensionSharding:
+        everyone = ((0, side.size),) * processes
+        return replace(side, touch=everyone, update=everyone)
+
+    alone = single_process(
+        averaged.moment.size,
+        averaged.basis.size,
+        outputs_are_moment=averaged.outputs_are_moment,
+        me=me,
+        processes=processes,
+    )
+    return replace(
+        averaged,
+        moment=whole(averaged.moment),
+        basis=whole(averaged.basis),
+        elements=whole(averaged.elements),
+        terms=Terms(processes, averaged, alone),
+    )
+
+
+def shard_elements(
+    ranges: Ranges, numel: int, replicated: bool, *, terms: bool = False
+) -> DimensionSharding:
+    """The distribution of the elements of a non-matrix tensor over the processes.
+
+    Args:
+        ranges: element range of each process.
+        numel: number of elements.
+        replicated: every process holds all of them.
+        terms: and has a gradient of its own.
+    """
     if not replicated:
         return DimensionSharding(numel, ranges, ranges, ranges)
-    kept = even_rows(numel, len(ranges))
-    return DimensionSharding(numel, kept, kept, ((0, numel),) * len(ranges))
+    kept, everyone = even_rows(numel, len(ranges)), ((0, numel),) * len(ranges)
+    return DimensionSharding(numel, everyone if terms else kept, kept, everyone)
 
 
 def _in_proportion(ranges: Ranges, numel: int, size: int) -> Rows:

@@ -114,7 +114,7 @@ class Messages:
             typed = piece.view(part.dtype)
             return typed.view(-1 if typed.numel() else 0, *part.shape[1:])
 
-        if pieces and each.tiles:
+        if pieces and each.tiles and not exchange.stacked:
             return rows(put_together(pieces))
         lows = (low for _, low, _ in each.incoming)
         return add_up(exchange, self._me, list(zip(lows, map(rows, pieces), strict=True)))

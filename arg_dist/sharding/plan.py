@@ -21,6 +21,7 @@ from arg_dist.sharding.layout import (
     GroupSpec,
     MatrixView,
     Ranges,
+    as_terms,
     basis_spans_columns,
     check_tiling,
     clip_ranges,
@@ -64,6 +65,7 @@ class Plan:
         replicated: every process holds all parameters; only the state is sharded.
         copies: communicators of the processes that hold the same parts in other copies of the
             model.
+        terms: every process has gradients of its own, whose mean is that of the model.
     """
 
     communicator: Communicator
@@ -74,6 +76,7 @@ class Plan:
     held: list[Fragment]
     replicated: bool
     copies: list[Communicator]
+    terms: bool = False
 
     @cached_property
     def names(self) -> list[str]:
@@ -189,6 +192,7 @@ def _make_plan(
         held,
         replicated=any(holding.replicated for holding in holdings),
         copies=copies,
+        terms=any(spec.terms for _, spec in members),
     )
 
 
@@ -221,10 +225,12 @@ def _shards_of(
             me=me,
             spans_columns=spans_columns,
             home=home,
-            shard_basis=spec.shard_basis is not False,
+            shard_basis=not spec.terms if spec.shard_basis is None else spec.shard_basis,
             replicated=replicated,
             transposed=fragment.transposed,
         )
+        if spec.terms:
+            sharding = as_terms(sharding)
         units.append(Unit(view.name, fragment, sharding))
         if mine[me][0] == mine[me][1]:
             continue
@@ -247,7 +253,7 @@ def _shards_of(
     if not views:
         unit = len(units)
         ranges = tuple((start * width, stop * width) for start, stop in ranges)
-        flat = shard_elements(ranges, numel, replicated)
+        flat = shard_elements(ranges, numel, replicated, terms=spec.terms)
         units.append(Unit(fragment.name, fragment, flat))
         if fragment.start < fragment.stop:
             shards.append(

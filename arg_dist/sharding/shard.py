@@ -92,6 +92,11 @@ class Shard:
         """Whether its step needs other processes."""
         raise NotImplementedError
 
+    @property
+    def terms(self) -> int:
+        """Number of gradients, one of each process, of which the gradient is the mean; else 1."""
+        raise NotImplementedError
+
     def fits(self, state: State) -> bool:
         """Whether `state` has the rows that this process holds of it; empty state fits."""
         stored, held = self.sharding.stored(), state.keys() & set(WITH_ROWS)
@@ -125,14 +130,19 @@ class TensorShard(Shard):
         return self.sharding.keep != self.sharding.update
 
     @property
+    def terms(self) -> int:
+        """Number of gradients, one of each process, of which the gradient is the mean; else 1."""
+        return self.sharding.processes if self.sharding.touch != self.sharding.keep else 1
+
+    @property
     def moment_type(self) -> torch.dtype:
         """Type of new moments: fp64 for parameters in fp64 or complex128, else fp32."""
         is_double = self.fragment.target.dtype in (torch.float64, torch.complex128)
         return torch.float64 if is_double else torch.float32
 
-    def kept_gradient(self, gradient: Tensor) -> Tensor:
-        """``keep``: the gradient of the elements whose state this process keeps."""
-        low, high = (bound - self.range[0] for bound in self.sharding.keep[self.me])
+    def touched_gradient(self, gradient: Tensor) -> Tensor:
+        """``touch``: the gradient of the elements that this process contributes to."""
+        low, high = (bound - self.range[0] for bound in self.sharding.touch[self.me])
         return gradient.reshape(-1)[low:high]
 
     def apply(self, direction: Tensor, *, lr: float, weight_decay: float) -> None:
@@ -164,6 +174,11 @@ class MatrixShard(Shard):
     def is_shared(self) -> bool:
         """Whether its step needs other processes."""
         return len(self.sharding.owners) > 1
+
+    @property
+    def terms(self) -> int:
+        """Number of gradients, one of each process, of which the gradient is the mean; else 1."""
+        return 1 if self.sharding.terms is None else self.sharding.terms.count
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.momentum import blocks_of
+from arg_dist.subspace.codes import blocks_of
 from arg_dist.subspace.state import OF_TENSOR, SCHEMA, WITH_ROWS, Lies
 
 Interval = tuple[int, int]
@@ -54,11 +54,14 @@ class Exchange:
         part: this process's partial results, ``rows x ...``, first row = row ``have[me][0]``.
         have: rows that each process contributes to.
         want: rows that each process receives.
+        stacked: instead of their sum, it wants all contributions, ``contributors x rows x ...``, in
+            the order of the processes; each contributes to all of the rows wanted, or to none.
     """
 
     part: Tensor
     have: Rows
     want: Rows
+    stacked: bool = False
 
 
 Request = Exchange | tuple[Exchange, ...]
@@ -75,6 +78,11 @@ def intersect(a: Interval, b: Interval) -> Interval:
     """The common rows of two intervals; ``(x, x)`` if they are disjoint."""
     low, high = max(a[0], b[0]), min(a[1], b[1])
     return (low, max(low, high))
+
+
+def contributors(have: Rows, wanted: Interval) -> int:
+    """Number of processes that have some of the rows wanted."""
+    return sum(low < high for low, high in (intersect(held, wanted) for held in have))
 
 
 def is_within(inner: Interval, outer: Interval) -> bool:
@@ -122,6 +130,10 @@ def add_up(exchange: Exchange, me: int, contributions: Sequence[tuple[int, Tenso
         contributions: ``(first row, rows)`` of each contributing process, `me` included.
     """
     low, high = exchange.want[me]
+    if exchange.stacked:
+        parts = [part for _, part in contributions]
+        none = exchange.part.new_zeros(0, max(0, high - low), *exchange.part.shape[1:])
+        return torch.stack(parts) if parts else none
     if not contributions:
         return exchange.part.new_zeros(max(0, high - low), *exchange.part.shape[1:])
     if tile([(start, start + part.shape[0]) for start, part in contributions], (low, high)):
@@ -280,6 +292,8 @@ class MatrixSharding:
         home: the owner that orthonormalizes sketches and solves the small eigenproblem, so that
             rounding cannot give the processes different results.
         me: this process's index in the group.
+        terms: set if each process has a gradient of its own, whose mean is not formed; then it
+            touches all rows, and keeps an even share of them.
     """
 
     moment: DimensionSharding
@@ -291,6 +305,7 @@ class MatrixSharding:
     owners: tuple[int, ...]
     home: int
     me: int
+    terms: Terms | None = None
 
     @property
     def processes(self) -> int:
@@ -311,7 +326,8 @@ class MatrixSharding:
         return self._rows(self.moment.keep, self.store)
 
     def _rows(self, moments: Rows, basis: Rows) -> dict[str, Rows]:
-        blocks = self.at_home(blocks_of(self.elements.size))
+        count = blocks_of(self.elements.size)
+        blocks = self.at_home(count) if self.terms is None else self.shares(count)
         lie = {Lies.AS_MOMENTS: moments, Lies.AS_BASIS: basis, Lies.AT_HOME: blocks}
         return {key: lie[SCHEMA[key].lies] for key in WITH_ROWS}
 
@@ -360,6 +376,22 @@ class MatrixSharding:
         return tuple(parts.get(i, (0, 0)) for i in range(self.processes))
 
 
+@dataclass(frozen=True)
+class Terms:
+    """Of a gradient that is the mean of terms, one on each of several processes.
+
+    Attributes:
+        count: number of terms.
+        averaged: the sharding of the mean, once it has been formed.
+        alone: the sharding of this process's term, or of a copy of the mean, for which no other
+            process is needed.
+    """
+
+    count: int
+    averaged: MatrixSharding
+    alone: MatrixSharding
+
+
 @lru_cache(maxsize=65536)
 def _rows_at(home: int, size: int, processes: int) -> Rows:
     return tuple((0, size if i == home else 0) for i in range(processes))
@@ -389,11 +421,26 @@ def from_home(part: Tensor, size: int, want: Rows, sharding: MatrixSharding) -> 
     return relayed_gather(part, sharding.at_home(size), sharding.relay(size), want, sharding.me)
 
 
-def single_process(moment: int, basis: int) -> MatrixSharding:
-    """The distribution of a matrix that one process holds whole."""
+def single_process(
+    moment: int,
+    basis: int,
+    *,
+    outputs_are_moment: bool = True,
+    me: int = 0,
+    processes: int = 1,
+) -> MatrixSharding:
+    """The distribution of a matrix that one process holds whole, and of which others hold nothing.
+
+    Args:
+        moment: size of the side of the moments.
+        basis: size of the side that the basis spans.
+        outputs_are_moment: as of the sharding.
+        me: index of that process.
+        processes: number of processes in the group.
+    """
 
     def whole(size: int) -> DimensionSharding:
-        rows: Rows = ((0, size),)
+        rows = _rows_at(me, size, processes)
         return DimensionSharding(size, rows, rows, rows)
 
     return MatrixSharding(
@@ -401,11 +448,11 @@ def single_process(moment: int, basis: int) -> MatrixSharding:
         basis=whole(basis),
         elements=whole(moment * basis),
         cuts_moment=True,
-        outputs_are_moment=True,
-        store=((0, basis),),
-        owners=(0,),
-        home=0,
-        me=0,
+        outputs_are_moment=outputs_are_moment,
+        store=_rows_at(me, basis, processes),
+        owners=(me,),
+        home=me,
+        me=me,
     )
 
 

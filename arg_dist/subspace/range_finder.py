@@ -36,10 +36,13 @@ class Directions:
     Attributes:
         vectors: ``basis x width``, orthonormal columns, on the home process; no rows elsewhere.
         energies: ``width``, fp64, descending: ``||G q_i||^2``, bitwise equal on every owner.
+        norm_sq: an estimate of ``||G||_F^2``, an fp64 scalar, equal on every owner; None without
+            probes.
     """
 
     vectors: Tensor
     energies: Tensor
+    norm_sq: Tensor | None = None
 
 
 def orthonormalize(sketch: Tensor) -> Tensor:
@@ -79,28 +82,46 @@ def range_finder(
 
 
 def leading_directions(
-    gradient: Part, omega: Tensor, sharding: MatrixSharding, *, power_passes: int
+    gradient: Part,
+    omega: Tensor,
+    sharding: MatrixSharding,
+    *,
+    power_passes: int,
+    probes: Tensor | None = None,
 ) -> Steps[Directions]:
     """The leading right singular directions of G, ordered, with their energies.
 
-    Arguments as in :func:`range_finder`. Everything that rounding could decide differently on two
-    processes (orthonormalization, order, signs) is computed on the home process alone.
+    Everything that rounding could decide differently on two processes (orthonormalization, order,
+    signs) is computed on the home process alone.
+
+    Args:
+        gradient: this process's part of G.
+        omega: ``moment.touch x width``, this process's rows of the sketch matrix.
+        sharding: how G is distributed over the processes.
+        power_passes: as of :func:`range_finder`.
+        probes: ``basis x probes``, Gaussian, from which the norm of G is estimated (Hutch++, Meyer
+            et al. 2021, algorithm 1); then every process touches all of the basis side.
     """
     moment, basis, me = sharding.moment, sharding.basis, sharding.me
     width = omega.shape[1]
     found = yield from range_finder(gradient, omega, sharding, power_passes=power_passes)
     vectors = yield from from_home(found, basis.size, basis.touch, sharding)
+    if probes is not None:
+        # Z = (I - Q Q^T) Z: ||G||^2 = ||G Q||^2 + E ||G z||^2
+        vectors = torch.cat([vectors, probes.addmm(vectors, vectors.T @ probes, alpha=-1)], 1)
     # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64: squaring halves the precision
     image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
-    image = image.double()
-    gram = yield from to_home(image.T @ image, sharding.whole(width), width, sharding)
-    energies = gram.new_zeros(0, width)
+    image, both = image.double(), vectors.shape[1]
+    gram = yield from to_home(image.T @ image, sharding.whole(both), both, sharding)
+    told = gram.new_zeros(0, width if probes is None else width + 1)
     if me == sharding.home:
-        values, rotation = torch.linalg.eigh(gram)
-        energies = values.flip(0).clamp_min(0.0)[None]
+        values, rotation = torch.linalg.eigh(gram[:width, :width])
+        told = values.flip(0).clamp_min(0.0)[None]
         found = positive_peaks((found.double() @ rotation.flip(1)).to(found.dtype))
-    energies = yield from gather(energies, sharding.at_home(1), sharding.whole(1), me)
-    return Directions(found, energies.reshape(-1))
+        if probes is not None:
+            told = torch.cat([told, gram.diagonal()[width:].mean().view(1, 1)], 1)
+    told = (yield from gather(told, sharding.at_home(1), sharding.whole(1), me)).reshape(-1)
+    return Directions(found, told[:width], None if probes is None else told.sum())
 
 
 def positive_peaks(vectors: Tensor) -> Tensor:

@@ -138,6 +138,8 @@ def run(case: Case) -> dict[str, Any]:
         model = model.to(torch.bfloat16) if case.dtype == "bf16" else model
         if case.engine != "none":
             model = {"ddp": ddp, "fsdp2": fsdp2}[case.engine]()(model, dist.group.WORLD)
+        if case.settings.get("gradient_sync") == "sketch":
+            arg_dist.sketch_only(model)
         optimizer = arg_dist.AdaRankGrad(
             arg_dist.param_groups(model),
             process_group=None if case.engine == "none" else "world",

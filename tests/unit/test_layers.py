@@ -161,7 +161,7 @@ def test_the_core_names_no_engine(path: Path) -> None:
 def test_the_simple_optimizer_shares_only_the_codes_of_its_state_with_what_it_verifies() -> None:
     used = set(imports(PACKAGE / "simple.py"))
     shared = {name for name in used if layer_of(name) == "subspace"}
-    assert shared == {"arg_dist.subspace.momentum"}
+    assert shared == {"arg_dist.subspace.codes"}
     assert "arg_dist.algorithm" not in used
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import arg_dist
-from arg_dist.subspace.momentum import BLOCK, STEPS, Coded, coded_bytes, coded_zeros, decode, encode
+from arg_dist.subspace.codes import BLOCK, STEPS, Coded, coded_bytes, coded_zeros, decode, encode
 from arg_dist.subspace.residual import polar_factor
 from tests.matrices import gaussian
 from tests.tolerances import ROUNDING

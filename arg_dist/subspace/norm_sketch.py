@@ -1,0 +1,62 @@
+"""The norm of a mean of gradients that is never formed, from a linear sketch of each.
+
+A count sketch (Charikar, Chen and Farach-Colton 2002) adds every entry, with a random sign, to one
+of `BUCKETS` numbers. It is linear, so that the sum of all processes' sketches is that of the sum,
+and its squared norm is unbiased: ``E ||sketch||^2 = ||G||^2``, with a standard deviation of
+``sqrt(2 / BUCKETS)``, 4.4 %, which are 2.2 % of the norm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BUCKETS = 1024
+SIGNS = 2**16
+"""Random signs in memory; each row of `BUCKETS` entries takes some that follow one another."""
+ROWS = 512
+"""Rows signed at a time, so that no copy of a gradient is made."""
+
+
+def norm_sketch(gradient: Tensor, first: int, text: str) -> Tensor:
+    """``BUCKETS``, fp64: the sketch of elements of a gradient.
+
+    Args:
+        gradient: any shape and floating-point type, elements in row-major order.
+        first: position of the first of them in the whole gradient; a multiple of `BUCKETS` if that
+            is cut.
+        text: names the gradient and the step; alike on all processes.
+    """
+    flat = gradient.reshape(-1)
+    rows = flat[: flat.numel() // BUCKETS * BUCKETS].view(-1, BUCKETS)
+    windows = _signs(flat.device).unfold(0, BUCKETS, 1)
+    total = torch.zeros(BUCKETS, dtype=torch.float64, device=flat.device)
+    places = _places(text, first // BUCKETS, len(rows) + 1).to(flat.device)
+    for start in range(0, len(rows), ROWS):
+        run = rows[start : start + ROWS].float()
+        signs = windows[places[start : start + len(run)]].float()
+        total += (run * signs).sum(0, dtype=torch.float64)
+    last = flat[rows.numel() :].double()
+    total[: len(last)] += last * windows[places[len(rows)]][: len(last)]
+    return total
+
+
+@lru_cache
+def _signs(device: torch.device) -> Tensor:
+    """``SIGNS``, int8: 1 or -1."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    signs = torch.randint(0, 2, (SIGNS,), generator=generator, dtype=torch.int8, device="cpu")
+    return signs.mul_(2).sub_(1).to(device)
+
+
+def _places(text: str, first: int, count: int) -> Tensor:
+    """Where the signs of each row begin, from row `first` on."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator(device="cpu").manual_seed(number)
+    high = SIGNS - BUCKETS
+    return torch.randint(
+        high, (first + count,), generator=generator, dtype=torch.int64, device="cpu"
+    )[first:]

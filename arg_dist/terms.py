@@ -1,0 +1,282 @@
+"""AdaRankGrad on a gradient that is a mean of terms, one on each process, and never formed whole.
+
+Projecting is linear, ``mean(G_i) Q = mean(G_i Q)``, and so is each round of a refresh: the basis,
+its rank and Adam's moments are those of the mean, from products of few columns. The residual
+``S_i = G_i - G_i Q Q^T`` of each term goes in few bits an element
+(:mod:`arg_dist.subspace.codes`) to the process that decides on that element, an even share of them
+each, and comes back decided:
+
+===== =============================================================================================
+bits  the mean of the residuals
+===== =============================================================================================
+1     its signs are those of the majority, or tossed if there is none. A zero term has no vote
+2, 4  is the mean of what was sent, rounded again
+===== =============================================================================================
+
+What rounding takes away is not kept for later: a process has no state of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from arg_dist.algorithm import (
+    POLAR_TYPES,
+    Choose,
+    LowRankUpdate,
+    NewBasis,
+    StepFacts,
+    blended_momentum,
+    chosen_by_energy,
+    is_due,
+    present_basis,
+    refresh,
+    sketch_width,
+    step_in_basis,
+)
+from arg_dist.config import AdaRankGradConfig
+from arg_dist.subspace.codes import BLOCK, Coded, blocks_of, decode, encode
+from arg_dist.subspace.distributed import (
+    Exchange,
+    Interval,
+    MatrixSharding,
+    Rows,
+    Steps,
+    gather,
+    gather_each,
+    select_rows,
+    sum_scatter,
+)
+from arg_dist.subspace.norms import norm_sq, row_squares
+from arg_dist.subspace.precision import lowered_precision
+from arg_dist.subspace.range_finder import Part
+from arg_dist.subspace.residual import matched_factors, orthogonalize, residual_part
+from arg_dist.subspace.state import State
+
+Coin = Callable[[Interval, torch.device], Tensor]
+"""Tosses 1 or -1 for each element of an interval; alike on all processes."""
+
+
+def step_of_terms(
+    gradient: Part,
+    device: torch.device,
+    state: State,
+    sharding: MatrixSharding,
+    settings: AdaRankGradConfig,
+    facts: StepFacts,
+    *,
+    choose: Choose = chosen_by_energy,
+) -> Steps[LowRankUpdate | None]:
+    """One step of AdaRankGrad on one matrix; `state` is updated in place.
+
+    Args:
+        gradient: ``moment x basis``, this process's term: its gradient over their number.
+        device: its device.
+        state: the matrix's state; empty before its first step.
+        sharding: how the matrix is distributed over the processes, with `terms`.
+        settings: the settings of its parameter group.
+        facts: what is known of the matrix; equal on all processes.
+        choose: as of :func:`arg_dist.algorithm.low_rank_step`.
+
+    Returns:
+        The update, or None if all terms have been zero since the start.
+    """
+    assert sharding.terms is not None
+    me, moment, alone = sharding.me, sharding.moment, sharding.terms.alone
+    limit = float(facts.norm_sq)
+    bits = 0 if settings.residual == "none" else settings.residual_sync_bits
+    new = mean = None
+    if limit > 0 and is_due(state):
+        if sends_whole(sharding, settings):
+            mean = yield from formed_mean(gradient(), sharding)
+            gradient = partial(_itself, mean)
+            new = yield from _refresh_of_mean(mean, state, sharding, settings, facts, choose)
+        else:
+            new = yield from refresh(gradient, device, state, sharding, settings, facts, choose)
+        basis = new.vectors
+    elif state:
+        basis = yield from present_basis(state, sharding)
+    else:
+        return None
+    # P_i = G_i Q ;  S_i = G_i - P_i Q^T
+    with lowered_precision(settings.matmul_precision):
+        product = gradient() @ basis
+        residual = residual_part(gradient(), product, basis, limit, alone) if bits else None
+    if mean is not None:
+        projected = select_rows(product, moment.touch[me], moment.keep[me]).contiguous()
+        share = None if residual is None else residual[slice(*own_elements(sharding))]
+    else:
+        codes = () if residual is None else coded_term(residual, bits, sharding)
+        residual = None  # it need not wait for the others
+        # P = sum_i P_i
+        projected, *terms = yield (Exchange(product, moment.touch, moment.keep), *codes)
+        coin = partial(tossed, f"{settings.seed}|{facts.name}|{state.get('step', 0)}")
+        share = mean_of(terms, bits, sharding, coin) if bits else None
+    direction, _ = step_in_basis(new, projected, state, sharding, settings, facts)
+    if share is not None and settings.remembers_residual:
+        blended_momentum(state, limit**0.5, device, sharding, settings)(share)
+        residual = None  # what is blended is known to the processes that decide
+    parts: list[tuple[Tensor, Rows, Rows]] = [(direction, moment.keep, moment.update)]
+    if share is not None and residual is None:
+        parts += decided_parts(share, bits, sharding)
+    direction, *decided = yield from gather_each(parts, me)
+    if decided:
+        residual = decode(as_coded(decided), alone.elements.size)
+    if residual is None:
+        return LowRankUpdate(direction, basis)
+    outside = yield from _outside(residual, direction, basis, alone, settings)
+    return LowRankUpdate(direction, basis, outside=outside)
+
+
+def sends_whole(sharding: MatrixSharding, settings: AdaRankGradConfig) -> bool:
+    """Whether a refresh sends less by forming the mean of the gradients than by sketching it."""
+    m, n = sharding.moment.size, sharding.basis.size
+    return m * n <= (1 + settings.power_passes) * (m + n) * sketch_width(sharding, settings)
+
+
+def formed_mean(term: Tensor, sharding: MatrixSharding) -> Steps[Tensor]:
+    """``moment x basis``: the sum of all terms, equal on all processes."""
+    moment, me = sharding.moment, sharding.me
+    rows = yield from sum_scatter(term, moment.touch, moment.keep, me)
+    return (yield from gather(rows, moment.keep, moment.touch, me))
+
+
+def _itself(mean: Tensor) -> Tensor:
+    return mean
+
+
+def _refresh_of_mean(
+    mean: Tensor,
+    state: State,
+    sharding: MatrixSharding,
+    settings: AdaRankGradConfig,
+    facts: StepFacts,
+    choose: Choose,
+) -> Steps[NewBasis]:
+    """:func:`arg_dist.algorithm.refresh` with a mean that every process has."""
+    assert sharding.terms is not None
+    moment, me = sharding.moment, sharding.me
+    rows = partial(select_rows, mean, moment.touch[me], moment.keep[me])
+    averaged = sharding.terms.averaged
+    return (
+        yield from refresh(
+            rows, mean.device, state, averaged, settings, facts, choose, norm_sq(mean)
+        )
+    )
+
+
+def _outside(
+    residual: Tensor,
+    direction: Tensor,
+    basis: Tensor,
+    alone: MatrixSharding,
+    settings: AdaRankGradConfig,
+) -> Steps[Tensor]:
+    """``elements``: what the residual adds to the update, computed by every process.
+
+    Args:
+        residual: ``elements``, S up to a factor; overwritten.
+        direction: ``moment x rank``, N.
+        basis: ``basis x rank``, Q.
+        alone: the sharding of a matrix that this process holds whole.
+        settings: the settings of the matrix's parameter group.
+    """
+    if settings.residual == "matched":
+        S, n = alone.matrix(residual), alone.basis.size
+        inside = direction.new_zeros(alone.moment.size)
+        # phi_i ||S_i|| = ||N_i|| sqrt((n - r) / r)
+        S *= matched_factors(direction, inside, row_squares(S), dimension=n)[:, None]
+        return residual
+    size = residual.norm()
+    residual = residual.div_(torch.where(size > 0, size, 1.0))
+    typed = residual.to(POLAR_TYPES[settings.polar_precision])
+    del residual
+    return (yield from orthogonalize(typed, basis, alone, steps=settings.polar_steps))
+
+
+# -- residuals in few bits ------------------------------------------------------------------------
+
+
+def own_elements(sharding: MatrixSharding) -> Interval:
+    """The elements on which this process decides: whole blocks, but for the last."""
+    size = sharding.elements.size
+    low, high = sharding.shares(blocks_of(size))[sharding.me]
+    return min(size, low * BLOCK), min(size, high * BLOCK)
+
+
+def coded_term(residual: Tensor, bits: int, sharding: MatrixSharding) -> tuple[Exchange, Exchange]:
+    """This process's term, for the processes that decide.
+
+    Args:
+        residual: ``elements``, S_i; overwritten.
+        bits: bits an element.
+        sharding: how the matrix is distributed over the processes.
+    """
+    blocks, one = blocks_of(residual.numel()), sharding.whole(1)
+    have, want = sharding.whole(blocks), sharding.shares(blocks)
+    size = residual.norm().view(1)
+    coded = encode(residual, bits)
+    codes = Exchange(coded.codes, have, want, stacked=True)
+    if bits == 1:  # signs tell no size, and a term of size zero has no vote
+        return codes, Exchange(size, one, one, stacked=True)
+    return codes, Exchange(coded.scales, have, want, stacked=True)
+
+
+def mean_of(terms: Sequence[Tensor], bits: int, sharding: MatrixSharding, coin: Coin) -> Tensor:
+    """:func:`own_elements` of the sum of the terms, fp32; of signs, if these are all that was sent.
+
+    Args:
+        terms: of each exchange of :func:`coded_term`, what all processes sent.
+        bits: bits an element.
+        sharding: how the matrix is distributed over the processes.
+        coin: decides between as many plus signs as minus signs.
+    """
+    (codes, sizes), elements = terms, own_elements(sharding)
+    count = elements[1] - elements[0]
+    total = codes.new_zeros(count, dtype=torch.float32)
+    if bits > 1:
+        for each in zip(codes, sizes, strict=True):
+            total += decode(Coded(*each), count)
+        return total
+    for signs, size in zip(codes, sizes if len(codes) else (), strict=True):
+        total += decode(as_coded([signs]), count).mul_(size > 0)
+    majority = torch.where(total == 0, coin(elements, total.device), total.sign())
+    # ||S||, if the terms have nothing in common
+    return majority.mul_(sizes.norm() / sharding.elements.size**0.5)
+
+
+def decided_parts(
+    share: Tensor, bits: int, sharding: MatrixSharding
+) -> list[tuple[Tensor, Rows, Rows]]:
+    """What this process has decided, for all: parts of :func:`gather_each`.
+
+    Args:
+        share: :func:`own_elements` of the mean; overwritten.
+        bits: bits an element.
+        sharding: how the matrix is distributed over the processes.
+    """
+    blocks = blocks_of(sharding.elements.size)
+    rows = sharding.shares(blocks), sharding.whole(blocks)
+    coded = encode(share, bits)
+    return [(part, *rows) for part in (coded if bits > 1 else coded[:1])]
+
+
+def as_coded(parts: Sequence[Tensor]) -> Coded:
+    """Codes with their scales; signs, which have none, are plus and minus one half."""
+    codes, *scales = parts
+    return Coded(codes, scales[0] if scales else codes.new_ones(len(codes), dtype=torch.bfloat16))
+
+
+def tossed(text: str, elements: Interval, device: torch.device) -> Tensor:
+    """1 or -1 for each element, as drawn by `text`; whichever process draws them, fp32."""
+    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+    # a counter, mixed as in splitmix64
+    number = torch.arange(*elements, dtype=torch.int64, device=device)
+    number = (number ^ key) * -7046029254386353131
+    number = (number ^ number >> 30) * -4658895280553007687
+    return (number ^ number >> 27).bitwise_and_(1).mul_(2).sub_(1).float()
