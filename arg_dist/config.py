@@ -41,6 +41,9 @@ Rank = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, l
 """A rank: an integer, or a fraction of the matrix's shorter dimension (0 < x < 1)."""
 
 
+Bits = Literal[1, 2, 4]
+
+
 class ConfigError(ValueError):
     """A setting is unknown, has the wrong type, is out of range, or contradicts another one."""
 
@@ -82,6 +85,9 @@ with ``svd_lowrank`` (`power_passes`). The inner loop ends after 200 steps, beca
 a projected gradient with a norm below 1e-4, is not reached in training (`refresh_below`). Neither
 source specifies the bounds of the rank; the upper one is GaLore's.
 """
+
+SKETCH: dict[str, Any] = {"residual_momentum": 0.5}
+"""Defaults with ``gradient_sync="sketch"``: momentum averages what few bits round off."""
 
 PRESETS = {"pretraining": PRETRAINING, "finetuning": FINETUNING, "paper": PAPER}
 """What each preset changes of the defaults."""
@@ -196,17 +202,18 @@ class AdaRankGradConfig(BaseModel):
         ge=0,
         lt=1,
         description="decay of a momentum of the residual, which is orthogonalized in its place; 0 "
-        'disables it. Used with `residual="orthogonalized"` only',
+        'disables it. Used with `residual="orthogonalized"` only; 0.5 by default with '
+        '`gradient_sync="sketch"`',
     )
     residual_bits: Literal[2, 4] = Field(
         4,
         description="bits an element of the momentum of the residual: 4 take 6.3 % of AdamW's "
         "state, 2 take 3.2 %",
     )
-    residual_sync_bits: Literal[1, 2, 4] = Field(
-        2,
-        description="bits an element in which the residual is sent, used with "
-        '`gradient_sync="sketch"` only: 1 sends signs, of which the majority decides',
+    residual_sync_bits: Bits | tuple[Bits, Bits] = Field(
+        (1, 2),
+        description="bits an element in which the residual is sent, and those in which the mean "
+        'comes back, used with `gradient_sync="sketch"` only; one number for both. 1 is the sign',
     )
     residual_growth: float = Field(
         1.01,
@@ -336,6 +343,8 @@ class AdaRankGradConfig(BaseModel):
         given = current_names(values, cls.__name__)
         preset = given.get("preset")
         defaults = PRESETS[preset] if preset in tuple(PRESETS) else {}
+        if given.get("gradient_sync") == "sketch":
+            defaults = {**SKETCH, **defaults}
         gaps = {key: defaults.get(key, cls.model_fields[key].default) for key in GAPS}
         return {**defaults, **following_gaps(given, gaps), **given}
 
@@ -379,6 +388,12 @@ class AdaRankGradConfig(BaseModel):
     def remembers_residual(self) -> bool:
         """Whether a momentum of the residual is kept."""
         return self.residual == "orthogonalized" and self.residual_momentum > 0
+
+    @property
+    def bits_each_way(self) -> tuple[int, int]:
+        """Bits an element of a residual that is sent, and of the mean that comes back."""
+        bits = self.residual_sync_bits
+        return (bits, bits) if isinstance(bits, int) else bits
 
     @property
     def gap_to_second(self) -> int:

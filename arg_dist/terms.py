@@ -6,12 +6,12 @@ its rank and Adam's moments are those of the mean, from products of few columns.
 (:mod:`arg_dist.subspace.codes`) to the process that decides on that element, an even share of them
 each, and comes back decided:
 
-===== =============================================================================================
-bits  the mean of the residuals
-===== =============================================================================================
-1     its signs are those of the majority, or tossed if there is none. A zero term has no vote
-2, 4  is the mean of what was sent, rounded again
-===== =============================================================================================
+===== ======================================== ==================================================
+bits  of a term                                of the mean
+===== ======================================== ==================================================
+1     its signs; a term of zeros has no vote   the signs of the majority, or tossed without one
+2, 4  its levels, by blocks                    its levels, by blocks
+===== ======================================== ==================================================
 
 What rounding takes away is not kept for later: a process has no state of its own.
 """
@@ -19,7 +19,7 @@ What rounding takes away is not kept for later: a process has no state of its ow
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -58,9 +58,6 @@ from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.residual import matched_factors, orthogonalize, residual_part
 from arg_dist.subspace.state import State
 
-Coin = Callable[[Interval, torch.device], Tensor]
-"""Tosses 1 or -1 for each element of an interval; alike on all processes."""
-
 
 def step_of_terms(
     gradient: Part,
@@ -88,8 +85,7 @@ def step_of_terms(
     """
     assert sharding.terms is not None
     me, moment, alone = sharding.me, sharding.moment, sharding.terms.alone
-    limit = float(facts.norm_sq)
-    bits = 0 if settings.residual == "none" else settings.residual_sync_bits
+    limit, (bits, bits_back) = float(facts.norm_sq), settings.bits_each_way
     new = mean = None
     if limit > 0 and is_due(state):
         if sends_whole(sharding, settings):
@@ -104,10 +100,12 @@ def step_of_terms(
     else:
         return None
     # P_i = G_i Q ;  S_i = G_i - P_i Q^T
+    residual = None
     with lowered_precision(settings.matmul_precision):
         product = gradient() @ basis
-        residual = residual_part(gradient(), product, basis, limit, alone) if bits else None
-    if mean is not None:
+        if settings.residual != "none":
+            residual = residual_part(gradient(), product, basis, limit, alone)
+    if mean is not None:  # everyone has all of P and S
         projected = select_rows(product, moment.touch[me], moment.keep[me]).contiguous()
         share = None if residual is None else residual[slice(*own_elements(sharding))]
     else:
@@ -115,15 +113,15 @@ def step_of_terms(
         residual = None  # it need not wait for the others
         # P = sum_i P_i
         projected, *terms = yield (Exchange(product, moment.touch, moment.keep), *codes)
-        coin = partial(tossed, f"{settings.seed}|{facts.name}|{state.get('step', 0)}")
-        share = mean_of(terms, bits, sharding, coin) if bits else None
+        share = mean_of(terms, bits, sharding) if codes else None
     direction, _ = step_in_basis(new, projected, state, sharding, settings, facts)
     if share is not None and settings.remembers_residual:
         blended_momentum(state, limit**0.5, device, sharding, settings)(share)
-        residual = None  # what is blended is known to the processes that decide
-    parts: list[tuple[Tensor, Rows, Rows]] = [(direction, moment.keep, moment.update)]
+        residual = None  # as yet, only those that decide know what it has become
+    parts = [(direction, moment.keep, moment.update)]
     if share is not None and residual is None:
-        parts += decided_parts(share, bits, sharding)
+        toss = f"{settings.seed}|{facts.name}|{state['step']}"
+        parts += decided_parts(share, bits_back, sharding, toss)
     direction, *decided = yield from gather_each(parts, me)
     if decided:
         residual = decode(as_coded(decided), alone.elements.size)
@@ -227,31 +225,28 @@ def coded_term(residual: Tensor, bits: int, sharding: MatrixSharding) -> tuple[E
     return codes, Exchange(coded.scales, have, want, stacked=True)
 
 
-def mean_of(terms: Sequence[Tensor], bits: int, sharding: MatrixSharding, coin: Coin) -> Tensor:
+def mean_of(terms: Sequence[Tensor], bits: int, sharding: MatrixSharding) -> Tensor:
     """:func:`own_elements` of the sum of the terms, fp32; of signs, if these are all that was sent.
 
     Args:
         terms: of each exchange of :func:`coded_term`, what all processes sent.
         bits: bits an element.
         sharding: how the matrix is distributed over the processes.
-        coin: decides between as many plus signs as minus signs.
     """
-    (codes, sizes), elements = terms, own_elements(sharding)
-    count = elements[1] - elements[0]
-    total = codes.new_zeros(count, dtype=torch.float32)
+    (codes, sizes), (low, high) = terms, own_elements(sharding)
+    total = codes.new_zeros(high - low, dtype=torch.float32)
     if bits > 1:
         for each in zip(codes, sizes, strict=True):
-            total += decode(Coded(*each), count)
+            total += decode(Coded(*each), high - low)
         return total
     for signs, size in zip(codes, sizes if len(codes) else (), strict=True):
-        total += decode(as_coded([signs]), count).mul_(size > 0)
-    majority = torch.where(total == 0, coin(elements, total.device), total.sign())
-    # ||S||, if the terms have nothing in common
-    return majority.mul_(sizes.norm() / sharding.elements.size**0.5)
+        total += decode(as_coded([signs]), high - low).mul_(2 * (size > 0))
+    # votes of one size, that of the terms on average
+    return total.mul_(sizes.mean() / sharding.elements.size**0.5)
 
 
 def decided_parts(
-    share: Tensor, bits: int, sharding: MatrixSharding
+    share: Tensor, bits: int, sharding: MatrixSharding, text: str
 ) -> list[tuple[Tensor, Rows, Rows]]:
     """What this process has decided, for all: parts of :func:`gather_each`.
 
@@ -259,10 +254,13 @@ def decided_parts(
         share: :func:`own_elements` of the mean; overwritten.
         bits: bits an element.
         sharding: how the matrix is distributed over the processes.
+        text: draws the signs of zeros, which no code has.
     """
     blocks = blocks_of(sharding.elements.size)
     rows = sharding.shares(blocks), sharding.whole(blocks)
-    coded = encode(share, bits)
+    tiny = torch.finfo(torch.float32).tiny
+    coin = tossed(text, own_elements(sharding), share.device).mul_(tiny)
+    coded = encode(torch.where(share == 0, coin, share), bits)
     return [(part, *rows) for part in (coded if bits > 1 else coded[:1])]
 
 

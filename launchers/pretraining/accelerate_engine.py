@@ -98,6 +98,7 @@ class AccelerateSetup(Setup):
     ) -> Engine:
         """Prepares model and optimizer together and checks the resulting optimizer."""
         self._accelerator.gradient_accumulation_steps = batch.accumulation
+        config = _clipped_by_the_optimizer(config)
         try:
             optimizer = self._optimizer(model, config)
             module, prepared = self._accelerator.prepare(model, optimizer)
@@ -222,6 +223,16 @@ class AccelerateTraining(Engine):
                     # A prepared scheduler would advance once per process.
                     self.scheduler.step()
         return loss
+
+
+def _clipped_by_the_optimizer(config: dict[str, Any]) -> dict[str, Any]:
+    """With ``gradient_sync="sketch"``, only the optimizer knows the norm of the mean gradient."""
+    params, clip = config["optimizer"]["params"], config.get("gradient_clipping", 1.0)
+    if params.get("gradient_sync") != "sketch":
+        return config
+    clipping = {"max_grad_norm": clip} if clip > 0 else {}
+    optimizer = {**config["optimizer"], "params": {**clipping, **params}}
+    return {**config, "optimizer": optimizer, "gradient_clipping": 0.0}
 
 
 def _check(prepared: Any, wanted: str) -> Optimizer:

@@ -89,7 +89,7 @@ def test_without_a_residual_the_steps_are_those_of_the_mean(shape, processes):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 2, 4, (1, 2)])
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("shape", [SMALL, LARGE, (7, 5)])
 def test_all_processes_take_the_same_step_in_the_rounds_agreed(rule, bits, momentum, shape):

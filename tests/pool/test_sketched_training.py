@@ -182,7 +182,7 @@ def test_training_resumes_in_the_other_mode_and_on_another_number(pool, tmp_path
         assert their_ranks == ranks
 
 
-@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("bits", [(1, 2), 4])
 def test_a_momentum_that_is_shared_out_is_saved_and_loaded(pool, tmp_path, bits):
     settings = {"residual_momentum": 0.5, "residual_sync_bits": bits, "gradient_sync": "sketch"}
     pool.run(first_half, 3, tmp_path / "half", settings)
