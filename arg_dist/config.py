@@ -210,10 +210,15 @@ class AdaRankGradConfig(BaseModel):
         description="bits an element of the momentum of the residual: 4 take 6.3 % of AdamW's "
         "state, 2 take 3.2 %",
     )
-    residual_sync_bits: Bits | tuple[Bits, Bits] = Field(
-        (1, 2),
-        description="bits an element in which the residual is sent, and those in which the mean "
-        'comes back, used with `gradient_sync="sketch"` only; one number for both. 1 is the sign',
+    residual_sync_bits: Literal[1, 2, 4] = Field(
+        1,
+        description="bits an element in which a process sends its residual, used with "
+        '`gradient_sync="sketch"` only; 1 is the sign',
+    )
+    residual_back_bits: Literal[1, 2, 4] = Field(
+        2,
+        description="bits an element in which the mean of the residuals comes back, used with "
+        '`gradient_sync="sketch"` only; 1 is the sign',
     )
     residual_growth: float = Field(
         1.01,
@@ -388,12 +393,6 @@ class AdaRankGradConfig(BaseModel):
     def remembers_residual(self) -> bool:
         """Whether a momentum of the residual is kept."""
         return self.residual == "orthogonalized" and self.residual_momentum > 0
-
-    @property
-    def bits_each_way(self) -> tuple[int, int]:
-        """Bits an element of a residual that is sent, and of the mean that comes back."""
-        bits = self.residual_sync_bits
-        return (bits, bits) if isinstance(bits, int) else bits
 
     @property
     def gap_to_second(self) -> int:

@@ -37,7 +37,8 @@ class MethodSettings(TypedDict, total=False):
     polar_precision: Literal["fp32", "bf16"]
     residual_momentum: float
     residual_bits: Literal[2, 4]
-    residual_sync_bits: Literal[1, 2, 4] | tuple[Literal[1, 2, 4], Literal[1, 2, 4]]
+    residual_sync_bits: Literal[1, 2, 4]
+    residual_back_bits: Literal[1, 2, 4]
     residual_growth: float
     side: Literal["auto", "left", "right"]
     view: Literal["auto", "stack", "flatten"]

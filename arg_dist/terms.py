@@ -85,7 +85,7 @@ def step_of_terms(
     """
     assert sharding.terms is not None
     me, moment, alone = sharding.me, sharding.moment, sharding.terms.alone
-    limit, (bits, bits_back) = float(facts.norm_sq), settings.bits_each_way
+    limit, bits = float(facts.norm_sq), settings.residual_sync_bits
     new = mean = None
     if limit > 0 and is_due(state):
         if sends_whole(sharding, settings):
@@ -121,7 +121,7 @@ def step_of_terms(
     parts = [(direction, moment.keep, moment.update)]
     if share is not None and residual is None:
         toss = f"{settings.seed}|{facts.name}|{state['step']}"
-        parts += decided_parts(share, bits_back, sharding, toss)
+        parts += decided_parts(share, settings.residual_back_bits, sharding, toss)
     direction, *decided = yield from gather_each(parts, me)
     if decided:
         residual = decode(as_coded(decided), alone.elements.size)

@@ -31,8 +31,8 @@ GROUPS = {
     "Refreshes": "max_gap min_gap first_gap refresh_below oversample power_passes seed",
     "Which matrices": "low_rank targets exclude side view",
     "Memory, communication, numerics": (
-        "state_budget bucket_size shard_basis gradient_sync residual_sync_bits max_grad_norm "
-        "matmul_precision nonfinite collective_timeout"
+        "state_budget bucket_size shard_basis gradient_sync residual_sync_bits residual_back_bits "
+        "max_grad_norm matmul_precision nonfinite collective_timeout"
     ),
 }
 

@@ -25,6 +25,7 @@ OF_THE_JOB = {
     "bucket_size",
     "gradient_sync",
     "residual_sync_bits",
+    "residual_back_bits",
     "max_grad_norm",
 }
 """Settings of the current job that are not restored: how groups are composed and sharded, how

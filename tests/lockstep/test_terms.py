@@ -39,6 +39,10 @@ def settings_of(**given) -> AdaRankGradConfig:
     return AdaRankGradConfig(**{**defaults, "gradient_sync": "sketch", **given})
 
 
+def both(sent: int, back: int) -> dict[str, int]:
+    return {"residual_sync_bits": sent, "residual_back_bits": back}
+
+
 def step_together(
     terms: list[Tensor],
     states: list[State],
@@ -89,12 +93,12 @@ def test_without_a_residual_the_steps_are_those_of_the_mean(shape, processes):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("bits", [1, 2, 4, (1, 2)])
+@pytest.mark.parametrize("bits", [(1, 1), (2, 2), (4, 4), (1, 2)])
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("shape", [SMALL, LARGE, (7, 5)])
 def test_all_processes_take_the_same_step_in_the_rounds_agreed(rule, bits, momentum, shape):
     layout = shardings(*shape, 3)
-    settings = settings_of(residual=rule, residual_sync_bits=bits, residual_momentum=momentum)
+    settings = settings_of(residual=rule, residual_momentum=momentum, **both(*bits))
     whole = sends_whole(layout[0], settings)
     steady, refreshing = rounds(1, rule, relayed=True, aligned=False, terms=True, whole=whole)
     states: list[State] = [{} for _ in layout]
@@ -137,7 +141,7 @@ def second_step(
 def test_one_bit_is_the_vote_of_the_majority():
     shape = (24, 16)
     terms = [gaussian(*shape, seed=i) for i in range(3)]
-    (update, *_), alone = second_step(terms, shape, residual="matched", residual_sync_bits=1)
+    (update, *_), alone = second_step(terms, shape, residual="matched", **both(1, 1))
     signs = [(term - term @ update.basis @ update.basis.T).sign() for term in terms]
     assert torch.equal(residual_of(update).sign(), torch.stack(signs).sum(0).sign())
     # phi ||S_i|| = ||N_i|| sqrt((n - r) / r), whatever was rounded
@@ -154,7 +158,7 @@ def test_a_term_of_zeros_has_no_vote():
         [term, torch.zeros(shape), torch.zeros(shape)],
         shape,
         residual="matched",
-        residual_sync_bits=1,
+        **both(1, 1),
     )
     S = term - term @ update.basis @ update.basis.T
     assert torch.equal(residual_of(update).sign(), S.sign())
@@ -172,7 +176,7 @@ def test_ties_are_tossed_alike_whoever_tosses_them():
 def test_opposite_terms_leave_the_decision_to_the_coin():
     shape = (24, 16)
     term = gaussian(*shape, seed=3)
-    settings = {"residual": "matched", "residual_sync_bits": 1}
+    settings = {"residual": "matched", **both(1, 1)}
     (update, *_), _ = second_step([term + 1e-3, 1e-3 - term], shape, **settings)
     share = (residual_of(update) > 0).float().mean()
     assert 0.3 < float(share) < 0.7
@@ -183,7 +187,7 @@ def test_opposite_terms_leave_the_decision_to_the_coin():
 def test_more_bits_are_closer_to_the_residual_of_the_mean(bits, closeness, rule):
     shape = (64, 96)
     terms = [gaussian(*shape, seed=i) for i in range(4)]
-    (update, *_), alone = second_step(terms, shape, residual=rule, residual_sync_bits=bits)
+    (update, *_), alone = second_step(terms, shape, residual=rule, **both(bits, bits))
     if rule == "matched":
         mean = torch.stack(terms).mean(0)
         expected = alone.factors[:, None] * (mean - mean @ alone.basis @ alone.basis.T)

@@ -20,6 +20,10 @@ TERMS = 12
 WIDE = [(96, 48), (16, 512), (3, 48, 36), (31,)]
 
 
+def both(sent: int, back: int) -> dict[str, int]:
+    return {"residual_sync_bits": sent, "residual_back_bits": back}
+
+
 def own_gradients(optimizer: AdaRankGrad, step: int, group) -> None:
     """Each process's mean of its share of the terms of this step."""
     count = 1 if group is None else dist.get_world_size(group)
@@ -55,17 +59,17 @@ def test_training_together_without_a_residual_is_training_alone(pool, processes)
             REDUCTION_ORDER_WEIGHTS.check(theirs, ours)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [(1, 1), (2, 2), (4, 4), (1, 2)])
 @pytest.mark.parametrize("rule", ["matched", "orthogonalized"])
 def test_weights_stay_equal_bit_by_bit_and_few_bits_are_few_bytes(pool, rule, bits):
-    settings = {"residual": rule, "residual_sync_bits": bits, "residual_momentum": 0.5}
+    settings = {"residual": rule, **both(*bits), "residual_momentum": 0.5}
     results = pool.run(train, 3, settings)
     for _, weights, *_ in results:
         assert all(map(torch.equal, weights, results[0][1]))
     without = pool.run(train, 3, {"residual": "none"})
     more = sum(result[-1] for result in results) - sum(result[-1] for result in without)
     elements = sum(torch.Size(shape).numel() for shape in WIDE[:3])
-    codes = 2 * 2 * elements * bits / 8 * STEPS  # to the other two processes, and back
+    codes = 2 * elements * sum(bits) / 8 * STEPS  # to the other two processes, and back
     assert codes * 0.7 < more < codes * 1.4
 
 
@@ -182,9 +186,9 @@ def test_training_resumes_in_the_other_mode_and_on_another_number(pool, tmp_path
         assert their_ranks == ranks
 
 
-@pytest.mark.parametrize("bits", [(1, 2), 4])
+@pytest.mark.parametrize("bits", [(1, 2), (4, 4)])
 def test_a_momentum_that_is_shared_out_is_saved_and_loaded(pool, tmp_path, bits):
-    settings = {"residual_momentum": 0.5, "residual_sync_bits": bits, "gradient_sync": "sketch"}
+    settings = {"residual_momentum": 0.5, **both(*bits), "gradient_sync": "sketch"}
     pool.run(first_half, 3, tmp_path / "half", settings)
     uninterrupted = pool.run(train, 3, settings)
     results = pool.run(second_half, 3, tmp_path / "half", settings)
