@@ -3,7 +3,7 @@
     sudo .venv/bin/python -m benchmarks.network --out runs/network
 
 The hosts are network namespaces on this machine (requires Linux, root and iproute2) that train
-through launchers.cluster, alternating between AdamW and AdaRankGrad. Hosts share the cores, so the
+through launchers.cluster, alternating between the methods. Hosts share the cores, so the
 compute part of a step's time is not that of real hosts; bytes and their transfer time are.
 
 Writes network.json (every run, with command, versions, hardware and date), network.md (the table)
@@ -24,6 +24,7 @@ from pathlib import Path
 from arg_dist.cli.parsing import BAD_INPUT, InputError, OneLineParser, at_least, complain
 from arg_dist.config import ConfigError
 from benchmarks.network.bandwidth import bandwidth, name_of
+from benchmarks.network.methods import METHODS
 from benchmarks.network.results import (
     JSON,
     PICTURE,
@@ -36,7 +37,6 @@ from benchmarks.network.results import (
 from benchmarks.network.trial import Trial, run_trial
 from launchers.pretraining.environment import prepare_environment
 from launchers.pretraining.interrupts import exit_code
-from launchers.pretraining.job_config import OPTIMIZERS
 from launchers.reporting.files import write_json
 from launchers.reporting.summary import hardware, versions
 from tests.hosts.namespaces import NetworkError, obstacle
@@ -55,8 +55,8 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     add("--bandwidths", nargs="+", type=bandwidth, metavar="BITS", help="bits per second and "
         "direction of a host's link (default: 100M 1G 10G unlimited)",
         default=[1e8, 1e9, 1e10, None])  # fmt: skip
-    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "adarankgrad"],
-        help="optimizers to compare (default: adamw adarankgrad)")  # fmt: skip
+    add("--methods", nargs="+", choices=METHODS, default=["adamw", "adarankgrad"], metavar="NAME",
+        help=f"what to compare, of {', '.join(METHODS)} (default: adamw adarankgrad)")  # fmt: skip
     add("--repeats", type=at_least(1), default=3, help="interleaved runs of each (default: 3)")
     add("--steps", type=at_least(2), default=30, help="measured steps per run (default: 30)")
     add("--warmup-steps", type=at_least(1), default=5, help="unmeasured steps before (default: 5)")
@@ -66,7 +66,8 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     add("--batch-size", type=at_least(1), default=16, help="sequences per step (default: 16)")
     add("--seq-len", type=at_least(2), default=128, help="tokens per sequence (default: 128)")
     add("--deepspeed_config", type=Path, default=CHECKOUT / "ds_configs" / "zero2.json",
-        metavar="JSON", help="DeepSpeed config (default: ds_configs/zero2.json)")  # fmt: skip
+        metavar="JSON", help="DeepSpeed config of adamw and adarankgrad (default: "
+        "ds_configs/zero2.json)")  # fmt: skip
     add("--limit", type=at_least(1), default=1800, metavar="SECONDS", help="time limit of one run "
         "(default: 1800)")  # fmt: skip
     add("--out", type=Path, default=Path("runs/network"), help="output directory (default: "
@@ -86,7 +87,8 @@ def bench(options: argparse.Namespace, job: list[str]) -> None:
         hosts=options.hosts,
         processes=options.processes_per_host,
         script=CHECKOUT / "launchers" / "train_lm.py",
-        words=(*config, "--model", options.model, *sizes, *job),
+        words=("--model", options.model, *sizes, *job),
+        engine=config,
         warmup=options.warmup_steps,
         steps=options.steps,
         limit=float(options.limit),
@@ -98,14 +100,14 @@ def bench(options: argparse.Namespace, job: list[str]) -> None:
         "hardware": hardware(),
         "job": {"hosts": trial.hosts, "processes_per_host": trial.processes, "words": trial.words},
     }
-    places = [(b, o) for b in options.bandwidths for o in options.optimizers]
+    places = [(b, method) for b in options.bandwidths for method in options.methods]
     runs = []
     for number in range(options.repeats):
-        for bits, optimizer in places:
-            name = f"{optimizer}-{name_of(bits).replace(' ', '').replace('/', '-')}-{number + 1}"
+        for bits, method in places:
+            name = f"{method}-{name_of(bits).replace(' ', '').replace('/', '-')}-{number + 1}"
             began = time.monotonic()
-            found = run_trial(trial, optimizer, bits, (options.out / name).resolve())
-            runs.append({"optimizer": optimizer, "bits_per_second": bits, **found})
+            found = run_trial(trial, METHODS[method], bits, (options.out / name).resolve())
+            runs.append({"optimizer": method, "bits_per_second": bits, **found})
             write_json(options.out / JSON, {**facts, "rows": combine(runs), "runs": runs})
             print(
                 f"{len(runs)} of {options.repeats * len(places)}: {name}: "

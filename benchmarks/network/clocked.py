@@ -1,4 +1,4 @@
-"""Run a training script and record each of its steps: ``clocked.py NOTES SCRIPT ARG...``
+"""Run a training script and record each of its steps: ``clocked.py NOTES HOOK SCRIPT ARG...``
 
 Each process writes NOTES/process-K.json, a list with an entry at the end of each call to the
 engine's ``train_step``: seconds on a clock shared by all processes of the machine, seconds this
@@ -7,6 +7,9 @@ the script runs unchanged.
 
 Waiting is the time inside ``Work.wait``, which every ZeRO collective on CPUs calls. It includes the
 backend's copies and reductions, and the time until stragglers arrive.
+
+HOOK compresses what DistributedDataParallel sends: ``fp16`` (that of bf16 needs NCCL),
+``powersgd``, or empty.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout
 
@@ -60,12 +64,31 @@ class Notes:
         Engine.train_step = clocked_step  # type: ignore[method-assign]
 
 
+def compress(hook: str) -> None:
+    """Register a communication hook with every DistributedDataParallel from now on."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    build = DistributedDataParallel.__init__
+
+    def build_with_hook(model: Any, *arguments: Any, **named: Any) -> None:
+        build(model, *arguments, **named)
+        if hook == "fp16":
+            model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        else:  # from the third step on, of rank 4, as compressing as ours of its smallest rank
+            state = powerSGD_hook.PowerSGDState(None, 4, start_powerSGD_iter=2)
+            model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+    DistributedDataParallel.__init__ = build_with_hook  # type: ignore[method-assign, assignment]
+
+
 def main() -> None:
     """Run the command line."""
-    folder, script = Path(sys.argv[1]), sys.argv[2]
+    folder, hook, script = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     notes = Notes()
     notes.listen()
-    sys.argv = sys.argv[2:]
+    if hook:
+        compress(hook)
+    sys.argv = sys.argv[3:]
     sys.path[0] = str(Path(script).resolve().parent)
     try:
         runpy.run_path(script, run_name="__main__")

@@ -14,6 +14,7 @@ from rich.table import Table
 from arg_dist.checkpoint.files import write_atomically
 from arg_dist.config import in_bytes
 from benchmarks.network.bandwidth import name_of
+from benchmarks.network.methods import METHODS
 from launchers.reporting.charts import STYLE, new_figure
 from launchers.reporting.tables import seconds, share
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Rows = Sequence[dict[str, Any]]
 
 JSON, PICTURE, TABLE = "network.json", "network.png", "network.md"
-NAMES = {"adamw": "AdamW", "adarankgrad": "AdaRankGrad"}
+NAMES = {name: method.title for name, method in METHODS.items()}
 HEADINGS = (
     "link",
     "optimizer",
@@ -35,7 +36,7 @@ HEADINGS = (
 )
 WIDTH = 120
 """Width of the printed table; in 80 columns every cell would wrap."""
-_COLORS = {"adamw": "#c9c9c9", "adarankgrad": "#1f5fa8"}
+_OURS, _RIVALS = "#1f5fa8", "#c9c9c9"
 _WAITING = "#d1495b"
 
 
@@ -113,11 +114,15 @@ def draw(rows: Rows, path: Path) -> None:
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
+def _color(optimizer: str) -> str:
+    return _OURS if NAMES.get(optimizer, optimizer).startswith("AdaRankGrad") else _RIVALS
+
+
 def _draw_time(axes: Axes, rows: Rows) -> None:
     for place, row in enumerate(rows):
         waiting = row["seconds"] * row["waiting"]
         working = row["seconds"] - waiting
-        axes.barh(place, working, color=_COLORS.get(row["optimizer"], "#2a7f62"))
+        axes.barh(place, working, color=_color(row["optimizer"]))
         axes.barh(place, waiting, left=working, color=_WAITING, alpha=0.55)
         axes.text(row["seconds"], place, f" {row['seconds']:.2f} s", va="center")
     axes.barh(0, 0, color=_WAITING, alpha=0.55, label="waiting for collectives")
@@ -130,7 +135,7 @@ def _draw_time(axes: Axes, rows: Rows) -> None:
 def _draw_traffic(axes: Axes, rows: Rows) -> None:
     for place, row in enumerate(rows):
         both = (row["sent"] + row["received"]) / 2**20
-        axes.barh(place, both, color=_COLORS.get(row["optimizer"], "#2a7f62"))
+        axes.barh(place, both, color=_color(row["optimizer"]))
         axes.text(both, place, f" {both:.2f}", va="center")
     _label(axes, rows)
     axes.set(title="Traffic per host and step", xlabel="MiB, both directions")

@@ -16,6 +16,7 @@ from typing import Any
 
 from arg_dist.cli.parsing import InputError
 from benchmarks.network import clocked
+from benchmarks.network.methods import Method
 from tests.hosts.namespaces import Host, network
 
 POLL_SECONDS = 0.1
@@ -33,7 +34,8 @@ class Trial:
         hosts: number of hosts.
         processes: number of training processes per host.
         script: the training script, which takes the options of ``launchers/train_lm.py``.
-        words: arguments of the script, without the optimizer, the number of steps and --out.
+        words: arguments of the script, without the method's, the number of steps and --out.
+        engine: arguments of the script that choose DeepSpeed.
         warmup: unmeasured steps, in which memory is allocated and all bases are refreshed.
         steps: measured steps.
         limit: time limit of the whole job in seconds.
@@ -43,19 +45,20 @@ class Trial:
     processes: int
     script: Path
     words: tuple[str, ...]
+    engine: tuple[str, ...]
     warmup: int
     steps: int
     limit: float
 
 
 def run_trial(
-    trial: Trial, optimizer: str, bits_per_second: float | None, folder: Path
+    trial: Trial, method: Method, bits_per_second: float | None, folder: Path
 ) -> dict[str, Any]:
     """Train on new hosts.
 
     Args:
         trial: the job to run.
-        optimizer: value of the job's ``--optimizer``.
+        method: how gradients are averaged, and the optimizer.
         bits_per_second: bandwidth of every host's link in each direction; None for no limit.
         folder: new directory for logs, records and the run's report.
 
@@ -71,14 +74,17 @@ def run_trial(
     notes, out = folder / "notes", folder / "run"
     notes.mkdir()
     total = trial.warmup + trial.steps
-    job = [str(trial.script), *trial.words, "--optimizer", optimizer, "--steps", str(total)]
+    engine = () if method.under_ddp else trial.engine
+    job = [str(trial.script), *engine, *trial.words, *method.words, "--steps", str(total)]
     rare = ["--eval-every", str(total), "--eval-batches", "1", "--log-ranks-every", str(total)]
     job += [*rare, "--out", str(out)]
     with network(trial.hosts) as members:
         for host in members:
             host.limit(bits_per_second)
         started = [
-            _start(trial, members, number, [clocked.__file__, str(notes), *job], folder)
+            _start(
+                trial, members, number, [clocked.__file__, str(notes), method.hook, *job], folder
+            )
             for number in range(trial.hosts)
         ]
         _wait(started, folder, trial.limit)

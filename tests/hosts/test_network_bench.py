@@ -24,7 +24,7 @@ def test_a_short_benchmark(job: SmallJob, tmp_path: Path) -> None:
         pass
     out = tmp_path / "out"
     sizes = ("--batch-size", 12, "--seq-len", 32, "--steps", STEPS, "--warmup-steps", 2)
-    once = ("--bandwidths", f"{MEGABITS}M", "--optimizers", "adarankgrad", "--repeats", 1)
+    once = ("--bandwidths", f"{MEGABITS}M", "--methods", "adarankgrad", "sketch", "--repeats", 1)
     finished = bench(
         *(*sizes, *once, "--model", job.model, "--out", out, "--data", job.text), folder=tmp_path
     )
@@ -34,13 +34,16 @@ def test_a_short_benchmark(job: SmallJob, tmp_path: Path) -> None:
         results["command"].startswith("python -m benchmarks.network --batch-size 12 ")
         and results["hardware"]["cpu_cores"]
     )
-    (row,) = results["rows"]
+    row, sketch = results["rows"]
     assert row["bits_per_second"] == MEGABITS * 1e6 and row["optimizer"] == "adarankgrad"
     # gradients are summed and weights handed out again; two hosts send half of each
     weights = 4 * json.loads(next(out.glob("*/run/report.json")).read_text())["model_parameters"]
     for direction in ("sent", "received"):
         assert 0.9 * weights < row[direction] < 2.5 * weights
     assert 0 < row["optimizer_bytes"] < row["sent"]
+    # under `sketch` no gradient crosses but what the optimizer sends
+    assert sketch["optimizer"] == "sketch"
+    assert sketch["optimizer_bytes"] < sketch["sent"] < 1.3 * sketch["optimizer_bytes"] + 20_000
     # what goes through the cable takes its time, for which the processes wait
     least = max(row["sent"], row["received"]) * 8 / (MEGABITS * 1e6)
     assert 0.8 * least < row["seconds"] < 60

@@ -1,0 +1,43 @@
+"""What the network benchmark compares: how gradients are averaged, and the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SKETCH = ("--optimizer", "adarankgrad", "--set", "gradient_sync=sketch")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        title: its name in tables.
+        words: arguments of the job.
+        under_ddp: trains under DistributedDataParallel, instead of the DeepSpeed configuration.
+        hook: communication hook of DistributedDataParallel: ``fp16``, ``powersgd`` or none.
+    """
+
+    title: str
+    words: tuple[str, ...]
+    under_ddp: bool = True
+    hook: str = ""
+
+
+ADAMW, OURS = ("--optimizer", "adamw"), ("--optimizer", "adarankgrad")
+
+METHODS = {
+    "adamw": Method("AdamW", ADAMW, under_ddp=False),
+    "adarankgrad": Method("AdaRankGrad", OURS, under_ddp=False),
+    "ddp-adamw": Method("AdamW, DDP", ADAMW),
+    "ddp-adamw-fp16": Method("AdamW, DDP, gradients in fp16", ADAMW, hook="fp16"),
+    "ddp-adamw-powersgd": Method("AdamW, DDP, PowerSGD", ADAMW, hook="powersgd"),
+    "ddp-adarankgrad": Method("AdaRankGrad, DDP", OURS),
+    "sketch": Method("AdaRankGrad, sketch", SKETCH),
+    "sketch-vote": Method(
+        "AdaRankGrad, sketch, matched, 1 bit",
+        (*SKETCH, "--set", "residual=matched", "--set", "residual_back_bits=1"),
+    ),
+    "sketch-none": Method("AdaRankGrad, sketch, no residual", (*SKETCH, "--set", "residual=none")),
+}
+"""By the value of ``--methods``."""
