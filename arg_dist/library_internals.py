@@ -132,6 +132,11 @@ ALLGATHER_OPTIONS = _torch(
 # torch has no public list of groups
 GROUPS = _groups("_world", "Checkpoints of a part of the job's processes; --time-limit")
 SET_GROUP_TIMEOUT = _groups("_set_pg_timeout", "--time-limit of the launchers")
+AMP_SCALING = _torch(
+    "an optimizer of which GradScaler takes every step",
+    "_step_supports_amp_scaling",
+    'gradient_sync="sketch": refusal of GradScaler',
+)
 COLLECTING_STATE = _torch(
     "torch.distributed.checkpoint.state_dict",
     "get_optimizer_state_dict",

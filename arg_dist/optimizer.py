@@ -16,7 +16,13 @@ from arg_dist.group_keys import numbers, tensors
 from arg_dist.parameter_groups import checked_last, complete_group, settings_of
 from arg_dist.saving import Saving
 from arg_dist.settings import Settings
-from arg_dist.sharding.entry import check_not_captured, eager, entry_point
+from arg_dist.sharding.entry import (
+    check_no_scaler,
+    check_not_captured,
+    eager,
+    entry_point,
+    expect_every_step,
+)
 from arg_dist.sharding.fragment import adapters
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
@@ -103,6 +109,8 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         self.calls = 0
         self.skipped_steps = 0
         super().__init__(params, {**dict(config), **tensors(given)})
+        if config.gradient_sync == "sketch":
+            expect_every_step(self)
         for adapter in adapters():
             adapter.on_construction(self)
 
@@ -154,6 +162,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
     @entry_point
     def _take_step(self) -> None:
         check_not_captured()
+        check_no_scaler(self)
         groups = [group for group in self.param_groups if group["params"]]
         settings = [settings_of(group) for group in groups]
         plans = self._plans_of_step(groups)

@@ -46,14 +46,14 @@ def check_training(args: Any, model: nn.Module | None, optimizers: list[AdaRankG
 
     Raises:
         ConfigError: processes would train separately, the model's parameters are not the
-            optimizer's, or the arguments have changed since the DeepSpeed JSON took them over.
+            optimizer's, the arguments have changed since the DeepSpeed JSON took them over, or
+            each process would clip its own gradient.
         RuntimeError: this version of transformers saves in another way than the tested one.
     """
     check_processes(args)
     _check_parameters(model, optimizers)
     _check_json(args)
-    if args.max_grad_norm:
-        check_clipping(optimizers, f"max_grad_norm={args.max_grad_norm} of the Trainer's arguments")
+    check_own_clipping(args, optimizers)
     consolidate_before_saving()
     trainer = TRAINER.if_imported()
     if trainer is not None and not SAVE_OPTIMIZER.is_on(trainer):
@@ -62,6 +62,16 @@ def check_training(args: Any, model: nn.Module | None, optimizers: list[AdaRankG
             f"checkpoints would lack the optimizer's state (tested: {TRANSFORMERS.tested}); "
             "install that version"
         )
+
+
+def check_own_clipping(args: Any, optimizers: list[AdaRankGrad]) -> None:
+    """Refuses arguments by which each process would clip its own gradient.
+
+    Raises:
+        ConfigError: they do, and gradients are not averaged.
+    """
+    if args.max_grad_norm:
+        check_clipping(optimizers, f"max_grad_norm={args.max_grad_norm} of the Trainer's arguments")
 
 
 def _check_parameters(model: nn.Module | None, optimizers: list[AdaRankGrad]) -> None:

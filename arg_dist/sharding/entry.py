@@ -13,8 +13,10 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.optim import Optimizer
 
-from arg_dist.library_internals import DISABLE_DYNAMO
+from arg_dist.config import ConfigError
+from arg_dist.library_internals import AMP_SCALING, DISABLE_DYNAMO
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,6 +75,28 @@ def check_not_captured() -> None:
             "step: cannot be captured in a CUDA graph, because every step reads values on the host "
             "to decide what to compute; capture forward and backward only, and call step() after "
             "each replay"
+        )
+
+
+def expect_every_step(optimizer: Optimizer) -> None:
+    """Make GradScaler call every step of an optimizer, for :func:`check_no_scaler` to refuse it.
+
+    Otherwise it would leave out steps by a process's own gradient, for which the others would wait.
+    """
+    setattr(optimizer, AMP_SCALING.name, True)
+
+
+def check_no_scaler(optimizer: Optimizer) -> None:
+    """Check that no GradScaler decides on the steps of gradients that are not averaged.
+
+    Raises:
+        ConfigError: one does.
+    """
+    if AMP_SCALING.is_on(optimizer) and hasattr(optimizer, "found_inf"):
+        raise ConfigError(
+            'gradient_sync="sketch": GradScaler leaves out a step where a process\'s own gradient '
+            "overflows, and the others would wait for it; train in bf16, without a GradScaler, or "
+            'leave gradient_sync at "engine"'
         )
 
 

@@ -3,16 +3,24 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
 from arg_dist import AdaRankGrad, ConfigError
 from arg_dist.cli.parsing import InputError
 from arg_dist.engines.deepspeed_config import KNOWN_KEYS, refuse_unsupported
-from arg_dist.integrations.accelerate import asks_for, check_environment, check_optimizer
+from arg_dist.integrations.accelerate import (
+    asks_for,
+    check_environment,
+    check_optimizer,
+    prepare,
+)
+from arg_dist.integrations.beginning import check_own_clipping
 from launchers.pretraining import environment
 from launchers.pretraining.deepspeed_engine import DeepSpeedSetup
 
@@ -135,3 +143,20 @@ def test_the_deepspeed_files_ask_for_what_can_work(stage: int) -> None:
     assert ("optimizer" in config) == (stage == 2)
     said = yaml.safe_load((FOLDER / f"zero{stage}.yaml").read_text())["deepspeed_config"]
     assert said["deepspeed_config_file"] == f"launchers/accelerate/zero{stage}.json"
+
+
+def test_a_processs_own_gradient_is_not_clipped(no_launcher: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(6, 4)
+    optimizer = AdaRankGrad(model.parameters(), gradient_sync="sketch")
+    model, _ = prepare(accelerator, model, optimizer)
+    model(torch.ones(2, 6)).sum().backward()
+    with pytest.raises(ConfigError, match=r"clip_grad_norm_: would clip.*pass max_grad_norm"):
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(ConfigError, match=r"clip_grad_value_: would clip"):
+        accelerator.clip_grad_value_(model.parameters(), 1.0)
+    arguments = SimpleNamespace(max_grad_norm=1.0)
+    with pytest.raises(ConfigError, match=r"max_grad_norm=1.0 of the Trainer"):
+        check_own_clipping(arguments, [optimizer])
+    arguments.max_grad_norm = 0.0
+    check_own_clipping(arguments, [optimizer])

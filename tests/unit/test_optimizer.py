@@ -285,3 +285,26 @@ def test_energy_decides_the_rank_step_by_step():
     squares = [geometric(9, ratio).square() for ratio in (0.3, 0.9)]
     expected = [int((s.cumsum(0) < 0.95 * s.sum()).sum()) + 1 for s in squares]
     assert ranks[::2] == expected
+
+
+def test_a_grad_scaler_is_refused_where_gradients_are_not_averaged():
+    optimizer = optimizer_of(gaussian(6, 4), gradient_sync="sketch")
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(parameters_of(optimizer)[0].square().sum()).backward()
+    with pytest.raises(ConfigError, match=r"GradScaler.*train in bf16"):
+        scaler.step(optimizer)
+    ours = optimizer_of(gaussian(6, 4))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(parameters_of(ours)[0].square().sum()).backward()
+    scaler.step(ours)
+
+
+def test_what_clips_the_mean_of_the_gradients_is_the_optimizer():
+    with pytest.raises(ConfigError, match=r"max_grad_norm is for gradient_sync=.sketch"):
+        optimizer_of(gaussian(6, 4), max_grad_norm=1.0)
+    with pytest.raises(ConfigError, match=r"residual=.scaled. needs the norms"):
+        optimizer_of(gaussian(6, 4), gradient_sync="sketch", residual="scaled")
+    optimizer = optimizer_of(gaussian(6, 4), gradient_sync="sketch", max_grad_norm=1.0)
+    (weight,) = parameters_of(optimizer)
+    feed(optimizer, gaussian(6, 4))
+    ROUNDING.check(weight.grad.norm(), torch.tensor(1.0))
