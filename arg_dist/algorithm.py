@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.subspace.budget import Claim
-from arg_dist.subspace.codes import BLOCK, Coded, coded_bytes, coded_zeros, decode, encode
+from arg_dist.subspace.codes import Coded, coded_bytes, coded_zeros, decode, encode
 from arg_dist.subspace.distributed import (
     DimensionSharding,
     MatrixSharding,
@@ -352,7 +352,7 @@ def blended_momentum(
     """
     decay, bits = settings.residual_momentum, settings.residual_bits
     if "residual_codes" not in state:
-        held = BLOCK * row_count(sharding.stored()["residual_codes"][sharding.me])
+        held = sharding.elements.size if sharding.me == sharding.home else 0
         state["residual_codes"], state["residual_scales"] = coded_zeros(held, bits, device)
         state["residual_reach"] = 0.0
     # rho <- beta rho + (1 - beta) ||G||, so that ||R|| <= rho
@@ -382,11 +382,6 @@ def forget_momentum(state: State) -> None:
 def momentum_bytes(elements: int, settings: AdaRankGradConfig) -> int:
     """Bytes of the momentum of a matrix's residual, on its home process; 0 without momentum."""
     return coded_bytes(elements, settings.residual_bits) if settings.remembers_residual else 0
-
-
-def block_bytes(settings: AdaRankGradConfig) -> int:
-    """Bytes of one block of that momentum; 0 without momentum."""
-    return momentum_bytes(BLOCK, settings)
 
 
 def kept_before(state: State) -> list[Tensor]:

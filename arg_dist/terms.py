@@ -3,16 +3,19 @@
 Projecting is linear, ``mean(G_i) Q = mean(G_i Q)``, and so is each round of a refresh: the basis,
 its rank and Adam's moments are those of the mean, from products of few columns. The residual
 ``S_i = G_i - G_i Q Q^T`` of each term goes in few bits an element
-(:mod:`arg_dist.subspace.codes`) to the process that decides on that element, an even share of them
-each, and comes back decided:
+(:mod:`arg_dist.subspace.codes`) to where their mean is formed, and what follows from it comes back
+in few bits:
 
-===== ======================================== ==================================================
-bits  of a term                                of the mean
-===== ======================================== ==================================================
-1     its signs; a term of zeros has no vote   the signs of the majority, or tossed without one
-2, 4  its levels, by blocks                    its levels, by blocks
-===== ======================================== ==================================================
+============== =========================== =====================================================
+rule           the mean is formed          what comes back
+============== =========================== =====================================================
+orthogonalized at the home process         the polar factor O: rounded after it was taken, which
+                                           would raise what rounding adds to weak directions
+matched        an even share by everyone   the mean; with one bit the sign of the majority, or
+                                           one that is tossed
+============== =========================== =====================================================
 
+With one bit a term sends its signs, and none if it is zero: it has no vote.
 What rounding takes away is not kept for later: a process has no state of its own.
 """
 
@@ -85,7 +88,7 @@ def step_of_terms(
     """
     assert sharding.terms is not None
     me, moment, alone = sharding.me, sharding.moment, sharding.terms.alone
-    limit, bits = float(facts.norm_sq), settings.residual_sync_bits
+    limit = float(facts.norm_sq)
     new = mean = None
     if limit > 0 and is_due(state):
         if sends_whole(sharding, settings):
@@ -105,29 +108,31 @@ def step_of_terms(
         product = gradient() @ basis
         if settings.residual != "none":
             residual = residual_part(gradient(), product, basis, limit, alone)
+    share = None
     if mean is not None:  # everyone has all of P and S
         projected = select_rows(product, moment.touch[me], moment.keep[me]).contiguous()
-        share = None if residual is None else residual[slice(*own_elements(sharding))]
+        if residual is not None:
+            share = residual[slice(*decided_elements(sharding, settings))]
     else:
-        codes = () if residual is None else coded_term(residual, bits, sharding)
+        codes = () if residual is None else coded_term(residual, sharding, settings)
         residual = None  # it need not wait for the others
         # P = sum_i P_i
         projected, *terms = yield (Exchange(product, moment.touch, moment.keep), *codes)
-        share = mean_of(terms, bits, sharding) if codes else None
+        if codes:
+            share = mean_of(terms, sharding, settings)
     direction, _ = step_in_basis(new, projected, state, sharding, settings, facts)
-    if share is not None and settings.remembers_residual:
-        blended_momentum(state, limit**0.5, device, sharding, settings)(share)
-        residual = None  # as yet, only those that decide know what it has become
+    if settings.residual == "orthogonalized":
+        share = yield from _orthogonalized(share, basis, limit, state, sharding, settings)
     parts = [(direction, moment.keep, moment.update)]
-    if share is not None and residual is None:
-        toss = f"{settings.seed}|{facts.name}|{state['step']}"
-        parts += decided_parts(share, settings.residual_back_bits, sharding, toss)
+    if share is not None:
+        text = f"{settings.seed}|{facts.name}|{state['step']}"
+        parts += decided_parts(share, text, sharding, settings)
     direction, *decided = yield from gather_each(parts, me)
-    if decided:
-        residual = decode(as_coded(decided), alone.elements.size)
-    if residual is None:
+    if not decided:
         return LowRankUpdate(direction, basis)
-    outside = yield from _outside(residual, direction, basis, alone, settings)
+    outside = decode(as_coded(decided), sharding.elements.size)
+    if settings.residual == "matched":
+        outside = _matched(outside, direction, alone)
     return LowRankUpdate(direction, basis, outside=outside)
 
 
@@ -168,74 +173,101 @@ def _refresh_of_mean(
     )
 
 
-def _outside(
-    residual: Tensor,
-    direction: Tensor,
+def _orthogonalized(
+    residual: Tensor | None,
     basis: Tensor,
-    alone: MatrixSharding,
+    limit: float,
+    state: State,
+    sharding: MatrixSharding,
     settings: AdaRankGradConfig,
 ) -> Steps[Tensor]:
-    """``elements``: what the residual adds to the update, computed by every process.
+    """``elements`` at home, none elsewhere: what the residual adds to the update.
 
     Args:
-        residual: ``elements``, S up to a factor; overwritten.
-        direction: ``moment x rank``, N.
+        residual: ``elements`` at home, ``S / ||G||``, with `limit` for ``||G||^2``.
         basis: ``basis x rank``, Q.
-        alone: the sharding of a matrix that this process holds whole.
-        settings: the settings of the matrix's parameter group.
+        limit: at least ``||G||^2``.
+        state: the matrix's state; the momentum of the residual is updated.
+        sharding: how the matrix is distributed over the processes.
+        settings: the settings of its parameter group.
     """
-    if settings.residual == "matched":
-        S, n = alone.matrix(residual), alone.basis.size
-        inside = direction.new_zeros(alone.moment.size)
-        # phi_i ||S_i|| = ||N_i|| sqrt((n - r) / r)
-        S *= matched_factors(direction, inside, row_squares(S), dimension=n)[:, None]
+    assert residual is not None and sharding.terms is not None
+    blend = None
+    if settings.remembers_residual:
+        blend = blended_momentum(state, limit**0.5, basis.device, sharding, settings)
+    if sharding.me != sharding.home:
         return residual
-    size = residual.norm()
-    residual = residual.div_(torch.where(size > 0, size, 1.0))
-    typed = residual.to(POLAR_TYPES[settings.polar_precision])
-    del residual
-    return (yield from orthogonalize(typed, basis, alone, steps=settings.polar_steps))
+    typed, alone = residual.to(POLAR_TYPES[settings.polar_precision]), sharding.terms.alone
+    steps = settings.polar_steps
+    return (yield from orthogonalize(typed, basis, alone, steps=steps, blend=blend)).float()
+
+
+def _matched(residual: Tensor, direction: Tensor, alone: MatrixSharding) -> Tensor:
+    """``elements``: the residual with rows as long as `matched` makes them.
+
+    Args:
+        residual: ``elements``, S up to a factor for each row; overwritten.
+        direction: ``moment x rank``, N.
+        alone: the sharding of a matrix that this process holds whole.
+    """
+    S, inside = alone.matrix(residual), direction.new_zeros(alone.moment.size)
+    # phi_i ||S_i|| = ||N_i|| sqrt((n - r) / r)
+    S *= matched_factors(direction, inside, row_squares(S), dimension=alone.basis.size)[:, None]
+    return residual
 
 
 # -- residuals in few bits ------------------------------------------------------------------------
 
 
-def own_elements(sharding: MatrixSharding) -> Interval:
-    """The elements on which this process decides: whole blocks, but for the last."""
+def decided_blocks(sharding: MatrixSharding, settings: AdaRankGradConfig) -> Rows:
+    """Blocks of elements of which each process forms the mean.
+
+    All are at home if the residual is orthogonalized there, else everyone has an even share.
+    """
+    blocks = blocks_of(sharding.elements.size)
+    at_home = settings.residual == "orthogonalized"
+    return sharding.at_home(blocks) if at_home else sharding.shares(blocks)
+
+
+def decided_elements(sharding: MatrixSharding, settings: AdaRankGradConfig) -> Interval:
+    """The elements of which this process forms the mean: whole blocks, but for the last."""
+    low, high = decided_blocks(sharding, settings)[sharding.me]
     size = sharding.elements.size
-    low, high = sharding.shares(blocks_of(size))[sharding.me]
     return min(size, low * BLOCK), min(size, high * BLOCK)
 
 
-def coded_term(residual: Tensor, bits: int, sharding: MatrixSharding) -> tuple[Exchange, Exchange]:
-    """This process's term, for the processes that decide.
+def coded_term(
+    residual: Tensor, sharding: MatrixSharding, settings: AdaRankGradConfig
+) -> tuple[Exchange, Exchange]:
+    """This process's term, for the processes that form the mean.
 
     Args:
         residual: ``elements``, S_i; overwritten.
-        bits: bits an element.
         sharding: how the matrix is distributed over the processes.
+        settings: the settings of its parameter group.
     """
-    blocks, one = blocks_of(residual.numel()), sharding.whole(1)
-    have, want = sharding.whole(blocks), sharding.shares(blocks)
-    size = residual.norm().view(1)
-    coded = encode(residual, bits)
+    have, want = sharding.whole(blocks_of(len(residual))), decided_blocks(sharding, settings)
+    size, one = residual.norm().view(1), sharding.whole(1)
+    coded = encode(residual, settings.residual_sync_bits)
     codes = Exchange(coded.codes, have, want, stacked=True)
-    if bits == 1:  # signs tell no size, and a term of size zero has no vote
+    if coded.bits == 1:  # signs tell no size, and a term of size zero has no vote
         return codes, Exchange(size, one, one, stacked=True)
     return codes, Exchange(coded.scales, have, want, stacked=True)
 
 
-def mean_of(terms: Sequence[Tensor], bits: int, sharding: MatrixSharding) -> Tensor:
-    """:func:`own_elements` of the sum of the terms, fp32; of signs, if these are all that was sent.
+def mean_of(
+    terms: Sequence[Tensor], sharding: MatrixSharding, settings: AdaRankGradConfig
+) -> Tensor:
+    """:func:`decided_elements` of the sum of the terms, fp32; of signs, if these are all there is.
 
     Args:
         terms: of each exchange of :func:`coded_term`, what all processes sent.
-        bits: bits an element.
         sharding: how the matrix is distributed over the processes.
+        settings: the settings of its parameter group.
     """
-    (codes, sizes), (low, high) = terms, own_elements(sharding)
+    (codes, sizes), (low, high) = terms, decided_elements(sharding, settings)
     total = codes.new_zeros(high - low, dtype=torch.float32)
-    if bits > 1:
+    if settings.residual_sync_bits > 1:
         for each in zip(codes, sizes, strict=True):
             total += decode(Coded(*each), high - low)
         return total
@@ -246,22 +278,22 @@ def mean_of(terms: Sequence[Tensor], bits: int, sharding: MatrixSharding) -> Ten
 
 
 def decided_parts(
-    share: Tensor, bits: int, sharding: MatrixSharding, text: str
+    share: Tensor, text: str, sharding: MatrixSharding, settings: AdaRankGradConfig
 ) -> list[tuple[Tensor, Rows, Rows]]:
     """What this process has decided, for all: parts of :func:`gather_each`.
 
     Args:
-        share: :func:`own_elements` of the mean; overwritten.
-        bits: bits an element.
-        sharding: how the matrix is distributed over the processes.
+        share: ``elements`` that it decides on; overwritten.
         text: draws the signs of zeros, which no code has.
+        sharding: how the matrix is distributed over the processes.
+        settings: the settings of its parameter group.
     """
     blocks = blocks_of(sharding.elements.size)
-    rows = sharding.shares(blocks), sharding.whole(blocks)
-    tiny = torch.finfo(torch.float32).tiny
-    coin = tossed(text, own_elements(sharding), share.device).mul_(tiny)
-    coded = encode(torch.where(share == 0, coin, share), bits)
-    return [(part, *rows) for part in (coded if bits > 1 else coded[:1])]
+    rows = decided_blocks(sharding, settings), sharding.whole(blocks)
+    elements = decided_elements(sharding, settings)
+    coin = tossed(text, elements, share.device).mul_(torch.finfo(torch.float32).tiny)
+    coded = encode(torch.where(share == 0, coin, share), settings.residual_back_bits)
+    return [(part, *rows) for part in (coded if coded.bits > 1 else coded[:1])]
 
 
 def as_coded(parts: Sequence[Tensor]) -> Coded:

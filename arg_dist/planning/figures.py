@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from arg_dist.algorithm import block_bytes, momentum_bytes
+from arg_dist.algorithm import momentum_bytes
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.choices import BUCKET, ENGINES, FP64
 from arg_dist.planning.cuts import Layout, lay_out
@@ -203,10 +203,7 @@ def _ours(
     for unit in matrices(calls):
         rank = ranks[unit.name]
         moments[unit.owners] += unit.moment_bytes(rank) + scalars
-        if unit.planned.terms:
-            moments[unit.owners] += block_bytes(settings) * unit.planned.blocks
-        else:
-            moments[unit.owners[unit.home]] += momentum_bytes(unit.elements, settings)
+        moments[unit.owners[unit.home]] += momentum_bytes(unit.elements, settings)
         projectors[unit.owners] += unit.basis_bytes(rank)
         for moved in unit.rounds(rank, is_first=False):
             steady_sent[unit.owners] += moved.sent

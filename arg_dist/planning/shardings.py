@@ -18,7 +18,6 @@ from arg_dist.sharding.layout import (
 )
 from arg_dist.sharding.shard import MatrixShard, TensorShard, local_part
 from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
-from arg_dist.subspace.state import AT_HOME
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +74,6 @@ class PlannedMatrix:
     def kept(self) -> Counts:
         """Rows of the moments that each owner keeps."""
         return Spans.of(self.sharding.moment.keep).counts()
-
-    @cached_property
-    def blocks(self) -> Counts:
-        """Blocks of the residual's momentum that each owner holds, if it has one."""
-        return Spans.of(self.sharding.stored()[AT_HOME[0]]).counts()
 
     @cached_property
     def touched(self) -> Counts:

@@ -326,8 +326,7 @@ class MatrixSharding:
         return self._rows(self.moment.keep, self.store)
 
     def _rows(self, moments: Rows, basis: Rows) -> dict[str, Rows]:
-        count = blocks_of(self.elements.size)
-        blocks = self.at_home(count) if self.terms is None else self.shares(count)
+        blocks = self.at_home(blocks_of(self.elements.size))
         lie = {Lies.AS_MOMENTS: moments, Lies.AS_BASIS: basis, Lies.AT_HOME: blocks}
         return {key: lie[SCHEMA[key].lies] for key in WITH_ROWS}
 
