@@ -19,6 +19,7 @@ from arg_dist.subspace.budget import Claim
 from arg_dist.subspace.codes import Coded, coded_bytes, coded_zeros, decode, encode
 from arg_dist.subspace.distributed import (
     DimensionSharding,
+    Exchange,
     MatrixSharding,
     Steps,
     from_home,
@@ -51,8 +52,8 @@ FP32_BYTES = 4
 PROBES = 8
 """Random directions that tell the norm of a mean which is not formed, to 3 % (one deviation)."""
 
-POLAR_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Types in which an orthogonalized residual is sent and computed, by `polar_precision`."""
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Types by `polar_precision` and `sync_precision`."""
 
 
 @dataclass(frozen=True)
@@ -299,15 +300,39 @@ def adam_step(
     Returns:
         ``update``, the direction.
     """
-    if side.touch != side.keep:
-        gradient = yield from sum_scatter(gradient, side.touch, side.keep, me)
+    has_terms = side.touch != side.keep
+    if has_terms:
+        total = yield sent_term(gradient, side, settings)
+        gradient = summed(total, gradient.dtype)  # type: ignore[arg-type]
     if not state:
         state.update(
             step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient)
         )
     # moments that were loaded keep their type
     direction = advance(state, gradient.to(state["exp_avg"].dtype), settings)
-    return (yield from gather(direction, side.keep, side.update, me))
+    if not has_terms:
+        return (yield from gather(direction, side.keep, side.update, me))
+    sent = direction.to(sent_type(direction.dtype, settings))
+    return (yield from gather(sent, side.keep, side.update, me)).to(direction.dtype)
+
+
+def sent_type(dtype: torch.dtype, settings: AdaRankGradConfig) -> torch.dtype:
+    """The type in which `sync_precision` sends numbers of a type."""
+    return torch.bfloat16 if settings.sync_precision == "bf16" else dtype
+
+
+def sent_term(term: Tensor, side: DimensionSharding, settings: AdaRankGradConfig) -> Exchange:
+    """This process's term of a sum, ``touch x ...``, of which each process wants the rows `keep`.
+
+    In bf16 the terms arrive one by one, as their sum is formed in fp32.
+    """
+    dtype = sent_type(term.dtype, settings)
+    return Exchange(term.to(dtype), side.touch, side.keep, stacked=dtype != term.dtype)
+
+
+def summed(arrived: Tensor, dtype: torch.dtype) -> Tensor:
+    """``keep x ...``: the sum of what :func:`sent_term` of all processes sent."""
+    return arrived if arrived.dtype == dtype else arrived.to(dtype).sum(0)
 
 
 def _outside(
@@ -325,7 +350,7 @@ def _outside(
     with lowered_precision(settings.matmul_precision):
         part = residual_part(gradient(), projected, basis, norm_sq, sharding)
     # handed over and not kept here, so that it is freed as soon as it has been used
-    waiting = [part.to(POLAR_TYPES[settings.polar_precision])]
+    waiting = [part.to(TYPES[settings.polar_precision])]
     del part
     blend = None
     if settings.residual_momentum > 0:

@@ -309,6 +309,12 @@ class AdaRankGradConfig(BaseModel):
         "`sketch` expects each process's own, and sends products with few columns, which is exact, "
         "and the residual in `residual_sync_bits`, for training over a slow network",
     )
+    sync_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description='with `gradient_sync="sketch"`, type in which projected gradients, those of '
+        "embeddings, head, norms and biases, and the steps that follow from them are sent; sums "
+        "are in fp32",
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description='with `gradient_sync="sketch"`, the norm to which the mean of the processes\' '

@@ -39,6 +39,7 @@ class MethodSettings(TypedDict, total=False):
     residual_bits: Literal[2, 4]
     residual_sync_bits: Literal[1, 2, 4]
     residual_back_bits: Literal[1, 2, 4]
+    sync_precision: Literal["fp32", "bf16"]
     residual_growth: float
     side: Literal["auto", "left", "right"]
     view: Literal["auto", "stack", "flatten"]

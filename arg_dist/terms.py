@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from arg_dist.algorithm import (
-    POLAR_TYPES,
+    TYPES,
     Choose,
     LowRankUpdate,
     NewBasis,
@@ -39,8 +39,11 @@ from arg_dist.algorithm import (
     is_due,
     present_basis,
     refresh,
+    sent_term,
+    sent_type,
     sketch_width,
     step_in_basis,
+    summed,
 )
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.subspace.codes import BLOCK, Coded, blocks_of, decode, encode
@@ -117,17 +120,20 @@ def step_of_terms(
         codes = () if residual is None else coded_term(residual, sharding, settings)
         residual = None  # it need not wait for the others
         # P = sum_i P_i
-        projected, *terms = yield (Exchange(product, moment.touch, moment.keep), *codes)
+        total, *terms = yield (sent_term(product, moment, settings), *codes)
+        projected = summed(total, product.dtype)
         if codes:
             share = mean_of(terms, sharding, settings)
     direction, _ = step_in_basis(new, projected, state, sharding, settings, facts)
     if settings.residual == "orthogonalized":
         share = yield from _orthogonalized(share, basis, limit, state, sharding, settings)
-    parts = [(direction, moment.keep, moment.update)]
+    sent = direction.to(sent_type(direction.dtype, settings))
+    parts = [(sent, moment.keep, moment.update)]
     if share is not None:
         text = f"{settings.seed}|{facts.name}|{state['step']}"
         parts += decided_parts(share, text, sharding, settings)
-    direction, *decided = yield from gather_each(parts, me)
+    sent, *decided = yield from gather_each(parts, me)
+    direction = sent.to(direction.dtype)
     if not decided:
         return LowRankUpdate(direction, basis)
     outside = decode(as_coded(decided), sharding.elements.size)
@@ -197,7 +203,7 @@ def _orthogonalized(
         blend = blended_momentum(state, limit**0.5, basis.device, sharding, settings)
     if sharding.me != sharding.home:
         return residual
-    typed, alone = residual.to(POLAR_TYPES[settings.polar_precision]), sharding.terms.alone
+    typed, alone = residual.to(TYPES[settings.polar_precision]), sharding.terms.alone
     steps = settings.polar_steps
     return (yield from orthogonalize(typed, basis, alone, steps=steps, blend=blend)).float()
 

@@ -81,6 +81,7 @@ WAYS = {
     "none": _sketch(1, 1, residual="none"),
     "1 bit, 2 back": _sketch(1, 2),
     "2 bits, 2 back": _sketch(2, 2),
+    "2 bits, 2 back, bf16": _sketch(2, 2, sync_precision="bf16"),
     "4 bits, 4 back": _sketch(4, 4),
     "2 bits, 2 back, no momentum": _sketch(2, 2, **NO_MOMENTUM),
     "4 bits, 4 back, no momentum": _sketch(4, 4, **NO_MOMENTUM),

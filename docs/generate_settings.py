@@ -32,7 +32,7 @@ GROUPS = {
     "Which matrices": "low_rank targets exclude side view",
     "Memory, communication, numerics": (
         "state_budget bucket_size shard_basis gradient_sync residual_sync_bits residual_back_bits "
-        "max_grad_norm matmul_precision nonfinite collective_timeout"
+        "sync_precision max_grad_norm matmul_precision nonfinite collective_timeout"
     ),
 }
 

@@ -26,6 +26,7 @@ OF_THE_JOB = {
     "gradient_sync",
     "residual_sync_bits",
     "residual_back_bits",
+    "sync_precision",
     "max_grad_norm",
 }
 """Settings of the current job that are not restored: how groups are composed and sharded, how

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lockstep_steps import counted
 from matrices import gaussian, whole_numbers
 from one_process import one_step
-from tolerances import ENERGY, ROUNDING
+from tolerances import BF16_PRODUCTS, ENERGY, ROUNDING
 from torch import Tensor
 
 from arg_dist.algorithm import LowRankUpdate, State, StepFacts, adam_step
@@ -160,6 +160,23 @@ def test_a_term_of_zeros_has_no_vote():
     )
     S = term - term @ update.basis @ update.basis.T
     assert torch.equal(residual_of(update).sign(), S.sign())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_sent_in_bf16_is_summed_in_fp32(rule):
+    layout, shape = shardings(*SMALL, 3), SMALL
+    states: dict[str, list[State]] = {name: [{} for _ in layout] for name in ("fp32", "bf16")}
+    for step in range(5):
+        terms = [gaussian(*shape, seed=10 * step + i) for i in range(3)]
+        changes = {}
+        for precision, held in states.items():
+            settings = settings_of(residual=rule, sync_precision=precision)
+            updates = step_together(terms, held, layout, settings)
+            changes[precision] = change_of(updates[0])
+            assert all(torch.equal(change_of(each), changes[precision]) for each in updates)
+        distance = (changes["bf16"] - changes["fp32"]).norm() / changes["fp32"].norm()
+        BF16_PRODUCTS.check(distance, 0.0)
+        assert distance > 0
 
 
 def test_ties_are_tossed_alike_whoever_tosses_them():
