@@ -211,7 +211,7 @@ class AdaRankGradConfig(BaseModel):
         "state, 2 take 3.2 %",
     )
     residual_sync_bits: Literal[1, 2, 4] = Field(
-        1,
+        2,
         description="bits an element in which a process sends its residual, used with "
         '`gradient_sync="sketch"` only; 1 is the sign',
     )

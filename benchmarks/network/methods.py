@@ -7,6 +7,10 @@ from dataclasses import dataclass
 SKETCH = ("--optimizer", "adarankgrad", "--set", "gradient_sync=sketch")
 
 
+def _set(**settings: object) -> list[str]:
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to train.
@@ -36,7 +40,7 @@ METHODS = {
     "sketch": Method("AdaRankGrad, sketch", SKETCH),
     "sketch-vote": Method(
         "AdaRankGrad, sketch, matched, 1 bit",
-        (*SKETCH, "--set", "residual=matched", "--set", "residual_back_bits=1"),
+        (*SKETCH, *_set(residual="matched", residual_sync_bits=1, residual_back_bits=1)),
     ),
     "sketch-none": Method("AdaRankGrad, sketch, no residual", (*SKETCH, "--set", "residual=none")),
 }

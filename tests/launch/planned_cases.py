@@ -51,7 +51,12 @@ BUCKETS = {**FULL, "bucket_size": 2_000_000}
 SKETCH = {"gradient_sync": "sketch", "max_rank": 0.25, "min_rank": 0.25}
 SKETCHED = (
     {"residual": "none", "sync_precision": "bf16"},
-    {"residual": "matched", "residual_back_bits": 1, "max_grad_norm": 1.0},
+    {
+        "residual": "matched",
+        "residual_sync_bits": 1,
+        "residual_back_bits": 1,
+        "max_grad_norm": 1.0,
+    },
     {"residual_momentum": 0.5, "max_rank": 8, "min_rank": 8},
 )
 CASES = [
