@@ -133,7 +133,7 @@ ALLGATHER_OPTIONS = _torch(
 GROUPS = _groups("_world", "Checkpoints of a part of the job's processes; --time-limit")
 SET_GROUP_TIMEOUT = _groups("_set_pg_timeout", "--time-limit of the launchers")
 AMP_SCALING = _torch(
-    "an optimizer of which GradScaler takes every step",
+    "torch.optim.Adam with fused=True",
     "_step_supports_amp_scaling",
     'gradient_sync="sketch": refusal of GradScaler',
 )

@@ -150,6 +150,7 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "torch._dynamo.eval_frame.OptimizedModule": lambda: torch.compile(layer()),
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": checkpointed,
     "torch.distributed.algorithms.join.Join": join,
+    "torch.optim.Adam with fused=True": lambda: torch.optim.Adam(layer().parameters(), fused=True),
     "a parameter under FSDP1": lambda: fsdp1_parameter(use_orig_params=False),
     "a parameter under FSDP1 with use_orig_params": lambda: fsdp1_parameter(use_orig_params=True),
     "deepspeed.runtime.engine.DeepSpeedEngine": lambda: engine(1),

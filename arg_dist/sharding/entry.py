@@ -15,7 +15,6 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.optim import Optimizer
 
-from arg_dist.config import ConfigError
 from arg_dist.library_internals import AMP_SCALING, DISABLE_DYNAMO
 
 P = ParamSpec("P")
@@ -90,10 +89,10 @@ def check_no_scaler(optimizer: Optimizer) -> None:
     """Check that no GradScaler decides on the steps of gradients that are not averaged.
 
     Raises:
-        ConfigError: one does.
+        RuntimeError: one does.
     """
-    if AMP_SCALING.is_on(optimizer) and hasattr(optimizer, "found_inf"):
-        raise ConfigError(
+    if hasattr(optimizer, "found_inf") and AMP_SCALING.is_on(optimizer):
+        raise RuntimeError(
             'gradient_sync="sketch": GradScaler leaves out a step where a process\'s own gradient '
             "overflows, and the others would wait for it; train in bf16, without a GradScaler, or "
             'leave gradient_sync at "engine"'

@@ -291,7 +291,7 @@ def test_a_grad_scaler_is_refused_where_gradients_are_not_averaged():
     optimizer = optimizer_of(gaussian(6, 4), gradient_sync="sketch")
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(parameters_of(optimizer)[0].square().sum()).backward()
-    with pytest.raises(ConfigError, match=r"GradScaler.*train in bf16"):
+    with pytest.raises(RuntimeError, match=r"GradScaler.*train in bf16"):
         scaler.step(optimizer)
     ours = optimizer_of(gaussian(6, 4))
     scaler = torch.amp.GradScaler("cpu")
