@@ -27,8 +27,8 @@ trap 'kill "$hosts" 2>/dev/null || true; rm -f "$report"' EXIT
 none=5 # pytest's exit code if no test is selected
 codes=()
 python -m pytest tests/unit tests/lockstep -n 2 "$@" && codes+=(0) || codes+=($?)
-# Launch tests often wait for processes to start and exit; two workers, by file, overlap the waits.
-workers=(-n 2 --dist loadfile --no-loadscope-reorder)
+# Launch tests often wait for processes to start and exit; three workers, by file, overlap the waits.
+workers=(-n 3 --dist loadfile --no-loadscope-reorder)
 python -m pytest tests/pool tests/launch "${workers[@]}" "$@" && codes+=(0) || codes+=($?)
 wait "$hosts" && codes+=(0) || codes+=($?)
 cat "$report"
