@@ -170,6 +170,12 @@ def _built(
                 "join: the model's processes are not the optimizer's; build the optimizer with "
                 "process_group=model.process_group"
             )
+        if optimizer.defaults["gradient_sync"] == "sketch":
+            raise ConfigError(
+                'join: got gradient_sync="sketch": a process without batches has no gradient for '
+                "the mean; give all processes as many (DistributedSampler pads), or leave "
+                'gradient_sync at "engine"'
+            )
     _CONTEXTS[context] = JoinedSteps(optimizers, group, JOIN_DEVICE.of(context))
 
 

@@ -181,7 +181,18 @@ def in_another_group(group: Any) -> str:
     return str(raised.value)
 
 
+def on_own_gradients(group: Any) -> str:
+    model = DistributedDataParallel(torch.nn.Linear(4, 4), process_group=group)
+    parameters = model.parameters()
+    optimizer = arg_dist.AdaRankGrad(parameters, process_group=group, gradient_sync="sketch")
+    with pytest.raises(arg_dist.ConfigError) as raised:
+        model.join()
+    del optimizer
+    return str(raised.value)
+
+
 def test_contexts_that_cannot_work_are_refused_when_built(pool):
+    assert all("no gradient for the mean" in told for told in pool.run(on_own_gradients, 2))
     assert all("Join([model, optimizer])" in told for told in pool.run(alone_in_a_context, 2))
     told = pool.run(in_another_group, 4)
     assert all("process_group=model.process_group" in each for each in told)
