@@ -41,9 +41,10 @@ def test_a_short_benchmark(job: SmallJob, tmp_path: Path) -> None:
     for direction in ("sent", "received"):
         assert 0.9 * weights < row[direction] < 2.5 * weights
     assert 0 < row["optimizer_bytes"] < row["sent"]
-    # under `sketch` no gradient crosses but what the optimizer sends
-    assert sketch["optimizer"] == "sketch"
-    assert sketch["optimizer_bytes"] < sketch["sent"] < 1.3 * sketch["optimizer_bytes"] + 20_000
+    # two hosts send each other half of the gradients, and get as much back; here nobody does
+    assert sketch["optimizer"] == "sketch" and sketch["optimizer_bytes"] > 0
+    for direction in ("sent", "received"):
+        assert 0 < sketch[direction] < 0.5 * weights
     # what goes through the cable takes its time, for which the processes wait
     least = max(row["sent"], row["received"]) * 8 / (MEGABITS * 1e6)
     assert 0.8 * least < row["seconds"] < 60
