@@ -42,6 +42,10 @@ METHODS = {
         "AdaRankGrad, sketch, matched, 1 bit",
         (*SKETCH, *_set(residual="matched", residual_sync_bits=1, residual_back_bits=1)),
     ),
+    "sketch-bf16": Method(
+        "AdaRankGrad, sketch in bf16",
+        (*SKETCH, *_set(sync_precision="bf16", polar_precision="bf16")),
+    ),
     "sketch-none": Method("AdaRankGrad, sketch, no residual", (*SKETCH, "--set", "residual=none")),
 }
 """By the value of ``--methods``."""
