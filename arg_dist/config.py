@@ -400,6 +400,14 @@ class AdaRankGradConfig(BaseModel):
         """Whether a momentum of the residual is kept."""
         return self.residual == "orthogonalized" and self.residual_momentum > 0
 
+    def shards_basis(self, *, terms: bool) -> bool:
+        """Whether a basis is stored once over the processes, instead of whole on each.
+
+        Args:
+            terms: every process has gradients of its own, and needs all bases in each step.
+        """
+        return not terms if self.shard_basis is None else self.shard_basis
+
     @property
     def gap_to_second(self) -> int:
         """Steps from a matrix's first basis to its second, before refreshes are staggered."""

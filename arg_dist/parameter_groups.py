@@ -156,14 +156,15 @@ def group_spec(
     def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
         return [] if name in full_rank | pairs else trained_views(name, shape, settings)
 
+    terms = _has_terms(holding, settings)
     return GroupSpec(
         holding=holding,
         side=settings.side,
-        shard_basis=settings.shard_basis,
+        shard_basis=settings.shards_basis(terms=terms),
         positions=positions,
         views=views,
         settings=settings_text(settings),
-        terms=_has_terms(holding, settings),
+        terms=terms,
     )
 
 

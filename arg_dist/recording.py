@@ -23,7 +23,7 @@ from arg_dist.algorithm import (
 )
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.sharding.drivers import Round, run_recorded
-from arg_dist.sharding.layout import as_terms, shard_matrix
+from arg_dist.sharding.layout import shard_matrix
 from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding, even_rows, row_count
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.residual import Rule
@@ -121,9 +121,8 @@ def rounds(
         home=0,
         shard_basis=not terms,
         replicated=aligned or terms,
+        terms=terms,
     )
-    if terms:
-        sharding = as_terms(sharding)
     chosen = {"power_passes": power_passes, "residual": residual, "oversample": 0}
     settings = parse_config({**chosen, "max_rank": RANK, "min_rank": RANK})
     assert not terms or whole == sends_whole(sharding, settings)

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,8 +32,9 @@ from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.planning.llama import model_config
 from arg_dist.planning.rows import Spans, sent
 from arg_dist.sharding.drivers import run_lockstep
-from arg_dist.sharding.layout import as_terms, basis_spans_columns, shard_matrix
+from arg_dist.sharding.layout import basis_spans_columns, shard_matrix
 from arg_dist.sharding.plan import phase_of
+from arg_dist.step import CLIP_EPS
 from arg_dist.subspace.distributed import Steps, exchanges_of
 from arg_dist.subspace.state import State
 from arg_dist.terms import step_of_terms
@@ -146,7 +147,7 @@ class Lockstep:
         )
 
         def steps(me: int) -> Steps[Any]:
-            averaged = shard_matrix(
+            sharding = shard_matrix(
                 rows,
                 columns,
                 ((0, rows * columns),) * count,
@@ -155,11 +156,10 @@ class Lockstep:
                 home=home,
                 shard_basis=False,
                 replicated=True,
+                terms=True,
             )
             term, state = terms[me] / count, states[me]
-            computation = step_of_terms(
-                lambda: term, term.device, state, as_terms(averaged), settings, facts
-            )
+            computation = step_of_terms(lambda: term, term.device, state, sharding, settings, facts)
             return self._counted(computation) if me == 0 else computation
 
         return run_lockstep([steps(me) for me in range(count)])
@@ -202,9 +202,9 @@ def train(
     for step in range(1, options.steps + 1):
         share = warmup_cosine(step - 1, steps=options.steps, warmup=warmup, min_lr_ratio=0.1)
         gradients = _gradients(model, matrices, sequences, step, options)
-        nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), options.clip))
         if lockstep is not None:
-            factor = _clipped_by(matrices, gradients)
+            factor = min(1.0, options.clip / (norm + CLIP_EPS))
             for terms in gradients.values():
                 for term in terms:
                     term.mul_(factor)
@@ -254,14 +254,6 @@ def _gradients(
     return found
 
 
-def _clipped_by(matrices: Mapping[str, Tensor], gradients: Mapping[str, list[Tensor]]) -> float:
-    """The factor by which the mean has been clipped."""
-    name, weight = next(iter(matrices.items()))
-    mean = torch.stack(gradients[name]).mean(0)
-    assert weight.grad is not None
-    return float(weight.grad.norm() / mean.norm().clamp_min(1e-30))
-
-
 @torch.no_grad()
 def _held_out(model: nn.Module, sequences: Sequences) -> float:
     model.eval()
@@ -304,6 +296,7 @@ def main() -> None:
     path: Path = options.out / "runs.jsonl"
     tokenizer = load_tokenizer(None)
     corpus = read_corpus(options.data)
+    sequences = Sequences.of(corpus, tokenizer, length=SEQUENCE, seed=0)
     for seed in options.seeds:
         for name in options.ways:
             about = {"way": name, "seed": seed, "lr": WAYS[name].lr} | {
@@ -312,10 +305,9 @@ def main() -> None:
             }
             if any(about.items() <= run.items() for run in read_runs(path)):
                 continue
-            sequences = Sequences.of(corpus, tokenizer, length=SEQUENCE, seed=seed)
             config = model_config(options.model, vocab_size=tokenizer.vocab_size, length=SEQUENCE)
             model = build_model(options.model, config, seed=seed, deepspeed_config={})
-            loss, traffic = train(WAYS[name], model, sequences, options)
+            loss, traffic = train(WAYS[name], model, replace(sequences, seed=seed), options)
             with path.open("a") as file:
                 file.write(json.dumps({**about, "loss": loss, "traffic": traffic}) + "\n")
             print(f"{name}, seed {seed}: {loss:.4f}, {100 * traffic:.1f} %", flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -40,8 +41,8 @@ def check_what_is_prepared() -> None:
     if accelerator is not None and wrapper is not None:
         wrap_method(accelerator, PREPARE, _prepare)
         wrap_method(accelerator, PREPARE_OPTIMIZER, _prepare_optimizer)
-        wrap_method(accelerator, CLIP_NORM, _clip_norm)
-        wrap_method(accelerator, CLIP_VALUE, _clip_value)
+        for method in (CLIP_NORM, CLIP_VALUE):
+            wrap_method(accelerator, method, partial(_clip, method.name))
         wrap_method(wrapper, PREPARED_OPTIMIZER_BUILT, _wrap)
 
 
@@ -102,14 +103,9 @@ def _wrap(
     wrapper.device_placement = device_placement
 
 
-def _clip_norm(clip: Callable[..., Any], accelerator: Any, *given: Any, **more: Any) -> Any:
+def _clip(by: str, clip: Callable[..., Any], accelerator: Any, *given: Any, **more: Any) -> Any:
     """Refuses to clip a process's own gradient, which is not that of the model."""
-    check_clipping(PREPARED_OPTIMIZERS.of(accelerator), "accelerator.clip_grad_norm_")
-    return clip(accelerator, *given, **more)
-
-
-def _clip_value(clip: Callable[..., Any], accelerator: Any, *given: Any, **more: Any) -> Any:
-    check_clipping(PREPARED_OPTIMIZERS.of(accelerator), "accelerator.clip_grad_value_")
+    check_clipping(PREPARED_OPTIMIZERS.of(accelerator), f"accelerator.{by}")
     return clip(accelerator, *given, **more)
 
 

@@ -12,7 +12,6 @@ from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import (
     MatrixView,
     Ranges,
-    as_terms,
     shard_elements,
     shard_matrix,
 )
@@ -48,7 +47,7 @@ class PlannedMatrix:
         return self._sharding(me=0, home=0)
 
     def _sharding(self, me: int, home: int) -> MatrixSharding:
-        sharding = shard_matrix(
+        return shard_matrix(
             self.rows,
             self.columns,
             self.ranges,
@@ -57,8 +56,8 @@ class PlannedMatrix:
             home=home,
             shard_basis=self.shard_basis,
             replicated=self.replicated,
+            terms=self.terms,
         )
-        return as_terms(sharding) if self.terms else sharding
 
     @cached_property
     def held(self) -> Counts:

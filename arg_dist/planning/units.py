@@ -145,7 +145,7 @@ def _matrix(
         view.columns,
         ranges,
         basis_spans_columns(view.rows, view.columns, settings.side, transposed=False),
-        not terms if settings.shard_basis is None else settings.shard_basis,
+        settings.shards_basis(terms=terms),
         layout.replicated,
         terms,
     )

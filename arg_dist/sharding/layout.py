@@ -50,7 +50,7 @@ class GroupSpec:
     Attributes:
         holding: what this process holds of it.
         side: `auto`, `left` or `right`.
-        shard_basis: store each basis once over the processes; None: if there are several.
+        shard_basis: store each basis once over the processes.
         views: maps a parameter's name and full shape to the matrices that AdaRankGrad trains;
             empty for a tensor trained by Adam.
         positions: index of each parameter, by name, in the list that the group was built with:
@@ -61,7 +61,7 @@ class GroupSpec:
 
     holding: Holding
     side: str
-    shard_basis: bool | None
+    shard_basis: bool
     views: Callable[[str, tuple[int, ...]], list[MatrixView]]
     positions: Mapping[str, int]
     settings: str
@@ -140,6 +140,7 @@ def shard_matrix(
     shard_basis: bool,
     replicated: bool,
     transposed: bool = False,
+    terms: bool = False,
 ) -> MatrixSharding:
     """The sharding of a ``rows x columns`` matrix; process `i` holds the range ``ranges[i]``.
 
@@ -157,6 +158,7 @@ def shard_matrix(
         replicated: every process holds the whole matrix; work and state are sharded along the
             moment side.
         transposed: the matrix is stored transposed: its rows in the model are the columns here.
+        terms: it is replicated, and every process has a gradient of its own.
     """
     owners = tuple(i for i, (start, stop) in enumerate(ranges) if start < stop)
     processes = len(ranges)
@@ -180,7 +182,7 @@ def shard_matrix(
         unsplit = DimensionSharding(columns, whole, parts, whole)
         moment, basis = (split, unsplit) if spans_columns else (unsplit, split)
         elements = DimensionSharding(rows * columns, ranges, ranges, ranges)
-    return MatrixSharding(
+    sharding = MatrixSharding(
         moment=moment,
         basis=basis,
         elements=elements,
@@ -191,9 +193,10 @@ def shard_matrix(
         home=owners[home % len(owners)],
         me=me,
     )
+    return _of_terms(sharding) if terms else sharding
 
 
-def as_terms(averaged: MatrixSharding) -> MatrixSharding:
+def _of_terms(averaged: MatrixSharding) -> MatrixSharding:
     """The sharding of a matrix of which every process has a gradient of its own.
 
     Args:

@@ -21,7 +21,6 @@ from arg_dist.sharding.layout import (
     GroupSpec,
     MatrixView,
     Ranges,
-    as_terms,
     basis_spans_columns,
     check_tiling,
     clip_ranges,
@@ -225,12 +224,11 @@ def _shards_of(
             me=me,
             spans_columns=spans_columns,
             home=home,
-            shard_basis=not spec.terms if spec.shard_basis is None else spec.shard_basis,
+            shard_basis=spec.shard_basis,
             replicated=replicated,
             transposed=fragment.transposed,
+            terms=spec.terms,
         )
-        if spec.terms:
-            sharding = as_terms(sharding)
         units.append(Unit(view.name, fragment, sharding))
         if mine[me][0] == mine[me][1]:
             continue

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SKETCH = ("--optimizer", "adarankgrad", "--set", "gradient_sync=sketch")
-
 
 def _set(**settings: object) -> list[str]:
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+ADAMW, OURS = ("--optimizer", "adamw"), ("--optimizer", "adarankgrad")
+SKETCH = (*OURS, *_set(gradient_sync="sketch"))
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,6 @@ class Method:
     hook: str = ""
 
 
-ADAMW, OURS = ("--optimizer", "adamw"), ("--optimizer", "adarankgrad")
-
 METHODS = {
     "adamw": Method("AdamW", ADAMW, under_ddp=False),
     "adarankgrad": Method("AdaRankGrad", OURS, under_ddp=False),
@@ -46,6 +46,6 @@ METHODS = {
         "AdaRankGrad, sketch in bf16",
         (*SKETCH, *_set(sync_precision="bf16", polar_precision="bf16")),
     ),
-    "sketch-none": Method("AdaRankGrad, sketch, no residual", (*SKETCH, "--set", "residual=none")),
+    "sketch-none": Method("AdaRankGrad, sketch, no residual", (*SKETCH, *_set(residual="none"))),
 }
 """By the value of ``--methods``."""

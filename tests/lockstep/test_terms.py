@@ -16,7 +16,7 @@ from arg_dist.algorithm import LowRankUpdate, State, StepFacts, adam_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.recording import rounds
 from arg_dist.sharding.drivers import run_lockstep
-from arg_dist.sharding.layout import as_terms, shard_elements, shard_matrix
+from arg_dist.sharding.layout import shard_elements, shard_matrix
 from arg_dist.subspace.distributed import MatrixSharding
 from arg_dist.terms import sends_whole, step_of_terms, tossed
 
@@ -30,7 +30,7 @@ def shardings(m: int, n: int, processes: int, *, home: int = 0) -> list[MatrixSh
     """A matrix ``moment x basis`` on so many processes."""
     whole = ((0, m * n),) * processes
     layout = {"spans_columns": True, "home": home, "shard_basis": False, "replicated": True}
-    return [as_terms(shard_matrix(m, n, whole, me=me, **layout)) for me in range(processes)]
+    return [shard_matrix(m, n, whole, me=me, terms=True, **layout) for me in range(processes)]
 
 
 def settings_of(**given) -> AdaRankGradConfig:

@@ -187,7 +187,7 @@ def test_training_resumes_in_the_other_mode_and_on_another_number(pool, tmp_path
 
 
 @pytest.mark.parametrize("bits", [(1, 2), (4, 4)])
-def test_a_momentum_that_is_shared_out_is_saved_and_loaded(pool, tmp_path, bits):
+def test_the_momentum_of_the_residual_is_saved_and_loaded(pool, tmp_path, bits):
     settings = {"residual_momentum": 0.5, **both(*bits), "gradient_sync": "sketch"}
     pool.run(first_half, 3, tmp_path / "half", settings)
     uninterrupted = pool.run(train, 3, settings)
