@@ -424,6 +424,22 @@ def refresh_next(state: State) -> None:
     state["gap"] = 0
 
 
+def age(state: State) -> float:
+    """Steps since the last refresh; infinite before the first."""
+    return float(state.get("since_refresh", math.inf))
+
+
+def stored_basis(state: State) -> Tensor | None:
+    """``store x rank``: this process's part of the basis; None before the first refresh."""
+    return state.get("basis")
+
+
+def postpone(state: State) -> None:
+    """Let a matrix whose refresh is due keep its basis for one more step."""
+    if state and is_due(state):
+        state["gap"] = state["since_refresh"] + 1
+
+
 def claim(name: str, sharding: MatrixSharding, state: State, settings: AdaRankGradConfig) -> Claim:
     """The claim of a matrix distributed by `sharding` on a `state_budget`."""
     smallest, largest = settings.rank_bounds(min(sharding.basis.size, sharding.moment.size))

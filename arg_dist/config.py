@@ -321,6 +321,14 @@ class AdaRankGradConfig(BaseModel):
         "gradients is clipped; it is known to 2 % (one standard deviation) without forming the "
         "mean. If not set, it is not clipped",
     )
+    gradient_budget: Bytes | None = Field(
+        None,
+        description='with `gradient_sync="sketch"`, also on one process: limit on the gradients of '
+        "low-rank matrices that stay whole after a backward pass, in bytes or as a string such as "
+        '`"1GiB"`. All others are projected as soon as they are complete, summed over '
+        "micro-batches and freed; matrices whose basis is due, and at the start all, take turns. "
+        "If not set, every gradient stays whole until the step",
+    )
     nonfinite: Literal["error", "skip"] = Field(
         "error",
         description="what to do if a gradient is NaN or infinite: `error` raises and names the "
@@ -392,6 +400,16 @@ class AdaRankGradConfig(BaseModel):
             raise ValueError(
                 'max_grad_norm is for gradient_sync="sketch"; where gradients are averaged, clip '
                 "them before step(), as with torch.nn.utils.clip_grad_norm_ or by the engine"
+            )
+        if self.gradient_budget is not None and self.gradient_sync != "sketch":
+            raise ValueError(
+                'gradient_budget is for gradient_sync="sketch", also on one process; where an '
+                "engine averages gradients, it needs them whole"
+            )
+        if self.gradient_budget is not None and self.shard_basis:
+            raise ValueError(
+                "gradient_budget: every process projects its gradients in the backward pass, and "
+                "needs all bases for it; leave shard_basis out"
             )
         return self
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arg_dist.backward import BackwardProjection
 from arg_dist.binding import Binding
 from arg_dist.config import settings_at_saving
 from arg_dist.sharding.fragment import adapters
@@ -29,7 +30,7 @@ CARRIED = (
 )
 """Attributes of the optimizer that a copy carries, beside those that torch copies."""
 
-RENEWED = ("_has_stepped",)
+RENEWED = ("_has_stepped", "_backward")
 """Attributes that a copy makes anew."""
 
 REMEDY = (
@@ -82,6 +83,7 @@ class CopiedOptimizer(torch.optim.Optimizer):
             settings.update(saved)
         self._binding.every_group = self.param_groups
         self._has_stepped = False
+        self._backward = BackwardProjection.of(self)
         if not self.calls:
             for adapter in adapters():
                 adapter.on_construction(self)

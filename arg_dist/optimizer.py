@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from arg_dist.backward import BackwardProjection
 from arg_dist.binding import Binding, GradientsMissing, state_of
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.copying import CopiedOptimizer
@@ -33,6 +34,7 @@ from arg_dist.step import PlanStep
 from arg_dist.subspace.precision import matmul_precision
 from arg_dist.subspace.state import State
 from arg_dist.telemetry import held_elements, matrix_figures, storage_bytes
+from arg_dist.terms import Projected
 from arg_dist.uses import Use
 
 RENEWED_TOGETHER = 2
@@ -109,6 +111,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         self.calls = 0
         self.skipped_steps = 0
         super().__init__(params, {**dict(config), **tensors(given)})
+        self._backward = BackwardProjection.of(self)
         if config.gradient_sync == "sketch":
             expect_every_step(self)
         for adapter in adapters():
@@ -166,10 +169,14 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         groups = [group for group in self.param_groups if group["params"]]
         settings = [settings_of(group) for group in groups]
         plans = self._plans_of_step(groups)
+        projected: Mapping[str, Projected] = {}
+        if self._backward is not None:
+            self._backward.follow(groups)
+            projected = self._backward.take()
         budget = self._budget
         calls = [] if budget is None else budget.calls_that_share(plans, self.calls_of_a_step)
         to_share = budget is not None and budget.any_due(calls, self.state_of)
-        steps = [self._prepared(plan, settings, to_share) for plan in plans]
+        steps = [self._prepared(plan, settings, to_share, projected) for plan in plans]
         # change nothing until every gradient of this call is known to be usable
         skip = all(each.nonfinite == "skip" for each in settings)
         usable = all([each.agreed.is_usable(each.plan.names, skip=skip) for each in steps])
@@ -190,6 +197,17 @@ class AdaRankGrad(Saving, CopiedOptimizer):
             self.skipped_steps += 1
         self.calls += 1
 
+    @entry_point
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, and what backward passes have projected of them.
+
+        Args:
+            set_to_none: as in ``torch.optim.Optimizer``.
+        """
+        super().zero_grad(set_to_none)
+        if self._backward is not None:
+            self._backward.take()
+
     def _plans_of_step(self, groups: list[dict[str, Any]]) -> list[Plan]:
         """Plans of the tensors that the groups hold now, with their state cut and in its place."""
         if not self._has_stepped:
@@ -206,7 +224,13 @@ class AdaRankGrad(Saving, CopiedOptimizer):
                 self.state[unit.fragment.target].setdefault(unit.name, {})
         return plans
 
-    def _prepared(self, plan: Plan, settings: list[AdaRankGradConfig], to_share: bool) -> PlanStep:
+    def _prepared(
+        self,
+        plan: Plan,
+        settings: list[AdaRankGradConfig],
+        to_share: bool,
+        projected: Mapping[str, Projected],
+    ) -> PlanStep:
         """A step on a plan, agreed between all processes."""
         states = {shard.unit: state_of(shard, self.state) for shard in plan.shards}
         for shard in plan.shards:
@@ -225,6 +249,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
             own_state=plan in ownership.known_own or ownership.is_own_now(plan, self.state),
             steps=self.calls,
             refreshing=to_share,
+            projected=projected,
             **checks,
         )
 

@@ -174,9 +174,11 @@ def _has_terms(holding: Holding, settings: AdaRankGradConfig) -> bool:
     Raises:
         ConfigError: they should be, but the engine averages them.
     """
-    if settings.gradient_sync != "sketch" or holding.group is None:
+    if settings.gradient_sync != "sketch":
         return False
-    if not holding.replicated:
+    if holding.group is None and settings.gradient_budget is None:
+        return False  # the one gradient is the mean
+    if holding.group is not None and not holding.replicated:
         raise ConfigError(
             'gradient_sync="sketch": each process needs a gradient of the whole model, but the '
             "engine shards the model and has averaged the gradients; use one that leaves the model "

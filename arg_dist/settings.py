@@ -64,6 +64,7 @@ class JobSettings(TypedDict, total=False):
     bucket_size: int | float | str
     gradient_sync: Literal["engine", "sketch"]
     max_grad_norm: float | None
+    gradient_budget: int | float | str | None
     collective_timeout: float
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from arg_dist.subspace.norms import norm_sq, row_squares
 from arg_dist.subspace.precision import lowered_precision
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.state import State
-from arg_dist.terms import sends_whole, step_of_terms
+from arg_dist.terms import Projected, Term, sends_whole, step_of_terms
 
 # -- gradients ------------------------------------------------------------------------------------
 
@@ -52,12 +53,15 @@ class GradientPart:
             number.
         norm_sq: ``||G||^2`` of the part, an fp64 scalar; of K terms ``||G_i||^2 / K``, as the sum
             of these is a limit for ``||G||^2``.
-        row_sq: ``moment.touch``, ``||G_i||^2`` of the part; None if it is not of a matrix.
+        row_sq: ``moment.touch``, ``||G_i||^2`` of the part; None if it is not of a matrix, or
+            projected.
+        term: its projection, if the backward pass has made it; then there is nothing to read.
     """
 
     read: Part
     norm_sq: Tensor
     row_sq: Tensor | None = None
+    term: Term | None = None
 
 
 def gradient_part(shard: Shard) -> GradientPart:
@@ -68,14 +72,39 @@ def gradient_part(shard: Shard) -> GradientPart:
         squares = row_squares(part)
         # a copy is not kept until the step: it is made again then
         is_view = shard.has_whole_rows and held.is_contiguous() and shard.terms == 1
-        read = part.float if is_view else partial(_oriented_gradient, shard)
+        read = part.float if is_view else partial(oriented_term, shard)
         return GradientPart(read, norm_sq(part, squares) / shard.terms, squares)
     assert isinstance(shard, TensorShard)
     total = norm_sq(shard.touched_gradient(held)) / shard.terms
     return GradientPart(partial(_touched_gradient, shard), total)
 
 
-def _oriented_gradient(shard: MatrixShard) -> Tensor:
+def projected_part(shard: Shard, projected: Projected, state: State) -> GradientPart:
+    """The gradient of a shard that the backward pass has projected and freed.
+
+    Raises:
+        RuntimeError: the matrix has got another gradient, or another basis since then.
+    """
+    if shard.gradient() is not None:
+        raise RuntimeError(
+            f"{shard.name}: the backward pass has projected and freed its gradient, as "
+            "gradient_budget asks for, and now it has another one: nothing may be added to .grad, "
+            "and DistributedDataParallel needs arg_dist.sketch_only(model)"
+        )
+    if not projected.fits(state):
+        raise RuntimeError(
+            f"{shard.name}: its state has changed since the backward pass has projected its "
+            "gradient; call zero_grad() and backward() once more (after loading a checkpoint, too)"
+        )
+    return GradientPart(_freed, projected.norm_sq, term=projected.term)
+
+
+def _freed() -> Tensor:
+    raise AssertionError("a gradient that was projected is not read")
+
+
+def oriented_term(shard: MatrixShard) -> Tensor:
+    """``moment x basis``: the gradient that a matrix has now, or its term of a mean, in fp32."""
     return _term(shard.oriented_gradient(_held_gradient(shard)).float(), shard)
 
 
@@ -97,20 +126,29 @@ def _held_gradient(shard: Shard) -> Tensor:
     return gradient
 
 
-def mean_sketch(shards: Iterable[Shard], steps: int) -> Tensor:
+def mean_sketch(shards: Iterable[Shard], steps: int, projected: Mapping[str, Projected]) -> Tensor:
     """``BUCKETS``, fp64: this process's term of the sketch of all gradients, on the CPU.
 
     Args:
         shards: matrices and tensors, whose gradients are terms of a mean.
         steps: steps taken before; each has signs of its own.
+        projected: as of :meth:`PlanStep.prepared`.
     """
     total = torch.zeros(BUCKETS, dtype=torch.float64, device="cpu")
     for shard in shards:
-        gradient = shard.gradient()
-        if gradient is not None:
-            name = f"{shard.name}|{steps}"
-            total += norm_sketch(gradient, shard.range[0], name).cpu() / shard.terms
+        known = projected.get(shard.name)
+        sketch = own_sketch(shard, steps) if known is None else known.sketch
+        if sketch is not None:
+            total += sketch.cpu() / shard.terms
     return total
+
+
+def own_sketch(shard: Shard, steps: int) -> Tensor | None:
+    """``BUCKETS``, fp64: the sketch of the gradient that a shard has now; None if it has none."""
+    gradient = shard.gradient()
+    if gradient is None:
+        return None
+    return norm_sketch(gradient, shard.range[0], f"{shard.name}|{steps}")
 
 
 # -- the agreement --------------------------------------------------------------------------------
@@ -369,6 +407,7 @@ class PlanStep:
         own_state: bool,
         steps: int,
         refreshing: bool,
+        projected: Mapping[str, Projected] = MappingProxyType({}),
         likeness: Likeness = ALIKE,
         reach: Callable[[Steps[Agreement]], Agreement] = run_local,
     ) -> PlanStep:
@@ -382,10 +421,18 @@ class PlanStep:
             own_state: as of :func:`agree`.
             steps: as of :func:`agree`.
             refreshing: as of :func:`agree`.
+            projected: gradients that the backward pass has projected and freed, by name.
             likeness: as of :func:`agree`.
             reach: runs the agreement with the other processes, if there are any.
         """
-        gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
+        gradients = {
+            shard.unit: (
+                projected_part(shard, projected[shard.name], states[shard.unit])
+                if shard.name in projected
+                else gradient_part(shard)
+            )
+            for shard in plan.shards
+        }
         limit = settings[0].max_grad_norm
         norms = [(unit, gradient.norm_sq) for unit, gradient in gradients.items()]
         kept = [(unit, part) for unit, state in states.items() for part in kept_before(state)]
@@ -403,7 +450,11 @@ class PlanStep:
             me=plan.communicator.me,
             refreshing=refreshing,
             likeness=likeness,
-            sketch=mean_sketch(plan.shards, steps) if plan.terms and limit is not None else None,
+            sketch=(
+                mean_sketch(plan.shards, steps, projected)
+                if plan.terms and limit is not None
+                else None
+            ),
         )
         prepared = cls(plan, states, settings, stagger, gradients, reach(agreement))
         if limit is not None:
@@ -424,6 +475,8 @@ class PlanStep:
             part = self.gradients[shard.unit]
             if part.row_sq is not None:
                 part.row_sq.mul_(factor**2)
+            if part.term is not None:
+                part.term.scale_(factor)
         self.agreed = replace(agreed, norm_sq=[each * factor**2 for each in agreed.norm_sq])
 
     def take(self, allowed: Allowed | None = None) -> None:
@@ -467,7 +520,6 @@ class PlanStep:
         settings, state = self.settings[shard.group], self.states[shard.unit]
         gradient = self.gradients.pop(shard.unit)
         if isinstance(shard, MatrixShard):
-            assert gradient.row_sq is not None
             facts = StepFacts(
                 name=shard.name,
                 norm_sq=self.agreed.norm_sq[shard.unit],
@@ -476,11 +528,12 @@ class PlanStep:
                 stagger=self.stagger,
                 allowed=None if allowed is None else allowed(shard, state, settings),
             )
-            read, row_sq = gradient.read, gradient.row_sq
-            if shard.sharding.terms is not None:
-                device = row_sq.device
-                return step_of_terms(read, device, state, shard.sharding, settings, facts)
-            return low_rank_step(read, row_sq, state, shard.sharding, settings, facts)
+            read, sharding = gradient.read, shard.sharding
+            if sharding.terms is not None:
+                device, term = shard.fragment.target.device, gradient.term
+                return step_of_terms(read, device, state, sharding, settings, facts, term=term)
+            assert gradient.row_sq is not None
+            return low_rank_step(read, gradient.row_sq, state, sharding, settings, facts)
         assert isinstance(shard, TensorShard)
         return adam_step(gradient.read(), state, shard.sharding, settings, me=shard.me)
 

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ from arg_dist.algorithm import (
     sent_type,
     sketch_width,
     step_in_basis,
+    stored_basis,
     summed,
 )
 from arg_dist.config import AdaRankGradConfig
@@ -65,6 +68,84 @@ from arg_dist.subspace.residual import matched_factors, orthogonalize, residual_
 from arg_dist.subspace.state import State
 
 
+class Term(NamedTuple):
+    """What a process has to send of its gradient in a step without a refresh.
+
+    Attributes:
+        projected: ``moment x rank``, P_i.
+        residual: ``elements``, S_i in `residual_sync_bits` each; None if it is dropped.
+        size: ``1``, ``||S_i||``; None without a residual.
+    """
+
+    projected: Tensor
+    residual: Coded | None = None
+    size: Tensor | None = None
+
+    def scale_(self, factor: float) -> None:
+        """Multiply the gradient by a number, in place."""
+        for part in (self.projected, self.residual and self.residual.scales, self.size):
+            if part is not None:
+                part.mul_(factor)
+
+
+def term_in_basis(
+    gradient: Tensor,
+    basis: Tensor,
+    sharding: MatrixSharding,
+    settings: AdaRankGradConfig,
+    before: Term | None = None,
+) -> Term:
+    """This process's term, or that of a micro-batch added to it.
+
+    Args:
+        gradient: ``moment x basis``, G_i over the number of processes, fp32.
+        basis: ``basis x rank``, Q.
+        sharding: how the matrix is distributed over the processes, with `terms`.
+        settings: the settings of its parameter group.
+        before: the term of the micro-batches before this one, which is used up. With a residual,
+            each further one rounds the sum once more.
+    """
+    assert sharding.terms is not None
+    # P_i = G_i Q ;  S_i = G_i - P_i Q^T
+    residual = None
+    with lowered_precision(settings.matmul_precision):
+        product = gradient @ basis
+        if settings.residual != "none":
+            residual = residual_part(gradient, product, basis, 1.0, sharding.terms.alone)
+    if before is not None:
+        product.add_(before.projected)
+        if residual is not None and before.residual is not None:
+            residual.add_(decode(before.residual, len(residual)))
+    if residual is None:
+        return Term(product)
+    size = residual.norm().view(1)
+    return Term(product, encode(residual, settings.residual_sync_bits), size)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The gradients of one or more micro-batches, projected one by one and freed.
+
+    Attributes:
+        term: the sum of their terms.
+        norm_sq: limit for ``||G_i||^2`` of their sum, over the number of processes, fp64.
+        micro_batches: number of them.
+        basis: the basis that they were projected to, as it is in the matrix's state.
+        sketch: ``BUCKETS``, fp64, of their sum (:mod:`arg_dist.subspace.norm_sketch`), if its norm
+            is wanted.
+    """
+
+    term: Term
+    norm_sq: Tensor
+    micro_batches: int
+    basis: Tensor
+    sketch: Tensor | None = None
+
+    def fits(self, state: State) -> bool:
+        """Whether a step on this state of the matrix can use them."""
+        return stored_basis(state) is self.basis and not is_due(state)
+
+
 def step_of_terms(
     gradient: Part,
     device: torch.device,
@@ -73,6 +154,7 @@ def step_of_terms(
     settings: AdaRankGradConfig,
     facts: StepFacts,
     *,
+    term: Term | None = None,
     choose: Choose = chosen_by_energy,
 ) -> Steps[LowRankUpdate | None]:
     """One step of AdaRankGrad on one matrix; `state` is updated in place.
@@ -84,6 +166,8 @@ def step_of_terms(
         sharding: how the matrix is distributed over the processes, with `terms`.
         settings: the settings of its parameter group.
         facts: what is known of the matrix; equal on all processes.
+        term: the term in the present basis, if the gradient itself is gone; not in a step that
+            refreshes.
         choose: as of :func:`arg_dist.algorithm.low_rank_step`.
 
     Returns:
@@ -105,28 +189,29 @@ def step_of_terms(
         basis = yield from present_basis(state, sharding)
     else:
         return None
-    # P_i = G_i Q ;  S_i = G_i - P_i Q^T
-    residual = None
-    with lowered_precision(settings.matmul_precision):
-        product = gradient() @ basis
-        if settings.residual != "none":
-            residual = residual_part(gradient(), product, basis, limit, alone)
     share = None
     if mean is not None:  # everyone has all of P and S
+        with lowered_precision(settings.matmul_precision):
+            product = mean @ basis
+            if settings.residual != "none":
+                residual = residual_part(mean, product, basis, limit, alone)
+                share = residual[slice(*decided_elements(sharding, settings))]
+                del residual
         projected = select_rows(product, moment.touch[me], moment.keep[me]).contiguous()
-        if residual is not None:
-            share = residual[slice(*decided_elements(sharding, settings))]
     else:
-        codes = () if residual is None else coded_term(residual, sharding, settings)
-        residual = None  # it need not wait for the others
+        if term is None:
+            term = term_in_basis(gradient(), basis, sharding, settings)
         # P = sum_i P_i
-        total, *terms = yield (sent_term(product, moment, settings), *codes)
-        projected = summed(total, product.dtype)
-        if codes:
-            share = mean_of(terms, sharding, settings)
+        codes = sent_residual(term, sharding, settings)
+        total, *terms = yield (sent_term(term.projected, moment, settings), *codes)
+        projected = summed(total, term.projected.dtype)
+        if terms:
+            share = mean_of(terms, sharding, settings).mul_(limit**-0.5 if limit > 0 else 0.0)
     direction, _ = step_in_basis(new, projected, state, sharding, settings, facts)
     if settings.residual == "orthogonalized":
         share = yield from _orthogonalized(share, basis, limit, state, sharding, settings)
+    if sharding.terms.count == 1:  # nothing is sent, and nothing rounded for it
+        return LowRankUpdate(direction, basis, outside=_sized(share, direction, alone, settings))
     sent = direction.to(sent_type(direction.dtype, settings))
     parts = [(sent, moment.keep, moment.update)]
     if share is not None:
@@ -134,12 +219,8 @@ def step_of_terms(
         parts += decided_parts(share, text, sharding, settings)
     sent, *decided = yield from gather_each(parts, me)
     direction = sent.to(direction.dtype)
-    if not decided:
-        return LowRankUpdate(direction, basis)
-    outside = decode(as_coded(decided), sharding.elements.size)
-    if settings.residual == "matched":
-        outside = _matched(outside, direction, alone)
-    return LowRankUpdate(direction, basis, outside=outside)
+    outside = decode(as_coded(decided), sharding.elements.size) if decided else None
+    return LowRankUpdate(direction, basis, outside=_sized(outside, direction, alone, settings))
 
 
 def sends_whole(sharding: MatrixSharding, settings: AdaRankGradConfig) -> bool:
@@ -208,14 +289,19 @@ def _orthogonalized(
     return (yield from orthogonalize(typed, basis, alone, steps=steps, blend=blend)).float()
 
 
-def _matched(residual: Tensor, direction: Tensor, alone: MatrixSharding) -> Tensor:
-    """``elements``: the residual with rows as long as `matched` makes them.
+def _sized(
+    residual: Tensor | None, direction: Tensor, alone: MatrixSharding, settings: AdaRankGradConfig
+) -> Tensor | None:
+    """``elements``: what the residual adds to the update; with rows as `matched` makes them.
 
     Args:
-        residual: ``elements``, S up to a factor for each row; overwritten.
+        residual: ``elements``, O, or S up to a factor for each row; overwritten.
         direction: ``moment x rank``, N.
         alone: the sharding of a matrix that this process holds whole.
+        settings: the settings of its parameter group.
     """
+    if residual is None or settings.residual != "matched":
+        return residual
     S, inside = alone.matrix(residual), direction.new_zeros(alone.moment.size)
     # phi_i ||S_i|| = ||N_i|| sqrt((n - r) / r)
     S *= matched_factors(direction, inside, row_squares(S), dimension=alone.basis.size)[:, None]
@@ -242,23 +328,19 @@ def decided_elements(sharding: MatrixSharding, settings: AdaRankGradConfig) -> I
     return min(size, low * BLOCK), min(size, high * BLOCK)
 
 
-def coded_term(
-    residual: Tensor, sharding: MatrixSharding, settings: AdaRankGradConfig
-) -> tuple[Exchange, Exchange]:
-    """This process's term, for the processes that form the mean.
-
-    Args:
-        residual: ``elements``, S_i; overwritten.
-        sharding: how the matrix is distributed over the processes.
-        settings: the settings of its parameter group.
-    """
-    have, want = sharding.whole(blocks_of(len(residual))), decided_blocks(sharding, settings)
-    size, one = residual.norm().view(1), sharding.whole(1)
-    coded = encode(residual, settings.residual_sync_bits)
-    codes = Exchange(coded.codes, have, want, stacked=True)
-    if coded.bits == 1:  # signs tell no size, and a term of size zero has no vote
-        return codes, Exchange(size, one, one, stacked=True)
-    return codes, Exchange(coded.scales, have, want, stacked=True)
+def sent_residual(
+    term: Term, sharding: MatrixSharding, settings: AdaRankGradConfig
+) -> tuple[Exchange, ...]:
+    """The residual of this process's term, for the processes that form the mean; () without."""
+    if term.residual is None or term.size is None:
+        return ()
+    codes, scales = term.residual
+    have, want = sharding.whole(len(codes)), decided_blocks(sharding, settings)
+    sent = Exchange(codes, have, want, stacked=True)
+    if term.residual.bits == 1:  # signs tell no size, and a term of size zero has no vote
+        one = sharding.whole(1)
+        return sent, Exchange(term.size, one, one, stacked=True)
+    return sent, Exchange(scales, have, want, stacked=True)
 
 
 def mean_of(
@@ -267,7 +349,7 @@ def mean_of(
     """:func:`decided_elements` of the sum of the terms, fp32; of signs, if these are all there is.
 
     Args:
-        terms: of each exchange of :func:`coded_term`, what all processes sent.
+        terms: of each exchange of :func:`sent_residual`, what all processes sent.
         sharding: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
     """

@@ -32,7 +32,8 @@ GROUPS = {
     "Which matrices": "low_rank targets exclude side view",
     "Memory, communication, numerics": (
         "state_budget bucket_size shard_basis gradient_sync residual_sync_bits residual_back_bits "
-        "sync_precision max_grad_norm matmul_precision nonfinite collective_timeout"
+        "sync_precision max_grad_norm gradient_budget matmul_precision nonfinite "
+        "collective_timeout"
     ),
 }
 
@@ -44,9 +45,9 @@ HEAD = f"""\
 Every setting is a field of `arg_dist.AdaRankGradConfig`. The same model validates the keyword
 arguments of `arg_dist.AdaRankGrad`, the keys of a parameter group and `optimizer.params` of a
 DeepSpeed JSON; an unknown key is an error that names the nearest valid one. `preset`, `targets`,
-`exclude`, `collective_timeout`, `state_budget`, `bucket_size`, `gradient_sync` and `max_grad_norm`
-hold for the optimizer as a whole; a parameter group may override any of the others. Which values to
-choose: [Choosing settings](choosing-settings.md).
+`exclude`, `collective_timeout`, `state_budget`, `bucket_size`, `gradient_sync`, `gradient_budget`
+and `max_grad_norm` hold for the optimizer as a whole; a parameter group may override any of the
+others. Which values to choose: [Choosing settings](choosing-settings.md).
 
 "Presets" has the defaults under the other presets, where they differ. Settings given next to a
 preset override it.

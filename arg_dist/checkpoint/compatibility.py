@@ -28,6 +28,7 @@ OF_THE_JOB = {
     "residual_back_bits",
     "sync_precision",
     "max_grad_norm",
+    "gradient_budget",
 }
 """Settings of the current job that are not restored: how groups are composed and sharded, how
 gradients are averaged, and how much memory and time the job may use."""

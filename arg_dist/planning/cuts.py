@@ -61,7 +61,7 @@ class Layout:
         return self.engine in REPLICATED
 
     def has_terms(self, settings: AdaRankGradConfig) -> bool:
-        """Whether each of several processes has gradients of its own, which nobody averages.
+        """Whether each process has gradients of its own, or of micro-batches, that nobody averages.
 
         Raises:
             ConfigError: they should have, but the engine averages them.
@@ -73,7 +73,7 @@ class Layout:
                 f'gradient_sync="sketch": {ENGINES[self.engine]} averages gradients itself; choose '
                 '--engine ddp, or leave gradient_sync at "engine"'
             )
-        return self.processes > 1
+        return self.processes > 1 or settings.gradient_budget is not None
 
     @property
     def part(self) -> int:

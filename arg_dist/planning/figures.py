@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from arg_dist.algorithm import momentum_bytes
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.planning.choices import BUCKET, ENGINES, FP64
+from arg_dist.planning.choices import BUCKET, ENGINES, FP32, FP64
 from arg_dist.planning.cuts import Layout, lay_out
 from arg_dist.planning.engines import Held, engine_sent, held
 from arg_dist.planning.model import Model
@@ -27,6 +27,7 @@ from arg_dist.planning.shares import budget_sent, planned_ranks
 from arg_dist.planning.temporaries import temporaries
 from arg_dist.planning.units import MatrixUnit, Unit, lanes, matrices, tensors, units_of
 from arg_dist.recording import rounds
+from arg_dist.subspace.codes import coded_bytes
 from arg_dist.subspace.norm_sketch import BUCKETS
 from arg_dist.terms import sends_whole
 
@@ -226,6 +227,10 @@ def _ours(
         ]
         for is_first in (False, True)
     )
+    firsts = list(firsts)
+    if settings.gradient_budget is not None:
+        holds, whole = _projected(calls, ranks, holds, settings)
+        firsts.append(np.max(firsts, 0) + whole)
     has_terms = layout.has_terms(settings)
     collectives = [_collectives(each, settings, processes, has_terms=has_terms) for each in cut]
     return Figures(
@@ -238,6 +243,23 @@ def _ours(
         sum(steady for steady, _ in collectives),
         sum(refreshing for _, refreshing in collectives) + (2 if budget else 0),
     )
+
+
+def _projected(
+    calls: list[list[Unit]], ranks: dict[str, int], holds: Held, settings: AdaRankGradConfig
+) -> tuple[Held, int]:
+    """What is held if the backward pass projects gradients, and bytes that stay whole beside it."""
+    size = holds.trained_bytes
+    rest = size * sum(tensor.elements for tensor in tensors(calls))
+    projected, whole = 0, []
+    for unit in matrices(calls):
+        projected += FP32 * unit.planned.sharding.moment.size * ranks[unit.name]
+        if settings.residual != "none":
+            projected += coded_bytes(unit.elements, settings.residual_sync_bits) + FP32
+        whole.append(size * unit.elements)
+    budget = max(int(settings.gradient_budget or 0), *whole)
+    held = np.full_like(holds.gradients, rest + projected)
+    return replace(holds, gradients=held), min(budget, sum(whole))
 
 
 def _agreeing(cut: list[list[Unit]], processes: int) -> int:

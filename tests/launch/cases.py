@@ -86,9 +86,18 @@ EVERYWHERE = [
     for model in ("llama", "gpt2", "odd")
     for stage in (0, 1, 2, 3)
 ]
-"""Run with 1, 2, 3 and 4 processes."""
+"""Run with 1 and 2 processes; see :func:`everywhere`."""
 SHARDED = [case for case in EVERYWHERE if case.model == "llama"]
 """Run with 8 processes, too."""
+
+PROCESSES = {"llama": (1, 2, 4), "gpt2": (1, 2), "odd": (1, 2, 3, 4)}
+"""With how many processes the models run everywhere: those of odd sizes are cut in odd ways."""
+
+
+def everywhere(processes: int) -> list[Case]:
+    """The cases of `EVERYWHERE` that run with so many processes."""
+    return [case for case in EVERYWHERE if processes in PROCESSES[case.model]]
+
 
 VARIANTS = [
     Case("zero2-round-robin", "llama", 2, {"round_robin_gradients": True}),

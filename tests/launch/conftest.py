@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.cases import BUDGETED, EVERYWHERE, SHARDED, VARIANTS
+from tests.launch.cases import BUDGETED, SHARDED, VARIANTS, everywhere
 from tests.launch.engines import ENGINES
 from tests.launch.launching import ROOT, Launcher, Start, launch
 
@@ -62,8 +62,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def what_runs(launcher: Launcher, processes: int) -> tuple[str, list[str]]:
     """The script of a launch, and the names of its cases."""
     if launcher == "deepspeed":
-        everywhere = EVERYWHERE + BUDGETED
-        cases = {2: everywhere + VARIANTS, 8: SHARDED}.get(processes, everywhere)
+        several = everywhere(processes) + BUDGETED
+        cases = {2: several + VARIANTS, 8: SHARDED}.get(processes, several)
         return "tests/launch/zero_runs.py", [case.name for case in cases]
     here = [e.name for e in ENGINES if e.launcher == launcher and processes in e.processes]
     return "tests/launch/engine_runs.py", here

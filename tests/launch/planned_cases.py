@@ -48,6 +48,7 @@ NANO, SMALL = ("nano", 258), ("60m", 32000)
 BUDGET = {"state_budget": 5_000_000, "energy": 1.0}
 WHOLE_BASES = {"max_rank": 48, "min_rank": 48, "shard_basis": False, "residual": "none"}
 BUCKETS = {**FULL, "bucket_size": 2_000_000}
+QUICK = {**FULL, "polar_steps": 1}
 SKETCH = {"gradient_sync": "sketch", "max_rank": 0.25, "min_rank": 0.25}
 SKETCHED = (
     {"residual": "none", "sync_precision": "bf16"},
@@ -57,8 +58,9 @@ SKETCHED = (
         "residual_back_bits": 1,
         "max_grad_norm": 1.0,
     },
-    {"residual_momentum": 0.5, "max_rank": 8, "min_rank": 8},
+    {"residual_momentum": 0.5, "max_rank": 8, "min_rank": 8, "gradient_budget": "1GiB"},
 )
+PROJECTED = {**SKETCH, "residual": "none", "gradient_budget": "1GiB"}
 CASES = [
     *(Case(*NANO, engine) for engine in ("none", "ddp", "zero0", "zero1", "zero2", "zero3")),
     Case(*NANO, "fsdp2"),
@@ -67,5 +69,6 @@ CASES = [
     Case(*NANO, "fsdp2", settings=WHOLE_BASES),
     *(Case(*NANO, engine, settings=BUCKETS) for engine in ("ddp", "zero3")),
     *(Case(*NANO, "ddp", settings={**SKETCH, **more}) for more in SKETCHED),
-    *(Case(*SMALL, engine) for engine in ("none", "zero2", "zero3", "fsdp2")),
+    Case(*NANO, "none", settings=PROJECTED),
+    *(Case(*SMALL, engine, settings=QUICK) for engine in ("none", "zero2", "zero3", "fsdp2")),
 ]

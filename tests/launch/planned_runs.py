@@ -83,6 +83,8 @@ class Probe:
         masters = storages(targets)
         gradients = storages(t.grad for t in (*targets, *parameters) if t.grad is not None)
         zero3 = getattr(parameters[0], "_z3_optimizer", None)
+        backward = self.optimizer._backward
+        gradients |= storages([] if backward is None else backward.tensors())
         if zero3 is not None:
             masters |= storages(zero3.fp32_partitioned_groups_flat)
             gradients |= storages([zero3.grad_partitions_flat_buffer])
@@ -138,7 +140,7 @@ def run(case: Case) -> dict[str, Any]:
         model = model.to(torch.bfloat16) if case.dtype == "bf16" else model
         if case.engine != "none":
             model = {"ddp": ddp, "fsdp2": fsdp2}[case.engine]()(model, dist.group.WORLD)
-        if case.settings.get("gradient_sync") == "sketch":
+        if case.engine == "ddp" and case.settings.get("gradient_sync") == "sketch":
             arg_dist.sketch_only(model)
         optimizer = arg_dist.AdaRankGrad(
             arg_dist.param_groups(model),

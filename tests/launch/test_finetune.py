@@ -123,11 +123,11 @@ def test_a_run_goes_on_from_its_checkpoint(given: Path, classifier: Path, tmp_pa
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_under_each_launcher(given: Path, classifier: Path, tmp_path: Path) -> None:
+def test_two_processes(given: Path, classifier: Path, tmp_path: Path) -> None:
     ours, adamw = tmp_path / "ours", tmp_path / "adamw"
     micro = (*STEPS, "--micro-batch", 4)
     for out, launcher, options, more in (
-        (ours, "torchrun", (), ()),
+        (ours, "forked", (), ()),
         (adamw, "accelerate", CPU, ("--optimizer", "adamw", "--precision", "bf16")),
     ):
         words = classification(given, out, *micro, *more)

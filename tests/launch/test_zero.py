@@ -5,17 +5,18 @@ import pytest
 from arg_dist.config import parse_config
 from arg_dist.recording import rounds
 from tests.launch import training
-from tests.launch.cases import BUDGETED, CASES, EVERYWHERE, SHARDED, VARIANTS
+from tests.launch.cases import BUDGETED, CASES, EVERYWHERE, SHARDED, VARIANTS, everywhere
 from tests.launch.conftest import Runs
 from tests.tolerances import CODES_LOSSES, LOSSES, LOW_PRECISION_LOSSES, PROJECTORS
 
 pytestmark = pytest.mark.timeout(400)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
-@pytest.mark.parametrize("case", [case.name for case in EVERYWHERE])
+@pytest.mark.parametrize(
+    ("processes", "case"), [(n, case.name) for n in (1, 2, 3, 4) for case in everywhere(n)]
+)
 def test_losses_ranks_and_bases_are_those_of_one_process(
-    runs: Runs, case: str, processes: int
+    runs: Runs, processes: int, case: str
 ) -> None:
     results = runs("deepspeed", processes)
     result, reference = results[case], results[f"reference-{CASES[case].model}"]
@@ -60,7 +61,7 @@ def test_engine_settings_change_nothing(runs: Runs, case: str) -> None:
     assert result["state_of_one_process"] <= 1.03
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4, 8])
+@pytest.mark.parametrize("processes", [2, 4, 8])
 @pytest.mark.parametrize("case", [case.name for case in SHARDED])
 def test_state_is_held_once(runs: Runs, case: str, processes: int) -> None:
     result = runs("deepspeed", processes)[case]
@@ -74,7 +75,7 @@ def test_collectives_of_a_step_do_not_depend_on_the_number_of_matrices(
     runs: Runs, case: str
 ) -> None:
     _, refreshing = rounds(power_passes=1, residual="orthogonalized", relayed=True)
-    assert runs("deepspeed", 4)[case]["most_collectives"] <= 1 + refreshing
+    assert runs("deepspeed", 2)[case]["most_collectives"] <= 1 + refreshing
 
 
 @pytest.mark.parametrize("case", [case.name for case in EVERYWHERE])
