@@ -300,7 +300,7 @@ def adam_step(
     Returns:
         ``update``, the direction.
     """
-    has_terms = side.touch != side.keep
+    has_terms = side.terms > 1
     if has_terms:
         total = yield sent_term(gradient, side, settings)
         gradient = summed(total, gradient.dtype)  # type: ignore[arg-type]
@@ -549,7 +549,7 @@ def refresh(
     passes, probes = settings.power_passes, None
     if norm_sq is None and sharding.terms is not None:
         probes = gaussian_rows(
-            basis.touch[me],
+            sharding.at_home(basis.size)[me],
             PROBES,
             seed=settings.seed,
             name=f"probes of {facts.name}",

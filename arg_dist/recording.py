@@ -92,6 +92,7 @@ def rounds(
     aligned: bool = False,
     terms: bool = False,
     whole: bool = False,
+    pieces: bool = False,
 ) -> tuple[int, int]:
     """Maximum number of sequential requests of a step, without and with a refresh.
 
@@ -106,22 +107,29 @@ def rounds(
         aligned: :attr:`arg_dist.subspace.distributed.MatrixSharding.is_aligned` of the matrix.
         terms: whether the gradient is a mean of terms.
         whole: whether a refresh forms that mean, :func:`arg_dist.terms.sends_whole`.
+        pieces: whether each term is itself sharded, over the processes of a copy of the model.
     """
     processes = 3 if relayed else 2
     rows, columns = ROWS, COLUMNS
-    if terms and not whole:  # so large that sketches are smaller
+    if terms and not (whole or pieces):  # so large that sketches are smaller
         rows = columns = 4 * RANK * (1 + power_passes)
     everything = ((0, rows * columns),) * processes
+    ranges, copy_of = even_rows(rows * columns, processes), None
+    if pieces:
+        ranges, copy_of = ranges * 2, (0,) * processes + (1,) * processes
+    elif aligned or terms:
+        ranges = everything
     sharding = shard_matrix(
         rows,
         columns,
-        everything if aligned or terms else even_rows(rows * columns, processes),
+        ranges,
         me=0,
-        spans_columns=True,
+        spans_columns=not pieces,
         home=0,
         shard_basis=not terms,
-        replicated=aligned or terms,
-        terms=terms,
+        replicated=(aligned or terms) and not pieces,
+        terms=terms and not pieces,
+        copy_of=copy_of,
     )
     chosen = {"power_passes": power_passes, "residual": residual, "oversample": 0}
     settings = parse_config({**chosen, "max_rank": RANK, "min_rank": RANK})

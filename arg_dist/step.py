@@ -372,6 +372,7 @@ def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig])
         aligned=sharding.is_aligned,
         terms=shard.terms > 1,
         whole=shard.terms > 1 and sends_whole(sharding, chosen),
+        pieces=sharding.terms is not None and sharding.terms.averaged is None,
     )
     return refreshing if is_due(state) else steady
 

@@ -1,5 +1,7 @@
 """AdaRankGrad on a gradient that is a mean of terms, one on each process, and never formed whole.
 
+Or one in each copy of a model that is sharded itself, of which a process has a part.
+
 Projecting is linear, ``mean(G_i) Q = mean(G_i Q)``, and so is each round of a refresh: the basis,
 its rank and Adam's moments are those of the mean, from products of few columns. The residual
 ``S_i = G_i - G_i Q Q^T`` of each term goes in few bits an element
@@ -22,9 +24,10 @@ What rounding takes away is not kept for later: a process has no state of its ow
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -56,6 +59,7 @@ from arg_dist.subspace.distributed import (
     MatrixSharding,
     Rows,
     Steps,
+    even_rows,
     gather,
     gather_each,
     select_rows,
@@ -72,8 +76,8 @@ class Term(NamedTuple):
     """What a process has to send of its gradient in a step without a refresh.
 
     Attributes:
-        projected: ``moment x rank``, P_i.
-        residual: ``elements``, S_i in `residual_sync_bits` each; None if it is dropped.
+        projected: ``moment.touch x rank``, P_i, or what a part of G_i adds to it.
+        residual: ``elements.touch``, S_i in `residual_sync_bits` each; None if it is dropped.
         size: ``1``, ``||S_i||``; None without a residual.
     """
 
@@ -95,31 +99,54 @@ def term_in_basis(
     settings: AdaRankGradConfig,
     before: Term | None = None,
 ) -> Term:
-    """This process's term, or that of a micro-batch added to it.
+    """This process's term where it has all of the gradient, or a micro-batch's added to it.
 
     Args:
-        gradient: ``moment x basis``, G_i over the number of processes, fp32.
+        gradient: ``moment x basis``, G_i over the number of terms, fp32.
         basis: ``basis x rank``, Q.
         sharding: how the matrix is distributed over the processes, with `terms`.
         settings: the settings of its parameter group.
         before: the term of the micro-batches before this one, which is used up. With a residual,
             each further one rounds the sum once more.
     """
-    assert sharding.terms is not None
-    # P_i = G_i Q ;  S_i = G_i - P_i Q^T
-    residual = None
+    # P_i = G_i Q
     with lowered_precision(settings.matmul_precision):
         product = gradient @ basis
-        if settings.residual != "none":
-            residual = residual_part(gradient, product, basis, 1.0, sharding.terms.alone)
+    term = Term(product)
+    if settings.residual != "none":
+        term = with_residual(term, gradient, product, basis, sharding, settings, before)
     if before is not None:
         product.add_(before.projected)
-        if residual is not None and before.residual is not None:
-            residual.add_(decode(before.residual, len(residual)))
-    if residual is None:
-        return Term(product)
+    return term
+
+
+def with_residual(
+    term: Term,
+    gradient: Tensor,
+    own: Tensor,
+    basis: Tensor,
+    sharding: MatrixSharding,
+    settings: AdaRankGradConfig,
+    before: Term | None = None,
+) -> Term:
+    """A term with its residual; arguments as of :func:`term_in_basis`.
+
+    Args:
+        term: the term without it.
+        gradient: ``moment.touch x basis.touch``, this process's part of G_i.
+        own: ``moment.touch x rank``, P_i, of all parts of G_i.
+        basis: ``basis.touch x rank``, Q.
+        sharding: how the matrix is distributed over the processes.
+        settings: the settings of its parameter group.
+        before: the term before.
+    """
+    # S_i = G_i - P_i Q^T
+    with lowered_precision(settings.matmul_precision):
+        residual = residual_part(gradient, own, basis, 1.0, sharding)
+    if before is not None and before.residual is not None:
+        residual.add_(decode(before.residual, len(residual)))
     size = residual.norm().view(1)
-    return Term(product, encode(residual, settings.residual_sync_bits), size)
+    return Term(term.projected, encode(residual, settings.residual_sync_bits), size)
 
 
 @dataclass(frozen=True)
@@ -200,7 +227,7 @@ def step_of_terms(
         projected = select_rows(product, moment.touch[me], moment.keep[me]).contiguous()
     else:
         if term is None:
-            term = term_in_basis(gradient(), basis, sharding, settings)
+            term = yield from _own_term(gradient, basis, sharding, settings)
         # P = sum_i P_i
         codes = sent_residual(term, sharding, settings)
         total, *terms = yield (sent_term(term.projected, moment, settings), *codes)
@@ -219,13 +246,30 @@ def step_of_terms(
         parts += decided_parts(share, text, sharding, settings)
     sent, *decided = yield from gather_each(parts, me)
     direction = sent.to(direction.dtype)
-    outside = decode(as_coded(decided), sharding.elements.size) if decided else None
+    outside = _decoded(decided, sharding) if decided else None
     return LowRankUpdate(direction, basis, outside=_sized(outside, direction, alone, settings))
+
+
+def _own_term(
+    gradient: Part, basis: Tensor, sharding: MatrixSharding, settings: AdaRankGradConfig
+) -> Steps[Term]:
+    """This process's term; arguments as of :func:`step_of_terms`, and ``basis.touch x rank``, Q."""
+    moment, terms = sharding.moment, sharding.terms
+    assert terms is not None
+    with lowered_precision(settings.matmul_precision):
+        product = gradient() @ basis
+    if settings.residual == "none":
+        return Term(product)
+    rows = terms.within_copies(moment.touch, moment.size)
+    own = yield from sum_scatter(product, rows, rows, sharding.me)
+    return with_residual(Term(product), gradient(), own, basis, sharding, settings)
 
 
 def sends_whole(sharding: MatrixSharding, settings: AdaRankGradConfig) -> bool:
     """Whether a refresh sends less by forming the mean of the gradients than by sketching it."""
     m, n = sharding.moment.size, sharding.basis.size
+    if sharding.terms is None or sharding.terms.averaged is None:
+        return False
     return m * n <= (1 + settings.power_passes) * (m + n) * sketch_width(sharding, settings)
 
 
@@ -249,10 +293,9 @@ def _refresh_of_mean(
     choose: Choose,
 ) -> Steps[NewBasis]:
     """:func:`arg_dist.algorithm.refresh` with a mean that every process has."""
-    assert sharding.terms is not None
-    moment, me = sharding.moment, sharding.me
+    assert sharding.terms is not None and sharding.terms.averaged is not None
+    moment, me, averaged = sharding.moment, sharding.me, sharding.terms.averaged
     rows = partial(select_rows, mean, moment.touch[me], moment.keep[me])
-    averaged = sharding.terms.averaged
     return (
         yield from refresh(
             rows, mean.device, state, averaged, settings, facts, choose, norm_sq(mean)
@@ -282,11 +325,9 @@ def _orthogonalized(
     blend = None
     if settings.remembers_residual:
         blend = blended_momentum(state, limit**0.5, basis.device, sharding, settings)
-    if sharding.me != sharding.home:
-        return residual
-    typed, alone = residual.to(TYPES[settings.polar_precision]), sharding.terms.alone
+    typed, at_home = residual.to(TYPES[settings.polar_precision]), sharding.decided_at_home
     steps = settings.polar_steps
-    return (yield from orthogonalize(typed, basis, alone, steps=steps, blend=blend)).float()
+    return (yield from orthogonalize(typed, basis, at_home, steps=steps, blend=blend)).float()
 
 
 def _sized(
@@ -335,34 +376,83 @@ def sent_residual(
     if term.residual is None or term.size is None:
         return ()
     codes, scales = term.residual
-    have, want = sharding.whole(len(codes)), decided_blocks(sharding, settings)
-    sent = Exchange(codes, have, want, stacked=True)
-    if term.residual.bits == 1:  # signs tell no size, and a term of size zero has no vote
+    if settings.residual == "orthogonalized":
+        have, each = blocks_in_turn(sharding.elements.touch), sharding.processes
+        want, one = sharding.at_home(have[-1][1]), even_rows(each, each)
+        sizes = Exchange(term.size, one, sharding.at_home(each))
+        stacked = False
+    else:
+        have, want = sharding.whole(len(codes)), decided_blocks(sharding, settings)
         one = sharding.whole(1)
-        return sent, Exchange(term.size, one, one, stacked=True)
-    return sent, Exchange(scales, have, want, stacked=True)
+        sizes = Exchange(term.size, one, one, stacked=True)
+        stacked = True
+    sent = Exchange(codes, have, want, stacked)
+    if term.residual.bits == 1:  # signs tell no size, and a term of size zero has no vote
+        return sent, sizes
+    return sent, Exchange(scales, have, want, stacked)
+
+
+@lru_cache
+def blocks_in_turn(elements: Rows) -> Rows:
+    """The blocks of what each process holds, one process's after another's."""
+    ends = list(accumulate((blocks_of(high - low) for low, high in elements), initial=0))
+    return tuple(pairwise(ends))
 
 
 def mean_of(
-    terms: Sequence[Tensor], sharding: MatrixSharding, settings: AdaRankGradConfig
+    parts: Sequence[Tensor], sharding: MatrixSharding, settings: AdaRankGradConfig
 ) -> Tensor:
     """:func:`decided_elements` of the sum of the terms, fp32; of signs, if these are all there is.
 
     Args:
-        terms: of each exchange of :func:`sent_residual`, what all processes sent.
+        parts: of each exchange of :func:`sent_residual`, what all processes sent.
         sharding: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
     """
-    (codes, sizes), (low, high) = terms, decided_elements(sharding, settings)
-    total = codes.new_zeros(high - low, dtype=torch.float32)
-    if settings.residual_sync_bits > 1:
-        for each in zip(codes, sizes, strict=True):
-            total += decode(Coded(*each), high - low)
+    low, high = decided_elements(sharding, settings)
+    total = parts[0].new_zeros(high - low, dtype=torch.float32)
+    if low == high:
         return total
-    for signs, size in zip(codes, sizes if len(codes) else (), strict=True):
-        total += decode(as_coded([signs]), high - low).mul_(2 * (size > 0))
-    # votes of one size, that of the terms on average
-    return total.mul_(sizes.mean() / sharding.elements.size**0.5)
+    votes = settings.residual_sync_bits == 1
+    for start, stop, codes, size in _received(parts, sharding, settings):
+        if votes:  # of one size, that of the terms on average
+            total[start:stop] += decode(as_coded([codes]), stop - start).mul_(2 * size)
+        else:
+            total[start:stop] += decode(Coded(codes, size), stop - start)
+    return total
+
+
+def _received(
+    parts: Sequence[Tensor], sharding: MatrixSharding, settings: AdaRankGradConfig
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Of each process the elements, codes, and scales, or the length of a vote's element."""
+    codes, sizes = parts
+    if settings.residual_sync_bits == 1:
+        sizes = _lengths_of_votes(sizes.flatten(), sharding)
+    if settings.residual != "orthogonalized":
+        low, high = decided_elements(sharding, settings)
+        for each, size in zip(codes, sizes, strict=True):
+            yield 0, high - low, each, size
+        return
+    blocks = blocks_in_turn(sharding.elements.touch)
+    for process, (low, high) in enumerate(sharding.elements.touch):
+        rows = slice(*blocks[process])
+        size = sizes[process] if settings.residual_sync_bits == 1 else sizes[rows]
+        yield low, high, codes[rows], size
+
+
+def _lengths_of_votes(sizes: Tensor, sharding: MatrixSharding) -> Tensor:
+    """``processes``: the mean length of an element of the terms; zero for terms of size zero.
+
+    Args:
+        sizes: ``processes``, ``||S_i||`` of what each holds.
+        sharding: how the matrix is distributed over the processes.
+    """
+    held = sharding.elements.touch
+    alike = torch.tensor([[a == b for b in held] for a in held], dtype=sizes.dtype)
+    counts = torch.tensor([max(1, high - low) for low, high in held], dtype=sizes.dtype)
+    alike, counts = alike.to(sizes.device), counts.to(sizes.device)
+    return (alike @ sizes / alike.sum(1) / counts.sqrt()) * (sizes > 0)
 
 
 def decided_parts(
@@ -376,12 +466,24 @@ def decided_parts(
         sharding: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
     """
-    blocks = blocks_of(sharding.elements.size)
-    rows = decided_blocks(sharding, settings), sharding.whole(blocks)
+    rows = decided_blocks(sharding, settings), blocks_around(sharding.elements.update)
     elements = decided_elements(sharding, settings)
     coin = tossed(text, elements, share.device).mul_(torch.finfo(torch.float32).tiny)
     coded = encode(torch.where(share == 0, coin, share), settings.residual_back_bits)
     return [(part, *rows) for part in (coded if coded.bits > 1 else coded[:1])]
+
+
+@lru_cache
+def blocks_around(elements: Rows) -> Rows:
+    """The blocks in which each process's elements lie."""
+    return tuple((a // BLOCK, blocks_of(b)) if a < b else (0, 0) for a, b in elements)
+
+
+def _decoded(parts: Sequence[Tensor], sharding: MatrixSharding) -> Tensor:
+    """``elements.update``, of the blocks around them."""
+    low, high = sharding.elements.update[sharding.me]
+    first = low // BLOCK * BLOCK
+    return decode(as_coded(parts), high - first)[low - first :]
 
 
 def as_coded(parts: Sequence[Tensor]) -> Coded:

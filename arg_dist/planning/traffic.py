@@ -51,7 +51,7 @@ class AnyHome(MatrixSharding):
 
 def _for_any_home(sharding: MatrixSharding) -> AnyHome:
     terms = sharding.terms
-    if terms is not None:
+    if terms is not None and terms.averaged is not None:
         sharding = replace(sharding, terms=replace(terms, averaged=_for_any_home(terms.averaged)))
     return AnyHome(*(getattr(sharding, each.name) for each in fields(sharding)))
 

@@ -56,7 +56,8 @@ class GroupSpec:
         positions: index of each parameter, by name, in the list that the group was built with:
             home processes follow from it, whatever other parameters train now.
         settings: the group's settings as text; must be equal on all processes.
-        terms: every process has gradients of its own, whose mean is that of the model.
+        terms: every process, or every copy of a sharded model, has gradients of its own, whose mean
+            is that of the model.
     """
 
     holding: Holding
@@ -141,6 +142,7 @@ def shard_matrix(
     replicated: bool,
     transposed: bool = False,
     terms: bool = False,
+    copy_of: tuple[int, ...] | None = None,
 ) -> MatrixSharding:
     """The sharding of a ``rows x columns`` matrix; process `i` holds the range ``ranges[i]``.
 
@@ -159,6 +161,8 @@ def shard_matrix(
             moment side.
         transposed: the matrix is stored transposed: its rows in the model are the columns here.
         terms: it is replicated, and every process has a gradient of its own.
+        copy_of: it is sharded in several copies, each with a gradient of its own: in which of them
+            each process holds its range; what these share is split between the copies.
     """
     owners = tuple(i for i, (start, stop) in enumerate(ranges) if start < stop)
     processes = len(ranges)
@@ -176,9 +180,9 @@ def shard_matrix(
     else:
         touched = tuple((a // columns, -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
         first = tuple((-(-a // columns), -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
-        split = DimensionSharding(rows, touched, first, touched)
+        split = DimensionSharding(rows, touched, _divided(first, copy_of), touched)
         whole: Rows = tuple((0, columns if i in owners else 0) for i in range(processes))
-        parts = _in_proportion(ranges, rows * columns, columns)
+        parts = _divided(_in_proportion(ranges, rows * columns, columns), copy_of)
         unsplit = DimensionSharding(columns, whole, parts, whole)
         moment, basis = (split, unsplit) if spans_columns else (unsplit, split)
         elements = DimensionSharding(rows * columns, ranges, ranges, ranges)
@@ -193,7 +197,31 @@ def shard_matrix(
         home=owners[home % len(owners)],
         me=me,
     )
+    if copy_of is not None:
+        return replace(sharding, terms=Terms(max(copy_of) + 1, _alone(sharding), copy_of))
     return _of_terms(sharding) if terms else sharding
+
+
+def _divided(rows: Rows, copy_of: tuple[int, ...] | None) -> Rows:
+    """The rows of each process, of which those that hold the same have an even part each."""
+    if copy_of is None:
+        return rows
+    copies = max(copy_of) + 1
+    shares = [
+        even_rows(high - low, copies)[i] for (low, high), i in zip(rows, copy_of, strict=True)
+    ]
+    return tuple((low + a, low + b) for (low, _), (a, b) in zip(rows, shares, strict=True))
+
+
+def _alone(sharding: MatrixSharding) -> MatrixSharding:
+    """The same matrix, held by this process alone."""
+    return single_process(
+        sharding.moment.size,
+        sharding.basis.size,
+        outputs_are_moment=sharding.outputs_are_moment,
+        me=sharding.me,
+        processes=sharding.processes,
+    )
 
 
 def _of_terms(averaged: MatrixSharding) -> MatrixSharding:
@@ -202,30 +230,28 @@ def _of_terms(averaged: MatrixSharding) -> MatrixSharding:
     Args:
         averaged: its sharding where every process has the mean of these gradients.
     """
-    processes, me = averaged.processes, averaged.me
+    processes = averaged.processes
 
     def whole(side: DimensionSharding) -> DimensionSharding:
         everyone = ((0, side.size),) * processes
         return replace(side, touch=everyone, update=everyone)
 
-    alone = single_process(
-        averaged.moment.size,
-        averaged.basis.size,
-        outputs_are_moment=averaged.outputs_are_moment,
-        me=me,
-        processes=processes,
-    )
     return replace(
         averaged,
         moment=whole(averaged.moment),
         basis=whole(averaged.basis),
         elements=whole(averaged.elements),
-        terms=Terms(processes, averaged, alone),
+        terms=Terms(processes, _alone(averaged), tuple(range(processes)), averaged),
     )
 
 
 def shard_elements(
-    ranges: Ranges, numel: int, replicated: bool, *, terms: bool = False
+    ranges: Ranges,
+    numel: int,
+    replicated: bool,
+    *,
+    terms: bool = False,
+    copy_of: tuple[int, ...] | None = None,
 ) -> DimensionSharding:
     """The distribution of the elements of a non-matrix tensor over the processes.
 
@@ -234,11 +260,15 @@ def shard_elements(
         numel: number of elements.
         replicated: every process holds all of them.
         terms: and has a gradient of its own.
+        copy_of: as of :func:`shard_matrix`.
     """
     if not replicated:
-        return DimensionSharding(numel, ranges, ranges, ranges)
+        copies = 1 if copy_of is None else max(copy_of) + 1
+        return DimensionSharding(numel, ranges, _divided(ranges, copy_of), ranges, copies)
     kept, everyone = even_rows(numel, len(ranges)), ((0, numel),) * len(ranges)
-    return DimensionSharding(numel, everyone if terms else kept, kept, everyone)
+    if terms:
+        return DimensionSharding(numel, everyone, kept, everyone, len(ranges))
+    return DimensionSharding(numel, kept, kept, everyone)
 
 
 def _in_proportion(ranges: Ranges, numel: int, size: int) -> Rows:

@@ -132,7 +132,7 @@ class TensorShard(Shard):
     @property
     def terms(self) -> int:
         """Number of gradients, one of each process, of which the gradient is the mean; else 1."""
-        return self.sharding.processes if self.sharding.touch != self.sharding.keep else 1
+        return self.sharding.terms
 
     @property
     def moment_type(self) -> torch.dtype:

@@ -25,7 +25,7 @@ A request that moves no data is answered immediately and never reaches a driver.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TypeVar
@@ -249,12 +249,14 @@ class DimensionSharding:
             between processes.
         keep: rows whose state a process keeps; a partition of the dimension, within `touch`.
         update: rows whose weights a process updates.
+        terms: number of gradients of which that of a tensor is the mean, :class:`Terms`.
     """
 
     size: int
     touch: Rows
     keep: Rows
     update: Rows
+    terms: int = 1
 
     @property
     def processes(self) -> int:
@@ -292,8 +294,8 @@ class MatrixSharding:
         home: the owner that orthonormalizes sketches and solves the small eigenproblem, so that
             rounding cannot give the processes different results.
         me: this process's index in the group.
-        terms: set if each process has a gradient of its own, whose mean is not formed; then it
-            touches all rows, and keeps an even share of them.
+        terms: set if several copies of the model have a gradient each, whose mean is not formed;
+            then the processes that touch the same rows keep an even share of them each.
     """
 
     moment: DimensionSharding
@@ -365,6 +367,18 @@ class MatrixSharding:
         """Whether every process keeps exactly the moment rows that it touches."""
         return self.moment.keep == self.moment.touch
 
+    @cached_property
+    def decided_at_home(self) -> MatrixSharding:
+        """The sharding of something at home that has all elements, for which all of Q is wanted."""
+        everything, size = self.at_home(self.elements.size), self.basis.size
+        has_basis = self.basis.touch[self.home] == (0, size)
+        kept = self.at_home(size) if has_basis else self.basis.keep
+        return replace(
+            self,
+            elements=replace(self.elements, keep=everything),
+            basis=replace(self.basis, keep=kept),
+        )
+
     def relay(self, size: int) -> Rows:
         """Which of `size` rows each process forwards to or from the home process."""
         return self.shares(size) if self.is_relayed else self.at_home(size)
@@ -377,18 +391,28 @@ class MatrixSharding:
 
 @dataclass(frozen=True)
 class Terms:
-    """Of a gradient that is the mean of terms, one on each of several processes.
+    """Of a gradient that is the mean of terms, one in each of several copies of the model.
 
     Attributes:
         count: number of terms.
-        averaged: the sharding of the mean, once it has been formed.
-        alone: the sharding of this process's term, or of a copy of the mean, for which no other
-            process is needed.
+        alone: the sharding of a matrix that this process holds whole, for which no other process is
+            needed.
+        copy_of: in which copy each process holds a part, or all of it.
+        averaged: the sharding of the mean, once every process has formed it; None if the copies
+            themselves are sharded.
     """
 
     count: int
-    averaged: MatrixSharding
     alone: MatrixSharding
+    copy_of: tuple[int, ...]
+    averaged: MatrixSharding | None = None
+
+    def within_copies(self, rows: Rows, size: int) -> Rows:
+        """Rows of which each copy has `size` of its own, so that sums are over one copy only."""
+        return tuple(
+            (low + i * size, high + i * size)
+            for (low, high), i in zip(rows, self.copy_of, strict=True)
+        )
 
 
 @lru_cache(maxsize=65536)

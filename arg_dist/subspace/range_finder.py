@@ -99,16 +99,17 @@ def leading_directions(
         omega: ``moment.touch x width``, this process's rows of the sketch matrix.
         sharding: how G is distributed over the processes.
         power_passes: as of :func:`range_finder`.
-        probes: ``basis x probes``, Gaussian, from which the norm of G is estimated (Hutch++, Meyer
-            et al. 2021, algorithm 1); then every process touches all of the basis side.
+        probes: ``basis x probes`` on the home process, no rows elsewhere; Gaussian, from which the
+            norm of G is estimated (Hutch++, Meyer et al. 2021, algorithm 1).
     """
     moment, basis, me = sharding.moment, sharding.basis, sharding.me
     width = omega.shape[1]
     found = yield from range_finder(gradient, omega, sharding, power_passes=power_passes)
-    vectors = yield from from_home(found, basis.size, basis.touch, sharding)
+    vectors = found
     if probes is not None:
         # Z = (I - Q Q^T) Z: ||G||^2 = ||G Q||^2 + E ||G z||^2
-        vectors = torch.cat([vectors, probes.addmm(vectors, vectors.T @ probes, alpha=-1)], 1)
+        vectors = torch.cat([found, probes.addmm(found, found.T @ probes, alpha=-1)], 1)
+    vectors = yield from from_home(vectors, basis.size, basis.touch, sharding)
     # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64: squaring halves the precision
     image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
     image, both = image.double(), vectors.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -243,3 +245,119 @@ def test_a_tensor_that_adam_trains_sums_its_terms():
     assert all(torch.equal(each, directions[0]) for each in directions)
     assert torch.equal(directions[0].sign(), total.sign())
     ROUNDING.check(torch.cat([state["exp_avg"] for state in states]), 0.1 * total)
+
+
+# -- copies of a model that is sharded itself -----------------------------------------------------
+
+
+def copies(
+    m: int, n: int, cuts: list[int], *, spans_columns: bool, home: int = 0
+) -> list[MatrixSharding]:
+    """A matrix of ``m x n`` elements, cut there in each of two copies."""
+    bounds = [0, *sorted(cuts), m * n]
+    ranges = tuple(pairwise(bounds)) * 2
+    each = len(cuts) + 1
+    layout = {"spans_columns": spans_columns, "home": home, "shard_basis": False}
+    copy_of = (0,) * each + (1,) * each
+    return [
+        shard_matrix(m, n, ranges, me=me, replicated=False, copy_of=copy_of, **layout)
+        for me in range(2 * each)
+    ]
+
+
+def part_of(matrix: Tensor, sharding: MatrixSharding) -> Tensor:
+    """``moment.touch x basis.touch``: what a process holds of a matrix as stored, and zeros."""
+    start, stop = sharding.elements.touch[sharding.me]
+    held = torch.zeros(matrix.numel())
+    held[start:stop] = matrix.reshape(-1)[start:stop]
+    held = held.view(matrix.shape)
+    held = held if sharding.cuts_moment else held.T
+    moment, basis = (side.touch[sharding.me] for side in (sharding.moment, sharding.basis))
+    return held[slice(*moment), slice(*basis)]
+
+
+def step_of_copies(
+    terms: list[Tensor],
+    states: list[State],
+    layout: list[MatrixSharding],
+    settings: AdaRankGradConfig,
+) -> tuple[list[LowRankUpdate | None], int]:
+    """One step with a gradient in each copy, and its rounds; those without a part take none."""
+    facts = StepFacts(
+        name="w",
+        norm_sq=sum(float(term.double().square().sum()) for term in terms) / len(terms),
+        kept_sq=sum(float(state.get("kept_sq", 0.0)) for state in states),
+        phase=0.0,
+    )
+    counts: list[int] = []
+    steps = []
+    for state, sharding in zip(states, layout, strict=True):
+        part = part_of(terms[sharding.terms.copy_of[sharding.me]] / len(terms), sharding)
+        own = step_of_terms(lambda part=part: part, CPU, state, sharding, settings, facts)
+        steps.append(counted(own, counts))
+    return run_lockstep(steps), max(counts)
+
+
+def elements_of(update: LowRankUpdate, sharding: MatrixSharding) -> Tensor:
+    """``elements.update``: what the weights held change by."""
+    change = sharding.flat(update.direction @ update.basis.T)
+    return change if update.outside is None else change + update.outside
+
+
+ELEMENTS = 24 * 16
+CUTS = st.lists(st.integers(1, ELEMENTS - 1), min_size=1, max_size=3, unique=True)
+
+
+def rounds_of_copies(rule: str, sharding: MatrixSharding) -> tuple[int, int]:
+    return rounds(1, rule, relayed=sharding.is_relayed, terms=True, pieces=True)
+
+
+@given(CUTS, st.booleans(), st.integers(0, 3))
+def test_copies_cut_anywhere_take_the_steps_of_the_mean(cuts, spans_columns, home):
+    layout = copies(24, 16, cuts, spans_columns=spans_columns, home=home)
+    settings = settings_of(residual="none")
+    states: list[State] = [{} for _ in layout]
+    alone: State = {}
+    steady, refreshing = rounds_of_copies("none", layout[0])
+    for step in range(4):
+        common = gaussian(24, 2, seed=step // 3) @ gaussian(2, 16, seed=step // 3)
+        terms = [common + 0.1 * gaussian(24, 16, seed=10 * step + i) for i in range(2)]
+        updates, taken = step_of_copies(terms, states, layout, settings)
+        mean = (terms[0] + terms[1]) / 2
+        expected = change_of(one_step(mean if spans_columns else mean.T, alone, **dict(settings)))
+        expected = (expected if spans_columns else expected.T).reshape(-1)
+        assert taken <= (refreshing if step in (0, 3) else steady)
+        for update, sharding in zip(updates, layout, strict=True):
+            low, high = sharding.elements.update[sharding.me]
+            ROUNDING.check(elements_of(update, sharding), expected[low:high])
+    assert {state["rank"] for state in states} == {alone["rank"]}
+
+
+@given(CUTS, st.booleans(), st.sampled_from([(1, 2), (2, 2), (4, 4)]), st.booleans())
+def test_copies_are_equal_bit_by_bit(cuts, spans_columns, bits, remembers):
+    layout = copies(24, 16, cuts, spans_columns=spans_columns)
+    settings = settings_of(residual_momentum=0.5 * remembers, **both(*bits))
+    states: list[State] = [{} for _ in layout]
+    steady, refreshing = rounds_of_copies("orthogonalized", layout[0])
+    for step in range(4):
+        terms = [gaussian(24, 16, seed=10 * step + i) for i in range(2)]
+        updates, taken = step_of_copies(terms, states, layout, settings)
+        changes = [elements_of(*each) for each in zip(updates, layout, strict=True)]
+        each = len(layout) // 2
+        assert all(map(torch.equal, changes[:each], changes[each:]))
+        assert taken <= (refreshing if step in (0, 3) else steady)
+
+
+def test_the_residual_of_sharded_copies_is_near_to_that_of_the_mean():
+    layout, settings = copies(64, 96, [2000, 4000], spans_columns=True), settings_of(**both(4, 4))
+    states: list[State] = [{} for _ in layout]
+    alone: State = {}
+    for step in range(2):
+        terms = [gaussian(64, 96, seed=10 * (step > 0) + i * step) for i in range(2)]
+        updates, _ = step_of_copies(terms, states, layout, settings)
+        expected = change_of(one_step((terms[0] + terms[1]) / 2, alone, **dict(settings)))
+    changes = [elements_of(*each) for each in zip(updates[:3], layout[:3], strict=True)]
+    similarity = torch.nn.functional.cosine_similarity(
+        torch.cat(changes), expected.reshape(-1), dim=0
+    )
+    assert float(similarity) > 0.95
