@@ -8,10 +8,10 @@ The agreement carries a summary; if it differs, one more exchange finds out what
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch import Tensor
 from arg_dist.algorithm import is_due
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.parameter_groups import settings_text
-from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.comparison import first_difference
 from arg_dist.sharding.drivers import run
 from arg_dist.sharding.plan import Plan
@@ -27,7 +26,7 @@ from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.sharding.stragglers import enumerated
 from arg_dist.sharding.timeouts import named
 from arg_dist.step import Agreement, Likeness
-from arg_dist.subspace.distributed import Steps
+from arg_dist.subspace.distributed import Interval, Steps
 from arg_dist.subspace.fingerprint import Numbers, differ, fingerprint, summary
 from arg_dist.subspace.state import State
 
@@ -35,6 +34,9 @@ AT_LEAST_ELEMENTS, AT_MOST_TENSORS = 2**20, 16
 """Compared in each step by turns, in addition to the matrices that refresh."""
 COPIES_EVERY = 20
 """Steps between comparisons of the copies of a sharded model, or of gradients that must differ."""
+
+
+T = TypeVar("T")
 
 
 class Seen(NamedTuple):
@@ -127,12 +129,12 @@ def compare(
         step: steps taken before; equal on all processes.
     """
     texts = [settings_text(settings[group]) for group in plan.groups]
-    if plan.copies and step % COPIES_EVERY == 0:
+    if plan.terms and plan.communicator.size > 1 and step % COPIES_EVERY == 0:
+        _check_own_gradients(plan)
+    if (plan.copies or plan.copy_of) and step % COPIES_EVERY == 0:
         return Comparison(plan, step, texts, apart=_apart_from_copies(plan, step))
     if not plan.replicated or not plan.shards:
         return Comparison(plan, step, texts)
-    if plan.terms and step % COPIES_EVERY == 0:
-        _check_own_gradients(plan)
     due = [
         shard
         for shard in plan.shards
@@ -145,22 +147,33 @@ def compare(
 
 
 def _check_own_gradients(plan: Plan) -> None:
-    """Check that each process has gradients of its own, not their average; collective.
+    """Check that processes that hold the same have gradients of their own; collective.
 
     Raises:
-        RuntimeError: on every process: all of their gradients are equal.
+        RuntimeError: on every process: they have their average.
     """
     gradients = [gradient for shard in plan.shards if (gradient := shard.gradient()) is not None]
     seen = [fingerprint(gradient).tolist() for gradient in gradients]
-    everyone = plan.communicator.gather_objects(seen, "comparing gradients")
-    has_some = any(any(numbers) for numbers in seen)
-    if has_some and all(theirs == everyone[0] for theirs in everyone):
+    everyone = plan.communicator.gather_objects((_parts(plan), seen), "comparing gradients")
+    has_some = any(any(numbers) for _, found in everyone for numbers in found)
+    if has_some and all(seen == everyone[i][1] for i, (_, seen) in _with_first(everyone)):
         raise RuntimeError(
             f'gradient_sync: got "sketch", but the gradients of all {len(everyone)} processes are '
             "equal: DistributedDataParallel averages them (call arg_dist.sketch_only(model) after "
             "wrapping the model in it), the job does, or all processes read the same batches (use "
             "a DistributedSampler). This step changed nothing"
         )
+
+
+def _parts(plan: Plan) -> list[tuple[str, Interval]]:
+    """What this process holds."""
+    return [(shard.name, shard.range) for shard in plan.shards]
+
+
+def _with_first(everyone: Sequence[tuple[Any, T]]) -> Iterator[tuple[int, tuple[Any, T]]]:
+    """What each process sent, and the first that holds the same parts."""
+    parts = [held for held, _ in everyone]
+    return ((parts.index(each[0]), each) for each in everyone)
 
 
 def _chosen(certain: Sequence[Shard], shards: Sequence[Shard], step: int) -> list[Shard]:
@@ -198,13 +211,15 @@ def _apart_from_copies(plan: Plan, step: int) -> list[str]:
     """What differs from the parts that other copies of the model hold, in words."""
     seen = _seen(plan.shards, _fingerprints(plan.shards) if plan.shards else None)
     found = []
-    for copies in plan.copies:
-        everyone = copies.gather_objects(seen, "comparing the copies of the model")
-        for place, theirs in enumerate(everyone[1:], start=1):
-            for first, other in zip(everyone[0], theirs, strict=True):
-                what = _difference(first, other)
+    for copies in plan.copies or [plan.communicator]:
+        sent = (_parts(plan), seen)
+        everyone = copies.gather_objects(sent, "comparing the copies of the model")
+        for place, (first, (_, theirs)) in enumerate(_with_first(everyone)):
+            for one, other in zip(everyone[first][1], theirs, strict=True):
+                what = _difference(one, other)
                 if what:
-                    found.append(_copies_differ(other.name, what, copies, place, step))
+                    pair = copies.processes[first], copies.processes[place]
+                    found.append(_copies_differ(other.name, what, pair, step))
     return found
 
 
@@ -214,10 +229,9 @@ def _difference(ours: Seen, theirs: Seen) -> str:
     return "weights" if differ(ours.weights, theirs.weights) else ""
 
 
-def _copies_differ(name: str, what: str, copies: Communicator, place: int, step: int) -> str:
-    first, other = copies.processes[0], copies.processes[place]
+def _copies_differ(name: str, what: str, pair: tuple[int, int], step: int) -> str:
     return (
-        f"{name}: processes {first} and {other} of the job hold the same part in two copies of "
+        f"{name}: processes {pair[0]} and {pair[1]} of the job hold the same part in two copies of "
         f"the model, and its {what} differs between them at step {step}; gradients must be "
         "averaged over the copies, and weights changed on all of them alike. This step changed "
         "nothing: resume from the last checkpoint"

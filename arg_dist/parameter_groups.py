@@ -156,7 +156,9 @@ def group_spec(
     def views(name: str, shape: tuple[int, ...]) -> list[MatrixView]:
         return [] if name in full_rank | pairs else trained_views(name, shape, settings)
 
-    terms = _has_terms(holding, settings)
+    terms = False
+    if settings.gradient_sync == "sketch":
+        holding, terms = _with_all_terms(holding, group, settings)
     return GroupSpec(
         holding=holding,
         side=settings.side,
@@ -168,23 +170,46 @@ def group_spec(
     )
 
 
-def _has_terms(holding: Holding, settings: AdaRankGradConfig) -> bool:
-    """Whether the processes' gradients are terms of a mean that the optimizer forms.
+def _with_all_terms(
+    holding: Holding, group: ParameterGroup, settings: AdaRankGradConfig
+) -> tuple[Holding, bool]:
+    """The processes whose gradients are terms of a mean, and whether there is more than one term.
 
     Raises:
-        ConfigError: they should be, but the engine averages them.
+        ConfigError: the processes shard one copy of the model, or the engine averages the gradients
+            of several.
     """
-    if settings.gradient_sync != "sketch":
-        return False
-    if holding.group is None and settings.gradient_budget is None:
-        return False  # the one gradient is the mean
-    if holding.group is not None and not holding.replicated:
+    if not holding.replicated and group.process_group is not None:
+        copies = None if holding.copies else holding.in_copies(group.process_group)
+        if copies is None:
+            raise ConfigError(
+                'gradient_sync="sketch": the engine shards the model over all processes, or '
+                "averages the gradients of its copies; leave the model whole on each process, or "
+                'shard it by FSDP2 over those of a node (fully_shard(model, mesh=mesh["shard"]), '
+                'of a mesh with the axes "replicate" and "shard"), or leave gradient_sync at '
+                '"engine"'
+            )
+        _check_copies(settings)
+        return copies, True
+    return holding, holding.group is not None or settings.gradient_budget is not None
+
+
+def _check_copies(settings: AdaRankGradConfig) -> None:
+    """Check the settings with which several copies of a sharded model are trained.
+
+    Raises:
+        ConfigError: they cannot work.
+    """
+    if settings.residual == "matched":
         raise ConfigError(
-            'gradient_sync="sketch": each process needs a gradient of the whole model, but the '
-            "engine shards the model and has averaged the gradients; use one that leaves the model "
-            'whole on each process, or leave gradient_sync at "engine"'
+            'gradient_sync="sketch": residual="matched" needs the norms of whole rows, and FSDP2 '
+            'has cut the model; use residual="orthogonalized" or "none"'
         )
-    return True
+    if settings.gradient_budget is not None:
+        raise ConfigError(
+            "gradient_budget: FSDP2 sums the gradients of a copy of the model before they can be "
+            "projected; leave it out, or leave the model whole on each process"
+        )
 
 
 def _check_trainable(holding: Holding) -> None:

@@ -28,7 +28,7 @@ from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding, eve
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.residual import Rule
 from arg_dist.subspace.state import State
-from arg_dist.terms import sends_whole, step_of_terms
+from arg_dist.terms import is_small, step_of_terms
 
 ROWS, COLUMNS, RANK = 7, 5, 3
 """A matrix of which every part that processes may share is split between three of them."""
@@ -93,6 +93,7 @@ def rounds(
     terms: bool = False,
     whole: bool = False,
     pieces: bool = False,
+    stored_once: bool = False,
 ) -> tuple[int, int]:
     """Maximum number of sequential requests of a step, without and with a refresh.
 
@@ -106,13 +107,15 @@ def rounds(
         relayed: :attr:`arg_dist.subspace.distributed.MatrixSharding.is_relayed` of the matrix.
         aligned: :attr:`arg_dist.subspace.distributed.MatrixSharding.is_aligned` of the matrix.
         terms: whether the gradient is a mean of terms.
-        whole: whether a refresh forms that mean, :func:`arg_dist.terms.sends_whole`.
+        whole: whether it is so small that a refresh forms it, :func:`arg_dist.terms.is_small`.
         pieces: whether each term is itself sharded, over the processes of a copy of the model.
+        stored_once: whether the basis is stored once over the processes, if there are terms.
     """
     processes = 3 if relayed else 2
     rows, columns = ROWS, COLUMNS
-    if terms and not (whole or pieces):  # so large that sketches are smaller
-        rows = columns = 4 * RANK * (1 + power_passes)
+    if terms and not whole:  # so large that sketches are smaller
+        rows = 4 * RANK * (1 + power_passes) + 1
+        columns = rows - 1
     everything = ((0, rows * columns),) * processes
     ranges, copy_of = even_rows(rows * columns, processes), None
     if pieces:
@@ -126,14 +129,14 @@ def rounds(
         me=0,
         spans_columns=not pieces,
         home=0,
-        shard_basis=not terms,
+        shard_basis=stored_once or not terms,
         replicated=(aligned or terms) and not pieces,
         terms=terms and not pieces,
         copy_of=copy_of,
     )
     chosen = {"power_passes": power_passes, "residual": residual, "oversample": 0}
     settings = parse_config({**chosen, "max_rank": RANK, "min_rank": RANK})
-    assert not terms or whole == sends_whole(sharding, settings)
+    assert not terms or whole == is_small(sharding, settings)
     state: State = {}
 
     def requests() -> int:

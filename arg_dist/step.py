@@ -38,7 +38,7 @@ from arg_dist.subspace.norms import norm_sq, row_squares
 from arg_dist.subspace.precision import lowered_precision
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.state import State
-from arg_dist.terms import Projected, Term, sends_whole, step_of_terms
+from arg_dist.terms import Projected, Term, is_small, step_of_terms
 
 # -- gradients ------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ def own_sketch(shard: Shard, steps: int) -> Tensor | None:
     gradient = shard.gradient()
     if gradient is None:
         return None
-    return norm_sketch(gradient, shard.range[0], f"{shard.name}|{steps}")
+    return norm_sketch(gradient, f"{shard.name}|{shard.range[0]}|{steps}")
 
 
 # -- the agreement --------------------------------------------------------------------------------
@@ -371,8 +371,9 @@ def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig])
         relayed=sharding.is_relayed,
         aligned=sharding.is_aligned,
         terms=shard.terms > 1,
-        whole=shard.terms > 1 and sends_whole(sharding, chosen),
+        whole=shard.terms > 1 and is_small(sharding, chosen),
         pieces=sharding.terms is not None and sharding.terms.averaged is None,
+        stored_once=shard.terms > 1 and sharding.store != sharding.basis.touch,
     )
     return refreshing if is_due(state) else steady
 

@@ -210,7 +210,12 @@ def step_of_terms(
             gradient = partial(_itself, mean)
             new = yield from _refresh_of_mean(mean, state, sharding, settings, facts, choose)
         else:
-            new = yield from refresh(gradient, device, state, sharding, settings, facts, choose)
+            exact = None
+            if is_small(sharding, settings):
+                exact = yield from norm_of_mean(gradient(), sharding)
+            new = yield from refresh(
+                gradient, device, state, sharding, settings, facts, choose, exact
+            )
         basis = new.vectors
     elif state:
         basis = yield from present_basis(state, sharding)
@@ -265,12 +270,29 @@ def _own_term(
     return with_residual(Term(product), gradient(), own, basis, sharding, settings)
 
 
-def sends_whole(sharding: MatrixSharding, settings: AdaRankGradConfig) -> bool:
-    """Whether a refresh sends less by forming the mean of the gradients than by sketching it."""
+def is_small(sharding: MatrixSharding, settings: AdaRankGradConfig) -> bool:
+    """Whether forming the mean of the gradients sends less than sketching it."""
     m, n = sharding.moment.size, sharding.basis.size
-    if sharding.terms is None or sharding.terms.averaged is None:
-        return False
     return m * n <= (1 + settings.power_passes) * (m + n) * sketch_width(sharding, settings)
+
+
+def sends_whole(sharding: MatrixSharding, settings: AdaRankGradConfig) -> bool:
+    """Whether a refresh forms the mean of the gradients, on every process."""
+    has_whole = sharding.terms is not None and sharding.terms.averaged is not None
+    return has_whole and is_small(sharding, settings)
+
+
+def norm_of_mean(part: Tensor, sharding: MatrixSharding) -> Steps[Tensor]:
+    """``||G||_F^2`` of the mean of gradients, an fp64 scalar, equal on all owners.
+
+    Args:
+        part: ``moment.touch x basis.touch``, this process's part of its term.
+        sharding: how the matrix is distributed over the processes.
+    """
+    elements, everyone, me = sharding.elements, sharding.whole(1), sharding.me
+    mean = yield from sum_scatter(sharding.flat(part), elements.touch, elements.keep, me)
+    square = mean.square().sum(dtype=torch.float64).view(1)
+    return (yield from sum_scatter(square, everyone, everyone, me)).view(())
 
 
 def formed_mean(term: Tensor, sharding: MatrixSharding) -> Steps[Tensor]:

@@ -84,10 +84,12 @@ def add_trained_weights(contents: Contents, plan: Plan, process: int) -> None:
     """Adds this process's part of the weights that a plan's optimizer trains."""
     for fragment in plan.held:
         held = fragment.start, fragment.stop
-        written = held
+        written, me, copy_of = held, plan.communicator.me, plan.copy_of
         if plan.replicated:  # every process holds everything and writes an even part of it
-            numel = held[1] - held[0]
-            written = even_rows(numel, plan.communicator.size)[plan.communicator.me]
+            copy_of = tuple(range(plan.communicator.size))
+        if copy_of is not None:
+            low, high = even_rows(held[1] - held[0], max(copy_of) + 1)[copy_of[me]]
+            written = held[0] + low, held[0] + high
         values = local_values(fragment).reshape(-1)[written[0] - held[0] : written[1] - held[0]]
         contents.weights[fragment.name] = _weight(contents, fragment, written, values, process)
 

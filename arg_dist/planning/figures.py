@@ -29,7 +29,7 @@ from arg_dist.planning.units import MatrixUnit, Unit, lanes, matrices, tensors, 
 from arg_dist.recording import rounds
 from arg_dist.subspace.codes import coded_bytes
 from arg_dist.subspace.norm_sketch import BUCKETS
-from arg_dist.terms import sends_whole
+from arg_dist.terms import is_small
 
 KEPT = (
     "weights",
@@ -289,7 +289,7 @@ def _collectives(
                 (
                     sharding.is_relayed,
                     sharding.is_aligned,
-                    sharding.terms is not None and sends_whole(sharding, settings),
+                    sharding.terms is not None and is_small(sharding, settings),
                 )
                 for sharding in shardings
             }
@@ -301,6 +301,7 @@ def _collectives(
                     aligned=aligned,
                     terms=terms,
                     whole=whole,
+                    stored_once=terms and settings.shards_basis(terms=True),
                 )
                 for relayed, aligned, whole in kinds
             ]

@@ -13,6 +13,7 @@ def describe(spec: GroupSpec) -> dict[str, Any]:
     """What must be equal on all processes: settings, and the parameters of a group."""
     return {
         "settings": spec.settings,
+        "copy": spec.holding.copy,
         "fragments": [
             {
                 "name": fragment.name,

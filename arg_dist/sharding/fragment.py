@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -61,13 +61,26 @@ class Holding:
         group: the processes over which the parameters are sharded; None for a single process.
         replicated: every process holds all parameters whole, with equal gradients; work and state
             are sharded.
-        copies: groups of processes that hold the same parts in different copies of the model.
+        copies: groups of processes that hold the same parts in different copies of the model, with
+            equal gradients.
+        copy: if the copies have gradients of their own, `group` has the processes of all, and this
+            are those of the copy of which this process holds a part; else empty.
     """
 
     fragments: list[Fragment]
     group: dist.ProcessGroup | None
     replicated: bool = False
     copies: tuple[dist.ProcessGroup, ...] = ()
+    copy: tuple[int, ...] = ()
+
+    def in_copies(self, everyone: dist.ProcessGroup) -> Holding | None:
+        """The same among the processes of all copies of the model; None if this is the only one."""
+        here: tuple[int, ...] = (dist.get_rank(),)
+        if self.group is not None:
+            here = tuple(dist.get_process_group_ranks(self.group))
+        if not set(here) < set(dist.get_process_group_ranks(everyone)):
+            return None
+        return replace(self, group=everyone, copy=here)
 
 
 @dataclass(frozen=True)

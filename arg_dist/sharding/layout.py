@@ -160,7 +160,7 @@ def shard_matrix(
         replicated: every process holds the whole matrix; work and state are sharded along the
             moment side.
         transposed: the matrix is stored transposed: its rows in the model are the columns here.
-        terms: it is replicated, and every process has a gradient of its own.
+        terms: every process has a gradient of its own, if it is not `copy_of`.
         copy_of: it is sharded in several copies, each with a gradient of its own: in which of them
             each process holds its range; what these share is split between the copies.
     """
@@ -185,7 +185,7 @@ def shard_matrix(
         parts = _divided(_in_proportion(ranges, rows * columns, columns), copy_of)
         unsplit = DimensionSharding(columns, whole, parts, whole)
         moment, basis = (split, unsplit) if spans_columns else (unsplit, split)
-        elements = DimensionSharding(rows * columns, ranges, ranges, ranges)
+        elements = DimensionSharding(rows * columns, ranges, _divided(ranges, copy_of), ranges)
     sharding = MatrixSharding(
         moment=moment,
         basis=basis,

@@ -64,7 +64,9 @@ class Plan:
         replicated: every process holds all parameters; only the state is sharded.
         copies: communicators of the processes that hold the same parts in other copies of the
             model.
-        terms: every process has gradients of its own, whose mean is that of the model.
+        terms: every process, or every copy of a sharded model, has gradients of its own, whose mean
+            is that of the model.
+        copy_of: in which of these copies each process holds a part; None if there are none.
     """
 
     communicator: Communicator
@@ -76,6 +78,7 @@ class Plan:
     replicated: bool
     copies: list[Communicator]
     terms: bool = False
+    copy_of: tuple[int, ...] | None = None
 
     @cached_property
     def names(self) -> list[str]:
@@ -168,12 +171,15 @@ def _make_plan(
     units: list[Unit] = []
     sizes: list[int] = []
     held: list[Fragment] = []
+    copy_of = _copies_of([own[0]["copy"] for own in everyone])
     for k, (position, spec) in enumerate(members):
         for j, fragment in enumerate(spec.holding.fragments):
             ranges = tuple(other[k]["fragments"][j]["range"] for other in everyone)
-            if not spec.holding.replicated:
-                check_tiling(fragment.name, ranges, math.prod(fragment.shape))
-            found, elements = _shards_of(fragment, ranges, spec, position, communicator.me, units)
+            for one_copy in () if spec.holding.replicated else _by_copy(ranges, copy_of):
+                check_tiling(fragment.name, one_copy, math.prod(fragment.shape))
+            found, elements = _shards_of(
+                fragment, ranges, spec, position, communicator.me, units, copy_of
+            )
             shards += found
             sizes += [FP32_BYTES * count for count in elements]
             held.append(fragment)
@@ -192,7 +198,28 @@ def _make_plan(
         replicated=any(holding.replicated for holding in holdings),
         copies=copies,
         terms=any(spec.terms for _, spec in members),
+        copy_of=copy_of,
     )
+
+
+def _copies_of(copies: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """In which copy of the model each process holds a part; None if there is one.
+
+    Args:
+        copies: of each process the processes of its copy.
+    """
+    if not any(copies):
+        return None
+    found = {copy: i for i, copy in enumerate(dict.fromkeys(copies))}
+    return tuple(found[copy] for copy in copies)
+
+
+def _by_copy(ranges: Ranges, copy_of: tuple[int, ...] | None) -> list[Ranges]:
+    """The ranges of the processes of each copy of the model."""
+    if copy_of is None:
+        return [ranges]
+    pairs = list(zip(ranges, copy_of, strict=True))
+    return [tuple(one for one, i in pairs if i == copy) for copy in range(max(copy_of) + 1)]
 
 
 def _shards_of(
@@ -202,6 +229,7 @@ def _shards_of(
     position: int,
     me: int,
     units: list[Unit],
+    copy_of: tuple[int, ...] | None,
 ) -> tuple[list[Shard], list[int]]:
     """This process's shards of one parameter, and the element counts of its matrices or tensor.
 
@@ -228,6 +256,7 @@ def _shards_of(
             replicated=replicated,
             transposed=fragment.transposed,
             terms=spec.terms,
+            copy_of=copy_of,
         )
         units.append(Unit(view.name, fragment, sharding))
         if mine[me][0] == mine[me][1]:
@@ -251,7 +280,7 @@ def _shards_of(
     if not views:
         unit = len(units)
         ranges = tuple((start * width, stop * width) for start, stop in ranges)
-        flat = shard_elements(ranges, numel, replicated, terms=spec.terms)
+        flat = shard_elements(ranges, numel, replicated, terms=spec.terms, copy_of=copy_of)
         units.append(Unit(fragment.name, fragment, flat))
         if fragment.start < fragment.stop:
             shards.append(

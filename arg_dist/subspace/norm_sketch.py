@@ -21,20 +21,18 @@ ROWS = 512
 """Rows signed at a time, so that no copy of a gradient is made."""
 
 
-def norm_sketch(gradient: Tensor, first: int, text: str) -> Tensor:
-    """``BUCKETS``, fp64: the sketch of elements of a gradient.
+def norm_sketch(gradient: Tensor, text: str) -> Tensor:
+    """``BUCKETS``, fp64: the sketch of a gradient, or of a part of one.
 
     Args:
         gradient: any shape and floating-point type, elements in row-major order.
-        first: position of the first of them in the whole gradient; a multiple of `BUCKETS` if that
-            is cut.
-        text: names the gradient and the step; alike on all processes.
+        text: names the part and the step; alike on all processes that have a term of it.
     """
     flat = gradient.reshape(-1)
     rows = flat[: flat.numel() // BUCKETS * BUCKETS].view(-1, BUCKETS)
     windows = _signs(flat.device).unfold(0, BUCKETS, 1)
     total = torch.zeros(BUCKETS, dtype=torch.float64, device=flat.device)
-    places = _places(text, first // BUCKETS, len(rows) + 1).to(flat.device)
+    places = _places(text, len(rows) + 1).to(flat.device)
     for start in range(0, len(rows), ROWS):
         run = rows[start : start + ROWS].float()
         signs = windows[places[start : start + len(run)]].float()
@@ -52,11 +50,9 @@ def _signs(device: torch.device) -> Tensor:
     return signs.mul_(2).sub_(1).to(device)
 
 
-def _places(text: str, first: int, count: int) -> Tensor:
-    """Where the signs of each row begin, from row `first` on."""
+def _places(text: str, count: int) -> Tensor:
+    """Where the signs of each row begin."""
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
     generator = torch.Generator(device="cpu").manual_seed(number)
     high = SIGNS - BUCKETS
-    return torch.randint(
-        high, (first + count,), generator=generator, dtype=torch.int64, device="cpu"
-    )[first:]
+    return torch.randint(high, (count,), generator=generator, dtype=torch.int64, device="cpu")

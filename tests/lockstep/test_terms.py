@@ -309,7 +309,7 @@ CUTS = st.lists(st.integers(1, ELEMENTS - 1), min_size=1, max_size=3, unique=Tru
 
 
 def rounds_of_copies(rule: str, sharding: MatrixSharding) -> tuple[int, int]:
-    return rounds(1, rule, relayed=sharding.is_relayed, terms=True, pieces=True)
+    return rounds(1, rule, relayed=sharding.is_relayed, terms=True, whole=True, pieces=True)
 
 
 @given(CUTS, st.booleans(), st.integers(0, 3))
@@ -346,6 +346,20 @@ def test_copies_are_equal_bit_by_bit(cuts, spans_columns, bits, remembers):
         each = len(layout) // 2
         assert all(map(torch.equal, changes[:each], changes[each:]))
         assert taken <= (refreshing if step in (0, 3) else steady)
+
+
+def test_large_copies_are_sketched_in_the_rounds_agreed():
+    settings, expected = (
+        settings_of(residual="none"),
+        rounds(1, "none", relayed=True, terms=True, pieces=True),
+    )
+    for spans_columns in (True, False):
+        layout = copies(400, 24, [2000, 6005], spans_columns=spans_columns)
+        states: list[State] = [{} for _ in layout]
+        for step in range(2):
+            terms = [gaussian(400, 24, seed=10 * step + i) for i in range(2)]
+            _, taken = step_of_copies(terms, states, layout, settings)
+            assert taken <= expected[step == 0]
 
 
 def test_the_residual_of_sharded_copies_is_near_to_that_of_the_mean():

@@ -46,9 +46,11 @@ def train(group, settings, steps: int = STEPS):
     return losses, weights, ranks, optimizer.comm_bytes()
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_training_together_without_a_residual_is_training_alone(pool, processes):
-    settings = {"residual": "none"}
+@pytest.mark.parametrize(
+    ("processes", "more"), [(2, {}), (3, {}), (4, {}), (3, {"shard_basis": True})]
+)
+def test_training_together_without_a_residual_is_training_alone(pool, processes, more):
+    settings = {"residual": "none", **more}
     losses, weights, ranks, _ = train(None, settings)
     results = pool.run(train, processes, settings)
     for their_losses, their_weights, their_ranks, _ in results:
