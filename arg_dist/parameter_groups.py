@@ -185,7 +185,7 @@ def _with_all_terms(
             raise ConfigError(
                 'gradient_sync="sketch": the engine shards the model over all processes, or '
                 "averages the gradients of its copies; leave the model whole on each process, or "
-                'shard it by FSDP2 over those of a node (fully_shard(model, mesh=mesh["shard"]), '
+                'shard it over those of a node only (fully_shard(model, mesh=mesh["shard"]), '
                 'of a mesh with the axes "replicate" and "shard"), or leave gradient_sync at '
                 '"engine"'
             )
@@ -202,13 +202,13 @@ def _check_copies(settings: AdaRankGradConfig) -> None:
     """
     if settings.residual == "matched":
         raise ConfigError(
-            'gradient_sync="sketch": residual="matched" needs the norms of whole rows, and FSDP2 '
-            'has cut the model; use residual="orthogonalized" or "none"'
+            'gradient_sync="sketch": residual="matched" needs the norms of whole rows, '
+            'which are cut in a model that is sharded; use residual="orthogonalized" or "none"'
         )
     if settings.gradient_budget is not None:
         raise ConfigError(
-            "gradient_budget: FSDP2 sums the gradients of a copy of the model before they can be "
-            "projected; leave it out, or leave the model whole on each process"
+            "gradient_budget: the engine sums the gradients of a copy of the model that it shards, "
+            "and needs them whole; leave it out, or leave the model whole on each process"
         )
 
 

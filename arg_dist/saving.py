@@ -23,6 +23,12 @@ from arg_dist.state import copy_state
 from arg_dist.state_dict import OTHERS_STATE, WHOLE, Holder, Ownership, whole_state
 from arg_dist.subspace.state import State
 
+_OF_COPIES = (
+    "state_dict: the optimizer's state is sharded over the copies of a model, sharded itself "
+    '(gradient_sync="sketch"), which PyTorch\'s checkpoints cannot express; save with '
+    "arg_dist.checkpoint, from which any engine and number of processes can resume"
+)
+
 
 class Saving(torch.optim.Optimizer):
     """The part of :class:`arg_dist.AdaRankGrad` that saves and loads its state.
@@ -113,7 +119,7 @@ class Saving(torch.optim.Optimizer):
         Raises:
             RuntimeError: the model is replicated and the state sharded, but
                 :meth:`consolidate_state_dict` has not been called since the last step; or it was
-                loaded, and is another process's.
+                loaded, and is another process's; or it is sharded over several copies of a model.
         """
         targets = members(self.param_groups)
         plans, merged = list(self._binding.every_plan()), is_merged()
@@ -121,6 +127,8 @@ class Saving(torch.optim.Optimizer):
             merged = bool(plans or self.state)
         if merged:
             plans = self.plans_of_state()
+            if any(plan.copy_of for plan in plans):
+                raise RuntimeError(_OF_COPIES)
             self.check_own_state(plans)
 
         def sign(_: Any, saved: dict[str, Any]) -> None:

@@ -471,9 +471,10 @@ def _lengths_of_votes(sizes: Tensor, sharding: MatrixSharding) -> Tensor:
         sharding: how the matrix is distributed over the processes.
     """
     held = sharding.elements.touch
-    alike = torch.tensor([[a == b for b in held] for a in held], dtype=sizes.dtype)
-    counts = torch.tensor([max(1, high - low) for low, high in held], dtype=sizes.dtype)
-    alike, counts = alike.to(sizes.device), counts.to(sizes.device)
+    dtype, device = sizes.dtype, sizes.device
+    alike = torch.tensor([[a == b for b in held] for a in held], dtype=dtype, device=device)
+    lengths = [max(1, high - low) for low, high in held]
+    counts = torch.tensor(lengths, dtype=dtype, device=device)
     return (alike @ sizes / alike.sum(1) / counts.sqrt()) * (sizes > 0)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -162,6 +163,18 @@ def test_copies_resume_as_one_process_and_the_other_way(pool, tmp_path):
         REDUCTION_ORDER.check(torch.tensor(losses), torch.tensor(expected[STEPS // 2 :]))
 
 
+def state_dict_of(group: dist.ProcessGroup) -> str:
+    job = Job(group, "llama", EXACT)
+    job.step(0)
+    with pytest.raises(RuntimeError) as raised:
+        get_optimizer_state_dict(job.model, job.optimizer)
+    return str(raised.value)
+
+
+def test_what_pytorchs_checkpoints_cannot_express_is_refused(pool):
+    assert all("save with arg_dist.checkpoint" in told for told in pool.run(state_dict_of, 4))
+
+
 def clipped(group: dist.ProcessGroup) -> tuple[float, float]:
     """The norm of the mean gradient after the step that has clipped it, and before."""
     job = Job(group, "llama", {**EXACT, "max_grad_norm": 0.1})
@@ -203,7 +216,7 @@ def refused(group: dist.ProcessGroup, kind: str) -> str:
         ("other weights", "processes 1 and 3 of the job hold the same part in two copies"),
         ("same batch", "all processes read the same batches"),
         ("matched", 'residual="matched" needs the norms of whole rows'),
-        ("budget", "gradient_budget: FSDP2 sums the gradients of a copy"),
+        ("budget", "gradient_budget: the engine sums the gradients of a copy"),
     ],
 )
 def test_what_cannot_be_right_is_refused(pool, kind, told):
