@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import batches
 from benchmarks.measuring.contenders import PEERS
 from tests.launch.launching import alone, launch
 
@@ -51,6 +52,17 @@ def test_memory_and_scaling_start_fresh_processes(tmp_path: Path) -> None:
     assert layers["samples"][0]["seconds_a_layer"] > 0
     first, second = processes["samples"][0]["processes"]
     assert 0.95 < first["state"]["storage"] / second["state"]["storage"] < 1.05
+
+
+def test_the_optimizers_share_of_a_step_falls_with_its_tokens(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    batches.main(["--model", "pico", "--rounds", "1"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[0].strip() for row in rows] == ["AdamW", *batches.KINDS]
+    for row in rows:
+        shares = [float(cell.strip(" %")) for cell in row[2:]]
+        assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1]
 
 
 ADAM, PARAMETERS = 8, 857_472
