@@ -41,6 +41,9 @@ class BackwardProjection:
     Args:
         optimizer: it is not kept alive.
         budget: bytes of gradients that may stay whole.
+
+    Attributes:
+        has_seen_some: whether there has been a gradient, even if it was dropped.
     """
 
     def __init__(self, optimizer: AdaRankGrad, budget: int) -> None:
@@ -49,6 +52,8 @@ class BackwardProjection:
         self._hooks: dict[int, Any] = {}
         self._projected: dict[str, Projected] = {}
         self._turn: Turn | None = None
+        self._last_turns: dict[int, int] = {}
+        self.has_seen_some = False
 
     @classmethod
     def of(cls, optimizer: Any) -> BackwardProjection | None:
@@ -88,8 +93,9 @@ class BackwardProjection:
         optimizer = self._optimizer()
         if optimizer is None or parameter.grad is None:
             return
+        self.has_seen_some = True
         if self._turn is None:
-            self._turn = Turn.of(optimizer, self._budget)
+            self._turn = Turn.of(optimizer, self._budget, self._last_turns)
         if id(parameter) in self._turn.whole:
             return
         for shard in self._turn.projected.get(id(parameter), ()):
@@ -165,11 +171,16 @@ class Turn:
     settings: list[AdaRankGradConfig]
 
     @classmethod
-    def of(cls, optimizer: AdaRankGrad, budget: int) -> Turn:
-        """Those without a basis stay whole, then those whose basis is due, and is the oldest.
+    def of(cls, optimizer: AdaRankGrad, budget: int, last: dict[int, int]) -> Turn:
+        """Those without a basis, or whose basis is due, as many as fit, but at least one.
 
-        As many as fit into `budget` bytes, but at least one; equal on all processes. Any other
-        basis that is due is used for one more step.
+        Equal on all processes. Any other basis that is due is used for one more step.
+
+        Args:
+            optimizer: the optimizer.
+            budget: bytes of their gradients.
+            last: by ``id`` the step in which a parameter has had its turn, updated: those without
+                come first, and then the oldest, as some may never have a gradient.
         """
         groups = [group for group in optimizer.param_groups if group["params"]]
         matrices: dict[int, list[MatrixShard]] = {}
@@ -180,18 +191,20 @@ class Turn:
                     matrices.setdefault(id(shard.fragment.target), []).append(shard)
                 else:
                     whole.add(id(shard.fragment.target))
-        waiting: list[tuple[float, Tensor, list[State]]] = []
+        waiting: list[tuple[int, float, Tensor, list[State]]] = []
         for parameter in _matrices(groups):
             if id(parameter) not in matrices and optimizer.state.get(parameter):
                 whole.add(id(parameter))  # what was loaded is bound in the next step
             states = [optimizer.state_of(shard) for shard in matrices.get(id(parameter), ())]
             if id(parameter) not in whole and (not states or any(map(is_due, states))):
-                waiting.append((max(map(age, states), default=math.inf), parameter, states))
+                oldest = max(map(age, states), default=math.inf)
+                waiting.append((last.get(id(parameter), -1), -oldest, parameter, states))
         left = budget
-        for _, parameter, states in sorted(waiting, key=lambda each: -each[0]):
+        for _, _, parameter, states in sorted(waiting, key=lambda each: each[:2]):
             size = parameter.numel() * parameter.element_size()
             if size <= left or left == budget:
                 whole.add(id(parameter))
+                last[id(parameter)] = optimizer.calls
                 left -= size
                 continue
             for state in states:

@@ -182,7 +182,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         usable = all([each.agreed.is_usable(each.plan.names, skip=skip) for each in steps])
         if any(any(each.agreed.norm_sq) for each in steps):
             self._gradients_missing.calls = 0
-        else:
+        elif self._backward is None or not self._backward.has_seen_some:
             self._gradients_missing.note(groups, self._binding.count)
         allowed = None
         if budget is not None:

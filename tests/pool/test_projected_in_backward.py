@@ -200,6 +200,24 @@ def test_a_copy_projects_the_gradients_of_its_own_model():
     assert all(map(torch.equal, parameters_of(optimizer), parameters_of(twin)))
 
 
+@pytest.mark.filterwarnings("error")
+def test_matrices_without_a_gradient_do_not_keep_others_waiting():
+    layers = nn.ModuleList(nn.Linear(24, 24, bias=False) for _ in range(6))
+    given = {"gradient_sync": "sketch", "gradient_budget": 1, "residual": "none", "min_gap": 2}
+    given |= {"max_rank": 4, "min_rank": 2, "max_gap": 2, "process_group": None}
+    optimizer = AdaRankGrad(arg_dist.param_groups(layers), lr=1e-2, **given)
+    for step in range(24):
+        inputs = gaussian(8, 24, seed=step)
+        for layer in layers[3:]:  # the first three are never used
+            inputs = layer(inputs)
+        inputs.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {entry["name"]: entry["refreshes"] >= 3 for entry in optimizer.stats()} == {
+        f"{i}.weight": True for i in (3, 4, 5)
+    }
+
+
 def test_nan_is_told():
     optimizer = started()
     weight = parameters_of(optimizer)[1]
