@@ -34,7 +34,7 @@ from arg_dist.checkpoint.rotation import checkpoints_in  # noqa: E402
 from arg_dist.sharding.communicator import Communicator  # noqa: E402
 
 ROUND_SECONDS = 60
-RANDOM_KILLS = 54
+RANDOM_KILLS = 50
 MORE_KILLS = 162
 """So many at most, while these have hit too few phases: the disk decides how long each lasts."""
 SURVIVORS = 2

@@ -70,5 +70,5 @@ CASES = [
     *(Case(*NANO, engine, settings=BUCKETS) for engine in ("ddp", "zero3")),
     *(Case(*NANO, "ddp", settings={**SKETCH, **more}) for more in SKETCHED),
     Case(*NANO, "none", settings=PROJECTED),
-    *(Case(*SMALL, engine, settings=QUICK) for engine in ("none", "zero2", "zero3", "fsdp2")),
+    *(Case(*SMALL, engine, settings=QUICK) for engine in ("zero2", "fsdp2")),
 ]

@@ -168,6 +168,7 @@ def optimizer_with_state(group: Any) -> arg_dist.AdaRankGrad:
         max_rank=8,
         oversample=2,
         power_passes=0,
+        polar_steps=1,  # the step takes its time in each of hundreds of processes
     )
     ones = torch.ones(SIDE, 2)
     for _, parameter in named:
