@@ -414,7 +414,7 @@ def sent_residual(
     return sent, Exchange(scales, have, want, stacked)
 
 
-@lru_cache
+@lru_cache(maxsize=65536)
 def blocks_in_turn(elements: Rows) -> Rows:
     """The blocks of what each process holds, one process's after another's."""
     ends = list(accumulate((blocks_of(high - low) for low, high in elements), initial=0))
@@ -496,7 +496,7 @@ def decided_parts(
     return [(part, *rows) for part in (coded if coded.bits > 1 else coded[:1])]
 
 
-@lru_cache
+@lru_cache(maxsize=65536)
 def blocks_around(elements: Rows) -> Rows:
     """The blocks in which each process's elements lie."""
     return tuple((a // BLOCK, blocks_of(b)) if a < b else (0, 0) for a, b in elements)
