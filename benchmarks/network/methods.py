@@ -47,5 +47,9 @@ METHODS = {
         (*SKETCH, *_set(sync_precision="bf16", polar_precision="bf16")),
     ),
     "sketch-none": Method("AdaRankGrad, sketch, no residual", (*SKETCH, *_set(residual="none"))),
+    "sketch-none-bf16": Method(
+        "AdaRankGrad, sketch in bf16, no residual",
+        (*SKETCH, *_set(residual="none", sync_precision="bf16")),
+    ),
 }
 """By the value of ``--methods``."""
