@@ -20,11 +20,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from arg_dist.algorithm import age, is_due, postpone, stored_basis
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.parameter_groups import settings_of, trained_views
+from arg_dist.sharding.drivers import run_local
 from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.shard import MatrixShard
-from arg_dist.step import gradient_part, oriented_term, own_sketch
+from arg_dist.step import gradient_part, own_sketch
 from arg_dist.subspace.state import State
-from arg_dist.terms import Projected, term_in_basis
+from arg_dist.terms import Projected, own_term
 
 if TYPE_CHECKING:
     from arg_dist.optimizer import AdaRankGrad
@@ -135,21 +136,16 @@ def _projected(
     before: Projected | None,
 ) -> Projected:
     """The gradient that a matrix has now, added to those of the micro-batches before."""
-    norm_sq, basis = gradient_part(shard).norm_sq, stored_basis(state)
+    part, basis = gradient_part(shard), stored_basis(state)
     assert basis is not None
     sketch = None if settings.max_grad_norm is None else own_sketch(shard, steps)
-    term = term_in_basis(
-        oriented_term(shard),
-        basis,
-        shard.sharding,
-        settings,
-        None if before is None else before.term,
-    )
+    earlier = None if before is None else before.term
+    term = run_local(own_term(part.read, basis, shard.sharding, settings, earlier))
     if before is None:
-        return Projected(term, norm_sq, 1, basis, sketch)
+        return Projected(term, part.norm_sq, 1, basis, sketch)
     # ||G_1 + ... + G_k||^2 <= k (||G_1||^2 + ... + ||G_k||^2)
     count = before.micro_batches + 1
-    norm_sq = count * (before.norm_sq / before.micro_batches + norm_sq)
+    norm_sq = count * (before.norm_sq / before.micro_batches + part.norm_sq)
     if sketch is not None and before.sketch is not None:
         sketch += before.sketch
     return Projected(term, norm_sq, count, basis, sketch)

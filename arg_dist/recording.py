@@ -83,6 +83,22 @@ def requests_of_adam(side: DimensionSharding, settings: AdaRankGradConfig) -> li
     return list(run_recorded(adam_step(gradient, {}, side, settings, me=0), me=0))
 
 
+def rounds_of_matrix(sharding: MatrixSharding, settings: AdaRankGradConfig) -> tuple[int, int]:
+    """:func:`rounds` of a matrix that several processes share."""
+    terms = sharding.terms
+    several = terms is not None and terms.count > 1
+    return rounds(
+        settings.power_passes,
+        settings.residual,
+        relayed=sharding.is_relayed,
+        aligned=sharding.is_aligned,
+        terms=several,
+        whole=several and is_small(sharding, settings),
+        pieces=several and terms is not None and terms.averaged is None,
+        stored_once=several and sharding.store != sharding.basis.touch,
+    )
+
+
 @lru_cache
 def rounds(
     power_passes: int,

@@ -26,7 +26,7 @@ from arg_dist.algorithm import (
     low_rank_step,
 )
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.recording import rounds
+from arg_dist.recording import rounds_of_matrix
 from arg_dist.sharding.drivers import run_local
 from arg_dist.sharding.overlap import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
@@ -38,7 +38,7 @@ from arg_dist.subspace.norms import norm_sq, row_squares
 from arg_dist.subspace.precision import lowered_precision
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.state import State
-from arg_dist.terms import Projected, Term, is_small, step_of_terms
+from arg_dist.terms import Projected, Term, step_of_terms
 
 # -- gradients ------------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ def gradient_part(shard: Shard) -> GradientPart:
         squares = row_squares(part)
         # a copy is not kept until the step: it is made again then
         is_view = shard.has_whole_rows and held.is_contiguous() and shard.terms == 1
-        read = part.float if is_view else partial(oriented_term, shard)
+        read = part.float if is_view else partial(_oriented_term, shard)
         return GradientPart(read, norm_sq(part, squares) / shard.terms, squares)
     assert isinstance(shard, TensorShard)
     total = norm_sq(shard.touched_gradient(held)) / shard.terms
@@ -103,7 +103,7 @@ def _freed() -> Tensor:
     raise AssertionError("a gradient that was projected is not read")
 
 
-def oriented_term(shard: MatrixShard) -> Tensor:
+def _oriented_term(shard: MatrixShard) -> Tensor:
     """``moment x basis``: the gradient that a matrix has now, or its term of a mean, in fp32."""
     return _term(shard.oriented_gradient(_held_gradient(shard)).float(), shard)
 
@@ -364,17 +364,7 @@ def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig])
     """Communication rounds that a shard's step may take."""
     if not shard.is_shared or not isinstance(shard, MatrixShard):
         return int(shard.is_shared) + int(shard.terms > 1)
-    chosen, sharding = settings[shard.group], shard.sharding
-    steady, refreshing = rounds(
-        chosen.power_passes,
-        chosen.residual,
-        relayed=sharding.is_relayed,
-        aligned=sharding.is_aligned,
-        terms=shard.terms > 1,
-        whole=shard.terms > 1 and is_small(sharding, chosen),
-        pieces=sharding.terms is not None and sharding.terms.averaged is None,
-        stored_once=shard.terms > 1 and sharding.store != sharding.basis.touch,
-    )
+    steady, refreshing = rounds_of_matrix(shard.sharding, settings[shard.group])
     return refreshing if is_due(state) else steady
 
 

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from arg_dist.algorithm import (
+    FP32_BYTES,
     TYPES,
     Choose,
     LowRankUpdate,
@@ -52,7 +53,7 @@ from arg_dist.algorithm import (
     summed,
 )
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.subspace.codes import BLOCK, Coded, blocks_of, decode, encode
+from arg_dist.subspace.codes import BLOCK, Coded, blocks_of, coded_bytes, decode, encode
 from arg_dist.subspace.distributed import (
     Exchange,
     Interval,
@@ -92,61 +93,52 @@ class Term(NamedTuple):
                 part.mul_(factor)
 
 
-def term_in_basis(
-    gradient: Tensor,
+def own_term(
+    gradient: Part,
     basis: Tensor,
     sharding: MatrixSharding,
     settings: AdaRankGradConfig,
     before: Term | None = None,
-) -> Term:
-    """This process's term where it has all of the gradient, or a micro-batch's added to it.
+) -> Steps[Term]:
+    """This process's term, or a micro-batch's added to it; asks for nothing if it has all of G_i.
 
     Args:
-        gradient: ``moment x basis``, G_i over the number of terms, fp32.
-        basis: ``basis x rank``, Q.
+        gradient: ``moment.touch x basis.touch``, this process's part of G_i over their number.
+        basis: ``basis.touch x rank``, Q.
         sharding: how the matrix is distributed over the processes, with `terms`.
         settings: the settings of its parameter group.
         before: the term of the micro-batches before this one, which is used up. With a residual,
             each further one rounds the sum once more.
     """
+    moment, terms = sharding.moment, sharding.terms
+    assert terms is not None
     # P_i = G_i Q
     with lowered_precision(settings.matmul_precision):
-        product = gradient @ basis
-    term = Term(product)
+        product = gradient() @ basis
+    residual = size = None
     if settings.residual != "none":
-        term = with_residual(term, gradient, product, basis, sharding, settings, before)
+        own = product
+        if terms.averaged is None:  # of all parts of G_i
+            rows = terms.within_copies(moment.touch, moment.size)
+            own = yield from sum_scatter(product, rows, rows, sharding.me)
+        # S_i = G_i - P_i Q^T
+        with lowered_precision(settings.matmul_precision):
+            S = residual_part(gradient(), own, basis, 1.0, sharding)
+        if before is not None and before.residual is not None:
+            S.add_(decode(before.residual, len(S)))
+        size = S.norm().view(1)
+        residual = encode(S, settings.residual_sync_bits)
     if before is not None:
         product.add_(before.projected)
-    return term
+    return Term(product, residual, size)
 
 
-def with_residual(
-    term: Term,
-    gradient: Tensor,
-    own: Tensor,
-    basis: Tensor,
-    sharding: MatrixSharding,
-    settings: AdaRankGradConfig,
-    before: Term | None = None,
-) -> Term:
-    """A term with its residual; arguments as of :func:`term_in_basis`.
-
-    Args:
-        term: the term without it.
-        gradient: ``moment.touch x basis.touch``, this process's part of G_i.
-        own: ``moment.touch x rank``, P_i, of all parts of G_i.
-        basis: ``basis.touch x rank``, Q.
-        sharding: how the matrix is distributed over the processes.
-        settings: the settings of its parameter group.
-        before: the term before.
-    """
-    # S_i = G_i - P_i Q^T
-    with lowered_precision(settings.matmul_precision):
-        residual = residual_part(gradient, own, basis, 1.0, sharding)
-    if before is not None and before.residual is not None:
-        residual.add_(decode(before.residual, len(residual)))
-    size = residual.norm().view(1)
-    return Term(term.projected, encode(residual, settings.residual_sync_bits), size)
+def term_bytes(sharding: MatrixSharding, rank: int, settings: AdaRankGradConfig) -> int:
+    """Bytes of a term of a process that has all of its gradient."""
+    inside = FP32_BYTES * sharding.moment.size * rank
+    if settings.residual == "none":
+        return inside
+    return inside + coded_bytes(sharding.elements.size, settings.residual_sync_bits) + FP32_BYTES
 
 
 @dataclass(frozen=True)
@@ -232,7 +224,7 @@ def step_of_terms(
         projected = select_rows(product, moment.touch[me], moment.keep[me]).contiguous()
     else:
         if term is None:
-            term = yield from _own_term(gradient, basis, sharding, settings)
+            term = yield from own_term(gradient, basis, sharding, settings)
         # P = sum_i P_i
         codes = sent_residual(term, sharding, settings)
         total, *terms = yield (sent_term(term.projected, moment, settings), *codes)
@@ -253,21 +245,6 @@ def step_of_terms(
     direction = sent.to(direction.dtype)
     outside = _decoded(decided, sharding) if decided else None
     return LowRankUpdate(direction, basis, outside=_sized(outside, direction, alone, settings))
-
-
-def _own_term(
-    gradient: Part, basis: Tensor, sharding: MatrixSharding, settings: AdaRankGradConfig
-) -> Steps[Term]:
-    """This process's term; arguments as of :func:`step_of_terms`, and ``basis.touch x rank``, Q."""
-    moment, terms = sharding.moment, sharding.terms
-    assert terms is not None
-    with lowered_precision(settings.matmul_precision):
-        product = gradient() @ basis
-    if settings.residual == "none":
-        return Term(product)
-    rows = terms.within_copies(moment.touch, moment.size)
-    own = yield from sum_scatter(product, rows, rows, sharding.me)
-    return with_residual(Term(product), gradient(), own, basis, sharding, settings)
 
 
 def is_small(sharding: MatrixSharding, settings: AdaRankGradConfig) -> bool:
@@ -470,12 +447,11 @@ def _lengths_of_votes(sizes: Tensor, sharding: MatrixSharding) -> Tensor:
         sizes: ``processes``, ``||S_i||`` of what each holds.
         sharding: how the matrix is distributed over the processes.
     """
-    held = sharding.elements.touch
-    dtype, device = sizes.dtype, sizes.device
-    alike = torch.tensor([[a == b for b in held] for a in held], dtype=dtype, device=device)
-    lengths = [max(1, high - low) for low, high in held]
-    counts = torch.tensor(lengths, dtype=dtype, device=device)
-    return (alike @ sizes / alike.sum(1) / counts.sqrt()) * (sizes > 0)
+    held, lengths = sharding.elements.touch, torch.zeros_like(sizes)
+    for low, high in dict.fromkeys(held):
+        alike = [i for i, other in enumerate(held) if other == (low, high)]
+        lengths[alike] = sizes[alike].mean() / max(1, high - low) ** 0.5
+    return lengths * (sizes > 0)
 
 
 def decided_parts(

@@ -16,7 +16,7 @@ from arg_dist.sharding.job import has_first_process
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.state_dict import kept_parts
-from arg_dist.subspace.distributed import Interval, even_rows
+from arg_dist.subspace.distributed import Interval, even_part
 from arg_dist.subspace.state import SUMMED, State, lists_of, numbers_of
 
 
@@ -88,8 +88,7 @@ def add_trained_weights(contents: Contents, plan: Plan, process: int) -> None:
         if plan.replicated:  # every process holds everything and writes an even part of it
             copy_of = tuple(range(plan.communicator.size))
         if copy_of is not None:
-            low, high = even_rows(held[1] - held[0], max(copy_of) + 1)[copy_of[me]]
-            written = held[0] + low, held[0] + high
+            written = even_part(held, copy_of[me], max(copy_of) + 1)
         values = local_values(fragment).reshape(-1)[written[0] - held[0] : written[1] - held[0]]
         contents.weights[fragment.name] = _weight(contents, fragment, written, values, process)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from arg_dist.algorithm import momentum_bytes
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.planning.choices import BUCKET, ENGINES, FP32, FP64
+from arg_dist.planning.choices import BUCKET, ENGINES, FP64
 from arg_dist.planning.cuts import Layout, lay_out
 from arg_dist.planning.engines import Held, engine_sent, held
 from arg_dist.planning.model import Model
@@ -26,10 +26,9 @@ from arg_dist.planning.rows import Counts
 from arg_dist.planning.shares import budget_sent, planned_ranks
 from arg_dist.planning.temporaries import temporaries
 from arg_dist.planning.units import MatrixUnit, Unit, lanes, matrices, tensors, units_of
-from arg_dist.recording import rounds
-from arg_dist.subspace.codes import coded_bytes
+from arg_dist.recording import rounds_of_matrix
 from arg_dist.subspace.norm_sketch import BUCKETS
-from arg_dist.terms import is_small
+from arg_dist.terms import term_bytes
 
 KEPT = (
     "weights",
@@ -227,21 +226,21 @@ def _ours(
         ]
         for is_first in (False, True)
     )
-    firsts = list(firsts)
+    refreshing = np.max(firsts, 0)
     if settings.gradient_budget is not None:
         holds, whole = _projected(calls, ranks, holds, settings)
-        firsts.append(np.max(firsts, 0) + whole)
+        refreshing = refreshing + whole
     has_terms = layout.has_terms(settings)
     collectives = [_collectives(each, settings, processes, has_terms=has_terms) for each in cut]
     return Figures(
         _kept(holds, moments, projectors, full_rank),
         np.max(steps, 0),
-        np.max(firsts, 0),
+        refreshing,
         engine,
         steady_sent + agreeing,
         first_sent + agreeing + budget,
         sum(steady for steady, _ in collectives),
-        sum(refreshing for _, refreshing in collectives) + (2 if budget else 0),
+        sum(most for _, most in collectives) + (2 if budget else 0),
     )
 
 
@@ -253,9 +252,7 @@ def _projected(
     rest = size * sum(tensor.elements for tensor in tensors(calls))
     projected, whole = 0, []
     for unit in matrices(calls):
-        projected += FP32 * unit.planned.sharding.moment.size * ranks[unit.name]
-        if settings.residual != "none":
-            projected += coded_bytes(unit.elements, settings.residual_sync_bits) + FP32
+        projected += term_bytes(unit.planned.sharding, ranks[unit.name], settings)
         whole.append(size * unit.elements)
     budget = max(int(settings.gradient_budget or 0), *whole)
     held = np.full_like(holds.gradients, rest + projected)
@@ -285,26 +282,7 @@ def _collectives(
         terms = has_terms and bool(shared)
         needed = (int(bool(shared)) + int(terms),) * 2
         if shardings:
-            kinds = {
-                (
-                    sharding.is_relayed,
-                    sharding.is_aligned,
-                    sharding.terms is not None and is_small(sharding, settings),
-                )
-                for sharding in shardings
-            }
-            each = [
-                rounds(
-                    settings.power_passes,
-                    settings.residual,
-                    relayed=relayed,
-                    aligned=aligned,
-                    terms=terms,
-                    whole=whole,
-                    stored_once=terms and settings.shards_basis(terms=True),
-                )
-                for relayed, aligned, whole in kinds
-            ]
+            each = [rounds_of_matrix(sharding, settings) for sharding in shardings]
             needed = max(steady for steady, _ in each), max(most for _, most in each)
         steady, refreshing = steady + needed[0], refreshing + needed[1]
     return steady, refreshing

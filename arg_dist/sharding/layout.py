@@ -13,6 +13,7 @@ from arg_dist.subspace.distributed import (
     MatrixSharding,
     Rows,
     Terms,
+    even_part,
     even_rows,
     single_process,
 )
@@ -207,10 +208,7 @@ def _divided(rows: Rows, copy_of: tuple[int, ...] | None) -> Rows:
     if copy_of is None:
         return rows
     copies = max(copy_of) + 1
-    shares = [
-        even_rows(high - low, copies)[i] for (low, high), i in zip(rows, copy_of, strict=True)
-    ]
-    return tuple((low + a, low + b) for (low, _), (a, b) in zip(rows, shares, strict=True))
+    return tuple(even_part(each, i, copies) for each, i in zip(rows, copy_of, strict=True))
 
 
 def _alone(sharding: MatrixSharding) -> MatrixSharding:

@@ -96,6 +96,13 @@ def even_rows(size: int, processes: int) -> Rows:
     return tuple(pairwise(bounds))
 
 
+def even_part(rows: Interval, part: int, parts: int) -> Interval:
+    """One of the even parts of some rows."""
+    low, high = rows
+    first, last = even_rows(high - low, parts)[part]
+    return low + first, low + last
+
+
 @lru_cache(maxsize=65536)
 def _all_rows_are_local(have: Rows, want: Rows) -> bool:
     return all(is_within(w, h) for h, w in zip(have, want, strict=True))
