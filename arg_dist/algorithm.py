@@ -39,8 +39,8 @@ from arg_dist.subspace.residual import (
     SCALES_ROWS,
     limit_growth,
     matched_factors,
-    orthogonalize,
-    residual_part,
+    orthogonalized,
+    residual_of,
     scaled_factors,
 )
 from arg_dist.subspace.sketch import gaussian_rows
@@ -344,19 +344,76 @@ def _outside(
     sharding: MatrixSharding,
     settings: AdaRankGradConfig,
 ) -> Steps[Tensor]:
-    """The orthogonalized residual, on the home process; `projected` is ``moment.keep x rank``."""
-    moment = sharding.moment
-    projected = yield from gather(projected, moment.keep, moment.touch, sharding.me)
-    with lowered_precision(settings.matmul_precision):
-        part = residual_part(gradient(), projected, basis, norm_sq, sharding)
-    # handed over and not kept here, so that it is freed as soon as it has been used
-    waiting = [part.to(TYPES[settings.polar_precision])]
+    """``elements`` at home, none elsewhere: what the orthogonalized residual adds to the update.
+
+    G is sent, not S: the home process then needs no P, and no other needs rows of P for S.
+
+    Args:
+        gradient: this process's part of G.
+        projected: ``moment.keep x rank``, P.
+        basis: ``basis.touch x rank``, Q.
+        norm_sq: ``||G||_F^2``.
+        state: the matrix's state; the momentum of the residual is updated.
+        sharding: how the matrix is distributed over the processes.
+        settings: the settings of its parameter group.
+    """
+    side, elements, me = sharding.basis, sharding.elements, sharding.me
+    part_type = TYPES[settings.polar_precision]
+    part = sharding.flat(gradient()).to(part_type)
+    kept = select_rows(basis, side.touch[me], side.keep[me])
+    parts = (
+        (part, elements.keep, sharding.at_home(elements.size)),
+        (kept, side.keep, sharding.at_home(side.size)),
+    )
     del part
+    whole, Q = yield from gather_each(parts, me)
+    del parts
+    residual = whole
+    if me == sharding.home:
+        G = sharding.matrix(whole).float()
+        del whole  # or it would be held beside what is made of it
+        with lowered_precision(settings.matmul_precision):
+            P = projected if len(projected) == len(G) else G @ Q
+            is_copy = len(sharding.owners) > 1 or part_type != torch.float32
+            residual = residual_of(G, P, Q, norm_sq, overwrite=is_copy)
+        del G, P
+    return at_full_size(residual, Q, norm_sq**0.5, state, sharding, settings)
+
+
+def at_full_size(
+    residual: Tensor,
+    basis: Tensor,
+    norm: float,
+    state: State,
+    sharding: MatrixSharding,
+    settings: AdaRankGradConfig,
+) -> Tensor:
+    """``elements`` at home, none elsewhere: the residual orthogonalized, or its momentum.
+
+    Args:
+        residual: ``moment x basis`` at home, ``S / ||G||``, fp32; overwritten.
+        basis: ``basis x rank`` at home, Q.
+        norm: ``||G||``, or a limit for it.
+        state: the matrix's state; the momentum of the residual is updated.
+        sharding: how the matrix is distributed over the processes.
+        settings: the settings of its parameter group.
+    """
     blend = None
-    if settings.residual_momentum > 0:
-        blend = blended_momentum(state, norm_sq**0.5, basis.device, sharding, settings)
-    steps = settings.polar_steps
-    return (yield from orthogonalize(waiting.pop(), basis, sharding, steps=steps, blend=blend))
+    if settings.remembers_residual:
+        blend = blended_momentum(state, norm, basis.device, sharding, settings)
+    dtype = TYPES[settings.polar_precision]
+    if sharding.me != sharding.home:
+        return residual.to(dtype)
+    S = residual.to(dtype)
+    if blend is not None:
+        blend(S)
+    factor = orthogonalized(
+        S,
+        basis.to(dtype),
+        outputs_are_moment=sharding.outputs_are_moment,
+        steps=settings.polar_steps,
+    )
+    return (factor if sharding.cuts_moment else factor.T).contiguous().view(-1)
 
 
 def blended_momentum(

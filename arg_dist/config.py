@@ -291,11 +291,12 @@ class AdaRankGradConfig(BaseModel):
         "fits. If not set, there is no limit",
     )
     bucket_size: Bytes = Field(
-        ByteSize(2**30),
-        description="limit on the fp32 size of the weights processed at a time, in bytes or as a "
-        'string such as `"1GiB"`. They are split into two lanes that alternate: one computes while '
-        "the messages of the other are in flight. Smaller values need less temporary memory and "
-        "more collectives",
+        ByteSize(2**29),
+        description="bytes of projected gradients, bases and whole matrices, at the largest ranks "
+        "allowed, that a process has in messages at a time, as a number or a string such as "
+        '`"1GiB"`; twice the largest matrix if that is more. The matrices are split into lanes, of '
+        "which two alternate: one computes while the messages of the other are in flight. Smaller "
+        "values need less temporary memory and more collectives",
     )
     shard_basis: bool | None = Field(
         None,

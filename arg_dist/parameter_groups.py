@@ -166,6 +166,8 @@ def group_spec(
         positions=positions,
         views=views,
         settings=settings_text(settings),
+        largest_rank=lambda short: settings.rank_bounds(short)[1],
+        goes_home=settings.residual == "orthogonalized",
         terms=terms,
     )
 

@@ -91,11 +91,13 @@ def rounds_of_matrix(sharding: MatrixSharding, settings: AdaRankGradConfig) -> t
         settings.power_passes,
         settings.residual,
         relayed=sharding.is_relayed,
-        aligned=sharding.is_aligned,
+        replicated=sharding.is_replicated,
+        cuts_moment=sharding.cuts_moment,
+        whole_rows=sharding.is_cut_in_whole_rows,
+        stored_once=sharding.is_stored_once,
         terms=several,
-        whole=several and is_small(sharding, settings),
+        formed=several and is_small(sharding, settings),
         pieces=several and terms is not None and terms.averaged is None,
-        stored_once=several and sharding.store != sharding.basis.touch,
     )
 
 
@@ -105,54 +107,61 @@ def rounds(
     residual: Rule,
     *,
     relayed: bool = False,
-    aligned: bool = False,
+    replicated: bool = False,
+    cuts_moment: bool = True,
+    whole_rows: bool = False,
+    stored_once: bool = True,
     terms: bool = False,
-    whole: bool = False,
+    formed: bool = False,
     pieces: bool = False,
-    stored_once: bool = False,
 ) -> tuple[int, int]:
-    """Maximum number of sequential requests of a step, without and with a refresh.
+    """Number of sequential requests of a step, without and with a refresh.
 
     Every process of the group takes part in that many rounds, including those without a part of
     the matrix; the driver raises if a step makes more requests. They are counted on a small matrix
-    that is cut so that no request is spared.
+    that is cut in the same way.
 
     Args:
         power_passes: power passes of the randomized SVD.
         residual: rule of the residual.
         relayed: :attr:`arg_dist.subspace.distributed.MatrixSharding.is_relayed` of the matrix.
-        aligned: :attr:`arg_dist.subspace.distributed.MatrixSharding.is_aligned` of the matrix.
+        replicated: ``is_replicated`` of it.
+        cuts_moment: ``cuts_moment`` of it.
+        whole_rows: ``is_cut_in_whole_rows`` of it.
+        stored_once: ``is_stored_once`` of it.
         terms: whether the gradient is a mean of terms.
-        whole: whether it is so small that a refresh forms it, :func:`arg_dist.terms.is_small`.
+        formed: whether it is so small that a refresh forms it, :func:`arg_dist.terms.is_small`.
         pieces: whether each term is itself sharded, over the processes of a copy of the model.
-        stored_once: whether the basis is stored once over the processes, if there are terms.
     """
     processes = 3 if relayed else 2
     rows, columns = ROWS, COLUMNS
-    if terms and not whole:  # so large that sketches are smaller
+    if terms and not formed:  # so large that sketches are smaller
         rows = 4 * RANK * (1 + power_passes) + 1
         columns = rows - 1
-    everything = ((0, rows * columns),) * processes
-    ranges, copy_of = even_rows(rows * columns, processes), None
+    copy_of = None
+    if replicated:
+        ranges = ((0, rows * columns),) * processes
+    elif whole_rows:
+        ranges = tuple((low * columns, high * columns) for low, high in even_rows(rows, processes))
+    else:
+        ranges = even_rows(rows * columns, processes)
     if pieces:
         ranges, copy_of = ranges * 2, (0,) * processes + (1,) * processes
-    elif aligned or terms:
-        ranges = everything
     sharding = shard_matrix(
         rows,
         columns,
         ranges,
         me=0,
-        spans_columns=not pieces,
+        spans_columns=cuts_moment,
         home=0,
-        shard_basis=stored_once or not terms,
-        replicated=(aligned or terms) and not pieces,
+        shard_basis=stored_once,
+        replicated=replicated,
         terms=terms and not pieces,
         copy_of=copy_of,
     )
     chosen = {"power_passes": power_passes, "residual": residual, "oversample": 0}
     settings = parse_config({**chosen, "max_rank": RANK, "min_rank": RANK})
-    assert not terms or whole == is_small(sharding, settings)
+    assert not terms or formed == is_small(sharding, settings)
     state: State = {}
 
     def requests() -> int:

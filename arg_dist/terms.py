@@ -35,12 +35,11 @@ from torch import Tensor
 
 from arg_dist.algorithm import (
     FP32_BYTES,
-    TYPES,
     Choose,
     LowRankUpdate,
     NewBasis,
     StepFacts,
-    blended_momentum,
+    at_full_size,
     chosen_by_energy,
     is_due,
     present_basis,
@@ -69,7 +68,7 @@ from arg_dist.subspace.distributed import (
 from arg_dist.subspace.norms import norm_sq, row_squares
 from arg_dist.subspace.precision import lowered_precision
 from arg_dist.subspace.range_finder import Part
-from arg_dist.subspace.residual import matched_factors, orthogonalize, residual_part
+from arg_dist.subspace.residual import matched_factors, residual_of
 from arg_dist.subspace.state import State
 
 
@@ -123,7 +122,7 @@ def own_term(
             own = yield from sum_scatter(product, rows, rows, sharding.me)
         # S_i = G_i - P_i Q^T
         with lowered_precision(settings.matmul_precision):
-            S = residual_part(gradient(), own, basis, 1.0, sharding)
+            S = sharding.flat(residual_of(gradient(), own, basis, 1.0))
         if before is not None and before.residual is not None:
             S.add_(decode(before.residual, len(S)))
         size = S.norm().view(1)
@@ -218,7 +217,7 @@ def step_of_terms(
         with lowered_precision(settings.matmul_precision):
             product = mean @ basis
             if settings.residual != "none":
-                residual = residual_part(mean, product, basis, limit, alone)
+                residual = alone.flat(residual_of(mean, product, basis, limit))
                 share = residual[slice(*decided_elements(sharding, settings))]
                 del residual
         projected = select_rows(product, moment.touch[me], moment.keep[me]).contiguous()
@@ -321,12 +320,12 @@ def _orthogonalized(
         settings: the settings of its parameter group.
     """
     assert residual is not None and sharding.terms is not None
-    blend = None
-    if settings.remembers_residual:
-        blend = blended_momentum(state, limit**0.5, basis.device, sharding, settings)
-    typed, at_home = residual.to(TYPES[settings.polar_precision]), sharding.decided_at_home
-    steps = settings.polar_steps
-    return (yield from orthogonalize(typed, basis, at_home, steps=steps, blend=blend)).float()
+    at_home, me = sharding.decided_at_home, sharding.me
+    side, rows = at_home.basis, at_home.at_home(sharding.basis.size)
+    kept = select_rows(basis, side.touch[me], side.keep[me])
+    Q = yield from gather(kept, side.keep, rows, me)
+    S = at_home.matrix(residual) if me == at_home.home else residual
+    return at_full_size(S, Q, limit**0.5, state, at_home, settings).float()
 
 
 def _sized(

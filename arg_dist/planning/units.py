@@ -17,7 +17,7 @@ from arg_dist.planning.rows import Counts
 from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
 from arg_dist.planning.traffic import Moved, matrix_traffic, tensor_traffic
 from arg_dist.sharding.layout import MatrixView, Ranges, basis_spans_columns, clip_ranges
-from arg_dist.sharding.overlap import lanes_of
+from arg_dist.sharding.overlap import Load, lanes_of, load_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,11 @@ class Unit:
         """Whether its step involves several processes."""
         raise NotImplementedError
 
+    @property
+    def load(self) -> Load:
+        """What it has in the messages of a round."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class TensorUnit(Unit):
@@ -61,6 +66,11 @@ class TensorUnit(Unit):
     def rounds(self) -> list[Moved]:
         """What each round of a step moves."""
         return tensor_traffic(self.planned, self.settings)
+
+    @property
+    def load(self) -> Load:
+        """What it has in the messages of a round."""
+        return load_of(self.planned.sharding)
 
     @property
     def moment_bytes(self) -> Counts:
@@ -86,6 +96,13 @@ class MatrixUnit(Unit):
     def is_shared(self) -> bool:
         """Whether its step involves several processes."""
         return len(self.owners) > 1
+
+    @property
+    def load(self) -> Load:
+        """What it has in the messages of a round."""
+        goes_home = self.settings.residual == "orthogonalized"
+        load = load_of(self.planned.sharding, self.largest, goes_home=goes_home)
+        return load._replace(home=int(self.owners[self.home]))
 
     def basis_bytes(self, rank: int) -> Counts:
         """Bytes of the basis."""
@@ -121,7 +138,7 @@ def units_of(layout: Layout, settings: AdaRankGradConfig) -> list[list[Unit]]:
 
 def lanes(units: list[Unit], settings: AdaRankGradConfig) -> list[list[Unit]]:
     """Group the matrices and tensors of a call into lanes, whose collectives are batched."""
-    cuts = lanes_of([FP32 * unit.elements for unit in units], settings.bucket_size)
+    cuts = lanes_of([unit.load for unit in units], settings.bucket_size)
     return [[units[i] for i in cut] for cut in cuts]
 
 

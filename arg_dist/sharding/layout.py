@@ -59,6 +59,8 @@ class GroupSpec:
         settings: the group's settings as text; must be equal on all processes.
         terms: every process, or every copy of a sharded model, has gradients of its own, whose mean
             is that of the model.
+        largest_rank: of a matrix whose shorter dimension is given.
+        goes_home: the home process of a matrix computes with all of it.
     """
 
     holding: Holding
@@ -67,6 +69,8 @@ class GroupSpec:
     views: Callable[[str, tuple[int, ...]], list[MatrixView]]
     positions: Mapping[str, int]
     settings: str
+    largest_rank: Callable[[int], int]
+    goes_home: bool
     terms: bool = False
 
 

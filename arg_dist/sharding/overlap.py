@@ -10,15 +10,22 @@ processes.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.timeouts import named
-from arg_dist.subspace.distributed import Request, Steps, exchanges_of
+from arg_dist.subspace.distributed import (
+    DimensionSharding,
+    MatrixSharding,
+    Request,
+    Steps,
+    exchanges_of,
+)
 
 T = TypeVar("T")
 Answer = Tensor | tuple[Tensor, ...]
@@ -26,29 +33,71 @@ Answer = Tensor | tuple[Tensor, ...]
 AT_ONCE = 2
 """Lanes in flight at a time."""
 WORTH_IT = 32 * 2**20
-"""Bytes of weights above which overlap saves more than the additional messages cost."""
+"""Bytes in messages above which overlap saves more than the additional messages cost."""
+FP32_BYTES = 4
 
 
-def lanes_of(sizes: Sequence[int], bucket_size: int) -> list[range]:
-    """Divide the positions, in order, into lanes.
+class Load(NamedTuple):
+    """Most bytes that a matrix or tensor has in the messages of one round, on one process.
 
-    Lanes in flight together hold at most `bucket_size`. There are as few lanes as that allows, but
-    enough to alternate if overlap is worthwhile. An item that is too large is its own lane.
+    Attributes:
+        everywhere: on each process that holds a part of it.
+        at_home: on the home process, in the round in which that has all of it.
+        home: the home process.
+    """
+
+    everywhere: int = 0
+    at_home: int = 0
+    home: int = 0
+
+
+def load_of(
+    sharding: MatrixSharding | DimensionSharding, rank: int = 0, *, goes_home: bool = False
+) -> Load:
+    """The load of a matrix, or of the elements of a tensor, in a step without a refresh.
 
     Args:
-        sizes: bytes of fp32 weights of each matrix and tensor.
-        bucket_size: bytes that may be in flight at a time.
+        sharding: how it is distributed over the processes.
+        rank: the largest rank of a matrix.
+        goes_home: the home process computes with all of the matrix, and all get its result.
     """
-    limit, through = bucket_size // AT_ONCE, list(itertools.accumulate(sizes))
-    if through and through[-1] >= WORTH_IT:
-        limit = min(limit, next(size for size in through if AT_ONCE * size >= through[-1]))
-    starts, filled = [0], 0
-    for position, size in enumerate(sizes):
-        if filled and filled + size > limit:
+    if not sharding.is_shared:
+        return Load()
+    if isinstance(sharding, DimensionSharding):
+        return Load(FP32_BYTES * sharding.most_updated)
+    moment, elements = sharding.moment, sharding.elements
+    found = rank * (moment.most_touched + sharding.basis.most_touched)
+    given = rank * moment.most_updated + elements.most_updated * goes_home
+    return Load(
+        FP32_BYTES * max(found, given), FP32_BYTES * elements.size * goes_home, sharding.home
+    )
+
+
+def lanes_of(loads: Sequence[Load], bucket_size: int) -> list[range]:
+    """Divide the positions, in order, into lanes.
+
+    Lanes in flight together have at most `bucket_size` in the messages of a round on any process,
+    or twice as much as the largest item if that is more. There are as few lanes as that allows, but
+    enough to alternate if overlap is worthwhile.
+
+    Args:
+        loads: of each matrix and tensor.
+        bucket_size: bytes that a process may have in flight at a time.
+    """
+    most = max((max(load.everywhere, load.at_home) for load in loads), default=0)
+    limit = max(bucket_size // AT_ONCE, most)
+    through = list(itertools.accumulate(load.everywhere for load in loads))
+    half = through[-1] / AT_ONCE if through and through[-1] >= WORTH_IT else math.inf
+    starts, everywhere, at_home = [0], 0, Counter[int]()
+    for position, load in enumerate(loads):
+        filled = max(everywhere + load.everywhere, at_home[load.home] + load.at_home)
+        is_halfway = len(starts) == 1 and through[position] > half
+        if position > starts[-1] and (filled > limit or is_halfway):
             starts.append(position)
-            filled = 0
-        filled += size
-    return [range(*ends) for ends in itertools.pairwise([*starts, len(sizes)])]
+            everywhere, at_home = 0, Counter()
+        everywhere += load.everywhere
+        at_home[load.home] += load.at_home
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(loads)])]
 
 
 def turns(rounds: Sequence[int]) -> Iterator[tuple[int, int]]:

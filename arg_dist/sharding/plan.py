@@ -27,12 +27,10 @@ from arg_dist.sharding.layout import (
     shard_elements,
     shard_matrix,
 )
-from arg_dist.sharding.overlap import lanes_of
+from arg_dist.sharding.overlap import Load, lanes_of, load_of
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.sharding.shares import is_sharded
 from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
-
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def _make_plan(
         check_agreement(everyone)
     shards: list[Shard] = []
     units: list[Unit] = []
-    sizes: list[int] = []
+    loads: list[Load] = []
     held: list[Fragment] = []
     copy_of = _copies_of([own[0]["copy"] for own in everyone])
     for k, (position, spec) in enumerate(members):
@@ -177,11 +175,11 @@ def _make_plan(
             ranges = tuple(other[k]["fragments"][j]["range"] for other in everyone)
             for one_copy in () if spec.holding.replicated else _by_copy(ranges, copy_of):
                 check_tiling(fragment.name, one_copy, math.prod(fragment.shape))
-            found, elements = _shards_of(
+            found, load = _shards_of(
                 fragment, ranges, spec, position, communicator.me, units, copy_of
             )
             shards += found
-            sizes += [FP32_BYTES * count for count in elements]
+            loads += load
             held.append(fragment)
     names = [unit.name for unit in units]
     if len(set(names)) < len(names):
@@ -193,7 +191,7 @@ def _make_plan(
         shards,
         [position for position, _ in members],
         units,
-        lanes_of(sizes, bucket_size),
+        lanes_of(loads, bucket_size),
         held,
         replicated=any(holding.replicated for holding in holdings),
         copies=copies,
@@ -230,8 +228,8 @@ def _shards_of(
     me: int,
     units: list[Unit],
     copy_of: tuple[int, ...] | None,
-) -> tuple[list[Shard], list[int]]:
-    """This process's shards of one parameter, and the element counts of its matrices or tensor.
+) -> tuple[list[Shard], list[Load]]:
+    """This process's shards of one parameter, and the loads of its matrices or tensor.
 
     Appends them to `units`, whether or not this process holds a part of them.
     """
@@ -241,6 +239,7 @@ def _shards_of(
     if fragment.transposed:
         views = [MatrixView(view.name, view.columns, view.rows, view.offset) for view in views]
     shards: list[Shard] = []
+    loads: list[Load] = []
     for home, view in enumerate(views, start=spec.positions[fragment.name]):
         unit = len(units)
         mine = clip_ranges(ranges, view.offset, view.rows * view.columns)
@@ -259,6 +258,8 @@ def _shards_of(
             copy_of=copy_of,
         )
         units.append(Unit(view.name, fragment, sharding))
+        largest = spec.largest_rank(view.short)
+        loads.append(load_of(sharding, largest, goes_home=spec.goes_home))
         if mine[me][0] == mine[me][1]:
             continue
         shards.append(
@@ -282,6 +283,7 @@ def _shards_of(
         ranges = tuple((start * width, stop * width) for start, stop in ranges)
         flat = shard_elements(ranges, numel, replicated, terms=spec.terms, copy_of=copy_of)
         units.append(Unit(fragment.name, fragment, flat))
+        loads.append(load_of(flat))
         if fragment.start < fragment.stop:
             shards.append(
                 TensorShard(
@@ -295,7 +297,7 @@ def _shards_of(
                     sharding=flat,
                 )
             )
-    return shards, [view.rows * view.columns for view in views] or [numel]
+    return shards, loads
 
 
 def phase_of(name: str) -> float:

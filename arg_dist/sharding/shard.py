@@ -90,7 +90,7 @@ class Shard:
     @property
     def is_shared(self) -> bool:
         """Whether its step needs other processes."""
-        raise NotImplementedError
+        return self.sharding.is_shared
 
     @property
     def terms(self) -> int:
@@ -123,11 +123,6 @@ class TensorShard(Shard):
     required = OF_TENSOR
 
     sharding: DimensionSharding
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether its step needs other processes."""
-        return self.sharding.keep != self.sharding.update
 
     @property
     def terms(self) -> int:
@@ -169,11 +164,6 @@ class MatrixShard(Shard):
     spans_columns: bool
     replicated: bool
     phase: float
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether its step needs other processes."""
-        return len(self.sharding.owners) > 1
 
     @property
     def terms(self) -> int:

@@ -275,6 +275,21 @@ class DimensionSharding:
         """Rows of the moments that each process keeps."""
         return self.keep
 
+    @cached_property
+    def is_shared(self) -> bool:
+        """Whether its step involves several processes."""
+        return self.keep != self.update
+
+    @cached_property
+    def most_touched(self) -> int:
+        """Rows of the process that touches most."""
+        return max(map(row_count, self.touch))
+
+    @cached_property
+    def most_updated(self) -> int:
+        """Rows of the process that updates most."""
+        return max(map(row_count, self.update))
+
     def counted(self) -> dict[str, Rows]:
         """Rows of each tensor of a tensor's state on each process; every row once."""
         return dict.fromkeys(OF_TENSOR, self.keep)
@@ -362,6 +377,11 @@ class MatrixSharding:
         return _rows_at(self.home, size, self.processes)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether its step involves several processes."""
+        return len(self.owners) > 1
+
+    @property
     def is_relayed(self) -> bool:
         """Whether transfers to and from the home process are relayed through all owners.
 
@@ -370,9 +390,20 @@ class MatrixSharding:
         return len(self.owners) > 2
 
     @cached_property
-    def is_aligned(self) -> bool:
-        """Whether every process keeps exactly the moment rows that it touches."""
-        return self.moment.keep == self.moment.touch
+    def is_replicated(self) -> bool:
+        """Whether every process updates the whole matrix."""
+        return len(set(self.elements.update)) == 1
+
+    @cached_property
+    def is_cut_in_whole_rows(self) -> bool:
+        """Whether no row of the side that is cut is touched by two processes."""
+        side = self.moment if self.cuts_moment else self.basis
+        return self.terms is None and side.keep == side.touch
+
+    @cached_property
+    def is_stored_once(self) -> bool:
+        """Whether each row of the basis is in the state of one process."""
+        return self.store == self.basis.keep
 
     @cached_property
     def decided_at_home(self) -> MatrixSharding:

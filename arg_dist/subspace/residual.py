@@ -25,7 +25,6 @@ the full size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -34,8 +33,6 @@ from torch import Tensor
 from arg_dist.subspace.distributed import (
     MatrixSharding,
     Steps,
-    gather_each,
-    select_rows,
     sum_scatter,
 )
 from arg_dist.subspace.norms import row_squares
@@ -121,66 +118,46 @@ def limit_growth(
     return factors * torch.where(norm > 0, limited / norm, 1.0).float(), limited
 
 
-def residual_part(
-    gradient: Tensor, projected: Tensor, basis: Tensor, norm_sq: float, sharding: MatrixSharding
+def residual_of(
+    gradient: Tensor,
+    projected: Tensor,
+    basis: Tensor,
+    norm_sq: float,
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
-    """``elements.touch``: ``S / ||G||`` of this process's elements, fp32.
+    """``rows x columns``: ``S / ||G||``, fp32.
 
     Args:
-        gradient: ``moment.touch x basis.touch``, this process's part of G, fp32.
-        projected: ``moment.touch x rank``, P.
-        basis: ``basis.touch x rank``, Q.
-        norm_sq: ``||G||_F^2`` over all processes.
-        sharding: how the matrix is distributed over the processes.
+        gradient: ``rows x columns``, G or a block of it.
+        projected: ``rows x rank``, P.
+        basis: ``columns x rank``, Q.
+        norm_sq: ``||G||_F^2``, of all of G.
+        overwrite: use the memory of the gradient, which is fp32.
     """
     # S = G - P Q^T
     share = norm_sq**-0.5 if norm_sq > 0 else 0.0
-    part: Tensor = torch.addmm(gradient, projected, basis.T, beta=share, alpha=-share)
-    return sharding.flat(part)
+    S = gradient if overwrite else gradient.to(torch.float32, copy=True)
+    return S.addmm_(projected, basis.T, beta=share, alpha=-share)
 
 
-def orthogonalize(
-    part: Tensor,
-    basis: Tensor,
-    sharding: MatrixSharding,
-    *,
-    steps: int,
-    blend: Callable[[Tensor], None] | None = None,
-) -> Steps[Tensor]:
-    """``elements`` at home, none elsewhere: ``sqrt(max(m, n)) O`` in the type of the part.
+def orthogonalized(
+    residual: Tensor, basis: Tensor, *, outputs_are_moment: bool, steps: int
+) -> Tensor:
+    """``moment x basis``: ``sqrt(max(m, n)) O``, in the type of the residual.
 
     Args:
-        part: ``elements.keep``, S of this process's elements; overwritten.
-        basis: ``basis.touch x rank``, Q.
-        sharding: how the matrix is distributed over the processes.
+        residual: ``moment x basis``, S, with a norm of at most 1; overwritten.
+        basis: ``basis x rank``, Q, in the same type.
+        outputs_are_moment: whether the moment side is that of the rows of W in the model.
         steps: Newton-Schulz iterations.
-        blend: replaces S, ``moment x basis``, by one that remembers those before; in place.
     """
-    elements, (m, n) = sharding.elements, (sharding.moment.size, sharding.basis.size)
-    kept = select_rows(basis, sharding.basis.touch[sharding.me], sharding.basis.keep[sharding.me])
-    parts = (
-        (part, elements.keep, sharding.at_home(elements.size)),
-        (kept.to(part.dtype), sharding.basis.keep, sharding.at_home(n)),
-    )
-    del part
-    whole, Q = yield from gather_each(parts, sharding.me)
-    del parts
-    if sharding.me != sharding.home:
-        return whole
-    S = sharding.matrix(whole)
-    del whole  # or it would be held beside what Newton-Schulz makes of it
-    if blend is not None:
-        blend(S)
     # once more S - S Q Q^T: what is left of Q by rounding would be as large as the rest of O
-    S.addmm_(S @ Q, Q.T, alpha=-1)
+    residual.addmm_(residual @ basis, basis.T, alpha=-1)
     # each row of W in S, divided by its rms
-    with_equal_rows(S if sharding.outputs_are_moment else S.T)
-    waiting = [S]
-    del S
+    with_equal_rows(residual if outputs_are_moment else residual.T)
     # rms(O) = 1 / sqrt(max(m, n))
-    factor = polar_factor(waiting.pop(), steps).mul_(max(m, n) ** 0.5)
-    ordered: Tensor = (factor if sharding.cuts_moment else factor.T).contiguous()
-    return ordered.view(-1)
+    return polar_factor(residual, steps).mul_(max(residual.shape) ** 0.5)
 
 
 def polar_factor(matrix: Tensor, steps: int) -> Tensor:
@@ -190,18 +167,19 @@ def polar_factor(matrix: Tensor, steps: int) -> Tensor:
     so a few matrix polynomials replace a singular value decomposition. In the type of the matrix.
 
     Args:
-        matrix: ``m x n``, with a norm of at most 1. A far smaller one remains far smaller.
+        matrix: ``m x n``, with a norm of at most 1; overwritten. A far smaller one remains far
+            smaller.
         steps: Newton-Schulz iterations.
     """
     a, b, c = COEFFICIENTS
-    is_wide = matrix.shape[0] <= matrix.shape[1]
-    X = matrix if is_wide else matrix.T
-    del matrix  # or two of its size would be held beside the next X
+    X = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    following = torch.empty_like(X)
     for _ in range(steps):
         # X <- a X + (b A + c A^2) X,  A = X X^T
         A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X if is_wide else X.T
+        torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a, out=following)
+        X, following = following, X
+    return X if X.shape == matrix.shape else X.T
 
 
 def with_equal_rows(residual: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from matrices import gaussian
 
 from arg_dist.algorithm import adam_step
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.recording import rounds
+from arg_dist.recording import rounds_of_matrix
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.layout import shard_elements
 
@@ -57,39 +57,46 @@ def test_a_step_on_a_matrix_stays_within_its_rounds(
         transport=transport,
         residual=residual,
     )
-    sharding = shards[0].sharding
-    steady, refreshing = rounds(
-        power_passes, residual, relayed=sharding.is_relayed, aligned=sharding.is_aligned
-    )
+    steady, refreshing = rounds_of_matrix(shards[0].sharding, settings)
     for step in range(4):
         asked = requests_of_a_step(shards, states, gaussian(*shape, seed=step), settings)
         assert asked <= (refreshing if step in (0, 2) else steady)
         assert len(shards) > 1 or asked == 0
 
 
+CUTS = {
+    "anywhere": ((0, 13), (13, 22), (22, 35)),
+    "anywhere, in two": ((0, 13), (13, 35)),
+    "between rows": ((0, 10), (10, 20), (20, 35)),
+    "between rows, in two": ((0, 20), (20, 35)),
+}
+
+
 @pytest.mark.parametrize("residual", ["orthogonalized", "matched", "scaled", "none"])
-@pytest.mark.parametrize("ranges", [((0, 13), (13, 22), (22, 35)), ((0, 13), (13, 35))])
-def test_a_cut_matrix_needs_all_rounds_of_the_agreement(ranges, residual):
-    shards = cut_matrix(gaussian(7, 5), ranges, spans_columns=True)
-    states = [{} for _ in shards]
-    settings = AdaRankGradConfig(max_rank=3, min_rank=1, min_gap=2, max_gap=2, residual=residual)
-    asked = [
-        requests_of_a_step(shards, states, gaussian(7, 5, seed=step), settings) for step in range(3)
-    ]
-    assert (max(asked[1::2]), max(asked[::2])) == rounds(1, residual, relayed=len(ranges) > 2)
+@pytest.mark.parametrize("spans_columns", [True, False])
+@pytest.mark.parametrize("shard_basis", [True, False])
+@pytest.mark.parametrize("ranges", CUTS.values(), ids=CUTS)
+def test_a_cut_matrix_needs_all_rounds_of_the_agreement(
+    ranges, shard_basis, spans_columns, residual
+):
+    layout = {"spans_columns": spans_columns, "shard_basis": shard_basis}
+    check_rounds(cut_matrix(gaussian(7, 5), ranges, **layout), residual)
 
 
 @pytest.mark.parametrize("residual", ["orthogonalized", "matched", "scaled", "none"])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_a_replicated_matrix_needs_all_rounds_of_an_aligned_one(processes, residual):
-    shards = cut_matrix(gaussian(7, 5), ((0, 35),) * processes, spans_columns=True, replicated=True)
+def test_a_replicated_matrix_needs_all_rounds_of_the_agreement(processes, residual):
+    ranges = ((0, 35),) * processes
+    check_rounds(cut_matrix(gaussian(7, 5), ranges, spans_columns=True, replicated=True), residual)
+
+
+def check_rounds(shards, residual: str) -> None:
     states = [{} for _ in shards]
     settings = AdaRankGradConfig(max_rank=3, min_rank=1, min_gap=2, max_gap=2, residual=residual)
     asked = [
         requests_of_a_step(shards, states, gaussian(7, 5, seed=step), settings) for step in range(3)
     ]
-    expected = rounds(1, residual, relayed=processes > 2, aligned=True)
-    assert (max(asked[1::2]), max(asked[::2])) == expected
+    assert (asked[1], asked[2]) == rounds_of_matrix(shards[0].sharding, settings)
 
 
 @given(element_ranges(11), st.booleans())

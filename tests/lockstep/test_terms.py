@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arg_dist.algorithm import LowRankUpdate, State, StepFacts, adam_step
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.recording import rounds
+from arg_dist.recording import rounds_of_matrix
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.layout import shard_elements, shard_matrix
 from arg_dist.subspace.distributed import MatrixSharding
@@ -101,8 +101,7 @@ def test_without_a_residual_the_steps_are_those_of_the_mean(shape, processes):
 def test_all_processes_take_the_same_step_in_the_rounds_agreed(rule, bits, momentum, shape):
     layout = shardings(*shape, 3)
     settings = settings_of(residual=rule, residual_momentum=momentum, **both(*bits))
-    whole = sends_whole(layout[0], settings)
-    steady, refreshing = rounds(1, rule, relayed=True, aligned=False, terms=True, whole=whole)
+    steady, refreshing = rounds_of_matrix(layout[0], settings)
     states: list[State] = [{} for _ in layout]
     for step in range(5):
         counts: list[int] = []
@@ -308,17 +307,13 @@ ELEMENTS = 24 * 16
 CUTS = st.lists(st.integers(1, ELEMENTS - 1), min_size=1, max_size=3, unique=True)
 
 
-def rounds_of_copies(rule: str, sharding: MatrixSharding) -> tuple[int, int]:
-    return rounds(1, rule, relayed=sharding.is_relayed, terms=True, whole=True, pieces=True)
-
-
 @given(CUTS, st.booleans(), st.integers(0, 3))
 def test_copies_cut_anywhere_take_the_steps_of_the_mean(cuts, spans_columns, home):
     layout = copies(24, 16, cuts, spans_columns=spans_columns, home=home)
     settings = settings_of(residual="none")
     states: list[State] = [{} for _ in layout]
     alone: State = {}
-    steady, refreshing = rounds_of_copies("none", layout[0])
+    steady, refreshing = rounds_of_matrix(layout[0], settings)
     for step in range(4):
         common = gaussian(24, 2, seed=step // 3) @ gaussian(2, 16, seed=step // 3)
         terms = [common + 0.1 * gaussian(24, 16, seed=10 * step + i) for i in range(2)]
@@ -338,7 +333,7 @@ def test_copies_are_equal_bit_by_bit(cuts, spans_columns, bits, remembers):
     layout = copies(24, 16, cuts, spans_columns=spans_columns)
     settings = settings_of(residual_momentum=0.5 * remembers, **both(*bits))
     states: list[State] = [{} for _ in layout]
-    steady, refreshing = rounds_of_copies("orthogonalized", layout[0])
+    steady, refreshing = rounds_of_matrix(layout[0], settings)
     for step in range(4):
         terms = [gaussian(24, 16, seed=10 * step + i) for i in range(2)]
         updates, taken = step_of_copies(terms, states, layout, settings)
@@ -349,17 +344,14 @@ def test_copies_are_equal_bit_by_bit(cuts, spans_columns, bits, remembers):
 
 
 def test_large_copies_are_sketched_in_the_rounds_agreed():
-    settings, expected = (
-        settings_of(residual="none"),
-        rounds(1, "none", relayed=True, terms=True, pieces=True),
-    )
+    settings = settings_of(residual="none")
     for spans_columns in (True, False):
         layout = copies(400, 24, [2000, 6005], spans_columns=spans_columns)
         states: list[State] = [{} for _ in layout]
         for step in range(2):
             terms = [gaussian(400, 24, seed=10 * step + i) for i in range(2)]
             _, taken = step_of_copies(terms, states, layout, settings)
-            assert taken <= expected[step == 0]
+            assert taken <= rounds_of_matrix(layout[0], settings)[step == 0]
 
 
 def test_the_residual_of_sharded_copies_is_near_to_that_of_the_mean():

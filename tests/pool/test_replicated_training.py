@@ -89,18 +89,22 @@ def collectives_by_step(group, count: int) -> list[int]:
 
 def test_the_number_of_collectives_does_not_depend_on_the_number_of_matrices(pool):
     steady, refreshing = (
-        1 + count for count in rounds(power_passes=1, residual="orthogonalized", aligned=True)
+        1 + count for count in rounds(power_passes=1, residual="orthogonalized", replicated=True)
     )
     expected = [refreshing] + 4 * [steady] + [refreshing] + 2 * [steady]
     for count in (4, 40):
         assert pool.run(collectives_by_step, 2, count) == [expected] * 2
 
 
-@pytest.mark.parametrize("size", [2 * 12 * 8 * 4, 2 * 3 * 12 * 8 * 4 + 1])
+LOAD = 4 * (3 * 12 + 12 * 8)
+"""Bytes of a 12 x 8 matrix in a round: three columns of directions, and all of the residual."""
+
+
+@pytest.mark.parametrize("size", [2 * LOAD, 2 * 3 * LOAD + 1])
 def test_smaller_buckets_take_the_same_steps_in_more_collectives(pool, size):
-    steady, refreshing = rounds(power_passes=1, residual="orthogonalized", aligned=True)
+    steady, refreshing = rounds(power_passes=1, residual="orthogonalized", replicated=True)
     count = 7
-    lanes = -(-count // (size // (AT_ONCE * 12 * 8 * 4)))
+    lanes = -(-count // (size // (AT_ONCE * LOAD)))
     expected = [1 + lanes * refreshing] + 4 * [1 + lanes * steady]
     together, cut = (
         pool.run(steps_in_buckets, 2, count, {"bucket_size": given}) for given in (2**30, size)
@@ -132,8 +136,8 @@ def collectives_with_one_new_basis(group, count: int, settings) -> int:
 
 
 def test_only_a_lane_that_looks_for_a_basis_takes_the_rounds_of_a_refresh(pool):
-    steady, refreshing = rounds(power_passes=1, residual="orthogonalized", aligned=True)
-    a_lane_each = {"bucket_size": AT_ONCE * 12 * 8 * 4}
+    steady, refreshing = rounds(power_passes=1, residual="orthogonalized", replicated=True)
+    a_lane_each = {"bucket_size": AT_ONCE * LOAD}
     expected = 1 + refreshing + 3 * steady
     assert pool.run(collectives_with_one_new_basis, 2, 4, a_lane_each) == [expected] * 2
 

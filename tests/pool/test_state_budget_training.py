@@ -109,7 +109,7 @@ def collectives(group: Any, budget: Any) -> list[int]:
 
 
 def test_a_budget_costs_two_collectives_where_something_refreshes_and_none_elsewhere(pool):
-    taken = rounds(power_passes=1, residual="orthogonalized", aligned=True)
+    taken = rounds(power_passes=1, residual="orthogonalized", replicated=True)
     steady, refreshing = (1 + count for count in taken)
     for budget, more in ((None, 0), (BUDGETS["llama"], 2)):
         expected = [refreshing + more, *[steady] * 4] * 4

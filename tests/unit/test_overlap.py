@@ -9,25 +9,75 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arg_dist.sharding.overlap import AT_ONCE, WORTH_IT, Lane, lanes_of, run_lanes, turns
+from arg_dist.config import parse_config
+from arg_dist.recording import requests_of_a_step
+from arg_dist.sharding.layout import shard_matrix
+from arg_dist.sharding.overlap import (
+    AT_ONCE,
+    WORTH_IT,
+    Lane,
+    Load,
+    lanes_of,
+    load_of,
+    run_lanes,
+    turns,
+)
 from arg_dist.subspace.distributed import Exchange
 
+loads = st.builds(Load, st.integers(0, 50), st.integers(0, 50), st.integers(0, 3))
 
-@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60))
-def test_lanes_are_in_order_bounded_and_as_few_as_that_allows(sizes, bucket_size):
-    lanes = lanes_of(sizes, bucket_size)
-    assert [i for lane in lanes for i in lane] == list(range(len(sizes)))
+
+def most(items: list[Load]) -> int:
+    """Bytes of the process with most, in its fullest round."""
+    homes = {item.home for item in items}
+    there = [sum(item.at_home for item in items if item.home == home) for home in homes]
+    return max(sum(item.everywhere for item in items), *there)
+
+
+@given(st.lists(loads, max_size=30), st.integers(1, 60))
+def test_lanes_are_in_order_bounded_and_as_few_as_that_allows(items, bucket_size):
+    lanes = lanes_of(items, bucket_size)
+    limit = max([bucket_size // AT_ONCE, *(most([item]) for item in items)])
+    assert [i for lane in lanes for i in lane] == list(range(len(items)))
     for lane in lanes:
-        assert len(lane) <= 1 or AT_ONCE * sum(sizes[i] for i in lane) <= bucket_size
+        assert not lane or most(items[lane.start : lane.stop]) <= limit
     for lane, after in pairwise(lanes):
-        assert AT_ONCE * (sum(sizes[i] for i in lane) + sizes[after.start]) > bucket_size
+        assert most(items[lane.start : after.start + 1]) > limit
 
 
 @given(st.lists(st.integers(1, WORTH_IT // 4), min_size=2, max_size=20))
 def test_a_large_model_takes_turns_even_where_one_bucket_holds_it(sizes):
-    lanes = lanes_of(sizes, bucket_size=100 * WORTH_IT)
+    lanes = lanes_of([Load(size) for size in sizes], bucket_size=100 * WORTH_IT)
     assert [i for lane in lanes for i in lane] == list(range(len(sizes)))
     assert len(lanes) == (AT_ONCE if sum(sizes) >= WORTH_IT else 1)
+    if len(lanes) > 1:
+        assert sum(sizes[i] for i in lanes[0]) <= sum(sizes) / AT_ONCE or len(lanes[0]) == 1
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 4), st.booleans(), st.booleans())
+def test_a_load_is_most_of_what_a_steady_step_sends_or_receives(
+    rows, columns, processes, spans_columns, replicated
+):
+    bounds = [rows * columns * i // processes for i in range(processes + 1)]
+    ranges = tuple(pairwise(bounds))
+    if replicated:
+        ranges = ((0, rows * columns),) * processes
+    settings = parse_config({"max_rank": 4, "min_rank": 4})
+    rank = settings.rank_bounds(min(rows, columns))[1]
+    for me in range(processes):
+        sharding = shard_matrix(
+            rows, columns, ranges, me=me, spans_columns=spans_columns, home=1, shard_basis=True,
+            replicated=replicated,
+        )  # fmt: skip
+        load, state = load_of(sharding, rank, goes_home=True), {}
+        if me not in sharding.owners:
+            continue
+        for _ in range(2):
+            requests = requests_of_a_step(state, sharding, settings, rank)
+        received = [sum(each.answer_bytes(me) for each in request) for request in requests]
+        limit = max(load.everywhere, (me == sharding.home) * (load.at_home + load.everywhere))
+        assert max(received, default=0) <= limit
+        assert (load == Load()) == (len(sharding.owners) == 1)
 
 
 @given(st.lists(st.integers(0, 6), max_size=7))
