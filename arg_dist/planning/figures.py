@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,16 @@ class Figures:
         """Everything kept, plus the larger of the two temporaries."""
         return self._sum(*KEPT) + np.maximum(self.step_temporaries, self.refresh_temporaries)
 
+    def in_copies(self, copies: int) -> Figures:
+        """The figures of several copies of the model, each of which is trained like this one."""
+        arrays = {
+            each.name: np.tile(getattr(self, each.name), copies)
+            for each in fields(self)
+            if isinstance(getattr(self, each.name), np.ndarray)
+        }
+        kept = {key: np.tile(each, copies) for key, each in self.kept.items()}
+        return replace(self, kept=kept, **arrays)
+
     def arrays(self) -> dict[str, Counts]:
         """All figures by name."""
         return {
@@ -117,6 +127,7 @@ class Plan:
         processes: number of processes.
         dtype: data type of the weights used in forward and backward.
         settings: AdaRankGrad's settings.
+        copies: number of copies of the model, each sharded over its share of the processes.
         ranks: rank assumed for each matrix, by name.
         figures: figures by optimizer; GaLore's are for one process where the engine rules it out.
         galore_runs: whether GaLore runs under the engine.
@@ -127,6 +138,7 @@ class Plan:
     processes: int
     dtype: str
     settings: AdaRankGradConfig
+    copies: int
     ranks: Mapping[str, int]
     figures: Mapping[str, Figures] = field(default_factory=dict)
     galore_runs: bool = True
@@ -138,6 +150,7 @@ class Plan:
             "parameters": self.model.elements,
             "engine": ENGINES[self.engine],
             "world_size": self.processes,
+            "copies": self.copies,
             "dtype": self.dtype,
             "settings": self.settings.model_dump(mode="json"),
             "ranks": dict(self.ranks),
@@ -152,6 +165,7 @@ def make_plan(
     *,
     engine: str,
     processes: int,
+    copies: int = 1,
     dtype: str = "fp32",
     reduce_bucket: int = BUCKET,
 ) -> Plan:
@@ -162,21 +176,28 @@ def make_plan(
         settings: AdaRankGrad's settings.
         engine: one of ``ENGINES``.
         processes: number of processes.
+        copies: number of copies of the model, each sharded over its share of the processes. They
+            exchange sketches with ``gradient_sync="sketch"``; else the engine averages their
+            gradients, and the optimizer's processes are those of a copy (HSDP).
         dtype: data type of the weights used in forward and backward, one of ``DTYPES``.
         reduce_bucket: DeepSpeed's `reduce_bucket_size`, in elements.
 
     Raises:
-        ConfigError: the engine is unknown, or is ``none`` with several processes.
+        ConfigError: the engine is unknown, or is ``none`` with several processes; there cannot be
+            so many copies, or a setting does not work with them.
         ConfigError: `state_budget` is too small.
     """
-    layout = lay_out(model, engine, processes)
-    calls = units_of(layout, settings)
+    layout = lay_out(model, engine, processes, copies)
+    has_terms = layout.has_terms(settings)
+    together = layout if has_terms else layout.one_copy
+    calls = units_of(together, settings)
     ranks = planned_ranks(calls, settings)
     holds = held(layout, dtype, reduce_bucket)
     sent = engine_sent(layout, dtype)
-    ours = engine_sent(layout, dtype, averages=not layout.has_terms(settings))
+    own = engine_sent(layout, dtype, averages=not has_terms)[: together.processes]
+    ours = _ours(together, calls, ranks, held(together, dtype, reduce_bucket), own, settings)
     figures = {
-        "AdaRankGrad": _ours(layout, calls, ranks, holds, ours, settings),
+        "AdaRankGrad": ours.in_copies(processes // together.processes),
         "AdamW": _adamw(layout, holds, sent),
     }
     runs = runs_galore(engine)
@@ -184,7 +205,7 @@ def make_plan(
         layout = lay_out(model, "none", 1)
         holds, sent = held(layout, dtype, reduce_bucket), engine_sent(layout, dtype)
     figures["GaLore"] = _galore(layout, holds, sent, settings)
-    return Plan(model, engine, processes, dtype, settings, ranks, figures, runs)
+    return Plan(model, engine, processes, dtype, settings, copies, ranks, figures, runs)
 
 
 def _ours(

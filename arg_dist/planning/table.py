@@ -56,7 +56,8 @@ def title(plan: Plan) -> str:
     processes = "1 process" if plan.processes == 1 else f"{plan.processes} processes"
     where = "" if plan.engine == "none" else f", {ENGINES[plan.engine]}"
     millions = f"{plan.model.elements / 1e6:.1f}M parameters"
-    return f"{plan.model.name}, {millions}, {plan.dtype}{where}, {processes}"
+    copies = f", {plan.copies} copies" if plan.copies > 1 else ""
+    return f"{plan.model.name}, {millions}, {plan.dtype}{where}, {processes}{copies}"
 
 
 def cell(counts: Counts) -> str:
@@ -106,7 +107,9 @@ def _ranks(plan: Plan) -> str:
             f"State assumes the largest ranks allowed (max_rank {plan.settings.max_rank}); it is "
             "smaller where the gradient's energy needs fewer directions."
         )
+    has_own_budget = plan.copies > 1 and plan.settings.gradient_sync == "engine"
+    of_a_copy = " of a copy" if has_own_budget else ""
     return (
         "State assumes the ranks that state_budget allows in the first step; at any ranks, all "
-        f"processes together keep at most {in_bytes(plan.settings.state_budget)}."
+        f"processes{of_a_copy} together keep at most {in_bytes(plan.settings.state_budget)}."
     )
