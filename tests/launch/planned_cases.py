@@ -38,8 +38,8 @@ class Case:
         # DeepSpeed trains copies in fp32 of weights in bf16
         own = self.dtype == "fp32" or self.engine in ("none", "fsdp2")
         ways = self.engine in ("none", "ddp", "zero2", "zero3", "fsdp2")
-        plain = self.settings in (FULL, BUCKETS) or (self.copies > 1 and self.settings == SKETCH)
-        return self.model == "nano" and own and ways and plain
+        alike = self.copies == 1 and self.settings in (FULL, BUCKETS)
+        return self.model == "nano" and own and ways and alike
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.launch.planned_cases import IN_COPIES, Case
-from tests.launch.planned_checks import check_exact, check_temporaries, planned
+from tests.launch.planned_checks import check_exact, planned
 from tests.launch.planned_probe import model_of, taken_in_torch
 from tests.launch.torch_engines import fsdp2, pairs_of_replicas, within_a_copy
 
@@ -24,7 +24,4 @@ def run(group: dist.ProcessGroup, case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", IN_COPIES, ids=lambda case: case.name)
 def test_copies_take_what_was_planned(pool: Any, case: Case) -> None:
-    found, figures = pool.run(run, PROCESSES, case, seconds=60), planned(case, PROCESSES)
-    check_exact(case, figures, found)
-    if case.has_temporaries:
-        check_temporaries(case, figures, found)
+    check_exact(case, planned(case, PROCESSES), pool.run(run, PROCESSES, case, seconds=60))
