@@ -6,6 +6,7 @@ Sent bytes are estimates that assume ring collectives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -89,8 +90,24 @@ def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
     )
 
 
-def engine_sent(layout: Layout, dtype: str, *, averages: bool = True) -> Counts:
-    """Bytes of weights and gradients that each process sends per step of one micro-batch.
+class Sent(NamedTuple):
+    """Bytes that each process sends.
+
+    Attributes:
+        total: all of them.
+        crossing: those between copies of the model that are sharded themselves.
+    """
+
+    total: Counts
+    crossing: Counts
+
+    def first(self, processes: int) -> Sent:
+        """Those of the first few processes."""
+        return Sent(*(counts[:processes] for counts in self))
+
+
+def engine_sent(layout: Layout, dtype: str, *, averages: bool = True) -> Sent:
+    """Weights and gradients that each process sends per step of one micro-batch.
 
     Args:
         layout: the model's layout under the engine.
@@ -112,4 +129,8 @@ def engine_sent(layout: Layout, dtype: str, *, averages: bool = True) -> Counts:
     }
     # all-reduce of what a process has of the gradients, with the same parts of the other copies
     between = 2 * size / each * (copies - 1) / copies if averages else 0
-    return np.full(layout.processes, round(times[layout.engine] * once + between), np.int64)
+    within = times[layout.engine] * once
+    counts = (
+        np.full(layout.processes, round(each), np.int64) for each in (within + between, between)
+    )
+    return Sent(*counts)

@@ -25,8 +25,11 @@ ROWS = {
     "refresh_temporaries": "  with refresh",
     "peak": "peak",
     "engine_sent_per_step": "sent by the engine",
+    "engine_sent_between_copies_per_step": "  between copies",
     "sent_per_step": "sent by the optimizer",
+    "sent_between_copies_per_step": "  between copies",
     "sent_in_first_step": "  with refresh",
+    "sent_between_copies_in_first_step": "    between copies",
 }
 """Row titles, by figure name."""
 
@@ -40,6 +43,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         apart = name == "GaLore" and not plan.galore_runs
         table.add_column(f"{name} (*)" if apart else name, justify="right")
     for key, row in ROWS.items():
+        if plan.copies == 1 and "between_copies" in key:
+            continue
         cells = [cell(arrays[key]) for arrays in columns.values()]
         bold = "bold" if key in ("optimizer_state", "peak") else None
         table.add_row(row, *cells, style=bold)

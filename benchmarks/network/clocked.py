@@ -104,7 +104,7 @@ def shard_hosts(*, averages: bool) -> None:
         setup._accelerator.prepare_model = _as_it_is
         return build(setup, model, *arguments)
 
-    AccelerateSetup.build = build_sharded  # type: ignore[method-assign]
+    AccelerateSetup.build = build_sharded  # type: ignore[method-assign, assignment]
 
 
 def _as_it_is(model: nn.Module, *_: Any, **__: Any) -> nn.Module:

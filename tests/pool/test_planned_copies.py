@@ -12,6 +12,8 @@ from tests.launch.planned_checks import check_exact, planned
 from tests.launch.planned_probe import model_of, taken_in_torch
 from tests.launch.torch_engines import fsdp2, pairs_of_replicas, within_a_copy
 
+pytestmark = pytest.mark.timeout(150)  # the processes import transformers
+
 PROCESSES = 4
 
 
@@ -24,4 +26,4 @@ def run(group: dist.ProcessGroup, case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", IN_COPIES, ids=lambda case: case.name)
 def test_copies_take_what_was_planned(pool: Any, case: Case) -> None:
-    check_exact(case, planned(case, PROCESSES), pool.run(run, PROCESSES, case, seconds=60))
+    check_exact(case, planned(case, PROCESSES), pool.run(run, PROCESSES, case, seconds=120))

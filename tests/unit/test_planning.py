@@ -174,6 +174,7 @@ def test_requests_of_copies_are_those_of_the_algorithm(
     states: list[dict[str, Any]] = [{} for _ in range(processes)]
     for is_first in (True, False):
         asked: list[list[int]] = [[] for _ in range(processes)]
+        abroad: list[list[int]] = [[] for _ in range(processes)]
         running = []
         for me in range(processes):
             sharding = shard_matrix(
@@ -185,27 +186,31 @@ def test_requests_of_copies_are_those_of_the_algorithm(
             own = step_of_terms(
                 lambda part=part: part, part.device, states[me], sharding, config, facts
             )
+            own = listening(
+                own, me, abroad[me], beside=range(each * copy_of[me], each * (copy_of[me] + 1))
+            )
             running.append(listening(own, me, asked[me]))
         run_lockstep(running)
         on_paper = matrix_traffic(planned, config, rank, home % processes, is_first=is_first)
-        assert [moved.sent.tolist() for moved in on_paper] == [
-            list(sizes) for sizes in zip(*asked, strict=True)
-        ]
+        for sizes, counted in ((asked, "sent"), (abroad, "crossing")):
+            assert [getattr(moved, counted).tolist() for moved in on_paper] == [
+                list(sent) for sent in zip(*sizes, strict=True)
+            ]
 
 
-def listening(steps, me, asked):
+def listening(steps, me, asked, beside=()):
     """The same computation; `asked` gets the bytes that process `me` sends at each request."""
-    return heard(steps, lambda request: asked.append(sent_by(request, me)))
+    return heard(steps, lambda request: asked.append(sent_by(request, me, beside)))
 
 
-def sent_by(request, me):
-    """Bytes that process `me` sends at a request."""
+def sent_by(request, me, beside=()):
+    """Bytes that process `me` sends at a request, to processes that are not `beside` it."""
     size = 0
     for exchange in exchanges_of(request):
         row = math.prod(exchange.part.shape[1:]) * exchange.part.element_size()
         for other, wanted in enumerate(exchange.want):
             low, high = intersect(exchange.have[me], wanted)
-            size += padded((high - low) * row) if other != me else 0
+            size += padded((high - low) * row) if other not in (me, *beside) else 0
     return size
 
 
@@ -243,8 +248,9 @@ def test_copies_that_exchange_sketches_keep_the_state_of_one_together(sizes, dty
             expected = alone["AdaRankGrad"].kept[key]
             assert np.array_equal(figures.kept[key], np.tile(expected, copies))
     # the engine sends within a copy only; to average as well, it sends its share of them twice
-    assert np.array_equal(ours.engine_sent, np.tile(alone["AdaRankGrad"].engine_sent, copies))
-    more = found["AdamW"].engine_sent - ours.engine_sent
+    assert np.array_equal(ours.engine.total, np.tile(alone["AdaRankGrad"].engine.total, copies))
+    assert not ours.engine.crossing.any() and ours.step.crossing.all()
+    more = found["AdamW"].engine.crossing
     size = {"fp32": 4, "bf16": 2}[dtype] * small().elements
     assert np.all(np.abs(more - 2 * size / each * (copies - 1) / copies) <= 1)
 
@@ -257,7 +263,8 @@ def test_copies_that_the_engine_averages_are_each_trained_like_one(sizes, chosen
     several = plan("fsdp2", each * copies, copies=copies, **chosen)
     alone, found = (made.figures["AdaRankGrad"].arrays() for made in (one, several))
     assert several.ranks == one.ranks
-    for key in found.keys() - {"engine_sent_per_step"}:
+    engine = {"engine_sent_per_step", "engine_sent_between_copies_per_step"}
+    for key in found.keys() - engine:
         assert np.array_equal(found[key], np.tile(alone[key], copies)), key
     assert np.all(found["engine_sent_per_step"] > alone["engine_sent_per_step"].max())
     assert np.array_equal(
@@ -354,7 +361,8 @@ def test_copies_are_named_in_the_plan(tmp_path: Path, capsys: Any):
     out = tmp_path / "plan.json"
     assert main(["plan", *IN_COPIES, "--vocab-size", "258", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["copies"] == 2
-    assert "FSDP2, 4 processes, 2 copies" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "FSDP2, 4 processes, 2 copies" in printed and printed.count("between copies") == 3
 
 
 @pytest.mark.parametrize(
