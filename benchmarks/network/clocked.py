@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -101,13 +102,13 @@ def shard_hosts(*, averages: bool) -> None:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
         for layer in (*model.model.layers, model):
             fully_shard(layer, mesh=mesh if averages else mesh["shard"])
-        setup._accelerator.prepare_model = _as_it_is
         return build(setup, model, *arguments)
 
+    Accelerator.prepare_model = _as_it_is
     AccelerateSetup.build = build_sharded  # type: ignore[method-assign, assignment]
 
 
-def _as_it_is(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+def _as_it_is(accelerator: Accelerator, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
     return model
 
 
