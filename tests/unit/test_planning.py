@@ -349,7 +349,7 @@ def test_a_configuration_on_disk_is_planned_with_ties_counted_once(tmp_path: Pat
 def test_one_process_sends_nothing():
     figures = plan("none", 1).figures["AdaRankGrad"]
     arrays = figures.arrays()
-    assert [int(arrays[key][0]) for key in arrays if "sent" in key] == [0, 0, 0]
+    assert not any(int(arrays[key][0]) for key in arrays if "sent" in key)
     assert figures.step_collectives == figures.refresh_collectives == 0
 
 
