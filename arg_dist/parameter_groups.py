@@ -191,12 +191,12 @@ def _with_all_terms(
                 'of a mesh with the axes "replicate" and "shard"), or leave gradient_sync at '
                 '"engine"'
             )
-        _check_copies(settings)
+        check_copies(settings)
         return copies, True
     return holding, holding.group is not None or settings.gradient_budget is not None
 
 
-def _check_copies(settings: AdaRankGradConfig) -> None:
+def check_copies(settings: AdaRankGradConfig) -> None:
     """Check the settings with which several copies of a sharded model are trained.
 
     Raises:

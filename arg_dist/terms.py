@@ -59,7 +59,6 @@ from arg_dist.subspace.distributed import (
     MatrixSharding,
     Rows,
     Steps,
-    even_rows,
     gather,
     gather_each,
     select_rows,
@@ -375,9 +374,9 @@ def sent_residual(
         return ()
     codes, scales = term.residual
     if settings.residual == "orthogonalized":
-        have, each = blocks_in_turn(sharding.elements.touch), sharding.processes
-        want, one = sharding.at_home(have[-1][1]), even_rows(each, each)
-        sizes = Exchange(term.size, one, sharding.at_home(each))
+        have = blocks_in_turn(sharding.elements.touch)
+        want, one = sharding.at_home(have[-1][1]), a_row_each(sharding.owners, sharding.processes)
+        sizes = Exchange(term.size, one, sharding.at_home(sharding.processes))
         stacked = False
     else:
         have, want = sharding.whole(len(codes)), decided_blocks(sharding, settings)
@@ -388,6 +387,12 @@ def sent_residual(
     if term.residual.bits == 1:  # signs tell no size, and a term of size zero has no vote
         return sent, sizes
     return sent, Exchange(scales, have, want, stacked)
+
+
+@lru_cache(maxsize=65536)
+def a_row_each(owners: tuple[int, ...], processes: int) -> Rows:
+    """A row for each process, which those without a part do not have."""
+    return tuple((i, i + (i in owners)) for i in range(processes))
 
 
 @lru_cache(maxsize=65536)

@@ -22,6 +22,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--engine", required=True, metavar="ENGINE", help="|".join(ENGINES))
     add("--world-size", type=at_least(1), default=1, metavar="N",
         help="number of processes (default: 1)")  # fmt: skip
+    add("--copies", type=at_least(1), default=1, metavar="K", help="copies of the model, each "
+        "sharded by fsdp2 over N/K processes; between them, gradients are averaged (HSDP), or go "
+        "as sketches with --set gradient_sync=sketch (default: 1)")  # fmt: skip
     add("--rank", type=_rank, metavar="RANK", help="max_rank: an integer, or a fraction of the "
         "shorter dimension (default: the optimizer's)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -55,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         settings,
         engine=options.engine,
         processes=options.world_size,
+        copies=options.copies,
         dtype=options.dtype,
         reduce_bucket=options.reduce_bucket_size,
     )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
 from arg_dist.config import AdaRankGradConfig, ConfigError
+from arg_dist.parameter_groups import check_copies
 from arg_dist.planning.choices import ENGINES
 from arg_dist.planning.model import Model, Parameter
 from arg_dist.planning.rows import Counts
@@ -49,11 +50,24 @@ class Layout:
         engine: one of :data:`ENGINES`.
         processes: number of processes.
         calls: parameters of each call to the optimizer's ``step()``, in order.
+        copies: copies of the model, each of which is sharded over as many processes, one copy's
+            after another's.
     """
 
     engine: str
     processes: int
     calls: tuple[tuple[Parameter, ...], ...]
+    copies: int = 1
+
+    @property
+    def of_a_copy(self) -> int:
+        """Number of processes over which a copy is sharded."""
+        return self.processes // self.copies
+
+    @property
+    def one_copy(self) -> Layout:
+        """The layout of one of the copies."""
+        return replace(self, processes=self.of_a_copy, copies=1)
 
     @property
     def replicated(self) -> bool:
@@ -63,15 +77,23 @@ class Layout:
     def has_terms(self, settings: AdaRankGradConfig) -> bool:
         """Whether each process has gradients of its own, or of micro-batches, that nobody averages.
 
+        Or each copy of the model has.
+
         Raises:
-            ConfigError: they should have, but the engine averages them.
+            ConfigError: they should have, but the engine averages them; or a setting does not work
+                with copies.
         """
         if settings.gradient_sync != "sketch":
             return False
+        if self.copies > 1:
+            check_copies(settings)
+            return True
         if self.engine not in ("none", "ddp"):
+            sharded = self.engine == "fsdp2" and self.processes > 1
             raise ConfigError(
                 f'gradient_sync="sketch": {ENGINES[self.engine]} averages gradients itself; choose '
-                '--engine ddp, or leave gradient_sync at "engine"'
+                f"--engine ddp{', or --copies for several sharded models' if sharded else ''}, or "
+                'leave gradient_sync at "engine"'
             )
         return self.processes > 1 or settings.gradient_budget is not None
 
@@ -92,26 +114,38 @@ class Layout:
                 everyone = np.arange(self.processes)
                 yield Piece(parameter, everyone, ((0, parameter.numel),) * self.processes)
             else:
-                chunk = self.chunk(parameter)
-                ranges = _chunks(parameter.numel, chunk)
-                yield Piece(parameter, np.arange(len(ranges)), ranges)
+                ranges = _chunks(parameter.numel, self.chunk(parameter))
+                firsts = self.of_a_copy * np.arange(self.copies)
+                owners = (firsts[:, None] + np.arange(len(ranges))).reshape(-1)
+                yield Piece(parameter, owners, ranges * self.copies)
+
+    def copy_of(self, owners: Counts) -> tuple[int, ...] | None:
+        """In which copy each of some processes holds a part; None if there is one."""
+        return tuple((owners // self.of_a_copy).tolist()) if self.copies > 1 else None
 
     def chunk(self, parameter: Parameter) -> int:
         """Largest number of elements per process where each parameter is sharded on its own."""
         if self.engine == "fsdp2":
             rows = parameter.shape[0] if parameter.shape else 1
-            return -(-rows // self.processes) * (parameter.numel // rows)
+            return -(-rows // self.of_a_copy) * (parameter.numel // rows)
         return -(-parameter.numel // self.processes)
 
 
-def lay_out(model: Model, engine: str, processes: int) -> Layout:
+def lay_out(model: Model, engine: str, processes: int, copies: int = 1) -> Layout:
     """Lay out `model` over `processes` by an engine in its usual setup.
 
     Under DeepSpeed the optimizer is assumed to be named in the JSON, so the parameters form one
     group in the model's order; elsewhere they are grouped by :func:`arg_dist.param_groups`.
 
+    Args:
+        model: the model to train.
+        engine: one of :data:`ENGINES`.
+        processes: number of processes.
+        copies: number of copies of the model, each sharded over its share of the processes.
+
     Raises:
-        ConfigError: the engine is unknown, or is ``none`` with several processes.
+        ConfigError: the engine is unknown, or is ``none`` with several processes; or there cannot
+            be so many copies.
     """
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: unknown; choose from {', '.join(ENGINES)}")
@@ -120,11 +154,33 @@ def lay_out(model: Model, engine: str, processes: int) -> Layout:
             f"--world-size {processes}: --engine none runs a single process; choose one of "
             f"{', '.join(name for name in ENGINES if name != 'none')}, or leave --world-size out"
         )
+    if copies > 1:
+        _check_shares(engine, processes, copies)
     order = model.parameters if engine.startswith("zero") else model.by_group
-    layout = Layout(engine, processes, (order,))
+    layout = Layout(engine, processes, (order,), copies)
     if engine != "zero3":
         return layout
     return Layout(engine, processes, tuple(_sub_groups(layout)))
+
+
+def _check_shares(engine: str, processes: int, copies: int) -> None:
+    """Check that an engine can shard each of several copies over its share of the processes."""
+    if engine != "fsdp2":
+        why = "has one on every process" if engine in ("ddp", "zero0") else "shards a single one"
+        raise ConfigError(
+            f"--copies {copies}: --engine {engine} {why}; choose --engine fsdp2, or leave --copies "
+            "out"
+        )
+    if processes % copies:
+        raise ConfigError(
+            f"--copies {copies}: --world-size {processes} cannot be divided by it, and every copy "
+            "is sharded over as many processes; change one of them"
+        )
+    if processes == copies:
+        raise ConfigError(
+            f"--copies {copies}: leaves each copy a single process of --world-size {processes}, "
+            "and nothing to shard; choose --engine ddp, or fewer copies"
+        )
 
 
 def _sub_groups(layout: Layout) -> Iterator[tuple[Parameter, ...]]:

@@ -6,6 +6,7 @@ Sent bytes are estimates that assume ring collectives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -89,26 +90,47 @@ def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
     )
 
 
-def engine_sent(layout: Layout, dtype: str, *, averages: bool = True) -> Counts:
-    """Bytes of weights and gradients that each process sends per step of one micro-batch.
+class Sent(NamedTuple):
+    """Bytes that each process sends.
+
+    Attributes:
+        total: all of them.
+        crossing: those between copies of the model that are sharded themselves.
+    """
+
+    total: Counts
+    crossing: Counts
+
+    def first(self, processes: int) -> Sent:
+        """Those of the first few processes."""
+        return Sent(*(counts[:processes] for counts in self))
+
+
+def engine_sent(layout: Layout, dtype: str, *, averages: bool = True) -> Sent:
+    """Weights and gradients that each process sends per step of one micro-batch.
 
     Args:
         layout: the model's layout under the engine.
         dtype: data type of the weights used in forward and backward, one of :data:`DTYPES`.
-        averages: the engine averages gradients; else it sends nothing (``gradient_sync="sketch"``).
+        averages: the engine averages the gradients of all copies of the model; else none cross
+            (``gradient_sync="sketch"``).
     """
-    processes = layout.processes
-    if not averages:
-        return np.zeros(processes, np.int64)
     size = DTYPES[dtype] * sum(parameter.numel for call in layout.calls for parameter in call)
-    once = size * (processes - 1) / processes  # a reduce-scatter, or an all-gather
+    copies, each = layout.copies, layout.of_a_copy
+    once = size * (each - 1) / each  # a reduce-scatter, or an all-gather
     times = {
         "none": 0,
-        "ddp": 2,  # all-reduce of gradients
+        "ddp": 2 if averages else 0,  # all-reduce of gradients
         "zero0": 2,
         "zero1": 3,  # all-reduce of gradients, all-gather of weights
         "zero2": 3,
         "zero3": 3,  # all-gather of weights in forward and backward, reduce-scatter of gradients
         "fsdp2": 3,
     }
-    return np.full(processes, round(times[layout.engine] * once), np.int64)
+    # all-reduce of what a process has of the gradients, with the same parts of the other copies
+    between = 2 * size / each * (copies - 1) / copies if averages else 0
+    within = times[layout.engine] * once
+    counts = (
+        np.full(layout.processes, round(each), np.int64) for each in (within + between, between)
+    )
+    return Sent(*counts)

@@ -12,7 +12,7 @@ from arg_dist.algorithm import momentum_bytes
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.choices import BUCKET, ENGINES, FP64
 from arg_dist.planning.cuts import Layout, lay_out
-from arg_dist.planning.engines import Held, engine_sent, held
+from arg_dist.planning.engines import Held, Sent, engine_sent, held
 from arg_dist.planning.model import Model
 from arg_dist.planning.peers import (
     adamw_state,
@@ -52,9 +52,9 @@ class Figures:
         kept: memory held at every step, by the keys of :data:`KEPT`.
         step_temporaries: temporaries in a step without a refresh, in addition to `kept`.
         refresh_temporaries: temporaries in a step that refreshes all matrices, as the first does.
-        engine_sent: bytes the engine sends per step.
-        step_sent: bytes the optimizer sends in a step without a refresh.
-        refresh_sent: bytes the optimizer sends in the first step.
+        engine: bytes the engine sends per step.
+        step: bytes the optimizer sends in a step without a refresh.
+        refresh: bytes the optimizer sends in the first step.
         step_collectives: collectives of the optimizer in a step without a refresh.
         refresh_collectives: collectives of the optimizer in the first step.
     """
@@ -62,9 +62,9 @@ class Figures:
     kept: Mapping[str, Counts]
     step_temporaries: Counts
     refresh_temporaries: Counts
-    engine_sent: Counts
-    step_sent: Counts
-    refresh_sent: Counts
+    engine: Sent
+    step: Sent
+    refresh: Sent
     step_collectives: int = 0
     refresh_collectives: int = 0
 
@@ -78,6 +78,22 @@ class Figures:
         """Everything kept, plus the larger of the two temporaries."""
         return self._sum(*KEPT) + np.maximum(self.step_temporaries, self.refresh_temporaries)
 
+    def in_copies(self, copies: int) -> Figures:
+        """The figures of several copies of the model, each of which is trained like this one."""
+
+        def each(counts: Counts) -> Counts:
+            return np.tile(counts, copies)
+
+        return replace(
+            self,
+            kept={key: each(counts) for key, counts in self.kept.items()},
+            step_temporaries=each(self.step_temporaries),
+            refresh_temporaries=each(self.refresh_temporaries),
+            engine=Sent(*map(each, self.engine)),
+            step=Sent(*map(each, self.step)),
+            refresh=Sent(*map(each, self.refresh)),
+        )
+
     def arrays(self) -> dict[str, Counts]:
         """All figures by name."""
         return {
@@ -86,9 +102,12 @@ class Figures:
             "step_temporaries": self.step_temporaries,
             "refresh_temporaries": self.refresh_temporaries,
             "peak": self.peak,
-            "engine_sent_per_step": self.engine_sent,
-            "sent_per_step": self.step_sent,
-            "sent_in_first_step": self.refresh_sent,
+            "engine_sent_per_step": self.engine.total,
+            "engine_sent_between_copies_per_step": self.engine.crossing,
+            "sent_per_step": self.step.total,
+            "sent_between_copies_per_step": self.step.crossing,
+            "sent_in_first_step": self.refresh.total,
+            "sent_between_copies_in_first_step": self.refresh.crossing,
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -117,6 +136,7 @@ class Plan:
         processes: number of processes.
         dtype: data type of the weights used in forward and backward.
         settings: AdaRankGrad's settings.
+        copies: number of copies of the model, each sharded over its share of the processes.
         ranks: rank assumed for each matrix, by name.
         figures: figures by optimizer; GaLore's are for one process where the engine rules it out.
         galore_runs: whether GaLore runs under the engine.
@@ -127,6 +147,7 @@ class Plan:
     processes: int
     dtype: str
     settings: AdaRankGradConfig
+    copies: int
     ranks: Mapping[str, int]
     figures: Mapping[str, Figures] = field(default_factory=dict)
     galore_runs: bool = True
@@ -138,6 +159,7 @@ class Plan:
             "parameters": self.model.elements,
             "engine": ENGINES[self.engine],
             "world_size": self.processes,
+            "copies": self.copies,
             "dtype": self.dtype,
             "settings": self.settings.model_dump(mode="json"),
             "ranks": dict(self.ranks),
@@ -152,6 +174,7 @@ def make_plan(
     *,
     engine: str,
     processes: int,
+    copies: int = 1,
     dtype: str = "fp32",
     reduce_bucket: int = BUCKET,
 ) -> Plan:
@@ -162,21 +185,28 @@ def make_plan(
         settings: AdaRankGrad's settings.
         engine: one of ``ENGINES``.
         processes: number of processes.
+        copies: number of copies of the model, each sharded over its share of the processes. They
+            exchange sketches with ``gradient_sync="sketch"``; else the engine averages their
+            gradients, and the optimizer's processes are those of a copy (HSDP).
         dtype: data type of the weights used in forward and backward, one of ``DTYPES``.
         reduce_bucket: DeepSpeed's `reduce_bucket_size`, in elements.
 
     Raises:
-        ConfigError: the engine is unknown, or is ``none`` with several processes.
+        ConfigError: the engine is unknown, or is ``none`` with several processes; there cannot be
+            so many copies, or a setting does not work with them.
         ConfigError: `state_budget` is too small.
     """
-    layout = lay_out(model, engine, processes)
-    calls = units_of(layout, settings)
+    layout = lay_out(model, engine, processes, copies)
+    has_terms = layout.has_terms(settings)
+    together = layout if has_terms else layout.one_copy
+    calls = units_of(together, settings)
     ranks = planned_ranks(calls, settings)
     holds = held(layout, dtype, reduce_bucket)
     sent = engine_sent(layout, dtype)
-    ours = engine_sent(layout, dtype, averages=not layout.has_terms(settings))
+    own = engine_sent(layout, dtype, averages=not has_terms).first(together.processes)
+    ours = _ours(together, calls, ranks, held(together, dtype, reduce_bucket), own, settings)
     figures = {
-        "AdaRankGrad": _ours(layout, calls, ranks, holds, ours, settings),
+        "AdaRankGrad": ours.in_copies(processes // together.processes),
         "AdamW": _adamw(layout, holds, sent),
     }
     runs = runs_galore(engine)
@@ -184,7 +214,7 @@ def make_plan(
         layout = lay_out(model, "none", 1)
         holds, sent = held(layout, dtype, reduce_bucket), engine_sent(layout, dtype)
     figures["GaLore"] = _galore(layout, holds, sent, settings)
-    return Plan(model, engine, processes, dtype, settings, ranks, figures, runs)
+    return Plan(model, engine, processes, dtype, settings, copies, ranks, figures, runs)
 
 
 def _ours(
@@ -192,32 +222,24 @@ def _ours(
     calls: list[list[Unit]],
     ranks: dict[str, int],
     holds: Held,
-    engine: Counts,
+    engine: Sent,
     settings: AdaRankGradConfig,
 ) -> Figures:
     processes = layout.processes
     zeros = np.zeros(processes, np.int64)
     moments, projectors, full_rank = zeros.copy(), zeros.copy(), zeros.copy()
-    steady_sent, first_sent = zeros.copy(), zeros.copy()
     scalars = FP64 * (2 if settings.residual == "scaled" else 1)
     for unit in matrices(calls):
         rank = ranks[unit.name]
         moments[unit.owners] += unit.moment_bytes(rank) + scalars
         moments[unit.owners[unit.home]] += momentum_bytes(unit.elements, settings)
         projectors[unit.owners] += unit.basis_bytes(rank)
-        for moved in unit.rounds(rank, is_first=False):
-            steady_sent[unit.owners] += moved.sent
-        for moved in unit.rounds(rank, is_first=True):
-            first_sent[unit.owners] += moved.sent
     for tensor in tensors(calls):
         full_rank[tensor.owners] += tensor.moment_bytes
-        for moved in tensor.rounds:
-            steady_sent[tensor.owners] += moved.sent
-            first_sent[tensor.owners] += moved.sent
     cut = [lanes(units, settings) for units in calls]
-    agreeing = sum(_agreeing(each, processes) for each in cut)
+    agreeing = sum(map(_agreeing, cut))
     if layout.has_terms(settings) and settings.max_grad_norm is not None:
-        agreeing += (processes - 1) * FP64 * BUCKETS
+        agreeing += FP64 * BUCKETS
     budget = budget_sent(calls, settings, processes)
     steps, firsts = (
         [
@@ -237,8 +259,8 @@ def _ours(
         np.max(steps, 0),
         refreshing,
         engine,
-        steady_sent + agreeing,
-        first_sent + agreeing + budget,
+        _sent(layout, calls, ranks, agreeing, is_first=False),
+        _sent(layout, calls, ranks, agreeing + budget, is_first=True),
         sum(steady for steady, _ in collectives),
         sum(most for _, most in collectives) + (2 if budget else 0),
     )
@@ -259,14 +281,39 @@ def _projected(
     return replace(holds, gradients=held), min(budget, sum(whole))
 
 
-def _agreeing(cut: list[list[Unit]], processes: int) -> int:
-    """Bytes that each process sends in the agreement before a step.
+def _sent(
+    layout: Layout, calls: list[list[Unit]], ranks: dict[str, int], to_each: int, *, is_first: bool
+) -> Sent:
+    """Bytes that the optimizer sends in a step.
+
+    Args:
+        layout: the model's layout under the engine.
+        calls: the matrices and tensors of each call to ``step()``.
+        ranks: rank of each matrix, by name.
+        to_each: bytes to each other process, beside those for matrices and tensors.
+        is_first: whether it is the first step, or one without a refresh.
+    """
+    others, of_others = layout.processes - 1, layout.processes - layout.of_a_copy
+    found = Sent(*(np.full(layout.processes, k * to_each, np.int64) for k in (others, of_others)))
+    each = [
+        (unit.owners, unit.rounds(ranks[unit.name], is_first=is_first)) for unit in matrices(calls)
+    ]
+    each += [(tensor.owners, tensor.rounds) for tensor in tensors(calls)]
+    for owners, rounds in each:
+        for moved in rounds:
+            found.total[owners] += moved.sent
+            found.crossing[owners] += moved.crossing
+    return found
+
+
+def _agreeing(cut: list[list[Unit]]) -> int:
+    """Bytes that each process sends to each other one in the agreement before a step.
 
     These are the norms of every matrix and tensor, and for the process itself two numbers and the
     rounds of each lane.
     """
     own = FP64 * (2 + len(cut))
-    return (processes - 1) * (AGREED * sum(map(len, cut)) + own)
+    return AGREED * sum(map(len, cut)) + own
 
 
 def _collectives(
@@ -288,7 +335,7 @@ def _collectives(
     return steady, refreshing
 
 
-def _adamw(layout: Layout, holds: Held, engine: Counts) -> Figures:
+def _adamw(layout: Layout, holds: Held, engine: Sent) -> Figures:
     nothing = np.zeros(layout.processes, np.int64)
     whole = {"zero1": layout.part, "zero2": layout.part}.get(layout.engine)
     largest = whole or max(sum(layout.chunk(p) for p in call) for call in layout.calls)
@@ -296,10 +343,11 @@ def _adamw(layout: Layout, holds: Held, engine: Counts) -> Figures:
         largest = int(holds.trained.max())
     passing = adamw_temporaries(holds, largest)
     kept = _kept(holds, nothing, nothing, adamw_state(holds))
-    return Figures(kept, passing, passing, engine, nothing, nothing)
+    silent = Sent(nothing, nothing)
+    return Figures(kept, passing, passing, engine, silent, silent)
 
 
-def _galore(layout: Layout, holds: Held, engine: Counts, settings: AdaRankGradConfig) -> Figures:
+def _galore(layout: Layout, holds: Held, engine: Sent, settings: AdaRankGradConfig) -> Figures:
     nothing, size = np.zeros(layout.processes, np.int64), holds.trained_bytes
     parameters = [parameter for call in layout.calls for parameter in call]
     views = [view for parameter in parameters for view in parameter.views]
@@ -313,7 +361,8 @@ def _galore(layout: Layout, holds: Held, engine: Counts, settings: AdaRankGradCo
         nothing + 2 * size * sum(rest),
     )
     step, refresh = galore_temporaries(views, rest, size)
-    return Figures(kept, nothing + step, nothing + refresh, engine, nothing, nothing)
+    silent = Sent(nothing, nothing)
+    return Figures(kept, nothing + step, nothing + refresh, engine, silent, silent)
 
 
 def _kept(holds: Held, moments: Counts, projectors: Counts, full_rank: Counts) -> dict[str, Counts]:

@@ -114,7 +114,8 @@ class MatrixMemory:
         sides = (sharding.moment, sharding.basis, sharding.elements)
         rows = [rows for side in sides for rows in (side.touch, side.keep, side.update)]
         rows.append(sharding.store)
-        common = [planned.rows, planned.columns, planned.spans_columns, planned.replicated]
+        terms = 1 if sharding.terms is None else sharding.terms.count
+        common = [planned.rows, planned.columns, planned.spans_columns, planned.replicated, terms]
         for request in matrix_requests(planned, self.settings, self.rank):
             for transfer in (each for made in request for each in made.transfers):
                 both = (transfer.have, transfer.want)

@@ -45,6 +45,11 @@ class Spans:
         high[process] = size
         return Spans(np.zeros(processes, np.int64), high)
 
+    def divided(self, parts: int) -> list[Spans]:
+        """Those of equally many processes each."""
+        each = zip(np.split(self.low, parts), np.split(self.high, parts), strict=True)
+        return [Spans(*ends) for ends in each]
+
     def counts(self) -> Counts:
         """Number of rows of each process."""
         counts: Counts = np.maximum(self.high - self.low, 0)

@@ -30,7 +30,8 @@ class PlannedMatrix:
         spans_columns: whether the basis spans the columns.
         shard_basis: store the basis once over the owners.
         replicated: every process holds the whole matrix.
-        terms: every process has a gradient of its own.
+        terms: every process has a gradient of its own, or every copy of the model.
+        copy_of: in which copy each owner holds its range; None if there is one.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class PlannedMatrix:
     shard_basis: bool
     replicated: bool
     terms: bool = False
+    copy_of: tuple[int, ...] | None = None
 
     @cached_property
     def sharding(self) -> MatrixSharding:
@@ -57,6 +59,7 @@ class PlannedMatrix:
             shard_basis=self.shard_basis,
             replicated=self.replicated,
             terms=self.terms,
+            copy_of=self.copy_of,
         )
 
     @cached_property
@@ -106,18 +109,22 @@ class PlannedTensor:
         size: number of its elements.
         ranges: elements that each owner holds.
         replicated: every process holds the whole tensor.
-        terms: every process has a gradient of its own.
+        terms: every process has a gradient of its own, or every copy of the model.
+        copy_of: in which copy each owner holds its range; None if there is one.
     """
 
     size: int
     ranges: Ranges
     replicated: bool
     terms: bool = False
+    copy_of: tuple[int, ...] | None = None
 
     @cached_property
     def sharding(self) -> DimensionSharding:
         """The distribution over the owners."""
-        return shard_elements(self.ranges, self.size, self.replicated, terms=self.terms)
+        return shard_elements(
+            self.ranges, self.size, self.replicated, terms=self.terms, copy_of=self.copy_of
+        )
 
     @cached_property
     def held(self) -> Counts:

@@ -31,7 +31,7 @@ def planned_ranks(calls: list[list[Unit]], settings: AdaRankGradConfig) -> dict[
 
 
 def budget_sent(calls: list[list[Unit]], settings: AdaRankGradConfig, processes: int) -> int:
-    """Bytes that each process sends in the first step to distribute the ranks."""
+    """Bytes that each process sends to each other one in the first step to distribute the ranks."""
     if settings.state_budget is None or processes == 1:
         return 0
     fixed: Counts = np.zeros(processes, np.int64)
@@ -44,7 +44,7 @@ def budget_sent(calls: list[list[Unit]], settings: AdaRankGradConfig, processes:
         claims.setdefault(home, []).append(_claim(matrix))
     messages = [(int(fixed[home]), theirs) for home, theirs in claims.items()]
     longest = max((len(pickle.dumps(each)) for each in messages), default=0)
-    return (processes - 1) * (longest + SIZE_BYTES)
+    return longest + SIZE_BYTES
 
 
 def _claim(unit: MatrixUnit) -> Claim:

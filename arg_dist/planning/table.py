@@ -25,8 +25,11 @@ ROWS = {
     "refresh_temporaries": "  with refresh",
     "peak": "peak",
     "engine_sent_per_step": "sent by the engine",
+    "engine_sent_between_copies_per_step": "  between copies",
     "sent_per_step": "sent by the optimizer",
+    "sent_between_copies_per_step": "  between copies",
     "sent_in_first_step": "  with refresh",
+    "sent_between_copies_in_first_step": "    between copies",
 }
 """Row titles, by figure name."""
 
@@ -40,6 +43,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         apart = name == "GaLore" and not plan.galore_runs
         table.add_column(f"{name} (*)" if apart else name, justify="right")
     for key, row in ROWS.items():
+        if plan.copies == 1 and "between_copies" in key:
+            continue
         cells = [cell(arrays[key]) for arrays in columns.values()]
         bold = "bold" if key in ("optimizer_state", "peak") else None
         table.add_row(row, *cells, style=bold)
@@ -56,7 +61,8 @@ def title(plan: Plan) -> str:
     processes = "1 process" if plan.processes == 1 else f"{plan.processes} processes"
     where = "" if plan.engine == "none" else f", {ENGINES[plan.engine]}"
     millions = f"{plan.model.elements / 1e6:.1f}M parameters"
-    return f"{plan.model.name}, {millions}, {plan.dtype}{where}, {processes}"
+    copies = f", {plan.copies} copies" if plan.copies > 1 else ""
+    return f"{plan.model.name}, {millions}, {plan.dtype}{where}, {processes}{copies}"
 
 
 def cell(counts: Counts) -> str:
@@ -106,7 +112,9 @@ def _ranks(plan: Plan) -> str:
             f"State assumes the largest ranks allowed (max_rank {plan.settings.max_rank}); it is "
             "smaller where the gradient's energy needs fewer directions."
         )
+    has_own_budget = plan.copies > 1 and plan.settings.gradient_sync == "engine"
+    of_a_copy = " of a copy" if has_own_budget else ""
     return (
         "State assumes the ranks that state_budget allows in the first step; at any ranks, all "
-        f"processes together keep at most {in_bytes(plan.settings.state_budget)}."
+        f"processes{of_a_copy} together keep at most {in_bytes(plan.settings.state_budget)}."
     )

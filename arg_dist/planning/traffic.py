@@ -23,14 +23,20 @@ from arg_dist.subspace.state import State
 
 
 class Moved(NamedTuple):
-    """Bytes per process in a round: sent to others, received from them, and the resulting tensors.
+    """Bytes per process in a round.
 
-    What comes from one process alone stays where it was received, and makes no other tensor.
+    Attributes:
+        sent: to other processes.
+        received: from them.
+        answer: of the resulting tensors; what comes from one process alone stays where it was
+            received, and makes no other.
+        crossing: of those sent, to processes of other copies of the model.
     """
 
     sent: Counts
     received: Counts
     answer: Counts
+    crossing: Counts
 
 
 class AtHome(tuple[tuple[int, int], ...]):
@@ -58,9 +64,15 @@ def _for_any_home(sharding: MatrixSharding) -> AnyHome:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What one request of a matrix or tensor transfers, with any process as home."""
+    """What one request of a matrix or tensor transfers, with any process as home.
+
+    Attributes:
+        transfers: what it transfers.
+        copies: copies of the model, each of which has as many of the processes.
+    """
 
     transfers: Round
+    copies: int = 1
 
     def moved(self, home: int = 0) -> Moved:
         """The bytes that it moves.
@@ -79,7 +91,7 @@ class Request:
         return self._moved_with(0)
 
     def _moved_with(self, home: int) -> Moved:
-        moved = [_moved(each, home) for each in self.transfers]
+        moved = [_moved(each, home, self.copies) for each in self.transfers]
         return Moved(*(np.sum(parts, 0) for parts in zip(*moved, strict=True)))
 
 
@@ -97,7 +109,8 @@ def matrix_requests(planned: PlannedMatrix, settings: AdaRankGradConfig, rank: i
     state: State = {}
 
     def requests() -> list[Request]:
-        return [Request(each) for each in requests_of_a_step(state, marked, settings, rank)]
+        found = requests_of_a_step(state, marked, settings, rank)
+        return [Request(each, _copies(planned)) for each in found]
 
     with Unfilled():
         return Requests(requests(), requests())
@@ -115,10 +128,15 @@ def matrix_traffic(
 @lru_cache(maxsize=4096)
 def tensor_traffic(planned: PlannedTensor, settings: AdaRankGradConfig) -> list[Moved]:
     """What each round of a tensor that Adam trains moves."""
-    return [Request(each).moved() for each in requests_of_adam(planned.sharding, settings)]
+    requests = requests_of_adam(planned.sharding, settings)
+    return [Request(each, _copies(planned)).moved() for each in requests]
 
 
-def _moved(transfer: Transfer, home: int) -> Moved:
+def _copies(planned: PlannedMatrix | PlannedTensor) -> int:
+    return 1 if planned.copy_of is None else max(planned.copy_of) + 1
+
+
+def _moved(transfer: Transfer, home: int, copies: int) -> Moved:
     row_bytes = transfer.row_bytes
     have, want = (
         each.with_home(home) if isinstance(each, AtHome) else Spans.of(each)
@@ -126,4 +144,7 @@ def _moved(transfer: Transfer, home: int) -> Moved:
     )
     several = np.count_nonzero(have.counts())
     answer = row_bytes * want.counts() * (several if transfer.stacked else several > 1)
-    return Moved(sent(have, want, row_bytes), sent(want, have, row_bytes), answer)
+    total = sent(have, want, row_bytes)
+    pairs = zip(have.divided(copies), want.divided(copies), strict=True)
+    within = np.concatenate([sent(*pair, row_bytes) for pair in pairs])
+    return Moved(total, sent(want, have, row_bytes), answer, total - within)

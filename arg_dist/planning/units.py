@@ -165,6 +165,7 @@ def _matrix(
         settings.shards_basis(terms=terms),
         layout.replicated,
         terms,
+        layout.copy_of(piece.owners[some]),
     )
     _, largest = settings.rank_bounds(view.short)
     elements, owners = view.rows * view.columns, piece.owners[some]
@@ -173,7 +174,8 @@ def _matrix(
 
 def _tensor(piece: Piece, layout: Layout, settings: AdaRankGradConfig) -> TensorUnit:
     name, numel = piece.parameter.name, piece.parameter.numel
-    planned = _planned_tensor(numel, piece.ranges, layout.replicated, layout.has_terms(settings))
+    terms, copy_of = layout.has_terms(settings), layout.copy_of(piece.owners)
+    planned = _planned_tensor(numel, piece.ranges, layout.replicated, terms, copy_of)
     return TensorUnit(name, numel, piece.owners, settings, planned)
 
 

@@ -81,6 +81,12 @@ def bench(options: argparse.Namespace, job: list[str]) -> None:
         raise InputError(f"cannot create hosts here: {why}")
     if (options.out / JSON).exists():
         raise InputError(f"--out {options.out}: already contains results; use another directory")
+    sharded = [name for name in options.methods if METHODS[name].shards_hosts]
+    if sharded and options.processes_per_host < 2:
+        raise InputError(
+            f"--methods {sharded[0]}: a host's processes share a copy of the model, and "
+            f"--processes-per-host is {options.processes_per_host}; give at least 2"
+        )
     sizes = ("--batch-size", str(options.batch_size), "--seq-len", str(options.seq_len))
     config = ("--deepspeed_config", str(options.deepspeed_config.resolve()))
     trial = Trial(

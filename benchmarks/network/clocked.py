@@ -8,8 +8,10 @@ the script runs unchanged.
 Waiting is the time inside ``Work.wait``, which every ZeRO collective on CPUs calls. It includes the
 backend's copies and reductions, and the time until stragglers arrive.
 
-HOOK compresses what DistributedDataParallel sends: ``fp16`` (that of bf16 needs NCCL),
-``powersgd``, or empty.
+HOOK compresses what DistributedDataParallel sends: ``fp16`` (that of bf16 needs NCCL) or
+``powersgd``. Or FSDP2 takes its place and shards a copy of the model over the processes of each
+host: with ``hsdp`` it averages the gradients of all copies, with ``hsdp-apart`` of none. Or it is
+empty.
 """
 
 from __future__ import annotations
@@ -22,10 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout
 
+from benchmarks.network.methods import HSDP_HOOKS
+from launchers.pretraining.accelerate_engine import AccelerateSetup
 from launchers.pretraining.training import Engine
 from launchers.reporting.files import write_json
 from tests.hosts.namespaces import INTERFACE, read_traffic
@@ -81,12 +89,37 @@ def compress(hook: str) -> None:
     DistributedDataParallel.__init__ = build_with_hook  # type: ignore[method-assign, assignment]
 
 
+def shard_hosts(*, averages: bool) -> None:
+    """Shard every model over the processes of its host from now on, in place of DDP.
+
+    accelerate shards on GPUs only, so it is given a model that is sharded, and leaves it alone.
+    """
+    build = AccelerateSetup.build
+
+    def build_sharded(setup: Any, model: Any, *arguments: Any) -> Any:
+        each = int(os.environ["LOCAL_WORLD_SIZE"])
+        shape = dist.get_world_size() // each, each
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        for layer in (*model.model.layers, model):
+            fully_shard(layer, mesh=mesh if averages else mesh["shard"])
+        return build(setup, model, *arguments)
+
+    Accelerator.prepare_model = _as_it_is
+    AccelerateSetup.build = build_sharded  # type: ignore[method-assign, assignment]
+
+
+def _as_it_is(accelerator: Accelerator, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+    return model
+
+
 def main() -> None:
     """Run the command line."""
     folder, hook, script = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     notes = Notes()
     notes.listen()
-    if hook:
+    if hook in HSDP_HOOKS:
+        shard_hosts(averages=hook == "hsdp")
+    elif hook:
         compress(hook)
     sys.argv = sys.argv[3:]
     sys.path[0] = str(Path(script).resolve().parent)

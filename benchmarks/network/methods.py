@@ -9,6 +9,8 @@ def _set(**settings: object) -> list[str]:
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
+HSDP_HOOKS = ("hsdp", "hsdp-apart")
+"""FSDP2 averages the gradients of all hosts, or of each host alone."""
 ADAMW, OURS = ("--optimizer", "adamw"), ("--optimizer", "adarankgrad")
 SKETCH = (*OURS, *_set(gradient_sync="sketch"))
 
@@ -21,13 +23,19 @@ class Method:
         title: its name in tables.
         words: arguments of the job.
         under_ddp: trains under DistributedDataParallel, instead of the DeepSpeed configuration.
-        hook: communication hook of DistributedDataParallel: ``fp16``, ``powersgd`` or none.
+        hook: of :mod:`benchmarks.network.clocked`: a communication hook of DistributedDataParallel,
+            or FSDP2 within each host in its place.
     """
 
     title: str
     words: tuple[str, ...]
     under_ddp: bool = True
     hook: str = ""
+
+    @property
+    def shards_hosts(self) -> bool:
+        """Whether a host's processes share a copy of the model."""
+        return self.hook in HSDP_HOOKS
 
 
 METHODS = {
@@ -51,5 +59,8 @@ METHODS = {
         "AdaRankGrad, sketch in bf16, no residual",
         (*SKETCH, *_set(residual="none", sync_precision="bf16")),
     ),
+    "hsdp-adamw": Method("AdamW, HSDP", ADAMW, hook="hsdp"),
+    "hsdp-adarankgrad": Method("AdaRankGrad, HSDP", OURS, hook="hsdp"),
+    "hsdp-sketch": Method("AdaRankGrad, FSDP2, sketch between hosts", SKETCH, hook="hsdp-apart"),
 }
 """By the value of ``--methods``."""

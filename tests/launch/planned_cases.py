@@ -22,6 +22,7 @@ class Case:
         engine: as the plan calls it.
         dtype: of the weights that it computes with.
         settings: the optimizer's.
+        copies: of the model, each sharded over its share of the processes.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Case:
     engine: str
     dtype: str = "fp32"
     settings: dict[str, Any] = field(default_factory=lambda: FULL)
+    copies: int = 1
 
     @property
     def has_temporaries(self) -> bool:
@@ -36,7 +38,8 @@ class Case:
         # DeepSpeed trains copies in fp32 of weights in bf16
         own = self.dtype == "fp32" or self.engine in ("none", "fsdp2")
         ways = self.engine in ("none", "ddp", "zero2", "zero3", "fsdp2")
-        return self.model == "nano" and own and ways and self.settings in (FULL, BUCKETS)
+        alike = self.copies == 1 and self.settings in (FULL, BUCKETS)
+        return self.model == "nano" and own and ways and alike
 
     @property
     def name(self) -> str:
@@ -72,3 +75,18 @@ CASES = [
     Case(*NANO, "none", settings=PROJECTED),
     *(Case(*SMALL, engine, settings=QUICK) for engine in ("zero2", "fsdp2")),
 ]
+IN_COPIES = [
+    Case(*NANO, "fsdp2", settings={**chosen, "max_rank": 0.25, "min_rank": 0.25}, copies=2)
+    for chosen in (
+        {},  # the engine averages
+        {"gradient_sync": "sketch"},
+        {"gradient_sync": "sketch", "residual": "none", "sync_precision": "bf16"},
+        {
+            "gradient_sync": "sketch",
+            "residual_sync_bits": 1,
+            "max_grad_norm": 1.0,
+            "shard_basis": True,
+        },
+    )
+]
+"""On four processes."""

@@ -87,6 +87,11 @@ def pairs_of_replicas(group: dist.ProcessGroup) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
 
 
+def within_a_copy(group: dist.ProcessGroup) -> DeviceMesh:
+    """The same copies, whose gradients nobody averages."""
+    return pairs_of_replicas(group)["shard"]
+
+
 def by_columns(group: dist.ProcessGroup) -> Callable[[nn.Parameter], Any]:
     """Placements that cut wide matrices on their second dimension."""
     return column_shards(dist.get_world_size(group))

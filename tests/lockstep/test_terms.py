@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arg_dist.algorithm import LowRankUpdate, State, StepFacts, adam_step
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.recording import rounds_of_matrix
+from arg_dist.recording import requests_of_a_step, rounds_of_matrix
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.layout import shard_elements, shard_matrix
 from arg_dist.subspace.distributed import MatrixSharding
@@ -367,3 +367,18 @@ def test_the_residual_of_sharded_copies_is_near_to_that_of_the_mean():
         torch.cat(changes), expected.reshape(-1), dim=0
     )
     assert float(similarity) > 0.95
+
+
+@pytest.mark.parametrize("rule", ["none", "orthogonalized"])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_a_process_without_a_part_sends_and_receives_nothing(rule, bits):
+    ranges = ((0, 40), (40, 80), (80, 100), (100, 100)) * 2  # five rows of 20, by twos
+    layout = {"spans_columns": False, "home": 1, "shard_basis": False, "replicated": False}
+    sharding = shard_matrix(5, 20, ranges, me=0, copy_of=(0,) * 4 + (1,) * 4, **layout)
+    settings = settings_of(residual=rule, residual_sync_bits=bits)
+    state: State = {}
+    for _ in range(2):
+        for request in requests_of_a_step(state, sharding, settings, 2):
+            for transfer in request:
+                for rows in (transfer.have, transfer.want):
+                    assert all(low >= high for low, high in (rows[3], rows[7]))

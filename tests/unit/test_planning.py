@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuts import cut_matrix
+from cuts import cut_matrix, whole_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lockstep_steps import heard, step_of
+from matrices import gaussian
 
+from arg_dist.algorithm import StepFacts
 from arg_dist.cli.main import main
 from arg_dist.config import ConfigError, parse_config
 from arg_dist.planning.choices import ENGINES
@@ -26,8 +28,10 @@ from arg_dist.planning.rows import Spans, sent
 from arg_dist.planning.shardings import PlannedMatrix
 from arg_dist.planning.traffic import matrix_traffic
 from arg_dist.sharding.drivers import run_lockstep
+from arg_dist.sharding.layout import shard_matrix
 from arg_dist.sharding.message_packing import ALIGNMENT
 from arg_dist.subspace.distributed import even_rows, exchanges_of, intersect
+from arg_dist.terms import step_of_terms
 
 pytestmark = pytest.mark.unit
 
@@ -48,9 +52,14 @@ def small(**chosen: Any) -> Model:
     return Model("small", parameters, parameters)
 
 
-def plan(engine: str, processes: int, dtype: str = "fp32", **chosen: Any) -> Plan:
+def plan(engine: str, processes: int, dtype: str = "fp32", copies: int = 1, **chosen: Any) -> Plan:
     return make_plan(
-        small(**chosen), parse_config(chosen), engine=engine, processes=processes, dtype=dtype
+        small(**chosen),
+        parse_config(chosen),
+        engine=engine,
+        processes=processes,
+        copies=copies,
+        dtype=dtype,
     )
 
 
@@ -138,19 +147,70 @@ def test_requests_are_those_of_the_algorithm(
         ]
 
 
-def listening(steps, me, asked):
+@settings(max_examples=40)
+@given(
+    st.integers(1, 4),
+    st.integers(2, 3),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["none", "orthogonalized"]),
+    st.sampled_from([1, 2]),
+    st.integers(0, 11),
+)
+def test_requests_of_copies_are_those_of_the_algorithm(
+    each, copies, spans_columns, shard_basis, residual, bits, home
+):
+    rows, columns, rank = 12, 20, 3
+    chosen = {"residual": residual, "residual_sync_bits": bits, "gradient_sync": "sketch"}
+    config = parse_config({"max_rank": rank, "min_rank": rank, "oversample": 1, **chosen})
+    processes = each * copies
+    ranges = whole_rows(rows, columns, each) * copies
+    copy_of = tuple(i // each for i in range(processes))
+    planned = PlannedMatrix(
+        rows, columns, ranges, spans_columns, shard_basis, replicated=False, terms=True,
+        copy_of=copy_of,
+    )  # fmt: skip
+    facts = StepFacts("w", norm_sq=float(rows * columns), kept_sq=0.0, phase=0.0)
+    states: list[dict[str, Any]] = [{} for _ in range(processes)]
+    for is_first in (True, False):
+        asked: list[list[int]] = [[] for _ in range(processes)]
+        abroad: list[list[int]] = [[] for _ in range(processes)]
+        running = []
+        for me in range(processes):
+            sharding = shard_matrix(
+                rows, columns, ranges, me=me, spans_columns=spans_columns, home=home,
+                shard_basis=shard_basis, replicated=False, copy_of=copy_of,
+            )  # fmt: skip
+            sides = (side.touch[me] for side in (sharding.moment, sharding.basis))
+            part = gaussian(*(high - low for low, high in sides), seed=me)
+            own = step_of_terms(
+                lambda part=part: part, part.device, states[me], sharding, config, facts
+            )
+            own = listening(
+                own, me, abroad[me], beside=range(each * copy_of[me], each * (copy_of[me] + 1))
+            )
+            running.append(listening(own, me, asked[me]))
+        run_lockstep(running)
+        on_paper = matrix_traffic(planned, config, rank, home % processes, is_first=is_first)
+        for sizes, counted in ((asked, "sent"), (abroad, "crossing")):
+            assert [getattr(moved, counted).tolist() for moved in on_paper] == [
+                list(sent) for sent in zip(*sizes, strict=True)
+            ]
+
+
+def listening(steps, me, asked, beside=()):
     """The same computation; `asked` gets the bytes that process `me` sends at each request."""
-    return heard(steps, lambda request: asked.append(sent_by(request, me)))
+    return heard(steps, lambda request: asked.append(sent_by(request, me, beside)))
 
 
-def sent_by(request, me):
-    """Bytes that process `me` sends at a request."""
+def sent_by(request, me, beside=()):
+    """Bytes that process `me` sends at a request, to processes that are not `beside` it."""
     size = 0
     for exchange in exchanges_of(request):
         row = math.prod(exchange.part.shape[1:]) * exchange.part.element_size()
         for other, wanted in enumerate(exchange.want):
             low, high = intersect(exchange.have[me], wanted)
-            size += padded((high - low) * row) if other != me else 0
+            size += padded((high - low) * row) if other not in (me, *beside) else 0
     return size
 
 
@@ -167,6 +227,50 @@ def test_all_processes_together_keep_the_state_of_one(engine, processes, dtype):
     for parameter, piece in zip(layout.calls[0], layout.pieces(layout.calls[0]), strict=True):
         held = sum(stop - start for start, stop in piece.ranges)
         assert held == parameter.numel * (processes if layout.replicated else 1)
+
+
+COPIES = st.tuples(st.integers(2, 9), st.integers(2, 3))
+"""Processes of a copy, and copies."""
+SKETCH = {"gradient_sync": "sketch"}
+
+
+@settings(max_examples=10)
+@given(COPIES, st.sampled_from(["fp32", "bf16"]))
+def test_copies_that_exchange_sketches_keep_the_state_of_one_together(sizes, dtype):
+    each, copies = sizes
+    whole = plan("none", 1).figures["AdaRankGrad"]
+    alone = plan("fsdp2", each, dtype).figures
+    found = plan("fsdp2", each * copies, dtype, copies, **SKETCH).figures
+    ours = found["AdaRankGrad"]
+    assert ours.kept["full_rank_state"].sum() == whole.kept["full_rank_state"].sum()
+    for figures in found.values():
+        for key in ("weights", "gradients") if figures is not found["GaLore"] else ():
+            expected = alone["AdaRankGrad"].kept[key]
+            assert np.array_equal(figures.kept[key], np.tile(expected, copies))
+    # the engine sends within a copy only; to average as well, it sends its share of them twice
+    assert np.array_equal(ours.engine.total, np.tile(alone["AdaRankGrad"].engine.total, copies))
+    assert not ours.engine.crossing.any() and ours.step.crossing.all()
+    more = found["AdamW"].engine.crossing
+    size = {"fp32": 4, "bf16": 2}[dtype] * small().elements
+    assert np.all(np.abs(more - 2 * size / each * (copies - 1) / copies) <= 1)
+
+
+@settings(max_examples=10)
+@given(COPIES, st.sampled_from([{}, {"state_budget": "48KiB"}]))
+def test_copies_that_the_engine_averages_are_each_trained_like_one(sizes, chosen):
+    each, copies = sizes
+    one = plan("fsdp2", each, **chosen)
+    several = plan("fsdp2", each * copies, copies=copies, **chosen)
+    alone, found = (made.figures["AdaRankGrad"].arrays() for made in (one, several))
+    assert several.ranks == one.ranks
+    engine = {"engine_sent_per_step", "engine_sent_between_copies_per_step"}
+    for key in found.keys() - engine:
+        assert np.array_equal(found[key], np.tile(alone[key], copies)), key
+    assert np.all(found["engine_sent_per_step"] > alone["engine_sent_per_step"].max())
+    assert np.array_equal(
+        found["engine_sent_per_step"],
+        several.figures["AdamW"].arrays()["engine_sent_per_step"],
+    )
 
 
 @given(st.sampled_from(SEVERAL), st.integers(1, 9), st.integers(4, 11), st.integers(1, 6))
@@ -245,8 +349,20 @@ def test_a_configuration_on_disk_is_planned_with_ties_counted_once(tmp_path: Pat
 def test_one_process_sends_nothing():
     figures = plan("none", 1).figures["AdaRankGrad"]
     arrays = figures.arrays()
-    assert [int(arrays[key][0]) for key in arrays if "sent" in key] == [0, 0, 0]
+    assert not any(int(arrays[key][0]) for key in arrays if "sent" in key)
     assert figures.step_collectives == figures.refresh_collectives == 0
+
+
+IN_COPIES = ["--model", "nano", "--engine", "fsdp2", "--world-size", "4", "--copies", "2"]
+IN_COPIES += ["--set", "gradient_sync=sketch"]
+
+
+def test_copies_are_named_in_the_plan(tmp_path: Path, capsys: Any):
+    out = tmp_path / "plan.json"
+    assert main(["plan", *IN_COPIES, "--vocab-size", "258", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["copies"] == 2
+    printed = capsys.readouterr().out
+    assert "FSDP2, 4 processes, 2 copies" in printed and printed.count("between copies") == 3
 
 
 @pytest.mark.parametrize(
@@ -267,6 +383,25 @@ def test_one_process_sends_nothing():
         (["--model", "nano", "--engine", "ddp", "--set", "state_budget=1KiB"], "give at least"),
         (["--model", "nano", "--engine", "ddp", "--json", "/nowhere/x"], "--json /nowhere/x: No"),
         (["--model", ".", "--engine", "ddp", "--vocab-size", "9"], "has a vocabulary of its own"),
+        (
+            ["--model", "nano", "--engine", "fsdp2", "--world-size", "6", "--copies", "4"],
+            "--copies 4: --world-size 6 cannot be divided by it",
+        ),
+        (
+            ["--model", "nano", "--engine", "fsdp2", "--world-size", "4", "--copies", "4"],
+            "leaves each copy a single process of --world-size 4",
+        ),
+        (
+            ["--model", "nano", "--engine", "ddp", "--world-size", "4", "--copies", "2"],
+            "--engine ddp has one on every process; choose --engine fsdp2",
+        ),
+        (
+            ["--model", "nano", "--engine", "zero3", "--world-size", "4", "--copies", "2"],
+            "--engine zero3 shards a single one; choose --engine fsdp2",
+        ),
+        ([*IN_COPIES, "--set", "residual=matched"], 'residual="matched" needs the norms of whole'),
+        ([*IN_COPIES, "--set", "gradient_budget=1MiB"], "gradient_budget: the engine sums"),
+        (IN_COPIES[:-4] + IN_COPIES[-2:], "or --copies for several sharded models"),
     ],
 )
 def test_what_cannot_be_planned_is_told_in_one_line(words, told, capsys):
