@@ -43,14 +43,14 @@ from arg_dist.subspace.residual import (
     residual_part,
     scaled_factors,
 )
-from arg_dist.subspace.sketch import gaussian_rows
+from arg_dist.subspace.sketch import random_signs
 from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 from arg_dist.subspace.transport import transport_moments
 
 FP32_BYTES = 4
 
 PROBES = 8
-"""Random directions that tell the norm of a mean which is not formed, to 3 % (one deviation)."""
+"""Random signs that tell the norm of a mean which is not formed, to 3 % (one deviation)."""
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Types by `polar_precision` and `sync_precision`."""
@@ -538,7 +538,7 @@ def refresh(
     me, basis = sharding.me, sharding.basis
     bounds = settings.rank_bounds(min(basis.size, sharding.moment.size))
     width = sketch_width(sharding, settings)
-    omega = gaussian_rows(
+    omega = random_signs(
         sharding.moment.touch[me],
         width,
         seed=settings.seed,
@@ -548,7 +548,7 @@ def refresh(
     )
     passes, probes = settings.power_passes, None
     if norm_sq is None and sharding.terms is not None:
-        probes = gaussian_rows(
+        probes = random_signs(
             sharding.at_home(basis.size)[me],
             PROBES,
             seed=settings.seed,

@@ -1,8 +1,8 @@
 """The randomized range finder: an ordered orthonormal basis of a gradient's leading subspace.
 
 Subspace selection of AdaRankGrad (SSRF, arXiv 2410.17881, algorithm 1), after Halko, Martinsson and
-Tropp (2011), algorithms 4.4 and 5.1: Gaussian sketch, power passes, then a small eigenproblem that
-orders the directions by energy. Only ordered directions can be truncated.
+Tropp (2011), algorithms 4.4 and 5.1: a sketch by random signs, power passes, then a small
+eigenproblem that orders the directions by energy. Only ordered directions can be truncated.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def leading_directions(
         omega: ``moment.touch x width``, this process's rows of the sketch matrix.
         sharding: how G is distributed over the processes.
         power_passes: as of :func:`range_finder`.
-        probes: ``basis x probes`` on the home process, no rows elsewhere; Gaussian, from which the
-            norm of G is estimated (Hutch++, Meyer et al. 2021, algorithm 1).
+        probes: ``basis x probes`` on the home process, no rows elsewhere; random signs, from which
+            the norm of G is estimated (Hutch++, Meyer et al. 2021, algorithm 1).
     """
     moment, basis, me = sharding.moment, sharding.basis, sharding.me
     width = omega.shape[1]
