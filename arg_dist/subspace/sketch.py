@@ -55,7 +55,7 @@ def random_signs(
     # of each word, bit 31 - i becomes the sign bit of column i
     bits = torch.empty(high - low, columns, dtype=torch.int32, device=device)
     places = torch.arange(WORD, dtype=torch.int32, device=device)
-    whole = bits[:, : count * WORD].unflatten(1, (count, WORD))
+    whole = bits[:, : count * WORD].view(high - low, count, WORD)
     torch.bitwise_left_shift(words[:, :count, None], places, out=whole)
     torch.bitwise_left_shift(words[:, count:], places[:rest], out=bits[:, count * WORD :])
     return bits.bitwise_and_(SIGN_BIT).bitwise_or_(ONE).view(torch.float32)

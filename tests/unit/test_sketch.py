@@ -105,7 +105,7 @@ def test_columns_are_nearly_orthogonal_and_rows_and_columns_independent():
     assert 0.95 < float(apart.square().mean()) < 1.05
     # all singular values within those of random matrices, sqrt(n) -+ sqrt(k) (Marchenko, Pastur)
     singular = torch.linalg.svdvals(sketch)
-    assert 64 - 9 < float(singular.min()) and float(singular.max()) < 64 + 9
+    assert float(singular.min()) > 64 - 9 and float(singular.max()) < 64 + 9
     # signs of neighbouring rows, and of neighbouring words in a row
     for one, other in ((sketch[1:], sketch[:-1]), (sketch[:, 32:64], sketch[:, :32])):
         assert abs((one * other).mean()) < 4 / math.sqrt(one.numel())
@@ -120,7 +120,7 @@ def test_no_pair_of_names_and_refreshes_shares_signs():
 
 def test_numbers_are_uniform():
     numbers = uniform("w", 10000)
-    assert -1 <= float(numbers.min()) and float(numbers.max()) < 1
+    assert float(numbers.min()) >= -1 and float(numbers.max()) < 1
     assert abs(float(numbers.mean())) < 0.02
     counts = torch.histc(numbers, bins=20, min=-1, max=1)
     assert float(((counts - 500).square() / 500).sum()) < 40  # chi-square of 19 degrees: 0.3 %
@@ -156,9 +156,7 @@ def test_signs_find_as_much_energy_as_gaussians(spectrum, passes):
     sharding = single_process(*gradient.shape)
 
     def kept(omega: torch.Tensor) -> float:
-        found = run_local(
-            range_finder(lambda: gradient, omega, sharding, power_passes=passes)
-        )
+        found = run_local(range_finder(lambda: gradient, omega, sharding, power_passes=passes))
         return float((gradient @ found).square().sum())
 
     generator = torch.Generator().manual_seed(0)
