@@ -146,15 +146,14 @@ def chosen_by_energy(
     """The rank of :func:`arg_dist.subspace.rank.choose_rank`.
 
     Args:
-        energies: ``width``, fp64, descending: ``||G q_i||^2``.
+        energies: ``width``, fp64, descending: ``||G q_i||^2``; in host memory.
         norm_sq: ``||G||_F^2``.
         bounds: smallest and largest rank that the settings allow the matrix.
         before: the previous rank; None at the first refresh.
         settings: the settings of the matrix's parameter group.
         facts: what is known of the matrix.
     """
-    energies, spectrum = energies.cpu(), None  # the refresh's only wait for the device
-    norm_sq = float(norm_sq)
+    spectrum, norm_sq = None, float(norm_sq)
     smallest, largest = bounds
     if facts.allowed is not None:  # the spectrum beyond it lets the rank rise again later
         spectrum = (energies[:largest] / norm_sq).tolist()
@@ -571,7 +570,8 @@ def refresh(
         part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
         whole, shares = sharding.whole(rank), sharding.shares(rank)
         rotation = yield from relayed_sum(part, whole, shares, whole, me)
-    return NewBasis(vectors, found.energies[:rank], rotation, choice)
+    energies = found.energies[:rank].to(device, non_blocking=True)
+    return NewBasis(vectors, energies, rotation, choice)
 
 
 def sketch_width(sharding: MatrixSharding, settings: AdaRankGradConfig) -> int:
