@@ -1,9 +1,9 @@
 """Orthonormal columns that span those of a sketch, whatever its rank.
 
-A factorization by Householder reflections is a sequence of small steps, which a CPU takes in less
-time than any other, and in which a GPU idles. There the columns are made orthonormal by products of
-matrices, without a value that is read: shifted Cholesky-QR (Fukaya, Kannan, Nakatsukasa, Yamamoto
-and Yanagisawa 2020, algorithm 4.1, shifted CholeskyQR3).
+Householder reflections are a sequence of small steps, in which a GPU idles; a CPU takes two to five
+times as long for anything else (``benchmarks/results/2026-11-29-signs-and-cholesky.md``). A GPU
+makes the columns orthonormal by products of matrices, and no value is read: shifted CholeskyQR3
+(Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa 2020).
 """
 
 from __future__ import annotations
