@@ -47,7 +47,7 @@ def random_signs(
     Returns:
         ``(high - low) x columns``, fp32.
     """
-    low, high = rows[0], max(rows)  # without rows elsewhere than on the home process
+    low, high = rows[0], max(rows)  # an interval may end before it begins
     count, rest = divmod(columns, WORD)
     each = count + (rest > 0)
     words = hashed(f"{seed}|{name}|{refresh}|{columns}", (low * each, high * each), device)
