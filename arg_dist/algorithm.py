@@ -43,14 +43,14 @@ from arg_dist.subspace.residual import (
     residual_of,
     scaled_factors,
 )
-from arg_dist.subspace.sketch import gaussian_rows
+from arg_dist.subspace.sketch import random_signs
 from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 from arg_dist.subspace.transport import transport_moments
 
 FP32_BYTES = 4
 
 PROBES = 8
-"""Random directions that tell the norm of a mean which is not formed, to 3 % (one deviation)."""
+"""Random signs that tell the norm of a mean which is not formed, to 3 % (one deviation)."""
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Types by `polar_precision` and `sync_precision`."""
@@ -146,15 +146,14 @@ def chosen_by_energy(
     """The rank of :func:`arg_dist.subspace.rank.choose_rank`.
 
     Args:
-        energies: ``width``, fp64, descending: ``||G q_i||^2``.
+        energies: ``width``, fp64, descending: ``||G q_i||^2``; in host memory.
         norm_sq: ``||G||_F^2``.
         bounds: smallest and largest rank that the settings allow the matrix.
         before: the previous rank; None at the first refresh.
         settings: the settings of the matrix's parameter group.
         facts: what is known of the matrix.
     """
-    energies, spectrum = energies.cpu(), None  # the refresh's only wait for the device
-    norm_sq = float(norm_sq)
+    spectrum, norm_sq = None, float(norm_sq)
     smallest, largest = bounds
     if facts.allowed is not None:  # the spectrum beyond it lets the rank rise again later
         spectrum = (energies[:largest] / norm_sq).tolist()
@@ -595,7 +594,7 @@ def refresh(
     me, basis = sharding.me, sharding.basis
     bounds = settings.rank_bounds(min(basis.size, sharding.moment.size))
     width = sketch_width(sharding, settings)
-    omega = gaussian_rows(
+    omega = random_signs(
         sharding.moment.touch[me],
         width,
         seed=settings.seed,
@@ -605,7 +604,7 @@ def refresh(
     )
     passes, probes = settings.power_passes, None
     if norm_sq is None and sharding.terms is not None:
-        probes = gaussian_rows(
+        probes = random_signs(
             sharding.at_home(basis.size)[me],
             PROBES,
             seed=settings.seed,
@@ -628,7 +627,8 @@ def refresh(
         part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
         whole, shares = sharding.whole(rank), sharding.shares(rank)
         rotation = yield from relayed_sum(part, whole, shares, whole, me)
-    return NewBasis(vectors, found.energies[:rank], rotation, choice)
+    energies = found.energies[:rank].to(device, non_blocking=True)
+    return NewBasis(vectors, energies, rotation, choice)
 
 
 def sketch_width(sharding: MatrixSharding, settings: AdaRankGradConfig) -> int:

@@ -23,7 +23,6 @@ What rounding takes away is not kept for later: a process has no state of its ow
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -68,6 +67,7 @@ from arg_dist.subspace.norms import norm_sq, row_squares
 from arg_dist.subspace.precision import lowered_precision
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.residual import matched_factors, residual_of
+from arg_dist.subspace.sketch import hashed
 from arg_dist.subspace.state import State
 
 
@@ -497,9 +497,4 @@ def as_coded(parts: Sequence[Tensor]) -> Coded:
 
 def tossed(text: str, elements: Interval, device: torch.device) -> Tensor:
     """1 or -1 for each element, as drawn by `text`; whichever process draws them, fp32."""
-    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
-    # a counter, mixed as in splitmix64
-    number = torch.arange(*elements, dtype=torch.int64, device=device)
-    number = (number ^ key) * -7046029254386353131
-    number = (number ^ number >> 30) * -4658895280553007687
-    return (number ^ number >> 27).bitwise_and_(1).mul_(2).sub_(1).float()
+    return (hashed(text, elements, device) >> 63).bitwise_or_(1).float()

@@ -39,6 +39,9 @@ ROUNDING = Tolerance(
 ORTHONORMAL = Tolerance(
     5e-6, 0.0, "Householder QR and a rotation in fp32: a few eps for each of up to 64 columns"
 )
+CHOLESKY_QR = Tolerance(
+    1e-6, 0.0, "orthonormal in fp64, then rounded to fp32: half a last place of every entry"
+)
 ENERGY = Tolerance(
     1e-5, 1e-4, "squares of fp32 singular values: twice their relative error, summed over rows"
 )

@@ -12,10 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.norms import RUN, in_host_memory, norm_sq
+from arg_dist.subspace.norms import DEVICE_RUN, RUN, in_host_memory, norm_sq
 
-DEVICE_RUN = 2**20
-"""Elements per run on a device, where each run is a launch."""
 TOLERANCE = 1e-4
 """Largest difference of equal tensors, relative to their norm.
 

@@ -8,11 +8,12 @@ and its squared norm is unbiased: ``E ||sketch||^2 = ||G||^2``, with a standard 
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from arg_dist.subspace.sketch import WORD, hashed, random_signs
 
 BUCKETS = 1024
 SIGNS = 2**16
@@ -32,7 +33,7 @@ def norm_sketch(gradient: Tensor, text: str) -> Tensor:
     rows = flat[: flat.numel() // BUCKETS * BUCKETS].view(-1, BUCKETS)
     windows = _signs(flat.device).unfold(0, BUCKETS, 1)
     total = torch.zeros(BUCKETS, dtype=torch.float64, device=flat.device)
-    places = _places(text, len(rows) + 1).to(flat.device)
+    places = _places(text, len(rows) + 1, flat.device)
     for start in range(0, len(rows), ROWS):
         run = rows[start : start + ROWS].float()
         signs = windows[places[start : start + len(run)]].float()
@@ -45,14 +46,11 @@ def norm_sketch(gradient: Tensor, text: str) -> Tensor:
 @lru_cache
 def _signs(device: torch.device) -> Tensor:
     """``SIGNS``, int8: 1 or -1."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    signs = torch.randint(0, 2, (SIGNS,), generator=generator, dtype=torch.int8, device="cpu")
-    return signs.mul_(2).sub_(1).to(device)
+    rows = SIGNS // WORD
+    signs = random_signs((0, rows), WORD, seed=0, name="norms", refresh=0, device=device)
+    return signs.view(-1).to(torch.int8)
 
 
-def _places(text: str, count: int) -> Tensor:
+def _places(text: str, count: int, device: torch.device) -> Tensor:
     """Where the signs of each row begin."""
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    generator = torch.Generator(device="cpu").manual_seed(number)
-    high = SIGNS - BUCKETS
-    return torch.randint(high, (count,), generator=generator, dtype=torch.int64, device="cpu")
+    return hashed(text, (0, count), device).remainder_(SIGNS - BUCKETS)

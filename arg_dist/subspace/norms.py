@@ -10,8 +10,12 @@ import math
 import torch
 from torch import Tensor
 
+from arg_dist.library_internals import FOREACH_NORM
+
 RUN = 2**17
 """Elements per run on a CPU."""
+DEVICE_RUN = 2**20
+"""Elements per run on a device, where each run is a launch."""
 FAINT = 1e-30
 """Mean square below which the squares of small entries underflow in fp32."""
 
@@ -19,6 +23,15 @@ FAINT = 1e-30
 def in_host_memory(part: Tensor) -> bool:
     """Whether reading a value needs no device synchronization; elsewhere, read no values."""
     return part.device.type == "cpu"
+
+
+def to_host_memory(values: Tensor) -> Tensor:
+    """A copy there, after waiting for the device; the tensor itself if it is there or has no data.
+
+    Args:
+        values: a small tensor of any shape and type.
+    """
+    return values if values.is_meta else values.cpu()
 
 
 def row_squares(part: Tensor) -> Tensor:
@@ -30,8 +43,9 @@ def row_squares(part: Tensor) -> Tensor:
     """
     rows, columns = part.shape
     if not in_host_memory(part):
-        norms: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
-        return norms.square()
+        dtype = torch.promote_types(part.dtype, torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=dtype)
+        return norms.square().float()
     if part.numel() <= RUN:
         return part.float().square().sum(1)
     squares = part.new_zeros(rows, dtype=torch.float32)
@@ -55,22 +69,35 @@ def row_squares(part: Tensor) -> Tensor:
 def norm_sq(part: Tensor, squares: Tensor | None = None) -> Tensor:
     """``||G||^2``, an fp64 scalar.
 
-    Squared in fp32, and recomputed in fp64 if that underflows or overflows, for very small or very
-    large gradients.
+    On a CPU it is squared in fp32, and recomputed in fp64 if that underflows or overflows, for very
+    small or very large gradients. Elsewhere this would have to be read, so all squares are fp64.
 
     Args:
         part: tensor of any shape and floating-point type.
         squares: :func:`row_squares` of it, if known.
     """
     if not in_host_memory(part):
-        norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
-        return norm.square()
+        return _norm_on_device(part).square()
     if squares is None:
         squares = torch.stack([torch.dot(run, run) for run in map(Tensor.float, _runs(part))])
     total = squares.sum(dtype=torch.float64)
     if FAINT * part.numel() <= float(total) < math.inf:
         return total
     return torch.stack([run.double().square().sum() for run in _runs(part)]).sum()
+
+
+def _norm_on_device(part: Tensor) -> Tensor:
+    """``||G||``, an fp64 scalar, without a copy of the part in fp64 and without reading a value."""
+    in_order = part.T if part.ndim == 2 and part.stride(0) == 1 else part
+    if part.numel() and in_order.is_contiguous():
+        # its kernel alone converts element by element: vector_norm converts the tensor before
+        (norm,) = FOREACH_NORM.of(torch)([in_order], 2, dtype=torch.float64)
+        return norm  # type: ignore[no-any-return]
+    height = max(1, DEVICE_RUN * len(part) // max(1, part.numel()))
+    runs = torch.split(part, height)
+    norms = [torch.linalg.vector_norm(run, dtype=torch.float64) for run in runs]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def _runs(part: Tensor) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """The randomized range finder: an ordered orthonormal basis of a gradient's leading subspace.
 
 Subspace selection of AdaRankGrad (SSRF, arXiv 2410.17881, algorithm 1), after Halko, Martinsson and
-Tropp (2011), algorithms 4.4 and 5.1: Gaussian sketch, power passes, then a small eigenproblem that
-orders the directions by energy. Only ordered directions can be truncated.
+Tropp (2011), algorithms 4.4 and 5.1: a sketch by random signs, power passes, then a small
+eigenproblem that orders the directions by energy. Only ordered directions can be truncated.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from arg_dist.subspace.distributed import (
     sum_scatter,
     to_home,
 )
+from arg_dist.subspace.norms import to_host_memory
+from arg_dist.subspace.orthonormal import orthonormalize
 
 Part = Callable[[], Tensor]
 """Returns a process's part of a gradient, ``moment.touch x basis.touch``, fp32.
@@ -35,22 +37,15 @@ class Directions:
 
     Attributes:
         vectors: ``basis x width``, orthonormal columns, on the home process; no rows elsewhere.
-        energies: ``width``, fp64, descending: ``||G q_i||^2``, bitwise equal on every owner.
+        energies: ``width``, fp64, descending: ``||G q_i||^2``, bitwise equal on every owner; in
+            host memory.
         norm_sq: an estimate of ``||G||_F^2``, an fp64 scalar, equal on every owner; None without
-            probes.
+            probes. In host memory.
     """
 
     vectors: Tensor
     energies: Tensor
     norm_sq: Tensor | None = None
-
-
-def orthonormalize(sketch: Tensor) -> Tensor:
-    """Orthonormal columns that span those of `sketch`, ``rows x width`` (rows >= width, or none).
-
-    Householder QR: the result is orthonormal even if the sketch is rank-deficient.
-    """
-    return torch.linalg.qr(sketch).Q if sketch.shape[0] else sketch
 
 
 def range_finder(
@@ -68,11 +63,11 @@ def range_finder(
         ``basis x width`` on the home process, no rows elsewhere.
     """
     moment, basis, me = sharding.moment, sharding.basis, sharding.me
-    # Y = G^T Omega ;  Q = qr(Y)
+    # Y = G^T Omega ;  Q = orth(Y)
     sketch = yield from to_home(gradient().T @ omega, basis.touch, basis.size, sharding)
     vectors = orthonormalize(sketch)
     for _ in range(power_passes):
-        # Y <- G^T (G Q) ;  Q = qr(Y)
+        # Y <- G^T (G Q) ;  Q = orth(Y)
         vectors = yield from from_home(vectors, basis.size, basis.touch, sharding)
         image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
         image = yield from gather(image, moment.keep, moment.touch, me)
@@ -99,8 +94,8 @@ def leading_directions(
         omega: ``moment.touch x width``, this process's rows of the sketch matrix.
         sharding: how G is distributed over the processes.
         power_passes: as of :func:`range_finder`.
-        probes: ``basis x probes`` on the home process, no rows elsewhere; Gaussian, from which the
-            norm of G is estimated (Hutch++, Meyer et al. 2021, algorithm 1).
+        probes: ``basis x probes`` on the home process, no rows elsewhere; random signs, from which
+            the norm of G is estimated (Hutch++, Meyer et al. 2021, algorithm 1).
     """
     moment, basis, me = sharding.moment, sharding.basis, sharding.me
     width = omega.shape[1]
@@ -114,11 +109,14 @@ def leading_directions(
     image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
     image, both = image.double(), vectors.shape[1]
     gram = yield from to_home(image.T @ image, sharding.whole(both), both, sharding)
+    # the refresh's only wait for the device: eigh would wait as well, and so would the energies
+    gram = to_host_memory(gram)
     told = gram.new_zeros(0, width if probes is None else width + 1)
     if me == sharding.home:
         values, rotation = torch.linalg.eigh(gram[:width, :width])
+        rotation = rotation.flip(1).to(found.device, non_blocking=True)
         told = values.flip(0).clamp_min(0.0)[None]
-        found = positive_peaks((found.double() @ rotation.flip(1)).to(found.dtype))
+        found = positive_peaks((found.double() @ rotation).to(found.dtype))
         if probes is not None:
             told = torch.cat([told, gram.diagonal()[width:].mean().view(1, 1)], 1)
     told = (yield from gather(told, sharding.at_home(1), sharding.whole(1), me)).reshape(-1)

@@ -6,8 +6,15 @@ import pytest
 import torch
 from matrices import gaussian
 from one_process import feed, optimizer_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from arg_dist.subspace import norms
+from arg_dist import AdaRankGradConfig
+from arg_dist.algorithm import Choice, StepFacts, low_rank_step, refresh_next
+from arg_dist.sharding.drivers import run_local
+from arg_dist.subspace import norms, range_finder
+from arg_dist.subspace.distributed import single_process
+from arg_dist.subspace.norms import norm_sq, row_squares
 
 READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 
@@ -53,3 +60,82 @@ def test_a_refresh_reads_its_energies_once_for_each_matrix(reads):
     feed(optimizer, gaussian(12, 8, seed=1), gaussian(8, 12, seed=2))
     # what comes after `cpu` reads host memory: spectrum, rank and energy
     assert reads == ["tolist", "tolist"] + 2 * ["cpu", "tolist", "tolist", "__float__"]
+
+
+def on_device(tensor: torch.Tensor) -> bool:
+    """Of tensors without data, those that stand for a GPU's; the others are in host memory."""
+    return tensor.device.type == "meta"
+
+
+class Waits(TorchDispatchMode):
+    """What operators on tensors of a GPU make the host wait for.
+
+    Attributes:
+        waits: copies to the host, and operators that read values, by name and shape.
+        sent: whether each copy to the GPU lets the host go on.
+    """
+
+    READ = ("item", "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+    CHECKED = ("_linalg_check_errors", "_linalg_eigh", "_linalg_svd")
+    """Operators that read whether they have failed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[tuple[str, tuple[int, ...]]] = []
+        self.sent: list[bool] = []
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function.overloadpacket.__name__
+        given = [each for each in args if isinstance(each, torch.Tensor)]
+        on_gpu = any(on_device(each) for each in given)
+        if on_gpu:
+            self.names.add(name)
+        if on_gpu and name in self.READ + self.CHECKED:
+            self.waits.append((name, tuple(given[0].shape)))
+        if name == "copy_":
+            source, target, blocking = args[1], args[0], not (len(args) > 2 and args[2])
+        elif name == "_to_copy":
+            source, target, blocking = args[0], result, not kwargs.get("non_blocking")
+        else:
+            return result
+        if on_device(source) and not on_device(target):
+            self.waits.append((name, tuple(source.shape)))
+        elif on_device(target) and not on_device(source):
+            self.sent.append(not blocking)
+        return result
+
+
+@pytest.mark.parametrize("residual", ["orthogonalized", "matched", "scaled", "none"])
+@pytest.mark.parametrize("transport", ["squared", "paper", "ldadam", "none"])
+def test_a_refresh_on_a_gpu_waits_once_for_the_gram_matrix_alone(monkeypatch, residual, transport):
+    monkeypatch.setattr(range_finder, "to_host_memory", torch.Tensor.cpu)
+    rank, oversample = 3, 2
+    settings = AdaRankGradConfig(
+        max_rank=rank, min_rank=1, oversample=oversample, residual=residual, transport=transport
+    )
+    facts, state = StepFacts("w", norm_sq=1.0, kept_sq=1.0, phase=0.0), {}
+    sharding = single_process(24, 16)
+    with FakeTensorMode():  # which also raises where tensors of two devices meet
+        gradient = torch.empty(24, 16, device="meta")
+        for step in range(2):
+            with Waits() as seen:
+                squares = row_squares(gradient)
+                assert on_device(norm_sq(gradient, squares))
+                steps = low_rank_step(
+                    lambda: gradient,
+                    squares,
+                    state,
+                    sharding,
+                    settings,
+                    facts,
+                    choose=lambda energies, *_: Choice(len(energies[:rank]), 1.0),
+                )
+                update = run_local(steps)
+            assert update is not None and on_device(update.basis) and on_device(update.direction)
+            assert seen.waits == [("_to_copy", (rank + oversample,) * 2)], step
+            assert seen.sent == [True, True]  # the rotation and the energies
+            assert "cumsum" not in seen.names and "linalg_cholesky_ex" in seen.names
+            refresh_next(state)

@@ -30,7 +30,7 @@ RIG = ROOT / "tests/hosts/namespaces.py"
 MAY_IMPORT = {
     "config": set(),
     "library_internals": set(),
-    "subspace": set(),
+    "subspace": {"library_internals"},
     "sharding": {"library_internals", "subspace"},
     "core": {"config", "library_internals", "sharding", "subspace", "telemetry"},
     "checkpoint": {"config", "core", "library_internals", "sharding", "subspace"},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from arg_dist import AdaRankGrad, ConfigError, param_groups
 from arg_dist.sharding.shard import as_reals
 from arg_dist.simple import AdaRankGradSimple, orthogonalized
+from arg_dist.subspace import norms, orthonormal
 from arg_dist.subspace.residual import COEFFICIENTS
 
 RATIOS = (0.45, 0.8, 0.3, 0.9, 0.6)
@@ -40,6 +41,19 @@ def rank_of(optimizer: AdaRankGradSimple) -> int:
 def test_fifty_steps_with_changing_ranks_are_those_of_the_simple_one(
     shape, side, transport, residual
 ):
+    check_fifty_steps(shape, side=side, transport=transport, residual=residual)
+
+
+@pytest.mark.parametrize("residual", ["scaled", "orthogonalized"])
+@pytest.mark.parametrize("shape", [(13, 7), (7, 13), (8, 8)])
+def test_fifty_steps_are_those_of_the_simple_one_as_a_gpu_takes_them(monkeypatch, shape, residual):
+    for module in (norms, orthonormal):
+        monkeypatch.setattr(module, "in_host_memory", lambda part: False)
+    check_fifty_steps(shape, side="auto", transport="squared", residual=residual)
+
+
+def check_fifty_steps(shape: tuple[int, int], *, side: str, transport: str, residual: str) -> None:
+    """Weights after fifty steps with changing ranks are those of the simple optimizer."""
     settings = {
         "lr": 1e-3, "weight_decay": 0.1, "max_rank": 6, "min_rank": 2, "energy": 0.95,
         "scale": 0.5, "transport": transport, "side": side, "residual": residual,
