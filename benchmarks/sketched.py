@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,6 +84,7 @@ WAYS = {
     "1 bit, 2 back": _sketch(1, 2),
     "2 bits, 2 back": _sketch(2, 2),
     "2 bits, 2 back, bf16": _sketch(2, 2, sync_precision="bf16"),
+    "2 bits, 2 back, bf16, rank 4": _sketch(2, 2, sync_precision="bf16", max_rank=4),
     "4 bits, 4 back": _sketch(4, 4),
     "2 bits, 2 back, no momentum": _sketch(2, 2, **NO_MOMENTUM),
     "4 bits, 4 back, no momentum": _sketch(4, 4, **NO_MOMENTUM),
@@ -282,6 +284,8 @@ def parse_options() -> argparse.Namespace:
     add("--steps", type=at_least(1), default=400, help="(default: 400)")
     add("--batch-size", type=at_least(2), default=8, help="sequences of all workers (default: 8)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--lrs", nargs="+", type=float, default=[], metavar="RATE", help="rates of the matrices "
+        "(default: one of each way)")  # fmt: skip
     add("--rest-lr", type=float, default=3.2e-2, help="rate of embeddings, head and norms "
         "(default: 3.2e-2)")  # fmt: skip
     add("--clip", type=float, default=1.0, help="maximum gradient norm (default: 1)")
@@ -297,9 +301,10 @@ def main() -> None:
     tokenizer = load_tokenizer(None)
     corpus = read_corpus(options.data)
     sequences = Sequences.of(corpus, tokenizer, length=SEQUENCE, seed=0)
-    for seed in options.seeds:
-        for name in options.ways:
-            about = {"way": name, "seed": seed, "lr": WAYS[name].lr} | {
+    for seed, name in product(options.seeds, options.ways):
+        for lr in options.lrs or [WAYS[name].lr]:
+            way = replace(WAYS[name], lr=lr)
+            about = {"way": name, "seed": seed, "lr": lr} | {
                 key: getattr(options, key)
                 for key in ("model", "workers", "steps", "batch_size", "rest_lr", "data")
             }
@@ -307,10 +312,10 @@ def main() -> None:
                 continue
             config = model_config(options.model, vocab_size=tokenizer.vocab_size, length=SEQUENCE)
             model = build_model(options.model, config, seed=seed, deepspeed_config={})
-            loss, traffic = train(WAYS[name], model, replace(sequences, seed=seed), options)
+            loss, traffic = train(way, model, replace(sequences, seed=seed), options)
             with path.open("a") as file:
                 file.write(json.dumps({**about, "loss": loss, "traffic": traffic}) + "\n")
-            print(f"{name}, seed {seed}: {loss:.4f}, {100 * traffic:.1f} %", flush=True)
+            print(f"{name}, {lr:g}, seed {seed}: {loss:.4f}, {100 * traffic:.1f} %", flush=True)
     report(read_runs(path), options.out / "frontier.png")
 
 
@@ -323,15 +328,20 @@ def report(runs: Sequence[dict[str, Any]], picture: Path) -> None:
     """Print medians over the seeds, and draw loss over bytes."""
     from matplotlib import rc_context
 
-    table = Table("gradients", "workers", "traffic", "losses", "median")
+    table = Table("gradients", "workers", "rate", "traffic", "losses", "median")
     points = []
-    for key in dict.fromkeys((run["model"], run["way"], run["workers"]) for run in runs):
-        mine = [run for run in runs if (run["model"], run["way"], run["workers"]) == key]
+
+    def kind(run: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(run[key] for key in ("way", "workers", "lr", "model", "steps"))
+
+    for key in dict.fromkeys(map(kind, runs)):
+        mine = [run for run in runs if kind(run) == key]
         losses = [run["loss"] for run in sorted(mine, key=lambda run: run["seed"])]
         traffic = 100 * median(run["traffic"] for run in mine)
         words = ", ".join(f"{loss:.3f}" for loss in losses)
-        table.add_row(key[1], str(key[2]), f"{traffic:.1f} %", words, f"{median(losses):.3f}")
-        points.append((traffic, median(losses), f"{key[1]} ({key[0]}, {key[2]})"))
+        way, *about = map(str, key)
+        table.add_row(way, *about[:2], f"{traffic:.1f} %", words, f"{median(losses):.3f}")
+        points.append((traffic, median(losses), f"{way} ({', '.join(about)})"))
     Console().print(table)
     with rc_context(STYLE):
         figure = new_figure(8, 5)
