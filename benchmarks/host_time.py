@@ -1,0 +1,237 @@
+"""Host time of a step among thousands of processes, of which one is simulated.
+
+    python -m benchmarks.host_time --model 70b --engine zero3 --world-size 8 64 1024 4096
+
+The process binds its part of a model as the engine would cut it, and takes steady steps on tensors
+without data (the meta device), so that what remains is Python and torch's dispatcher. The other
+processes are simulated: their descriptions at binding, and messages of theirs without content.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from arg_dist.cli.parsing import OneLineParser, at_least
+from arg_dist.config import AdaRankGradConfig, parse_config
+from arg_dist.parameter_groups import trained_views
+from arg_dist.planning.allocations import Unfilled
+from arg_dist.planning.choices import ENGINES
+from arg_dist.planning.cuts import Layout, lay_out
+from arg_dist.planning.model import Model, load_model
+from arg_dist.recording import requests_of_a_step
+from arg_dist.sharding.communicator import Communicator
+from arg_dist.sharding.fragment import Fragment, Holding
+from arg_dist.sharding.layout import GroupSpec
+from arg_dist.sharding.message_packing import Messages
+from arg_dist.sharding.plan import Plan, make_plans
+from arg_dist.sharding.shard import MatrixShard
+from arg_dist.step import Agreement, PlanStep, gradient_part, rounds_of
+from arg_dist.subspace.distributed import Exchange
+from arg_dist.subspace.state import State
+
+GROUP: Any = "simulated"
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Host costs of one process.
+
+    Attributes:
+        binding: seconds until the plan is made.
+        step: seconds of a steady step, the median.
+        calls: function calls of a steady step, those into C included.
+        matrices: low-rank matrices of which the process holds a part.
+        collectives: of a steady step, without the agreement.
+    """
+
+    binding: float
+    step: float
+    calls: int
+    matrices: int
+    collectives: int
+
+
+class OneOfMany(Communicator):
+    """The collectives of one process whose peers are simulated.
+
+    Args:
+        size: number of processes.
+        me: index of this one.
+        ranges: ``processes x fragments x 2``, int64: element ranges of the fragments of each.
+    """
+
+    def __init__(self, size: int, me: int, ranges: np.ndarray[Any, Any]) -> None:
+        super().__init__(None)
+        self.group, self.size, self.me, self.device, self._ranges = GROUP, size, me, META, ranges
+
+    def gather_objects(self, value: Any, purpose: str = "", *, counted: bool = False) -> list[Any]:
+        """What all processes describe at binding."""
+        (own,) = value
+        described = []
+        for ranges in self._ranges.tolist():
+            fragments = [
+                {**fragment, "range": tuple(held)}
+                for fragment, held in zip(own["fragments"], ranges, strict=True)
+            ]
+            described.append([{**own, "fragments": fragments}])
+        return described
+
+    def begin(self, exchanges: Sequence[Exchange], words: Any = None) -> Callable[[], list[Tensor]]:
+        """Pack the messages of a round; what is received has no content."""
+        messages = Messages(exchanges, self.me, self.size, self.device)
+        send = messages.packed()
+        receive = send.new_empty(sum(messages.receive_sizes))
+        self.collectives += 1
+        return lambda: messages.answers(receive)
+
+
+def bound(model: Model, layout: Layout, settings: AdaRankGradConfig) -> tuple[Plan, float]:
+    """The plan of the first process, and the seconds that it took to make it."""
+    pieces = [piece for call in layout.calls for piece in layout.pieces(call)]
+    ranges = np.zeros((layout.processes, len(pieces), 2), np.int64)
+    for k, piece in enumerate(pieces):
+        ranges[piece.owners, k] = piece.ranges
+    fragments = []
+    for k, piece in enumerate(pieces):
+        start, stop = ranges[0, k].tolist()
+        target = torch.empty(stop - start, device=META)
+        target.grad = torch.empty_like(target)
+        fragments.append(
+            Fragment(piece.parameter.name, piece.parameter.shape, start, stop, target, _itself)
+        )
+    low_rank = {parameter.name for parameter in model.parameters if parameter.views}
+    spec = GroupSpec(
+        holding=Holding(fragments, GROUP, replicated=layout.replicated),
+        side=settings.side,
+        shard_basis=settings.shards_basis(terms=False),
+        views=lambda name, shape: trained_views(name, shape, settings) if name in low_rank else [],
+        positions={fragment.name: k for k, fragment in enumerate(fragments)},
+        settings="",
+        largest_rank=lambda short: settings.rank_bounds(short)[1],
+        goes_home=settings.residual == "orthogonalized",
+    )
+    communicator = OneOfMany(layout.processes, 0, ranges)
+    before = time.perf_counter()
+    (plan,) = make_plans([spec], {GROUP: communicator}, 60.0, int(settings.bucket_size))
+    return plan, time.perf_counter() - before
+
+
+def _itself(target: Tensor) -> Tensor:
+    return target
+
+
+def states_of(plan: Plan, settings: AdaRankGradConfig, rank: int) -> dict[int, State]:
+    """The states of a plan's shards after a first step, without data."""
+    states: dict[int, State] = {}
+    for shard in plan.shards:
+        states[shard.unit] = {}
+        if isinstance(shard, MatrixShard):
+            requests_of_a_step(states[shard.unit], shard.sharding, settings, rank)
+            states[shard.unit]["gap"] = 10**9
+    return states
+
+
+def take(plan: Plan, states: dict[int, State], settings: AdaRankGradConfig) -> None:
+    """One steady step, after the agreement."""
+    units = len(plan.units)
+    rounds = [
+        max((rounds_of(shard, states[shard.unit], [settings]) for shard in shards), default=0)
+        for shards in plan.shards_by_lane
+    ]
+    agreed = Agreement([1.0] * units, [1.0] * units, rounds, [], plan.communicator.size)
+    gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
+    PlanStep(plan, states, [settings], 1, gradients, agreed).take()
+
+
+def calls_of(function: Callable[[], None]) -> int:
+    """Function calls that a function makes, those into C included."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def simulate(
+    model: Model,
+    settings: AdaRankGradConfig,
+    *,
+    engine: str,
+    processes: int,
+    rank: int,
+    repeats: int = 3,
+) -> Figures:
+    """Bind a model and step with it, as one process of many.
+
+    Args:
+        model: the model.
+        settings: the optimizer's settings.
+        engine: one of :data:`ENGINES`.
+        processes: number of processes.
+        rank: rank of all bases.
+        repeats: steps of which the median is taken.
+    """
+    plan, binding = bound(model, lay_out(model, engine, processes), settings)
+    states = states_of(plan, settings, rank)
+    times = []
+    with Unfilled():
+        take(plan, states, settings)
+        for _ in range(repeats):
+            before, taken = time.perf_counter(), plan.communicator.collectives
+            take(plan, states, settings)
+            times.append(time.perf_counter() - before)
+            taken = plan.communicator.collectives - taken
+        calls = calls_of(lambda: take(plan, states, settings))
+    matrices = sum(isinstance(shard, MatrixShard) for shard in plan.shards)
+    return Figures(binding, median(times), calls, matrices, taken)
+
+
+def main() -> None:
+    """Print a row for each number of processes."""
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="70b", help="as of arg-dist plan (default: 70b)")
+    add("--engine", default="zero3", choices=[name for name in ENGINES if name != "none"])
+    add("--world-size", nargs="+", type=at_least(2), default=[8, 64, 1024, 4096])
+    add("--rank", type=at_least(1), default=16, help="(default: 16)")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the optimizer")
+    options = parser.parse_args()
+    settings = parse_config(dict(each.split("=", 1) for each in options.set))
+    model = load_model(options.model, settings)
+    table = Table("processes", "binding", "step", "per matrix", "calls", "collectives")
+    for processes in options.world_size:
+        found = simulate(
+            model, settings, engine=options.engine, processes=processes, rank=options.rank
+        )
+        each = 1e6 * found.step / max(1, found.matrices)
+        table.add_row(
+            str(processes), f"{found.binding:.2f} s", f"{found.step:.3f} s", f"{each:.0f} us",
+            str(found.calls), str(found.collectives),
+        )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
