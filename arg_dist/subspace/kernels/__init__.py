@@ -10,7 +10,7 @@ apply     ``W <- keep W + step (N Q^T + phi E)``; W is read and written once
 gradient in bf16 is multiplied as it is. :func:`project` and :func:`apply` choose: Triton on CUDA
 devices where it is installed and works, for matrices in fp32 or bf16; else PyTorch. Arguments are
 described there. Matrices are oriented as ``moment x basis``: where the basis is on the left, pass
-transposed views. Nothing here waits for the device.
+transposed views. Nothing waits for the device but the first call for it.
 """
 
 from __future__ import annotations

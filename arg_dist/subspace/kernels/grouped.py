@@ -20,9 +20,13 @@ apply   W, E: ``m n`` each                         W: ``m n``       ``2 w + e + 
 
 The last column has each operand once, in elements of g, w and e bytes: N and Q are small, and the
 programs that load the same block of G are neighbours in the order of the launch, so that the cache
-serves what is loaded again. A square matrix with r = n / 8 takes 3 bytes per parameter in `project`
-(5 where G is in fp32) and 7 in `apply` with E (13 where all is in fp32). By the same count the
-operations of the plain path pass 13 (9) and 55 (21). A test counts the loads and stores.
+serves what is loaded again. For a square matrix with r = n / 8, `project` moves 3 bytes per
+parameter where G is in bf16 and 5 in fp32, `apply` with E and factors 7 where all is in bf16 and 13
+in fp32. The operations of the plain path, counted in the same way, move 13 and 9, 55 and 21. A test
+counts loads and stores; no GPU has run the kernels yet.
+
+A program's block follows from the number of matrices in the list, too: sums are formed in another
+order in lists of other lengths.
 
 Sizes, ranks and strides that 16 divides are loaded fastest, 16 bytes at a time.
 """
@@ -91,6 +95,27 @@ def to_bf16(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def to_tf32(x: tl.tensor) -> tl.tensor:
+    """Rounded to the nearest, of two to the larger one; tensor cores truncate what is not.
+
+    A factor that has passed through registers also travels to shared memory 16 bytes at a time,
+    whatever the order there, and not number by number.
+    """
+    bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def add_fp32_product(
+    left: tl.tensor, right: tl.tensor, total: tl.tensor, PRODUCT: tl.constexpr
+) -> tl.tensor:
+    """``total + left right``, both factors in fp32."""
+    if PRODUCT == "tf32":
+        left, right = to_tf32(left), to_tf32(right)
+    return tl.dot(left, right, total, input_precision=PRODUCT)
+
+
+@triton.jit
 def add_bf16_product(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.tensor:
     """``total + left right``, both factors in bf16."""
     if INTERPRETED:
@@ -154,7 +179,7 @@ def project_kernel(
                 low = to_bf16(q - high.to(tl.float32))
                 product = add_bf16_product(g, low, product)
         else:
-            product = tl.dot(g, q, product, input_precision=PRODUCT)
+            product = add_fp32_product(g, q, product, PRODUCT)
         G += BLOCK_COLUMNS * g_column
         Q += BLOCK_COLUMNS * q_row
     P = operand(table, at, 2, tl.float32, P_ALIGNED) + first_row.to(tl.int64) * rank
@@ -217,7 +242,7 @@ def apply_kernel(
         inside = first + along < rank
         n = tl.load(N + n_offsets, mask=has_row & inside[None, :], other=0.0)
         q = tl.load(Q + q_offsets, mask=inside[:, None] & has_column, other=0.0)
-        update = tl.dot(n, q, update, input_precision=PRODUCT)
+        update = add_fp32_product(n, q, update, PRODUCT)
         N += BLOCK_RANK * n_column
         Q += BLOCK_RANK * q_column
     inside = has_row & has_column
@@ -444,7 +469,7 @@ def applications(
                     PRODUCT=product,
                     BLOCK_ROWS=block_rows,
                     BLOCK_COLUMNS=block_columns,
-                    BLOCK_RANK=32,
+                    BLOCK_RANK=32 if _is_even(N) and _is_even(Q) else 16,
                 ),
                 warps=block_rows // 16,
                 stages=3,

@@ -27,8 +27,8 @@ def project(
         precision: of products of fp32 factors, as the setting ``matmul_precision``.
         parts: numbers in bf16 of which the sum stands for one of Q where G is in bf16: 2 (an error
             of 2e-6), which is fp32 here, or 1; None: 2 at the highest precision, else 1.
-        exact: where G is in fp32 and the precision the highest, multiply in fp32's own units, which
-            this path does anyway.
+        exact: multiply factors in fp32 by fp32's own units instead of tensor cores, whatever the
+            precision; this path does so at the highest one.
 
     Returns:
         ``k x m x r``, each P; and ``k x m``, the rows' squares; both fp32.
@@ -80,16 +80,24 @@ def apply(
     check_applied(weights, directions, bases, rows, outside)
     with lowered_precision(precision):
         for i, (W, N, Q) in enumerate(zip(weights, directions, bases, strict=True)):
-            # U = N Q^T + phi E
-            update = N @ Q.T
-            if outside is not None:
-                E = outside[i].float()
-                update += E if rows is None else rows[i][:, None] * E
-            # W <- keep W + step U
-            if W.dtype in (torch.float32, torch.float64):
-                W.mul_(keep).add_(update, alpha=step)
+            # W <- keep W + step (N Q^T + phi E), in at least fp32
+            E = None if outside is None else outside[i].float()
+            if W.dtype == torch.float32:
+                W.addmm_(N, Q.T, beta=keep, alpha=step)
+                _add(W, None if rows is None else rows[i], E, step)
             else:
-                W.copy_(W.float().mul_(keep).add_(update, alpha=step))
+                update = _add(N @ Q.T, None if rows is None else rows[i], E, 1.0)
+                wide = W if W.dtype == torch.float64 else W.float()
+                W.copy_(wide.mul_(keep).add_(update, alpha=step))
+
+
+def _add(total: Tensor, factors: Tensor | None, E: Tensor | None, step: float) -> Tensor:
+    """``total + step phi E``, in place."""
+    if E is None:
+        return total
+    if factors is None:
+        return total.add_(E, alpha=step)
+    return total.addcmul_(factors[:, None], E, value=step)
 
 
 def bf16_parts(precision: MatmulPrecision, parts: int | None) -> int:
