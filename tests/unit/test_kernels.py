@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -153,23 +154,22 @@ def compiled(launch: Any, folder: Path) -> Compiled:
     """Compile what a launch on a GPU would, without one."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, {}, {}
-    for position, name in enumerate(launch.kernel.arg_names):
-        value = launch.numbers.get(name)
-        if name in launch.constants or (value == 1 and isinstance(value, int)):
-            signature[name] = "constexpr"
-            constants[(position,)] = launch.constants.get(name, value)
-            continue
-        signature[name] = "*i64" if value is None else "i32" if type(value) is int else "fp32"
-        if value is None or (type(value) is int and value % 16 == 0):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    binary = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    hopper = SimpleNamespace(
+        get_current_device=lambda: -1,  # no GPU's, which has kernels for itself
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(triton.runtime.jit, "driver", SimpleNamespace(active=hopper))
+        binary = launch.kernel.warmup(
+            torch.tensor(launch.table, dtype=torch.int64, device="cpu"),
+            grid=(launch.programs,),
+            **launch.numbers,
+            **launch.constants,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
