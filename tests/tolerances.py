@@ -72,6 +72,9 @@ LOW_PRECISION = Tolerance(
 BF16_PRODUCTS = Tolerance(
     2**-8, 0.0, "both factors of a product rounded to the 8 bits of bf16: norm of what is lost"
 )
+TWO_PARTS = Tolerance(
+    2**-17, 0.0, "one factor of a product rounded to two numbers of 8 bits: norm of what is lost"
+)
 LOSSES = Tolerance(
     1e-4, 0.0, "fp32 losses of 20 steps under another engine or world size: sums in another order"
 )
