@@ -7,7 +7,6 @@ of a few numbers; then nothing can fail that would leave some processes changed 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,8 +160,8 @@ LARGEST_NORM_SQ = 1e36
 
 OWN_STATE, REFRESHING, COMPARES, APART = 1, 2, 4, 8
 """Flags in the lowest 8 bits of the first word of a report; above them steps and settings."""
-SETTINGS_BIT = 32
-STEPS = (1 << SETTINGS_BIT - 8) - 1
+STEPS_BIT, SETTINGS_BIT = 8, 32
+STEPS = (1 << SETTINGS_BIT - STEPS_BIT) - 1
 """Mask of the number of steps in a report, which is compared only."""
 
 
@@ -293,20 +292,18 @@ def agree(
         Exchange(mine, even_rows(processes, processes), all_rows),
         *sketches,
     )
-    totals, reports = answers[0].tolist(), answers[1].tolist()
-    taken = [_steps_in(report[0]) for report in reports]
+    totals, reports = answers[0].tolist(), answers[1].cpu()
+    words = reports[:, 0]
+    taken = words >> STEPS_BIT & STEPS
+    strangers = (words & OWN_STATE == 0) | (taken != taken[0])
     return Agreement(
         norm_sq=[row[0] for row in totals],
         kept_sq=[row[1] for row in totals],
-        rounds=[max(needed) for needed in zip(*(report[2:] for report in reports), strict=True)],
-        strangers=[
-            process
-            for process, report in enumerate(reports)
-            if not report[0] & OWN_STATE or taken[process] != taken[0]
-        ],
+        rounds=reports[:, 2:].amax(0).tolist(),
+        strangers=strangers.nonzero().flatten().tolist(),
         processes=processes,
-        refreshing=any(report[0] & REFRESHING for report in reports),
-        unlike=_are_unlike(reports),
+        refreshing=bool((words & REFRESHING).any()),
+        unlike=_are_unlike(words, reports[:, 1].contiguous().view(torch.float64)),
         mean_sq=float(answers[2].square().sum()) if sketches else None,
     )
 
@@ -315,7 +312,7 @@ def _report(flags: int, steps: int, rounds: Sequence[int], likeness: Likeness) -
     """What this process tells each other one: ``1 x (2 + lanes)``, int64."""
     compares = likeness.summary is not None
     flags += COMPARES * compares + APART * likeness.apart
-    first = flags | (steps & STEPS) << 8 | likeness.settings << SETTINGS_BIT
+    first = flags | (steps & STEPS) << STEPS_BIT | likeness.settings << SETTINGS_BIT
     report = torch.tensor([[first, 0, *rounds]], dtype=torch.int64, device="cpu")
     if likeness.summary is not None:
         report = report.to(likeness.summary.device)
@@ -323,25 +320,18 @@ def _report(flags: int, steps: int, rounds: Sequence[int], likeness: Likeness) -
     return report
 
 
-def _steps_in(word: int) -> int:
-    return word >> 8 & STEPS
+def _are_unlike(words: Tensor, summaries: Tensor) -> bool:
+    """Whether flags, settings or summaries differ, or a process has found a difference.
 
-
-def _are_unlike(reports: Sequence[Sequence[int]]) -> bool:
-    """Whether flags, settings or summaries differ, or a process has found a difference."""
-    words = [(report[0] >> SETTINGS_BIT, report[0] & COMPARES) for report in reports]
-    first, *others = [_number(report[1]) for report in reports]
-    return (
-        len(set(words)) > 1
-        or any(report[0] & APART for report in reports)
-        or any(str(each) != str(first) and not abs(each - first) <= TOLERANCE for each in others)
-    )
-
-
-def _number(word: int) -> float:
-    """The fp64 number that has the bits of an int64."""
-    number: float = struct.unpack("<d", word.to_bytes(8, "little", signed=True))[0]
-    return number
+    Args:
+        words: ``processes``, int64, the first of each report.
+        summaries: ``processes``, fp64, the second; NaN equals NaN.
+    """
+    alike = words >> SETTINGS_BIT == words[0] >> SETTINGS_BIT
+    alike &= words & COMPARES == words[0] & COMPARES
+    alike &= words & APART == 0
+    alike &= torch.isclose(summaries, summaries[0], rtol=0.0, atol=TOLERANCE, equal_nan=True)
+    return not bool(alike.all())
 
 
 def _fill_in(column: Tensor, values: Sequence[tuple[int, Tensor]]) -> None:

@@ -27,7 +27,6 @@ from arg_dist.cli.parsing import OneLineParser, at_least
 from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.parameter_groups import trained_views
 from arg_dist.planning.allocations import Unfilled
-from arg_dist.planning.choices import ENGINES
 from arg_dist.planning.cuts import Layout, lay_out
 from arg_dist.planning.model import Model, load_model
 from arg_dist.recording import requests_of_a_step
@@ -80,14 +79,7 @@ class OneOfMany(Communicator):
     def gather_objects(self, value: Any, purpose: str = "", *, counted: bool = False) -> list[Any]:
         """What all processes describe at binding."""
         (own,) = value
-        described = []
-        for ranges in self._ranges.tolist():
-            fragments = [
-                {**fragment, "range": tuple(held)}
-                for fragment, held in zip(own["fragments"], ranges, strict=True)
-            ]
-            described.append([{**own, "fragments": fragments}])
-        return described
+        return [[own._replace(ranges=ranges.tobytes())] for ranges in self._ranges]
 
     def begin(self, exchanges: Sequence[Exchange], words: Any = None) -> Callable[[], list[Tensor]]:
         """Pack the messages of a round; what is received has no content."""
@@ -114,7 +106,7 @@ def bound(model: Model, layout: Layout, settings: AdaRankGradConfig) -> tuple[Pl
         )
     low_rank = {parameter.name for parameter in model.parameters if parameter.views}
     spec = GroupSpec(
-        holding=Holding(fragments, GROUP, replicated=layout.replicated),
+        holding=Holding(fragments, GROUP),
         side=settings.side,
         shard_basis=settings.shards_basis(terms=False),
         views=lambda name, shape: trained_views(name, shape, settings) if name in low_rank else [],
@@ -186,7 +178,7 @@ def simulate(
     Args:
         model: the model.
         settings: the optimizer's settings.
-        engine: one of :data:`ENGINES`.
+        engine: zero3 or fsdp2, which cut every matrix.
         processes: number of processes.
         rank: rank of all bases.
         repeats: steps of which the median is taken.
@@ -213,7 +205,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--model", default="70b", help="as of arg-dist plan (default: 70b)")
-    add("--engine", default="zero3", choices=[name for name in ENGINES if name != "none"])
+    add("--engine", default="zero3", choices=["zero3", "fsdp2"])
     add("--world-size", nargs="+", type=at_least(2), default=[8, 64, 1024, 4096])
     add("--rank", type=at_least(1), default=16, help="(default: 16)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the optimizer")

@@ -18,7 +18,7 @@ from arg_dist.planning.rows import Counts, Spans, sent
 from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
 from arg_dist.recording import requests_of_a_step, requests_of_adam
 from arg_dist.sharding.drivers import Round, Transfer
-from arg_dist.subspace.distributed import MatrixSharding, Rows
+from arg_dist.subspace.distributed import KnownRows, MatrixSharding, Rows
 from arg_dist.subspace.state import State
 
 
@@ -39,7 +39,7 @@ class Moved(NamedTuple):
     crossing: Counts
 
 
-class AtHome(tuple[tuple[int, int], ...]):
+class AtHome(KnownRows):
     """Rows on the home process, whichever that is, and none elsewhere."""
 
     def with_home(self, home: int) -> Spans:

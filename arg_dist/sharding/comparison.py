@@ -1,77 +1,152 @@
-"""Comparison of what the processes bind: settings, parameters, and the weights of replicas."""
+"""Comparison of what the processes bind: settings, parameters, and the weights of replicas.
+
+The processes exchange digests, and their descriptions only if these differ: with thousands of
+processes, descriptions would take most of the time that binding takes.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
 
 from arg_dist.sharding.fragment import Fragment
-from arg_dist.sharding.layout import GroupSpec
+from arg_dist.sharding.layout import GroupSpec, Ranges
 from arg_dist.sharding.shard import as_reals
 
-
-def describe(spec: GroupSpec) -> dict[str, Any]:
-    """What must be equal on all processes: settings, and the parameters of a group."""
-    return {
-        "settings": spec.settings,
-        "copy": spec.holding.copy,
-        "fragments": [
-            {
-                "name": fragment.name,
-                "shape": tuple(fragment.shape),
-                "range": (fragment.start, fragment.stop),
-                "weights": _fingerprint(fragment) if spec.holding.replicated else None,
-            }
-            for fragment in spec.holding.fragments
-        ],
-    }
+Parameters = tuple[tuple[str, tuple[int, ...]], ...]
+Fingerprint = tuple[float, float]
 
 
-def _fingerprint(fragment: Fragment) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Description:
+    """What must be equal on all processes of a parameter group, in full.
+
+    Attributes:
+        settings: its settings as text.
+        parameters: name and full shape of each parameter.
+        weights: a fingerprint of each, if every process holds all of them.
+    """
+
+    settings: str
+    parameters: Parameters
+    weights: tuple[Fingerprint, ...]
+
+
+class Summary(NamedTuple):
+    """What a process tells the others of a parameter group.
+
+    Attributes:
+        digest: of the settings and the parameters.
+        weights: as of the description.
+        ranges: element range of each parameter that this process holds, two int64 numbers each.
+        copy: as of :class:`arg_dist.sharding.fragment.Holding`.
+    """
+
+    digest: bytes
+    weights: tuple[Fingerprint, ...]
+    ranges: bytes
+    copy: tuple[int, ...]
+
+
+def describe(spec: GroupSpec) -> Description:
+    """Describe a group in full."""
+    fragments = spec.holding.fragments
+    return Description(
+        spec.settings,
+        tuple((fragment.name, tuple(fragment.shape)) for fragment in fragments),
+        tuple(map(_fingerprint, fragments)) if spec.holding.replicated else (),
+    )
+
+
+def summarize(spec: GroupSpec, description: Description) -> Summary:
+    """What the other processes are told of a group."""
+    text = f"{description.settings}\n{description.parameters}"
+    held = [(fragment.start, fragment.stop) for fragment in spec.holding.fragments]
+    return Summary(
+        hashlib.sha256(text.encode()).digest(),
+        description.weights,
+        np.array(held, np.int64).tobytes(),
+        spec.holding.copy,
+    )
+
+
+def _fingerprint(fragment: Fragment) -> Fingerprint:
     """Sum and norm of weights that must be equal on every process."""
     values = as_reals(fragment.view(fragment.target.detach())).double()
     return float(values.sum()), float(values.norm())
 
 
-def check_agreement(everyone: list[list[dict[str, Any]]]) -> None:
-    """Check that all processes describe the same groups.
+def are_alike(everyone: Sequence[Sequence[Summary]]) -> bool:
+    """Whether all processes have the same groups, up to rounding of the weights' fingerprints."""
+    first = everyone[0]
+    digests = [summary.digest for summary in first]
+    return all(
+        [summary.digest for summary in other] == digests
+        and all(
+            _alike(a, b)
+            for ours, theirs in zip(first, other, strict=True)
+            for a, b in zip(ours.weights, theirs.weights, strict=True)
+        )
+        for other in everyone[1:]
+    )
+
+
+def ranges_of(everyone: Sequence[Sequence[Summary]], group: int) -> list[Ranges]:
+    """For each parameter of a group, the element range that each process holds."""
+    held = b"".join(summaries[group].ranges for summaries in everyone)
+    ranges = np.frombuffer(held, np.int64).reshape(len(everyone), -1, 2)
+    return [_as_ranges(ranges[:, k].tobytes()) for k in range(ranges.shape[1])]
+
+
+@lru_cache(maxsize=4096)
+def _as_ranges(held: bytes) -> Ranges:
+    """Ranges of one parameter; one object for all parameters that are cut alike."""
+    low, high = np.frombuffer(held, np.int64).reshape(-1, 2).T.tolist()
+    return tuple(zip(low, high, strict=True))
+
+
+def refuse_difference(everyone: Sequence[Sequence[Description]]) -> None:
+    """Tell what differs between the processes' groups.
 
     Raises:
-        RuntimeError: two differ; the message has the first difference.
+        RuntimeError: the first difference.
     """
     first = everyone[0]
     for process, other in enumerate(everyone[1:], start=1):
         if len(other) != len(first):
             _disagree("number of parameter groups", process, len(first), len(other))
         for k, (ours, theirs) in enumerate(zip(first, other, strict=True)):
-            if ours["settings"] != theirs["settings"]:
-                a, b = first_difference(ours["settings"], theirs["settings"])
+            if ours.settings != theirs.settings:
+                a, b = first_difference(ours.settings, theirs.settings)
                 _disagree(f"settings of parameter group {k}", process, a, b)
-            if len(ours["fragments"]) != len(theirs["fragments"]):
-                _disagree(
-                    f"number of parameters in group {k}",
-                    process,
-                    len(ours["fragments"]),
-                    len(theirs["fragments"]),
-                )
-            for a, b in zip(ours["fragments"], theirs["fragments"], strict=True):
-                if (a["name"], a["shape"]) != (b["name"], b["shape"]):
-                    _disagree(
-                        f"parameters of group {k}",
-                        process,
-                        f"{a['name']} {a['shape']}",
-                        f"{b['name']} {b['shape']}",
-                    )
-                if a["weights"] is not None and not _alike(a["weights"], b["weights"]):
-                    raise RuntimeError(
-                        f"{a['name']}: the weights of process {process} of the group differ from "
-                        "process 0's; processes of one group must train one model from equal "
-                        "weights with averaged gradients (DistributedDataParallel ensures both, "
-                        "unless weights are changed on some processes later); pass "
-                        "process_group=None if each trains its own model"
-                    )
+            counts = len(ours.parameters), len(theirs.parameters)
+            if counts[0] != counts[1]:
+                _disagree(f"number of parameters in group {k}", process, *counts)
+            for mine, its in zip(ours.parameters, theirs.parameters, strict=True):
+                if mine != its:
+                    texts = (f"{name} {shape}" for name, shape in (mine, its))
+                    _disagree(f"parameters of group {k}", process, *texts)
+            _compare_weights(process, ours, theirs)
 
 
-def _alike(ours: tuple[float, float], theirs: tuple[float, float]) -> bool:
+def _compare_weights(process: int, ours: Description, theirs: Description) -> None:
+    for (name, _), a, b in zip(ours.parameters, ours.weights, theirs.weights, strict=False):
+        if not _alike(a, b):
+            raise RuntimeError(
+                f"{name}: the weights of process {process} of the group differ from "
+                "process 0's; processes of one group must train one model from equal "
+                "weights with averaged gradients (DistributedDataParallel ensures both, "
+                "unless weights are changed on some processes later); pass "
+                "process_group=None if each trains its own model"
+            )
+
+
+def _alike(ours: Fingerprint, theirs: Fingerprint) -> bool:
     """Whether fingerprints are equal up to reduction order; NaN equals NaN."""
     scale = 1e-6 * (abs(ours[1]) + 1e-30)
     return all(not abs(a - b) > scale for a, b in zip(ours, theirs, strict=True))

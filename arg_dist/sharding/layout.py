@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from arg_dist.sharding.fragment import Holding
 from arg_dist.subspace.distributed import (
@@ -91,6 +92,7 @@ def matrix_views(name: str, shape: tuple[int, ...], view: str) -> list[MatrixVie
     return [MatrixView(f"{name}[{i}]", rows, columns, i * rows * columns) for i in range(count)]
 
 
+@lru_cache(maxsize=4096)
 def clip_ranges(ranges: Ranges, offset: int, numel: int) -> Ranges:
     """Each process's range within a part of a parameter, relative to the part's first element."""
     clipped = []
@@ -169,6 +171,35 @@ def shard_matrix(
         copy_of: it is sharded in several copies, each with a gradient of its own: in which of them
             each process holds its range; what these share is split between the copies.
     """
+    moment, basis, elements, owners = _sides(
+        rows, columns, ranges, spans_columns, replicated, copy_of
+    )
+    sharding = MatrixSharding(
+        moment=moment,
+        basis=basis,
+        elements=elements,
+        cuts_moment=replicated or spans_columns,
+        outputs_are_moment=spans_columns != transposed,
+        store=basis.keep if shard_basis else basis.touch,
+        owners=owners,
+        home=owners[home % len(owners)],
+        me=me,
+    )
+    if copy_of is not None:
+        return replace(sharding, terms=Terms(max(copy_of) + 1, _alone(sharding), copy_of))
+    return _of_terms(sharding) if terms else sharding
+
+
+@lru_cache(maxsize=4096)
+def _sides(
+    rows: int,
+    columns: int,
+    ranges: Ranges,
+    spans_columns: bool,
+    replicated: bool,
+    copy_of: tuple[int, ...] | None,
+) -> tuple[DimensionSharding, DimensionSharding, DimensionSharding, tuple[int, ...]]:
+    """The moment side, the basis side, the elements, and the owners, of :func:`shard_matrix`."""
     owners = tuple(i for i, (start, stop) in enumerate(ranges) if start < stop)
     processes = len(ranges)
     if replicated:
@@ -186,25 +217,12 @@ def shard_matrix(
         touched = tuple((a // columns, -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
         first = tuple((-(-a // columns), -(-b // columns)) if a < b else (0, 0) for a, b in ranges)
         split = DimensionSharding(rows, touched, _divided(first, copy_of), touched)
-        whole: Rows = tuple((0, columns if i in owners else 0) for i in range(processes))
+        whole: Rows = tuple((0, columns if a < b else 0) for a, b in ranges)
         parts = _divided(_in_proportion(ranges, rows * columns, columns), copy_of)
         unsplit = DimensionSharding(columns, whole, parts, whole)
         moment, basis = (split, unsplit) if spans_columns else (unsplit, split)
         elements = DimensionSharding(rows * columns, ranges, _divided(ranges, copy_of), ranges)
-    sharding = MatrixSharding(
-        moment=moment,
-        basis=basis,
-        elements=elements,
-        cuts_moment=replicated or spans_columns,
-        outputs_are_moment=spans_columns != transposed,
-        store=basis.keep if shard_basis else basis.touch,
-        owners=owners,
-        home=owners[home % len(owners)],
-        me=me,
-    )
-    if copy_of is not None:
-        return replace(sharding, terms=Terms(max(copy_of) + 1, _alone(sharding), copy_of))
-    return _of_terms(sharding) if terms else sharding
+    return moment, basis, elements, owners
 
 
 def _divided(rows: Rows, copy_of: tuple[int, ...] | None) -> Rows:

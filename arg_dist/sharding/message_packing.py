@@ -1,24 +1,83 @@
 """The messages of a round: one per pair of processes, with the rows of all exchanges.
 
-The pieces of a message are in the order of the exchanges. Their number is that of processes times
-matrices, so all of them are joined and split by a few operations.
+First comes what even exchanges send to everyone, which is as long in all messages, then what goes
+to home processes or comes from them, then all else, each in the order of the exchanges. So most of
+the messages is a matrix with a row for each process, packed and unpacked by columns: neither what
+is done in Python nor the number of kernels grows with the number of processes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from arg_dist.sharding.routing import Route, route
-from arg_dist.sharding.transfers import gathered, spread_out
-from arg_dist.subspace.distributed import Exchange, add_up, put_together
+from arg_dist.sharding.routing import Kind, Route, route, route_of_pieces
+from arg_dist.sharding.transfers import moved_to
+from arg_dist.subspace.distributed import Exchange, add_up, put_together, summed_in_order
 
 ALIGNMENT = 8
 """Byte alignment of each piece, so that it can be viewed as any dtype."""
+
+
+class Item(NamedTuple):
+    """An exchange of a round.
+
+    Attributes:
+        number: its position.
+        exchange: the exchange.
+        route: what this process sends and receives.
+        part: this process's part, flat, in the type of the messages.
+        width: message elements of a row.
+    """
+
+    number: int
+    exchange: Exchange
+    route: Route
+    part: Tensor
+    width: int
+
+    @property
+    def numel(self) -> int:
+        """Message elements of an even part."""
+        return self.width * self.route.count
+
+    def parts(self, processes: int) -> Tensor:
+        """``processes x numel``: what each process is sent of an even exchange."""
+        if self.route.kind is Kind.ALL:
+            return self.part.view(1, -1).expand(processes, -1)
+        return self.part.view(processes, -1)
+
+    def own(self, me: int, processes: int) -> Tensor:
+        """``1 x numel``: what this process contributes to what it wants of an even exchange."""
+        if self.route.kind is Kind.TO_HOME:
+            return self.part.view(1, -1)
+        return self.parts(processes)[me : me + 1]
+
+    def rows(self, flat: Tensor, *several: int) -> Tensor:
+        """``several x rows x ...``: message elements, contiguous, as rows of the part's type."""
+        part = self.exchange.part
+        typed = flat.view(-1).view(part.dtype)
+        return typed.view(*several, -1 if typed.numel() else 0, *part.shape[1:])
+
+
+class Slice(NamedTuple):
+    """Rows of one exchange in the message to or from one process, beside those of all processes.
+
+    Attributes:
+        item: the exchange.
+        first: first message element in this process's part.
+        numel: message elements.
+    """
+
+    item: Item
+    first: int
+    numel: int
 
 
 class Messages:
@@ -39,43 +98,104 @@ class Messages:
     def __init__(
         self, exchanges: Sequence[Exchange], me: int, size: int, device: torch.device
     ) -> None:
-        self._exchanges, self._me, self._device = exchanges, me, device
-        self._routes = [route(each.have, each.want, me) for each in exchanges]
+        self._me, self._size, self._device = me, size, device
+        devices = {each.part.device for each in exchanges}
+        self._packed_on = devices.pop() if len(devices) == 1 else device
         fits_int32 = all(each.part.element_size() % 4 == 0 for each in exchanges)
         self.dtype = torch.int32 if fits_int32 else torch.uint8
         self._unit = ALIGNMENT // self.dtype.itemsize
-        self.send_sizes = [0] * size
-        # from each process: exchange and number of elements of each piece, in message order
-        self._slots: list[list[tuple[int, int]]] = [[] for _ in range(size)]
-        for k, (exchange, each) in enumerate(self._both()):
-            width = self._width(exchange.part)
-            for process, low, high in each.outgoing:
-                self.send_sizes[process] += self._padded(width * (high - low))
-            for process, low, high in each.incoming:
-                if process != me:
-                    self._slots[process].append((k, width * (high - low)))
-        self.receive_sizes = [
-            sum(self._padded(numel) for _, numel in slots) for slots in self._slots
+        self._items = self._sorted(exchanges)
+        everyone = [item for item in self._items if item.route.kind in (Kind.PARTS, Kind.ALL)]
+        self._sent = everyone + self._at_home(Kind.FROM_HOME)
+        self._received = everyone + self._at_home(Kind.TO_HOME)
+        self._more_sent, self._more_received = self._slices()
+        self.send_sizes = self._sizes(self._sent, self._more_sent)
+        self.receive_sizes = self._sizes(self._received, self._more_received)
+
+    def _sorted(self, exchanges: Sequence[Exchange]) -> list[Item]:
+        routes = [route(each.have, each.want, self._me) for each in exchanges]
+        if {Kind.TO_HOME, Kind.FROM_HOME} <= {each.kind for each in routes}:
+            # only one of them leaves what is equal at the start of the messages
+            for k, exchange in enumerate(exchanges):
+                if routes[k].kind is Kind.FROM_HOME:
+                    routes[k] = route_of_pieces(exchange.have, exchange.want, self._me)
+        return [
+            Item(k, exchange, each, self._flat(exchange.part), self._width(exchange.part))
+            for k, (exchange, each) in enumerate(zip(exchanges, routes, strict=True))
         ]
+
+    def _at_home(self, kind: Kind) -> list[Item]:
+        """Exchanges of a kind whose home process this is."""
+        found = (item for item in self._items if item.route.kind is kind)
+        return [item for item in found if item.route.home == self._me]
+
+    def _slices(self) -> tuple[Mapping[int, list[Slice]], Mapping[int, list[Slice]]]:
+        """What is sent to some processes only, and received from some, by process."""
+        sent: dict[int, list[Slice]] = defaultdict(list)
+        received: dict[int, list[Slice]] = defaultdict(list)
+        for item in self._items:
+            home, kind = item.route.home, item.route.kind
+            if home != self._me and kind is Kind.TO_HOME:
+                sent[home].append(Slice(item, 0, item.numel))
+            if home != self._me and kind is Kind.FROM_HOME:
+                received[home].append(Slice(item, 0, item.numel))
+        for item in self._items:
+            if item.route.kind is not Kind.ANY:
+                continue
+            width, first = item.width, item.exchange.have[self._me][0]
+            for process, low, high in item.route.outgoing:
+                sent[process].append(Slice(item, width * (low - first), width * (high - low)))
+            for process, low, high in item.route.incoming:
+                if process != self._me:
+                    received[process].append(Slice(item, 0, width * (high - low)))
+        return sent, received
+
+    def _sizes(self, columns: Sequence[Item], more: Mapping[int, list[Slice]]) -> list[int]:
+        sizes = np.full(self._size, self._columns(columns), np.int64)
+        sizes[self._me] = 0
+        for process, slices in more.items():
+            sizes[process] += sum(self._padded(each.numel) for each in slices)
+        found: list[int] = sizes.tolist()
+        return found
+
+    def _columns(self, items: Sequence[Item]) -> int:
+        return sum(self._padded(item.numel) for item in items)
 
     def packed(self) -> Tensor:
         """All messages to other processes, concatenated."""
-        devices = {self._device, *(each.part.device for each in self._exchanges)}
-        zeros = {
-            device: torch.zeros(self._unit, dtype=self.dtype, device=device) for device in devices
-        }
-        pieces: list[list[Tensor]] = [[] for _ in self.send_sizes]
-        same_for_all = bool(self._routes) and all(each.is_for_all for each in self._routes)
-        for exchange, each in self._both():
-            flat, width = self._flat(exchange.part), self._width(exchange.part)
-            first = exchange.have[self._me][0]
-            for process, low, high in each.outgoing[:1] if same_for_all else each.outgoing:
-                piece = flat[width * (low - first) : width * (high - first)]
-                gap = self._padded(piece.numel()) - piece.numel()
-                pieces[process] += [piece, zeros[piece.device][:gap]] if gap else [piece]
-        nothing = zeros[self._device][:0]
-        message = gathered(list(chain.from_iterable(pieces)) or [nothing], self._device)
-        return message.repeat(len(self.send_sizes) - 1) if same_for_all else message
+        message = torch.empty(sum(self.send_sizes), dtype=self.dtype, device=self._packed_on)
+        zeros = torch.zeros(1, self._unit, dtype=self.dtype, device=self._packed_on)
+        parts = []
+        for item in self._sent:
+            parts.append(item.parts(self._size))
+            gap = self._padded(item.numel) - item.numel
+            if gap:
+                parts.append(zeros[:, :gap].expand(self._size, -1))
+        filled = 0
+        for first, last in self._runs(self._more_sent):
+            slices = self._more_sent.get(first, []) if last == first + 1 else []
+            numel = sum(self.send_sizes[first:last])
+            there = message[filled : filled + numel].view(last - first, -1)
+            filled += numel
+            pieces = [part[first:last] for part in parts]
+            for each in slices:
+                pieces.append(each.item.part[None, each.first : each.first + each.numel])
+                pieces.append(zeros[:, : self._padded(each.numel) - each.numel])
+            if numel:
+                torch.cat(pieces, 1, out=there)
+        return message if message.device == self._device else moved_to(message, self._device)
+
+    def _runs(self, more: Mapping[int, list[Slice]]) -> Iterator[tuple[int, int]]:
+        """Runs of other processes, in order, whose messages are alike; one by one if `more` is."""
+        first = 0
+        for process in sorted({self._me, *more}):
+            if first < process:
+                yield first, process
+            if process != self._me:
+                yield process, process + 1
+            first = process + 1
+        if first < self._size:
+            yield first, self._size
 
     def answers(self, received: Tensor) -> list[Tensor]:
         """For each exchange, the rows that this process wants, on the device of its part.
@@ -83,47 +203,73 @@ class Messages:
         Args:
             received: all messages from other processes, concatenated.
         """
-        arrived = self._unpacked(received)
-        return [
-            self._answer(exchange, each, pieces)
-            for (exchange, each), pieces in zip(self._both(), arrived, strict=True)
-        ]
-
-    def _unpacked(self, received: Tensor) -> list[list[Tensor]]:
-        """For each exchange, the pieces from other processes, in their order."""
-        arrived: list[list[Tensor]] = [[] for _ in self._exchanges]
-        in_order = list(chain.from_iterable(self._slots))
-        places = torch.split_with_sizes(received, [self._padded(numel) for _, numel in in_order])
-        devices = [self._exchanges[k].part.device for k, _ in in_order]
-        for (k, numel), place in zip(in_order, spread_out(received, places, devices), strict=True):
-            arrived[k].append(place if place.numel() == numel else place[:numel])
-        return arrived
-
-    def _answer(self, exchange: Exchange, each: Route, arrived: list[Tensor]) -> Tensor:
-        others, part = iter(arrived), exchange.part
-        first, width = exchange.have[self._me][0], self._width(part)
-        pieces = []
-        for process, low, high in each.incoming:
-            if process == self._me:
-                flat = self._flat(part)
-                pieces.append(flat[width * (low - first) : width * (high - first)])
+        if received.device != self._packed_on:
+            received = moved_to(received, self._packed_on)
+        blocks, pieces = self._unpacked(received)
+        starts = np.cumsum([0, *(self._padded(item.numel) for item in self._received)]).tolist()
+        columns = dict(zip((item.number for item in self._received), starts, strict=False))
+        answers = []
+        for item in self._items:
+            if item.number in columns:
+                start = columns[item.number]
+                answer = self._of_all(
+                    item, [(i, b[:, start : start + item.numel]) for i, b in blocks]
+                )
             else:
-                pieces.append(next(others))
+                answer = self._of_some(item, pieces[item.number])
+            answers.append(answer.to(item.exchange.part.device))
+        return answers
 
-        def rows(piece: Tensor) -> Tensor:
-            typed = piece.view(part.dtype)
-            return typed.view(-1 if typed.numel() else 0, *part.shape[1:])
+    def _unpacked(
+        self, received: Tensor
+    ) -> tuple[list[tuple[int, Tensor]], Mapping[int, list[Tensor]]]:
+        """Runs of rows of the matrix by their first process; and pieces by exchange, in order."""
+        width, filled = self._columns(self._received), 0
+        blocks: list[tuple[int, Tensor]] = []
+        pieces: dict[int, list[Tensor]] = defaultdict(list)
+        for first, last in self._runs(self._more_received):
+            numel = sum(self.receive_sizes[first:last])
+            rows = received[filled : filled + numel].view(last - first, -1)
+            filled += numel
+            blocks.append((first, rows[:, :width]))
+            start = width
+            for each in self._more_received.get(first, []) if last == first + 1 else []:
+                pieces[each.item.number].append(rows[0, start : start + each.numel])
+                start += self._padded(each.numel)
+        return blocks, pieces
 
-        if pieces and each.tiles and not exchange.stacked:
-            return rows(put_together(pieces))
-        lows = (low for _, low, _ in each.incoming)
-        return add_up(exchange, self._me, list(zip(lows, map(rows, pieces), strict=True)))
+    def _of_all(self, item: Item, blocks: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """The answer of an exchange to which all processes have sent equal parts."""
+        before = [rows for first, rows in blocks if first < self._me]
+        after = [rows for first, rows in blocks if first > self._me]
+        own = item.own(self._me, self._size)
+        together = torch.cat([*before, own, *after])
+        if not item.route.sums:
+            return item.rows(together)
+        stack = item.rows(together, self._size)
+        return stack if item.exchange.stacked else summed_in_order(stack)
 
-    def _both(self) -> Iterator[tuple[Exchange, Route]]:
-        return zip(self._exchanges, self._routes, strict=True)
+    def _of_some(self, item: Item, arrived: Sequence[Tensor]) -> Tensor:
+        """The answer of any other exchange; `arrived` are the pieces of other processes."""
+        exchange, kind = item.exchange, item.route.kind
+        if kind is Kind.TO_HOME:
+            return add_up(exchange, self._me, [])
+        if kind is Kind.FROM_HOME:
+            whole = arrived or [item.parts(self._size)[self._me]]
+            return put_together([item.rows(whole[0])])
+        others, first = iter(arrived), exchange.have[self._me][0]
+        pieces = []
+        for process, low, high in item.route.incoming:
+            own = item.part[item.width * (low - first) : item.width * (high - first)]
+            pieces.append(own if process == self._me else next(others))
+        if pieces and item.route.tiles and not exchange.stacked:
+            return item.rows(put_together(pieces))
+        lows = (low for _, low, _ in item.route.incoming)
+        return add_up(exchange, self._me, list(zip(lows, map(item.rows, pieces), strict=True)))
 
     def _flat(self, part: Tensor) -> Tensor:
-        return part.contiguous().view(-1).view(self.dtype)
+        there = part.to(self._packed_on)
+        return there.contiguous().view(-1).view(self.dtype)
 
     def _width(self, part: Tensor) -> int:
         """Message elements per row."""

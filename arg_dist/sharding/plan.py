@@ -15,7 +15,13 @@ from functools import cached_property
 from typing import Any
 
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.comparison import check_agreement, describe
+from arg_dist.sharding.comparison import (
+    are_alike,
+    describe,
+    ranges_of,
+    refuse_difference,
+    summarize,
+)
 from arg_dist.sharding.fragment import Fragment, Holding
 from arg_dist.sharding.layout import (
     GroupSpec,
@@ -160,19 +166,21 @@ def _make_plan(
     resting: bool,
 ) -> Plan:
     described = [describe(spec) for _, spec in members]
+    told = [summarize(spec, each) for (_, spec), each in zip(members, described, strict=True)]
     if resting and all(spec.holding.replicated for _, spec in members):
-        everyone = [described] * communicator.size
+        everyone = [told] * communicator.size
     else:
-        everyone = communicator.gather_objects(described, "comparing layouts at the first step")
-        check_agreement(everyone)
+        purpose = "comparing layouts at the first step"
+        everyone = communicator.gather_objects(told, purpose)
+        if not are_alike(everyone):
+            refuse_difference(communicator.gather_objects(described, purpose))
     shards: list[Shard] = []
     units: list[Unit] = []
     loads: list[Load] = []
     held: list[Fragment] = []
-    copy_of = _copies_of([own[0]["copy"] for own in everyone])
+    copy_of = _copies_of([own[0].copy for own in everyone])
     for k, (position, spec) in enumerate(members):
-        for j, fragment in enumerate(spec.holding.fragments):
-            ranges = tuple(other[k]["fragments"][j]["range"] for other in everyone)
+        for fragment, ranges in zip(spec.holding.fragments, ranges_of(everyone, k), strict=True):
             for one_copy in () if spec.holding.replicated else _by_copy(ranges, copy_of):
                 check_tiling(fragment.name, one_copy, math.prod(fragment.shape))
             found, load = _shards_of(

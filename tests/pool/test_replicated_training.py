@@ -155,7 +155,7 @@ def one_differs(group, difference) -> str:
     ("difference", "words"),
     [
         ({"max_rank": 6}, ["settings of parameter group 0", "max_rank=12", "max_rank=6"]),
-        ({"bucket_size": 99}, ["settings of parameter group 0", "bucket_size=1073741824", "=99"]),
+        ({"bucket_size": 99}, ["settings of parameter group 0", "bucket_size=536870912", "=99"]),
         ({"seed": 1}, ["settings of parameter group 0", "seed=0", "seed=1"]),
         ({"shapes": [(96, 48), *SHAPES[:1], *SHAPES[2:]]}, ["w1 (48, 96)", "w1 (96, 48)"]),
         ({"names": ["w0", "w1", "w2", "v"]}, ["w3 (31,)", "v (31,)"]),

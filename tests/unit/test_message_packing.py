@@ -46,8 +46,11 @@ def in_lockstep(requests: list[list[Exchange]]) -> list[list[Tensor]]:
 
 @st.composite
 def intervals(draw, processes: int, size: int) -> Rows:
-    """Any rows for each process; or even parts, or all of them, as is common."""
-    kind = draw(st.sampled_from(["any", "even", "all"]))
+    """Any rows for each process; or even parts, or all of them, there or on one, as is common."""
+    kind = draw(st.sampled_from(["any", "even", "all", "home"]))
+    if kind == "home":
+        home = draw(st.integers(0, processes - 1))
+        return tuple((0, size if i == home else 0) for i in range(processes))
     if kind == "even":
         return even_rows(size, processes)
     if kind == "all":
@@ -62,7 +65,7 @@ def rounds(draw) -> list[list[Exchange]]:
     processes = draw(st.integers(2, 5))
     asked = []
     for seed in range(draw(st.integers(1, 4))):
-        size = draw(st.integers(1, 9))
+        size = draw(st.integers(1, 9) | st.integers(1, 3).map(lambda each: each * processes))
         have, want = draw(intervals(processes, size)), draw(intervals(processes, size))
         shape = tuple(draw(st.lists(st.integers(1, 3), max_size=2)))
         dtype = draw(st.sampled_from(DTYPES))
@@ -71,7 +74,8 @@ def rounds(draw) -> list[list[Exchange]]:
             torch.randint(-9, 9, (high - low, *shape), generator=generator).to(dtype)
             for low, high in have
         ]
-        asked.append([Exchange(part, have, want) for part in parts])
+        stacked = have == ((0, size),) * processes and draw(st.booleans())
+        asked.append([Exchange(part, have, want, stacked) for part in parts])
     return [list(mine) for mine in zip(*asked, strict=True)]
 
 
