@@ -32,6 +32,8 @@ from arg_dist.terms import is_small, step_of_terms
 
 ROWS, COLUMNS, RANK = 7, 5, 3
 """A matrix of which every part that processes may share is split between three of them."""
+UNEVEN = {2: ((0, 1), (1, ROWS)), 3: ((0, 1), (1, 2), (2, ROWS))}
+"""Rows of two and three processes that are not their even shares."""
 
 
 def recorded_step(
@@ -94,6 +96,7 @@ def rounds_of_matrix(sharding: MatrixSharding, settings: AdaRankGradConfig) -> t
         replicated=sharding.is_replicated,
         cuts_moment=sharding.cuts_moment,
         whole_rows=sharding.is_cut_in_whole_rows,
+        in_shares=sharding.is_cut_in_shares,
         stored_once=sharding.is_stored_once,
         terms=several,
         formed=several and is_small(sharding, settings),
@@ -110,6 +113,7 @@ def rounds(
     replicated: bool = False,
     cuts_moment: bool = True,
     whole_rows: bool = False,
+    in_shares: bool = False,
     stored_once: bool = True,
     terms: bool = False,
     formed: bool = False,
@@ -128,6 +132,7 @@ def rounds(
         replicated: ``is_replicated`` of it.
         cuts_moment: ``cuts_moment`` of it.
         whole_rows: ``is_cut_in_whole_rows`` of it.
+        in_shares: ``is_cut_in_shares`` of it.
         stored_once: ``is_stored_once`` of it.
         terms: whether the gradient is a mean of terms.
         formed: whether it is so small that a refresh forms it, :func:`arg_dist.terms.is_small`.
@@ -142,7 +147,8 @@ def rounds(
     if replicated:
         ranges = ((0, rows * columns),) * processes
     elif whole_rows:
-        ranges = tuple((low * columns, high * columns) for low, high in even_rows(rows, processes))
+        cuts = even_rows(rows, processes) if in_shares else UNEVEN[processes]
+        ranges = tuple((low * columns, high * columns) for low, high in cuts)
     else:
         ranges = even_rows(rows * columns, processes)
     if pieces:

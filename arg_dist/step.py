@@ -292,18 +292,23 @@ def agree(
         Exchange(mine, even_rows(processes, processes), all_rows),
         *sketches,
     )
-    totals, reports = answers[0].tolist(), answers[1].cpu()
-    words = reports[:, 0]
+    totals, reports = answers[0].tolist(), answers[1]
+    words, summaries = reports[:, 0], reports[:, 1].contiguous().view(torch.float64)
     taken = words >> STEPS_BIT & STEPS
-    strangers = (words & OWN_STATE == 0) | (taken != taken[0])
+    is_stranger = (words & OWN_STATE == 0) | (taken != taken[0])
+    told = is_stranger.any(), (words & REFRESHING).any(), _are_unlike(words, summaries)
+    # one read for all of them
+    strange, refreshes, unlike, *most = torch.cat(
+        [torch.stack(told).to(torch.int64), reports[:, 2:].amax(0)]
+    ).tolist()
     return Agreement(
         norm_sq=[row[0] for row in totals],
         kept_sq=[row[1] for row in totals],
-        rounds=reports[:, 2:].amax(0).tolist(),
-        strangers=strangers.nonzero().flatten().tolist(),
+        rounds=most,
+        strangers=is_stranger.nonzero().flatten().tolist() if strange else [],
         processes=processes,
-        refreshing=bool((words & REFRESHING).any()),
-        unlike=_are_unlike(words, reports[:, 1].contiguous().view(torch.float64)),
+        refreshing=bool(refreshes),
+        unlike=bool(unlike),
         mean_sq=float(answers[2].square().sum()) if sketches else None,
     )
 
@@ -320,8 +325,8 @@ def _report(flags: int, steps: int, rounds: Sequence[int], likeness: Likeness) -
     return report
 
 
-def _are_unlike(words: Tensor, summaries: Tensor) -> bool:
-    """Whether flags, settings or summaries differ, or a process has found a difference.
+def _are_unlike(words: Tensor, summaries: Tensor) -> Tensor:
+    """A bool: whether flags, settings or summaries differ, or a process has found a difference.
 
     Args:
         words: ``processes``, int64, the first of each report.
@@ -331,7 +336,7 @@ def _are_unlike(words: Tensor, summaries: Tensor) -> bool:
     alike &= words & COMPARES == words[0] & COMPARES
     alike &= words & APART == 0
     alike &= torch.isclose(summaries, summaries[0], rtol=0.0, atol=TOLERANCE, equal_nan=True)
-    return not bool(alike.all())
+    return ~alike.all()
 
 
 def _fill_in(column: Tensor, values: Sequence[tuple[int, Tensor]]) -> None:

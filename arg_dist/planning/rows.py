@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from arg_dist.sharding.message_packing import ALIGNMENT
+from arg_dist.sharding.transfers import ALIGNMENT
 from arg_dist.subspace.distributed import Rows
 
 Counts = npt.NDArray[np.int64]

@@ -7,12 +7,12 @@ processes, descriptions would take most of the time that binding takes.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
-
-import numpy as np
 
 from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import GroupSpec, Ranges
@@ -70,7 +70,7 @@ def summarize(spec: GroupSpec, description: Description) -> Summary:
     return Summary(
         hashlib.sha256(text.encode()).digest(),
         description.weights,
-        np.array(held, np.int64).tobytes(),
+        array("q", chain.from_iterable(held)).tobytes(),
         spec.holding.copy,
     )
 
@@ -98,16 +98,18 @@ def are_alike(everyone: Sequence[Sequence[Summary]]) -> bool:
 
 def ranges_of(everyone: Sequence[Sequence[Summary]], group: int) -> list[Ranges]:
     """For each parameter of a group, the element range that each process holds."""
-    held = b"".join(summaries[group].ranges for summaries in everyone)
-    ranges = np.frombuffer(held, np.int64).reshape(len(everyone), -1, 2)
-    return [_as_ranges(ranges[:, k].tobytes()) for k in range(ranges.shape[1])]
+    held, size = [summaries[group].ranges for summaries in everyone], 2 * array("q").itemsize
+    return [
+        _as_ranges(b"".join([ranges[first : first + size] for ranges in held]))
+        for first in range(0, len(held[0]), size)
+    ]
 
 
 @lru_cache(maxsize=4096)
 def _as_ranges(held: bytes) -> Ranges:
     """Ranges of one parameter; one object for all parameters that are cut alike."""
-    low, high = np.frombuffer(held, np.int64).reshape(-1, 2).T.tolist()
-    return tuple(zip(low, high, strict=True))
+    numbers = array("q", held)
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def refuse_difference(everyone: Sequence[Sequence[Description]]) -> None:

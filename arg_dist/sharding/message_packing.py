@@ -11,18 +11,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from arg_dist.sharding.routing import Kind, Route, route, route_of_pieces
-from arg_dist.sharding.transfers import moved_to
+from arg_dist.sharding.transfers import ALIGNMENT, moved_to, moved_together
 from arg_dist.subspace.distributed import Exchange, add_up, put_together, summed_in_order
-
-ALIGNMENT = 8
-"""Byte alignment of each piece, so that it can be viewed as any dtype."""
 
 
 class Item(NamedTuple):
@@ -151,23 +148,23 @@ class Messages:
         return sent, received
 
     def _sizes(self, columns: Sequence[Item], more: Mapping[int, list[Slice]]) -> list[int]:
-        sizes = np.full(self._size, self._columns(columns), np.int64)
+        sizes = [self._columns(columns)] * self._size
         sizes[self._me] = 0
         for process, slices in more.items():
             sizes[process] += sum(self._padded(each.numel) for each in slices)
-        found: list[int] = sizes.tolist()
-        return found
+        return sizes
 
     def _columns(self, items: Sequence[Item]) -> int:
         return sum(self._padded(item.numel) for item in items)
 
     def packed(self) -> Tensor:
         """All messages to other processes, concatenated."""
+        items = self._on_one_device()
         message = torch.empty(sum(self.send_sizes), dtype=self.dtype, device=self._packed_on)
         zeros = torch.zeros(1, self._unit, dtype=self.dtype, device=self._packed_on)
         parts = []
         for item in self._sent:
-            parts.append(item.parts(self._size))
+            parts.append(items[item.number].parts(self._size))
             gap = self._padded(item.numel) - item.numel
             if gap:
                 parts.append(zeros[:, :gap].expand(self._size, -1))
@@ -177,13 +174,20 @@ class Messages:
             numel = sum(self.send_sizes[first:last])
             there = message[filled : filled + numel].view(last - first, -1)
             filled += numel
-            pieces = [part[first:last] for part in parts]
+            pieces = [rows[first:last] for rows in parts]
             for each in slices:
-                pieces.append(each.item.part[None, each.first : each.first + each.numel])
+                part = items[each.item.number].part
+                pieces.append(part[None, each.first : each.first + each.numel])
                 pieces.append(zeros[:, : self._padded(each.numel) - each.numel])
             if numel:
                 torch.cat(pieces, 1, out=there)
         return message if message.device == self._device else moved_to(message, self._device)
+
+    def _on_one_device(self) -> list[Item]:
+        """The exchanges, with their parts where they are packed."""
+        there = [self._packed_on] * len(self._items)
+        moved = moved_together([item.part for item in self._items], there)
+        return [item._replace(part=part) for item, part in zip(self._items, moved, strict=True)]
 
     def _runs(self, more: Mapping[int, list[Slice]]) -> Iterator[tuple[int, int]]:
         """Runs of other processes, in order, whose messages are alike; one by one if `more` is."""
@@ -203,21 +207,23 @@ class Messages:
         Args:
             received: all messages from other processes, concatenated.
         """
-        if received.device != self._packed_on:
-            received = moved_to(received, self._packed_on)
-        blocks, pieces = self._unpacked(received)
-        starts = np.cumsum([0, *(self._padded(item.numel) for item in self._received)]).tolist()
-        columns = dict(zip((item.number for item in self._received), starts, strict=False))
+        starts = accumulate((self._padded(item.numel) for item in self._received), initial=0)
+        columns = {item.number: start for item, start in zip(self._received, starts, strict=False)}
+        arrived = {
+            device: self._unpacked(
+                received if received.device == device else moved_to(received, device)
+            )
+            for device in dict.fromkeys(item.part.device for item in self._items)
+        }
         answers = []
         for item in self._items:
+            blocks, pieces = arrived[item.part.device]
             if item.number in columns:
                 start = columns[item.number]
-                answer = self._of_all(
-                    item, [(i, b[:, start : start + item.numel]) for i, b in blocks]
-                )
+                mine = [(first, rows[:, start : start + item.numel]) for first, rows in blocks]
+                answers.append(self._of_all(item, mine))
             else:
-                answer = self._of_some(item, pieces[item.number])
-            answers.append(answer.to(item.exchange.part.device))
+                answers.append(self._of_some(item, pieces[item.number]))
         return answers
 
     def _unpacked(
@@ -268,8 +274,7 @@ class Messages:
         return add_up(exchange, self._me, list(zip(lows, map(item.rows, pieces), strict=True)))
 
     def _flat(self, part: Tensor) -> Tensor:
-        there = part.to(self._packed_on)
-        return there.contiguous().view(-1).view(self.dtype)
+        return part.contiguous().view(-1).view(self.dtype)
 
     def _width(self, part: Tensor) -> int:
         """Message elements per row."""

@@ -438,6 +438,12 @@ class MatrixSharding:
         return self.terms is None and side.keep == side.touch
 
     @cached_property
+    def is_cut_in_shares(self) -> bool:
+        """Whether each owner touches its even share of the rows of the side that is cut."""
+        side = self.moment if self.cuts_moment else self.basis
+        return side.touch == self.shares(side.size)
+
+    @cached_property
     def is_stored_once(self) -> bool:
         """Whether each row of the basis is in the state of one process."""
         return self.store == self.basis.keep

@@ -15,7 +15,7 @@ from arg_dist.sharding.fragment import Fragment, Holding
 from arg_dist.sharding.job import job_communicator
 from arg_dist.sharding.message_device import message_device
 from arg_dist.sharding.message_packing import Messages
-from arg_dist.sharding.transfers import gathered
+from arg_dist.sharding.transfers import moved_together
 from arg_dist.step import agree
 from arg_dist.subspace.distributed import Exchange, even_rows
 
@@ -162,14 +162,15 @@ def test_answers_are_copied_once_to_each_device():
     assert [answer.device for answer in answers] == [META, CPU] * 6
 
 
-def test_pieces_of_several_devices_keep_their_order(monkeypatch):
-    pieces = [torch.full((2,), float(i)) for i in range(4)]
-    assert gathered(pieces, CPU).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+def test_tensors_of_several_devices_are_moved_by_one_copy_and_keep_their_order():
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.int64)
+    tensors = [torch.full((3, 1), i, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    assert moved_together(tensors, [CPU] * 4) == tensors
+    mixed = [each.to("meta") if i % 2 else each for i, each in enumerate(tensors)]
     with Copies() as copies:
-        mixed = [piece.to("meta") if i % 2 else piece for i, piece in enumerate(pieces)]
-        copies.count = 0
-        assert gathered(mixed, META).shape == (8,)
-    assert copies.count == 1
+        moved = moved_together(mixed, [META] * 4)
+    assert copies.count == 1 and moved[1] is mixed[1]
+    assert [(each.shape, each.dtype) for each in moved] == [((3, 1), dtype) for dtype in dtypes]
 
 
 def test_norms_of_several_devices_are_gathered_by_one_copy_each():

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arg_dist.sharding.drivers import run_lockstep
-from arg_dist.sharding.message_packing import ALIGNMENT, Messages
+from arg_dist.sharding.message_packing import Messages
+from arg_dist.sharding.transfers import ALIGNMENT
 from arg_dist.subspace.distributed import Exchange, Rows, even_rows
 
 CPU = torch.device("cpu")

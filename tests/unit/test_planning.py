@@ -29,7 +29,7 @@ from arg_dist.planning.shardings import PlannedMatrix
 from arg_dist.planning.traffic import matrix_traffic
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.layout import shard_matrix
-from arg_dist.sharding.message_packing import ALIGNMENT
+from arg_dist.sharding.transfers import ALIGNMENT
 from arg_dist.subspace.distributed import even_rows, exchanges_of, intersect
 from arg_dist.terms import step_of_terms
 
