@@ -33,7 +33,7 @@ Answer = Tensor | tuple[Tensor, ...]
 AT_ONCE = 2
 """Lanes in flight at a time."""
 WORTH_IT = 32 * 2**20
-"""Bytes in messages above which overlap saves more than the additional messages cost."""
+"""Bytes of weights above which overlap saves more than the additional messages cost."""
 FP32_BYTES = 4
 
 
@@ -41,11 +41,13 @@ class Load(NamedTuple):
     """Most bytes that a matrix or tensor has in the messages of one round, on one process.
 
     Attributes:
+        weights: bytes of its weights in fp32, on all processes.
         everywhere: on each process that holds a part of it.
         at_home: on the home process, in the round in which that has all of it.
         home: the home process.
     """
 
+    weights: int
     everywhere: int = 0
     at_home: int = 0
     home: int = 0
@@ -61,16 +63,17 @@ def load_of(
         rank: the largest rank of a matrix.
         goes_home: the home process computes with all of the matrix, and all get its result.
     """
+    elements = sharding if isinstance(sharding, DimensionSharding) else sharding.elements
+    weights = FP32_BYTES * elements.size
     if not sharding.is_shared:
-        return Load()
+        return Load(weights)
     if isinstance(sharding, DimensionSharding):
-        return Load(FP32_BYTES * sharding.most_updated)
-    moment, elements = sharding.moment, sharding.elements
+        return Load(weights, FP32_BYTES * sharding.most_updated)
+    moment = sharding.moment
     found = rank * (moment.most_touched + sharding.basis.most_touched)
     given = rank * moment.most_updated + elements.most_updated * goes_home
-    return Load(
-        FP32_BYTES * max(found, given), FP32_BYTES * elements.size * goes_home, sharding.home
-    )
+    whole = (elements.size + rank * sharding.basis.size) * goes_home
+    return Load(weights, FP32_BYTES * max(found, given), FP32_BYTES * whole, sharding.home)
 
 
 def lanes_of(loads: Sequence[Load], bucket_size: int) -> list[range]:
@@ -86,7 +89,7 @@ def lanes_of(loads: Sequence[Load], bucket_size: int) -> list[range]:
     """
     most = max((max(load.everywhere, load.at_home) for load in loads), default=0)
     limit = max(bucket_size // AT_ONCE, most)
-    through = list(itertools.accumulate(load.everywhere for load in loads))
+    through = list(itertools.accumulate(load.weights for load in loads))
     half = through[-1] / AT_ONCE if through and through[-1] >= WORTH_IT else math.inf
     starts, everywhere, at_home = [0], 0, Counter[int]()
     for position, load in enumerate(loads):
