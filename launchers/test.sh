@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launchers/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export ARG_DIST_TEST_PATIENCE=${ARG_DIST_TEST_PATIENCE:-3} # several tests share the cores
 if ! nvidia-smi --list-gpus >/dev/null 2>&1; then
   export DS_ACCELERATOR=cpu
 fi

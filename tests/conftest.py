@@ -10,6 +10,8 @@ import pytest
 import torch
 from xdist.scheduler import LoadFileScheduling
 
+from tests.patience import patient
+
 TIERS = {"unit": 60, "lockstep": 60, "pool": 120, "launch": 600, "hosts": 120}
 """Seconds that one test of a tier may take, in the order in which the tiers run."""
 
@@ -61,6 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         tier = tier_of(item)
         item.add_marker(tier)
-        if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(TIERS[tier]))
+        own = item.get_closest_marker("timeout")
+        seconds = TIERS[tier] if own is None else own.args[0]
+        item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
     items.sort(key=turn)

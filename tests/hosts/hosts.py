@@ -14,6 +14,7 @@ import pytest
 
 from tests.hosts.namespaces import Host, network, obstacle
 from tests.launch.launching import ROOT, environment
+from tests.patience import patient
 
 AGENT_ENDS = 30.0
 """Seconds for a launcher to end on a busy machine once its last process has."""
@@ -38,7 +39,7 @@ def run_python(*words: object, folder: Path, seconds: float) -> subprocess.Compl
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=patient(seconds),
         check=False,
     )
 
@@ -92,7 +93,7 @@ class Node:
     def ends(self, *, seconds: float) -> int:
         """Its exit code; fails with what it has printed if it takes longer than `seconds`."""
         try:
-            return self.process.wait(timeout=seconds)
+            return self.process.wait(timeout=patient(seconds))
         except subprocess.TimeoutExpired:
             pytest.fail(f"{self.host.hostname} runs after {seconds} s:\n{self.printed()[-6000:]}")
 
@@ -102,7 +103,7 @@ class Node:
 
     def wait(self, condition: Callable[[], bool], what: str, *, seconds: float) -> None:
         """Waits for `condition`; fails after `seconds`, or if the command ends before."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patient(seconds)
         while True:
             ended = self.process.poll()
             if condition():

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from tests.patience import patient
+
 GRACE_SECONDS = 3
 """How long the others may take to end once one has failed."""
 
@@ -67,7 +69,7 @@ def run_forked(
         try:
             for process in processes:
                 process.start()
-            code = _first_failure(processes, time.monotonic() + seconds)
+            code = _first_failure(processes, time.monotonic() + patient(seconds))
         finally:
             for process in processes:
                 _end(process)

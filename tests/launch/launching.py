@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.launch.forking import run_forked
+from tests.patience import patient
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +103,7 @@ def alone(
         env=everywhere,
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=patient(seconds),
         check=False,
     )
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.patience import patient
+
 START_SECONDS = 90
 COLLECTIVE_SECONDS = 20
 """How long a process waits for another one inside a collective."""
@@ -102,7 +104,7 @@ class ProcessPool:
             raise
 
     def _collect(self, processes: int, seconds: float) -> list[Any]:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patient(seconds)
         waiting = {connection: i for i, (_, connection) in enumerate(self._workers[:processes])}
         results: list[Any] = [None] * processes
         failures: list[str] = []
