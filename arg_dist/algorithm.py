@@ -401,9 +401,9 @@ def at_full_size(
     if settings.remembers_residual:
         blend = blended_momentum(state, norm, basis.device, sharding, settings)
     dtype = TYPES[settings.polar_precision]
-    if sharding.me != sharding.home:
-        return residual.to(dtype)
     S = residual.to(dtype)
+    if sharding.me != sharding.home:
+        return S
     if blend is not None:
         blend(S)
     factor = orthogonalized(

@@ -415,9 +415,14 @@ class AdaRankGradConfig(BaseModel):
         return self
 
     @property
+    def goes_home(self) -> bool:
+        """Whether a matrix's home process computes with all of it, in each step."""
+        return self.residual == "orthogonalized"
+
+    @property
     def remembers_residual(self) -> bool:
         """Whether a momentum of the residual is kept."""
-        return self.residual == "orthogonalized" and self.residual_momentum > 0
+        return self.goes_home and self.residual_momentum > 0
 
     def shards_basis(self, *, terms: bool) -> bool:
         """Whether a basis is stored once over the processes, instead of whole on each.

@@ -167,7 +167,7 @@ def group_spec(
         views=views,
         settings=settings_text(settings),
         largest_rank=lambda short: settings.rank_bounds(short)[1],
-        goes_home=settings.residual == "orthogonalized",
+        goes_home=settings.goes_home,
         terms=terms,
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -33,11 +33,9 @@ from arg_dist.recording import requests_of_a_step
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, Holding
 from arg_dist.sharding.layout import GroupSpec
-from arg_dist.sharding.message_packing import Messages
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.sharding.shard import MatrixShard
 from arg_dist.step import Agreement, PlanStep, gradient_part, rounds_of
-from arg_dist.subspace.distributed import Exchange
 from arg_dist.subspace.state import State
 
 GROUP: Any = "simulated"
@@ -81,13 +79,9 @@ class OneOfMany(Communicator):
         (own,) = value
         return [[own._replace(ranges=ranges.tobytes())] for ranges in self._ranges]
 
-    def begin(self, exchanges: Sequence[Exchange], words: Any = None) -> Callable[[], list[Tensor]]:
-        """Pack the messages of a round; what is received has no content."""
-        messages = Messages(exchanges, self.me, self.size, self.device)
-        send = messages.packed()
-        receive = send.new_empty(sum(messages.receive_sizes))
-        self.collectives += 1
-        return lambda: messages.answers(receive)
+    def _all_to_all(self, *messages: Any) -> Callable[[], None]:
+        """What is received has no content."""
+        return lambda: None
 
 
 def bound(model: Model, layout: Layout, settings: AdaRankGradConfig) -> tuple[Plan, float]:
@@ -113,7 +107,7 @@ def bound(model: Model, layout: Layout, settings: AdaRankGradConfig) -> tuple[Pl
         positions={fragment.name: k for k, fragment in enumerate(fragments)},
         settings="",
         largest_rank=lambda short: settings.rank_bounds(short)[1],
-        goes_home=settings.residual == "orthogonalized",
+        goes_home=settings.goes_home,
     )
     communicator = OneOfMany(layout.processes, 0, ranges)
     before = time.perf_counter()

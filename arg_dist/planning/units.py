@@ -100,7 +100,7 @@ class MatrixUnit(Unit):
     @property
     def load(self) -> Load:
         """What it has in the messages of a round."""
-        goes_home = self.settings.residual == "orthogonalized"
+        goes_home = self.settings.goes_home
         load = load_of(self.planned.sharding, self.largest, goes_home=goes_home)
         return load._replace(home=int(self.owners[self.home]))
 

@@ -431,17 +431,20 @@ class MatrixSharding:
         """Whether every process updates the whole matrix."""
         return len(set(self.elements.update)) == 1
 
+    @property
+    def cut_side(self) -> DimensionSharding:
+        """The side that is cut."""
+        return self.moment if self.cuts_moment else self.basis
+
     @cached_property
     def is_cut_in_whole_rows(self) -> bool:
         """Whether no row of the side that is cut is touched by two processes."""
-        side = self.moment if self.cuts_moment else self.basis
-        return self.terms is None and side.keep == side.touch
+        return self.terms is None and self.cut_side.keep == self.cut_side.touch
 
     @cached_property
     def is_cut_in_shares(self) -> bool:
         """Whether each owner touches its even share of the rows of the side that is cut."""
-        side = self.moment if self.cuts_moment else self.basis
-        return side.touch == self.shares(side.size)
+        return self.cut_side.touch == self.shares(self.cut_side.size)
 
     @cached_property
     def is_stored_once(self) -> bool:
