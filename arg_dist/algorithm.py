@@ -397,15 +397,12 @@ def at_full_size(
         sharding: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
     """
-    blend = None
-    if settings.remembers_residual:
-        blend = blended_momentum(state, norm, basis.device, sharding, settings)
     dtype = TYPES[settings.polar_precision]
     S = residual.to(dtype)
+    if settings.remembers_residual:
+        blend_momentum(S, norm, state, sharding, settings)
     if sharding.me != sharding.home:
         return S
-    if blend is not None:
-        blend(S)
     factor = orthogonalized(
         S,
         basis.to(dtype),
@@ -415,43 +412,43 @@ def at_full_size(
     return (factor if sharding.cuts_moment else factor.T).contiguous().view(-1)
 
 
-def blended_momentum(
-    state: State,
+def blend_momentum(
+    residual: Tensor,
     norm: float,
-    device: torch.device,
+    state: State,
     sharding: MatrixSharding,
     settings: AdaRankGradConfig,
-) -> Callable[[Tensor], None]:
-    """Advance the norms of the residual's momentum; return how the home process advances it.
+) -> None:
+    """Advance the residual's momentum, and its norms on all processes; blend it in, in place.
 
     Args:
+        residual: ``moment x basis`` at home, ``S / ||G||``; nothing elsewhere.
+        norm: ``||G||``, or a limit for it.
         state: the matrix's state.
-        norm: ``||G||``.
-        device: device of new momentum.
         sharding: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
     """
     decay, bits = settings.residual_momentum, settings.residual_bits
+    is_home = sharding.me == sharding.home
     if "residual_codes" not in state:
-        held = sharding.elements.size if sharding.me == sharding.home else 0
-        state["residual_codes"], state["residual_scales"] = coded_zeros(held, bits, device)
+        held = sharding.elements.size if is_home else 0
+        codes, scales = coded_zeros(held, bits, residual.device)
+        state["residual_codes"], state["residual_scales"] = codes, scales
         state["residual_reach"] = 0.0
     # rho <- beta rho + (1 - beta) ||G||, so that ||R|| <= rho
     state["residual_reach"] = decay * state["residual_reach"] + (1 - decay) * norm
+    if not is_home:
+        return
     # the norm of what is orthogonalized is at most (1 - beta) ||G|| + beta rho
     reach = (1 - decay) * norm + decay * state["residual_reach"]
-
-    def blend(residual: Tensor) -> None:
-        coded = Coded(state["residual_codes"], state["residual_scales"])
-        R = decode(coded, residual.numel()).view(residual.shape)
-        # R <- beta R + (1 - beta) S
-        R.mul_(decay).add_(residual, alpha=(1 - decay) * norm)
-        # S <- (1 - beta) S + beta R, as Nesterov's
-        share = 1 / reach if reach > 0 else 0.0
-        residual.mul_((1 - decay) * norm * share).add_(R, alpha=decay * share)
-        state["residual_codes"], state["residual_scales"] = encode(R.view(-1), bits)
-
-    return blend
+    coded = Coded(state["residual_codes"], state["residual_scales"])
+    R = decode(coded, residual.numel()).view(residual.shape)
+    # R <- beta R + (1 - beta) S
+    R.mul_(decay).add_(residual, alpha=(1 - decay) * norm)
+    # S <- (1 - beta) S + beta R, as Nesterov's
+    share = 1 / reach if reach > 0 else 0.0
+    residual.mul_((1 - decay) * norm * share).add_(R, alpha=decay * share)
+    state["residual_codes"], state["residual_scales"] = encode(R.view(-1), bits)
 
 
 def forget_momentum(state: State) -> None:
