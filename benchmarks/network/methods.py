@@ -13,6 +13,7 @@ HSDP_HOOKS = ("hsdp", "hsdp-apart")
 """FSDP2 averages the gradients of all hosts, or of each host alone."""
 ADAMW, OURS = ("--optimizer", "adamw"), ("--optimizer", "adarankgrad")
 SKETCH = (*OURS, *_set(gradient_sync="sketch"))
+ONE_BIT = {"residual": "matched", "residual_sync_bits": 1, "residual_back_bits": 1}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ METHODS = {
     "sketch": Method("AdaRankGrad, sketch", SKETCH),
     "sketch-vote": Method(
         "AdaRankGrad, sketch, matched, 1 bit",
-        (*SKETCH, *_set(residual="matched", residual_sync_bits=1, residual_back_bits=1)),
+        (*SKETCH, *_set(**ONE_BIT)),
+    ),
+    "sketch-vote-bf16": Method(
+        "AdaRankGrad, sketch in bf16, matched, 1 bit",
+        (*SKETCH, *_set(sync_precision="bf16", **ONE_BIT)),
     ),
     "sketch-bf16": Method(
         "AdaRankGrad, sketch in bf16",
