@@ -7,14 +7,16 @@ What a state holds is described in :mod:`arg_dist.subspace.state`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig
+from arg_dist.library_internals import FUSED_ADAMW
 from arg_dist.subspace.budget import Claim
 from arg_dist.subspace.codes import Coded, coded_bytes, coded_zeros, decode, encode
 from arg_dist.subspace.distributed import (
@@ -30,9 +32,10 @@ from arg_dist.subspace.distributed import (
     select_rows,
     sum_scatter,
     sum_scatter_both,
+    together,
 )
-from arg_dist.subspace.norms import row_squares
-from arg_dist.subspace.precision import lowered_precision
+from arg_dist.subspace.norms import in_host_memory, row_squares
+from arg_dist.subspace.products import MatmulPrecision, available, lowered_precision, project
 from arg_dist.subspace.range_finder import Part, leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_after_decay, gap_until_next
 from arg_dist.subspace.residual import (
@@ -203,15 +206,17 @@ def low_rank_step(
         basis = yield from present_basis(state, sharding)
     else:
         return None
-    # P = G Q
-    with lowered_precision(settings.matmul_precision):
-        product = gradient() @ basis
+    product = yield from projection(gradient, basis, row_count(moment.touch[me]), settings)
     if settings.residual in SCALES_ROWS:
         parts = product, row_sq
         projected, row_sq = yield from sum_scatter_both(parts, moment.touch, moment.keep, me)
     else:
         projected = yield from sum_scatter(product, moment.touch, moment.keep, me)
-    direction, projected_sq = step_in_basis(new, projected, state, sharding, settings, facts)
+    del product
+    matched = row_sq if settings.residual == "matched" else None
+    direction, projected_sq, factors = yield from step_in_basis(
+        new, projected, state, sharding, settings, facts, matched
+    )
     if settings.residual == "none":
         direction = yield from gather(direction, moment.keep, moment.update, me)
         return LowRankUpdate(direction, basis)
@@ -226,9 +231,7 @@ def low_rank_step(
         )
         direction, outside = yield from gather_each(both, me)
         return LowRankUpdate(direction, basis, outside=outside)
-    if settings.residual == "matched":
-        factors = matched_factors(direction, projected_sq, row_sq, dimension=sharding.basis.size)
-    else:
+    if factors is None:
         factors, state["residual_norm"] = yield from limit_growth(
             scaled_factors(direction, projected_sq),
             projected_sq,
@@ -237,8 +240,7 @@ def low_rank_step(
             sharding,
             growth=settings.residual_growth,
         )
-    # N Q^T + phi (G - P Q^T) = (N - phi P) Q^T + phi G, and each process has its part of G
-    direction.addcmul_(factors[:, None], projected, value=-1)
+        without_projection(direction, factors, projected)
     rows = moment.keep, moment.update
     direction, factors = yield from gather_each([(direction, *rows), (factors, *rows)], me)
     return LowRankUpdate(direction, basis, factors)
@@ -249,6 +251,45 @@ def present_basis(state: State, sharding: MatrixSharding) -> Steps[Tensor]:
     return (yield from gather(state["basis"], sharding.store, sharding.basis.touch, sharding.me))
 
 
+def projection(
+    gradient: Part, basis: Tensor, rows: int, settings: AdaRankGradConfig
+) -> Steps[Tensor]:
+    """``rows x rank``: ``G Q``, of this process's part of G."""
+    kind = rows, basis.shape, basis.device
+    product: Tensor = yield from together(
+        _projections, gradient, basis, kind=kind, precision=settings.matmul_precision
+    )
+    return product
+
+
+def _projections(
+    gradients: Sequence[Part], bases: Sequence[Tensor], *, precision: MatmulPrecision
+) -> list[Tensor]:
+    """Each ``rows x rank``."""
+    if available(bases[0].device):
+        parts = [gradient() for gradient in gradients]
+        return list(project(parts, bases, precision=precision)[0])
+    # one by one, as parts may be copies
+    return [
+        project([gradient()], [basis], precision=precision, squares=False)[0][0]
+        for gradient, basis in zip(gradients, bases, strict=True)
+    ]
+
+
+class Inside(NamedTuple):
+    """What a step does inside the basis.
+
+    Attributes:
+        direction: ``moment.keep x rank``, N; N - phi P with factors.
+        projected_sq: ``moment.keep``, ``||P_i||^2``.
+        factors: ``moment.keep``, phi of the rule `matched`; None under another one.
+    """
+
+    direction: Tensor
+    projected_sq: Tensor
+    factors: Tensor | None
+
+
 def step_in_basis(
     new: NewBasis | None,
     projected: Tensor,
@@ -256,7 +297,8 @@ def step_in_basis(
     sharding: MatrixSharding,
     settings: AdaRankGradConfig,
     facts: StepFacts,
-) -> tuple[Tensor, Tensor]:
+    row_sq: Tensor | None = None,
+) -> Steps[Inside]:
     """Advance the moments, after a refresh in their new basis; what is left is the residual.
 
     Args:
@@ -266,21 +308,71 @@ def step_in_basis(
         sharding: how the matrix is distributed over the processes.
         settings: the settings of its parameter group.
         facts: what is known of the matrix.
-
-    Returns:
-        ``moment.keep x rank``, N; and ``moment.keep``, ``||P_i||^2``.
+        row_sq: ``moment.keep``, ``||G_i||^2``, if the residual is `matched`.
     """
     if new is not None:
         adopt(new, projected, state, sharding, settings, facts.phase)
     else:
         refresh_early(state, settings, facts)
-    direction = advance(state, projected, settings)
-    projected_sq = row_squares(projected)
-    state["kept_sq"] = projected_sq.sum(dtype=torch.float64)
+    state["step"] += 1
+    inside: Inside
+    inside, state["kept_sq"] = yield from together(
+        _steps_inside,
+        projected,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        row_sq,
+        kind=(projected.shape, projected.device, row_sq is None),
+        step=state["step"],
+        betas=settings.betas,
+        eps=settings.eps,
+        dimension=sharding.basis.size,
+    )
     state["since_refresh"] += 1
     if not settings.remembers_residual:
         forget_momentum(state)
-    return direction, projected_sq
+    return inside
+
+
+def _steps_inside(
+    projected: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    row_sqs: Sequence[Tensor | None],
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    dimension: int,
+) -> list[tuple[Inside, Tensor]]:
+    """Of k matrices of one shape, what they do inside their bases, and ``||P||^2``, fp64."""
+    count, (rows, rank) = len(projected), projected[0].shape
+    N = projected[0].new_zeros(count, rows, rank)
+    adam_directions(list(N), projected, exp_avgs, exp_avg_sqs, step=step, betas=betas, eps=eps)
+    P = as_one(projected).view(-1, rank)
+    inside_sq = row_squares(P)
+    total = inside_sq.view(count, rows).sum(1, dtype=torch.float64)
+    kept_sq = [total.new_empty(1) for _ in range(count)]  # no views: they outlive the step
+    torch.split_with_sizes_copy(total, [1] * count, out=kept_sq)
+    factors: Sequence[Tensor | None] = [None] * count
+    if row_sqs[0] is not None:
+        of_all = as_one(row_sqs).view(-1)
+        phi = matched_factors(N.view(-1, rank), inside_sq, of_all, dimension=dimension)
+        without_projection(N.view(-1, rank), phi, P)
+        factors = list(phi.view(count, rows))
+    each = map(Inside, N, inside_sq.view(count, rows), factors)
+    return [(inside, kept.view(())) for inside, kept in zip(each, kept_sq, strict=True)]
+
+
+def without_projection(direction: Tensor, factors: Tensor, projected: Tensor) -> None:
+    """N <- N - phi P, in place; ``rows x rank``, ``rows`` and ``rows x rank``."""
+    # N Q^T + phi (G - P Q^T) = (N - phi P) Q^T + phi G, and each process has its part of G
+    direction.addcmul_(factors[:, None], projected, value=-1)
+
+
+def as_one(matrices: Sequence[Any]) -> Tensor:
+    """``k x ...``: tensors of one shape; a copy, except of a single one."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(list(matrices))
 
 
 def adam_step(
@@ -302,13 +394,24 @@ def adam_step(
     has_terms = side.terms > 1
     if has_terms:
         total = yield sent_term(gradient, side, settings)
-        gradient = summed(total, gradient.dtype)  # type: ignore[arg-type]
+        gradient = summed(total, gradient.dtype)
     if not state:
         state.update(
             step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient)
         )
     # moments that were loaded keep their type
-    direction = advance(state, gradient.to(state["exp_avg"].dtype), settings)
+    gradient = gradient.to(state["exp_avg"].dtype)
+    state["step"] += 1
+    direction = yield from together(
+        _directions,
+        gradient,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        kind=(gradient.dtype, gradient.device),
+        step=state["step"],
+        betas=settings.betas,
+        eps=settings.eps,
+    )
     if not has_terms:
         return (yield from gather(direction, side.keep, side.update, me))
     sent = direction.to(sent_type(direction.dtype, settings))
@@ -511,48 +614,98 @@ def claim(name: str, sharding: MatrixSharding, state: State, settings: AdaRankGr
     )
 
 
-def adam_direction(
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+def _directions(
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
     *,
     step: int,
     betas: tuple[float, float],
     eps: float,
-) -> Tensor:
-    """Update both moments in place and return the direction ``N``; all of one shape and type.
+) -> list[Tensor]:
+    """Of tensors of any shapes, the directions N."""
+    directions = [torch.zeros_like(gradient) for gradient in gradients]
+    adam_directions(directions, gradients, exp_avgs, exp_avg_sqs, step=step, betas=betas, eps=eps)
+    return directions
 
-    Block 3 of arXiv 2410.17881, algorithm 3 (Kingma and Ba 2015, algorithm 1).
+
+def adam_directions(
+    directions: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Update the moments and fill in the directions ``N``, all in place, by torch's fused kernel.
+
+    Block 3 of arXiv 2410.17881, algorithm 3 (Kingma and Ba 2015, algorithm 1)::
+
+        M <- b1 M + (1 - b1) P ;  V <- b2 V + (1 - b2) P*P
+        N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)
 
     Args:
-        gradient: the projected gradient P, ``moment x rank``, or any gradient.
-        exp_avg: first moment M.
-        exp_avg_sq: second moment V.
-        step: number of this step, starting at 1.
-        betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
+        directions: zeros, contiguous; each list has tensors of the same shapes and of one type.
+        gradients: the projected gradients P, ``moment x rank``, or any gradients.
+        exp_avgs: first moments M.
+        exp_avg_sqs: second moments V.
+        step: number of this step, t, starting at 1.
+        betas: decay of the first and the second moments.
+        eps: added to the root of the second moments.
     """
-    beta1, beta2 = betas
-    # M = b1 M + (1 - b1) P ;  V = b2 V + (1 - b2) P*P
-    exp_avg.lerp_(gradient, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    # N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps), in as few passes over memory as possible
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    root = exp_avg_sq.sqrt().mul_(correction1 / math.sqrt(correction2)).add_(eps * correction1)
-    return torch.div(exp_avg, root, out=root)
-
-
-def advance(state: State, gradient: Tensor, settings: AdaRankGradConfig) -> Tensor:
-    """Advance the moments in `state` by one step of Adam; return the direction."""
-    state["step"] += 1
-    return adam_direction(
-        gradient,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        step=state["step"],
-        betas=settings.betas,
-        eps=settings.eps,
+    lists = [list(each) for each in (directions, gradients, exp_avgs, exp_avg_sqs)]
+    lists[1] = [gradient.contiguous() for gradient in lists[1]]
+    ends = _in_whole_vectors(lists) if in_host_memory(lists[0][0]) else []
+    number = torch.full((), step, dtype=torch.float32, device=lists[0][0].device)
+    # a weight of zero that moves by -1 N, without decay, is N
+    _fused_adamw()(
+        *lists,
+        [],
+        [number] * len(lists[0]),
+        lr=-1.0,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
     )
+    for end, padded in ends:
+        end.copy_(padded[: len(end)])
+
+
+@cache
+def _fused_adamw() -> Callable[..., None]:
+    return FUSED_ADAMW.of(torch)  # type: ignore[no-any-return]
+
+
+VECTOR = 16
+"""A multiple of the elements that a CPU's fused kernel takes at a time. It rounds those that are
+left at the end of a tensor in another way, so that where a matrix is cut would be seen."""
+
+
+def _in_whole_vectors(lists: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Cut what is left at the ends of tensors from the lists, and add it padded.
+
+    Returns:
+        Each end, and the padded copy that takes its place; not of gradients.
+    """
+    ends = []
+    for position in range(len(lists[0])):
+        left = lists[0][position].numel() % VECTOR
+        if left == 0:
+            continue
+        for place, tensors in enumerate(lists):
+            flat = tensors[position].view(-1)
+            tensors[position], end = flat[: len(flat) - left], flat[len(flat) - left :]
+            padded = end.new_zeros(VECTOR)
+            padded[:left] = end
+            tensors.append(padded)
+            if place != 1:
+                ends.append((end, padded))
+    return ends
 
 
 def refresh_early(state: State, settings: AdaRankGradConfig, facts: StepFacts) -> None:

@@ -23,7 +23,7 @@ from arg_dist.parameter_groups import settings_of, trained_views
 from arg_dist.sharding.drivers import run_local
 from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.shard import MatrixShard
-from arg_dist.step import gradient_part, own_sketch
+from arg_dist.step import gradient_parts, own_sketch
 from arg_dist.subspace.state import State
 from arg_dist.terms import Projected, own_term
 
@@ -136,7 +136,7 @@ def _projected(
     before: Projected | None,
 ) -> Projected:
     """The gradient that a matrix has now, added to those of the micro-batches before."""
-    part, basis = gradient_part(shard), stored_basis(state)
+    part, basis = gradient_parts([shard])[shard.unit], stored_basis(state)
     assert basis is not None
     sketch = None if settings.max_grad_norm is None else own_sketch(shard, steps)
     earlier = None if before is None else before.term

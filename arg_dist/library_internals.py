@@ -106,6 +106,7 @@ _groups = partial(_torch, "torch.distributed.distributed_c10d")
 DISABLE_DYNAMO = _torch("torch._compile", "_disable_dynamo", "training loops inside torch.compile")
 LOAD_PRE_HOOKS = _optimizer("_optimizer_load_state_dict_pre_hooks", "hooks before load_state_dict")
 LOAD_POST_HOOKS = _optimizer("_optimizer_load_state_dict_post_hooks", "hooks after load_state_dict")
+FUSED_ADAMW = _torch("torch", "_fused_adamw_", "Adam's directions")
 FOREACH_NORM = _torch("torch", "_foreach_norm", "norms of gradients on GPUs")
 CONVOLUTION = _torch("torch.nn.modules.conv", "_ConvNd", "param_groups: kernels of convolutions")
 COMPILED_MODEL = _torch(

@@ -31,7 +31,7 @@ from arg_dist.state import move_state
 from arg_dist.state_budget import Call, StateBudget
 from arg_dist.state_dict import Ownership
 from arg_dist.step import PlanStep
-from arg_dist.subspace.precision import matmul_precision
+from arg_dist.subspace.products import matmul_precision
 from arg_dist.subspace.state import State
 from arg_dist.telemetry import held_elements, matrix_figures, storage_bytes
 from arg_dist.terms import Projected

@@ -26,15 +26,21 @@ from arg_dist.algorithm import (
 )
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.recording import rounds_of_matrix
-from arg_dist.sharding.drivers import run_local
+from arg_dist.sharding.drivers import batches_of, run_local, run_together
 from arg_dist.sharding.overlap import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.distributed import Exchange, Steps, even_rows
 from arg_dist.subspace.fingerprint import TOLERANCE
 from arg_dist.subspace.norm_sketch import BUCKETS, norm_sketch
-from arg_dist.subspace.norms import norm_sq, row_squares
-from arg_dist.subspace.precision import lowered_precision
+from arg_dist.subspace.norms import in_host_memory, norm_sq
+from arg_dist.subspace.products import (
+    MatmulPrecision,
+    apply,
+    available,
+    lowered_precision,
+    squares,
+)
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.state import State
 from arg_dist.terms import Projected, Term, step_of_terms
@@ -47,9 +53,8 @@ class GradientPart:
     """This process's part of one gradient, with the norms that the processes exchange.
 
     Attributes:
-        read: returns it in fp32, oriented as ``moment x basis`` (if it is not of a matrix, in the
-            type of the moments); copies only if necessary. A term of a mean is divided by their
-            number.
+        read: returns it, oriented as ``moment x basis`` (if it is not of a matrix, in the type of
+            the moments); copies only if necessary. A term of a mean is divided by their number.
         norm_sq: ``||G||^2`` of the part, an fp64 scalar; of K terms ``||G_i||^2 / K``, as the sum
             of these is a limit for ``||G||^2``.
         row_sq: ``moment.touch``, ``||G_i||^2`` of the part; None if it is not of a matrix, or
@@ -63,19 +68,43 @@ class GradientPart:
     term: Term | None = None
 
 
-def gradient_part(shard: Shard) -> GradientPart:
-    """The gradient of a shard; a missing one counts as zero under every engine."""
-    held = _held_gradient(shard)
-    if isinstance(shard, MatrixShard):
+def gradient_parts(shards: Iterable[Shard]) -> dict[int, GradientPart]:
+    """The gradients of shards, by unit; a missing one counts as zero under every engine."""
+    parts: dict[int, GradientPart] = {}
+    alike: dict[Any, list[tuple[MatrixShard, Tensor]]] = {}
+    for shard in shards:
+        held = _held_gradient(shard)
+        if not isinstance(shard, MatrixShard):
+            assert isinstance(shard, TensorShard)
+            total = norm_sq(shard.touched_gradient(held)) / shard.terms
+            parts[shard.unit] = GradientPart(partial(_touched_gradient, shard), total)
+            continue
         part = shard.oriented_gradient(held)
-        squares = row_squares(part)
-        # a copy is not kept until the step: it is made again then
-        is_view = shard.has_whole_rows and held.is_contiguous() and shard.terms == 1
-        read = part.float if is_view else partial(_oriented_term, shard)
-        return GradientPart(read, norm_sq(part, squares) / shard.terms, squares)
-    assert isinstance(shard, TensorShard)
-    total = norm_sq(shard.touched_gradient(held)) / shard.terms
-    return GradientPart(partial(_touched_gradient, shard), total)
+        if shard.has_whole_rows and held.is_contiguous():
+            alike.setdefault((part.shape, part.dtype, part.device), []).append((shard, part))
+        else:  # a copy is not kept until the step: it is made again then
+            parts |= _squared([(shard, part)], is_view=False)
+    for each in alike.values():
+        parts |= _squared(each, is_view=True)
+    return parts
+
+
+def _squared(
+    matrices: Sequence[tuple[MatrixShard, Tensor]], *, is_view: bool
+) -> dict[int, GradientPart]:
+    """Of matrices of one shape: the gradient, ``moment.touch x basis.touch``, a view or a copy."""
+    of_rows, norms_sq = squares([part for _, part in matrices])
+    parts = {}
+    for (shard, part), row_sq, total in zip(matrices, of_rows, norms_sq, strict=True):
+        is_read_now = is_view and shard.terms == 1
+        read = partial(_itself, part) if is_read_now else partial(_oriented_term, shard)
+        total = total if shard.terms == 1 else total / shard.terms
+        parts[shard.unit] = GradientPart(read, total, row_sq)
+    return parts
+
+
+def _itself(part: Tensor) -> Tensor:
+    return part
 
 
 def projected_part(shard: Shard, projected: Projected, state: State) -> GradientPart:
@@ -354,6 +383,16 @@ def _fill_in(column: Tensor, values: Sequence[tuple[int, Tensor]]) -> None:
 
 # -- the step -------------------------------------------------------------------------------------
 
+TOGETHER = 32 * 2**20
+"""Bytes of weights in fp32 up to which matrices on a GPU have their work done together: beyond it,
+operators take longer than their start, and what passes meanwhile would become memory."""
+
+
+def batches(shards: Sequence[Shard]) -> list[range]:
+    """Positions of shards whose work is done together; on a CPU, of each alone."""
+    is_launched = any(not in_host_memory(shard.fragment.target) for shard in shards)
+    return batches_of([shard.held_bytes for shard in shards], TOGETHER if is_launched else 0)
+
 
 def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig]) -> int:
     """Communication rounds that a shard's step may take."""
@@ -412,14 +451,11 @@ class PlanStep:
             likeness: as of :func:`agree`.
             reach: runs the agreement with the other processes, if there are any.
         """
-        gradients = {
-            shard.unit: (
-                projected_part(shard, projected[shard.name], states[shard.unit])
-                if shard.name in projected
-                else gradient_part(shard)
-            )
-            for shard in plan.shards
-        }
+        gradients = gradient_parts(each for each in plan.shards if each.name not in projected)
+        for shard in plan.shards:
+            if shard.name in projected:
+                part = projected_part(shard, projected[shard.name], states[shard.unit])
+                gradients[shard.unit] = part
         limit = settings[0].max_grad_norm
         norms = [(unit, gradient.norm_sq) for unit, gradient in gradients.items()]
         kept = [(unit, part) for unit, state in states.items() for part in kept_before(state)]
@@ -478,9 +514,12 @@ class PlanStep:
         """A lane: shared shards communicate, others step while messages are in flight."""
         shared = [shard for shard in self._moving(shards) if shard.is_shared]
 
-        def finish(position: int, update: Any) -> None:
-            shard = shared[position]
-            apply_update(shard, update, self.settings[shard.group])
+        def finish(results: dict[int, Any]) -> None:
+            updates = Updates()
+            while results:
+                i = min(results)
+                updates.add(shared[i], results.pop(i), self.settings[shared[i].group])
+            updates.apply()
 
         return Lane(
             (self._computation(shard, allowed) for shard in shared),
@@ -488,14 +527,24 @@ class PlanStep:
             "the step",
             [shard.name for shard in shared],
             lambda: self._step_alone([each for each in shards if not each.is_shared], allowed),
+            batches(shared),
         )
 
     def _step_alone(self, shards: Iterable[Shard], allowed: Allowed | None) -> None:
         """The steps of shards that no other process holds a part of."""
-        for shard in self._moving(shards):
-            settings = self.settings[shard.group]
-            # no name for the update, or it would be held beside the next one
-            apply_update(shard, run_local(self._computation(shard, allowed)), settings)
+        moving = self._moving(shards)
+        for batch in batches(moving):
+            self._step_together([moving[i] for i in batch], allowed)
+
+    def _step_together(self, shards: Sequence[Shard], allowed: Allowed | None) -> None:
+        updates = Updates()
+
+        def finish(position: int, update: Any) -> None:
+            shard = shards[position]
+            updates.add(shard, update, self.settings[shard.group])
+
+        run_together([self._computation(shard, allowed) for shard in shards], finish)
+        updates.apply()
 
     def _moving(self, shards: Iterable[Shard]) -> list[Shard]:
         """Those that have, or have had, a gradient."""
@@ -529,24 +578,59 @@ Allowed = Callable[[Shard, State, AdaRankGradConfig], int | None]
 """The largest rank that a budget permits a shard's matrix now."""
 
 
-def apply_update(shard: Shard, update: Any, settings: AdaRankGradConfig) -> None:
-    """Apply the algorithm's result to the weights held; None changes nothing."""
-    lr, weight_decay = settings.lr, settings.weight_decay
-    if isinstance(update, LowRankUpdate):
-        assert isinstance(shard, MatrixShard)
+class Updates:
+    """The algorithm's results, on their way to the weights held.
+
+    Each is applied at once; where kernels take a list, those without a part of full size wait.
+    """
+
+    def __init__(self) -> None:
+        self._alike: dict[Any, list[tuple[Tensor | None, ...]]] = {}
+
+    def add(self, shard: Shard, update: Any, settings: AdaRankGradConfig) -> None:
+        """Add the result for a shard; None changes nothing."""
+        if isinstance(update, LowRankUpdate):
+            assert isinstance(shard, MatrixShard)
+            self._add_low_rank(shard, update, settings)
+        elif update is not None:
+            assert isinstance(shard, TensorShard)
+            lr = settings.lr * settings.full_rank_scale
+            shard.apply(update, keep=1 - lr * settings.weight_decay, step=-lr)
+
+    def _add_low_rank(
+        self, shard: MatrixShard, update: LowRankUpdate, settings: AdaRankGradConfig
+    ) -> None:
+        keep = 1 - settings.lr * settings.weight_decay
         direction, basis, factors, outside = update
+        step, precision = -settings.lr * settings.scale, settings.matmul_precision
         gradient = None if factors is None else shard.gradient()
         residual = None if factors is None or gradient is None else (factors, gradient)
-        with lowered_precision(settings.matmul_precision):
-            shard.apply(
-                direction,
-                basis,
-                residual,
-                outside,
-                lr=lr,
-                scale=settings.scale,
-                weight_decay=weight_decay,
-            )
-    elif update is not None:
-        assert isinstance(shard, TensorShard)
-        shard.apply(update, lr=lr * settings.full_rank_scale, weight_decay=weight_decay)
+        views = shard.whole_rows(residual, outside)
+        if views is None:
+            with lowered_precision(precision):
+                shard.apply(direction, basis, residual, outside, keep=keep, step=step)
+            return
+        weights, added = views
+        kind = weights.shape, basis.shape, residual is None, keep, step, precision
+        operands = weights, direction, basis, None if residual is None else factors, added
+        if outside is None and available(weights.device):
+            self._alike.setdefault((weights.device, *kind), []).append(operands)
+        else:
+            _apply([operands], keep, step, precision)
+
+    def apply(self) -> None:
+        """Apply those that wait."""
+        for (*_, keep, step, precision), each in self._alike.items():
+            _apply(each, keep, step, precision)
+        self._alike.clear()
+
+
+def _apply(
+    operands: Sequence[tuple[Tensor | None, ...]],
+    keep: float,
+    step: float,
+    precision: MatmulPrecision,
+) -> None:
+    W, N, Q, phi, E = (None if each[0] is None else each for each in zip(*operands, strict=True))
+    assert W is not None and N is not None and Q is not None
+    apply(W, N, Q, phi, E, keep=keep, step=step, precision=precision)

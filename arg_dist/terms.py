@@ -42,6 +42,7 @@ from arg_dist.algorithm import (
     chosen_by_energy,
     is_due,
     present_basis,
+    projection,
     refresh,
     sent_term,
     sent_type,
@@ -60,11 +61,12 @@ from arg_dist.subspace.distributed import (
     Steps,
     gather,
     gather_each,
+    row_count,
     select_rows,
     sum_scatter,
 )
 from arg_dist.subspace.norms import norm_sq, row_squares
-from arg_dist.subspace.precision import lowered_precision
+from arg_dist.subspace.products import lowered_precision
 from arg_dist.subspace.range_finder import Part
 from arg_dist.subspace.residual import matched_factors, residual_of
 from arg_dist.subspace.sketch import hashed
@@ -111,8 +113,7 @@ def own_term(
     moment, terms = sharding.moment, sharding.terms
     assert terms is not None
     # P_i = G_i Q
-    with lowered_precision(settings.matmul_precision):
-        product = gradient() @ basis
+    product = yield from projection(gradient, basis, row_count(moment.touch[sharding.me]), settings)
     residual = size = None
     if settings.residual != "none":
         own = product
@@ -196,13 +197,13 @@ def step_of_terms(
     new = mean = None
     if limit > 0 and is_due(state):
         if sends_whole(sharding, settings):
-            mean = yield from formed_mean(gradient(), sharding)
+            mean = yield from formed_mean(gradient().float(), sharding)
             gradient = partial(_itself, mean)
             new = yield from _refresh_of_mean(mean, state, sharding, settings, facts, choose)
         else:
             exact = None
             if is_small(sharding, settings):
-                exact = yield from norm_of_mean(gradient(), sharding)
+                exact = yield from norm_of_mean(gradient().float(), sharding)
             new = yield from refresh(
                 gradient, device, state, sharding, settings, facts, choose, exact
             )
@@ -229,7 +230,7 @@ def step_of_terms(
         projected = summed(total, term.projected.dtype)
         if terms:
             share = mean_of(terms, sharding, settings).mul_(limit**-0.5 if limit > 0 else 0.0)
-    direction, _ = step_in_basis(new, projected, state, sharding, settings, facts)
+    direction, *_ = yield from step_in_basis(new, projected, state, sharding, settings, facts)
     if settings.residual == "orthogonalized":
         share = yield from _orthogonalized(share, basis, limit, state, sharding, settings)
     if sharding.terms.count == 1:  # nothing is sent, and nothing rounded for it

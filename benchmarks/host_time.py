@@ -35,7 +35,7 @@ from arg_dist.sharding.fragment import Fragment, Holding
 from arg_dist.sharding.layout import GroupSpec
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.sharding.shard import MatrixShard
-from arg_dist.step import Agreement, PlanStep, gradient_part, rounds_of
+from arg_dist.step import Agreement, PlanStep, gradient_parts, rounds_of
 from arg_dist.subspace.state import State
 
 GROUP: Any = "simulated"
@@ -138,7 +138,7 @@ def take(plan: Plan, states: dict[int, State], settings: AdaRankGradConfig) -> N
         for shards in plan.shards_by_lane
     ]
     agreed = Agreement([1.0] * units, [1.0] * units, rounds, [], plan.communicator.size)
-    gradients = {shard.unit: gradient_part(shard) for shard in plan.shards}
+    gradients = gradient_parts(plan.shards)
     PlanStep(plan, states, [settings], 1, gradients, agreed).take()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+import torch
 from cuts import part_of
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from arg_dist.algorithm import LowRankUpdate, State, StepFacts, low_rank_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.shard import MatrixShard
-from arg_dist.subspace.distributed import Request, Steps
+from arg_dist.step import Updates
+from arg_dist.subspace.distributed import Request, Steps, exchanges_of
 from arg_dist.subspace.norms import row_squares
 
 
@@ -52,18 +54,19 @@ def step_in_lockstep(
         ]
     )
     for shard, update in zip(shards, updates, strict=True):
-        if update is not None:
-            direction, basis, factors, outside = update
-            shard.apply(
-                direction,
-                basis,
-                None if factors is None else (factors, part_of(gradient, shard)),
-                outside,
-                lr=settings.lr,
-                scale=settings.scale,
-                weight_decay=settings.weight_decay,
-            )
+        apply(shard, update, gradient, settings)
     return updates
+
+
+def apply(
+    shard: MatrixShard, update: LowRankUpdate | None, gradient: Tensor, settings: AdaRankGradConfig
+) -> None:
+    """Apply an update to the weights of a shard, of which the whole `gradient` is given."""
+    target = shard.fragment.target
+    target.grad = torch.zeros_like(target)
+    held = shard.gradient()
+    held.copy_(part_of(gradient, shard).view(held.shape))
+    Updates().add(shard, update, settings)
 
 
 def heard(steps: Steps[Any], hear: Callable[[Request], Any]) -> Generator[Any, Any, Any]:
@@ -74,7 +77,8 @@ def heard(steps: Steps[Any], hear: Callable[[Request], Any]) -> Generator[Any, A
             request = steps.send(answer)
         except StopIteration as finished:
             return finished.value
-        hear(request)
+        if exchanges_of(request):  # else it is work
+            hear(request)
         answer = yield request
 
 

@@ -23,7 +23,7 @@ from arg_dist.library_internals import (
 )
 from arg_dist.sharding.drivers import Round
 from arg_dist.sharding.shard import Shard
-from arg_dist.step import GradientPart, apply_update, gradient_part
+from arg_dist.step import GradientPart, Updates, gradient_parts
 from arg_dist.subspace.state import State
 
 
@@ -64,8 +64,10 @@ def _made(func: Any, args: Any, options: Any) -> Any:
         return _empty((args[1].shape[0], args[2].shape[1]), args[0].dtype)
     if func is torch.ops.aten.mm.default:
         return _empty((args[0].shape[0], args[1].shape[1]), args[0].dtype)
-    if SCHEMA_OF_OPERATOR.of(func).is_mutable:  # nothing is to be written
-        return options["out"] if "out" in options else args[0]
+    schema = SCHEMA_OF_OPERATOR.of(func)
+    if schema.is_mutable:  # nothing is to be written
+        written = options["out"] if "out" in options else args[0]
+        return written if schema.returns else None
     if func is torch.ops.aten.linalg_vector_norm.default:
         return _norms(*args, **options)
     form = (func, *map(_form, args), *map(_form, options.values()))
@@ -170,7 +172,7 @@ def points_of(
         settings: the settings of its parameter group.
     """
     with Unfilled():
-        gradient = gradient_part(shard)
+        gradient = gradient_parts([shard])[shard.unit]
     target = shard.fragment.target
     assert target.grad is not None
     allocations = Allocations([target, target.grad, *_tensors(state)])
@@ -185,7 +187,7 @@ def points_of(
         except StopIteration as finished:
             update = finished.value
         marks.append(len(log))
-        apply_update(shard, update, settings)
+        Updates().add(shard, update, settings)
     kept = {allocations.number_of(tensor) for tensor in _tensors(state)}
     held = [0, *accumulate(0 if number in kept else size for number, size in log)]
     points = []

@@ -7,7 +7,8 @@ independent of the transport. A fourth carries out nothing: it tells what would 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -19,14 +20,33 @@ from arg_dist.subspace.distributed import (
     Request,
     Rows,
     Steps,
+    Work,
     add_up,
+    advance,
     contributors,
+    done,
     exchanges_of,
     intersect,
     row_count,
 )
 
 T = TypeVar("T")
+
+
+def batches_of(sizes: Sequence[int], limit: int) -> list[range]:
+    """Divide positions, in order, into batches whose work is done together.
+
+    Args:
+        sizes: bytes of each position.
+        limit: bytes up to which several are in one batch.
+    """
+    starts, filled = [0], 0
+    for position, size in enumerate(sizes):
+        if position > starts[-1] and filled + size > limit:
+            starts.append(position)
+            filled = 0
+        filled += size
+    return [range(*ends) for ends in pairwise([*starts, len(sizes)])] if sizes else []
 
 
 def run(
@@ -44,13 +64,25 @@ def run(
 
 def run_local(steps: Steps[T]) -> T:
     """Run a computation in which one process holds everything."""
-    try:
-        request = next(steps)
-        while True:
-            request = steps.send(_answer(request, [exchanges_of(request)], 0))
-    except StopIteration as finished:
-        result: T = finished.value
-        return result
+    results: dict[int, T] = {}
+    run_together([steps], results.__setitem__)
+    return results[0]
+
+
+def run_together(computations: Sequence[Steps[T]], finish: Callable[[int, T], None]) -> None:
+    """Run computations in which one process holds everything, side by side.
+
+    Args:
+        computations: the computations.
+        finish: called with the position and the result of each one, as soon as it has that.
+    """
+    numbered = dict(enumerate(computations))
+    answers: dict[int, Answer | None] = dict.fromkeys(numbered)
+    while answers:
+        requests = advance(numbered, answers, finish)
+        answers = {
+            i: _answer(request, [exchanges_of(request)], 0) for i, request in requests.items()
+        }
 
 
 def run_lockstep(shards: Sequence[Steps[T]]) -> list[T]:
@@ -62,23 +94,19 @@ def run_lockstep(shards: Sequence[Steps[T]]) -> list[T]:
         RuntimeError: some shards have requests after others have finished; with real processes,
             this would hang.
     """
-    results: list[Any] = [None] * len(shards)
+    results: dict[int, T] = {}
     answers: list[Answer | None] = [None] * len(shards)
     while True:
+        # each by itself, as the work of different processes is not done together
         requests: list[Request] = []
-        done = 0
         for i, shard in enumerate(shards):
-            try:
-                answer = answers[i]
-                requests.append(next(shard) if answer is None else shard.send(answer))
-            except StopIteration as finished:
-                results[i] = finished.value
-                done += 1
-        if done == len(shards):
-            return results
-        if done:
+            requests += advance({i: shard}, {i: answers[i]}, results.__setitem__).values()
+        if len(results) == len(shards):
+            return [results[i] for i in range(len(shards))]
+        if results:
             raise RuntimeError(
-                f"{done} of {len(shards)} shards have finished, but the others still have requests"
+                f"{len(results)} of {len(shards)} shards have finished, but the others still have "
+                "requests"
             )
         parts = [exchanges_of(request) for request in requests]
         answers = [_answer(requests[i], parts, i) for i in range(len(shards))]
@@ -106,10 +134,10 @@ def run_collective(
         NoAnswerError: other processes did not join a round in time, or have terminated.
         RuntimeError: a computation requests more than `rounds` rounds.
     """
-    results: list[Any] = [None] * len(computations)
-    lane: Lane[T] = Lane(computations, results.__setitem__, purpose, names)
+    results: dict[int, T] = {}
+    lane: Lane[T] = Lane(computations, results.update, purpose, names)
     run_lanes([lambda: lane], communicator, [rounds])
-    return results
+    return [results[i] for i in range(len(results))]
 
 
 class Transfer(NamedTuple):
@@ -146,11 +174,15 @@ def run_recorded(steps: Steps[T], me: int) -> Generator[Round, None, T]:
         steps: the computation; it reads no values.
         me: index of the process it stands for.
     """
+    answer: Any = None
     try:
-        request = next(steps)
         while True:
-            yield tuple(_transfer(exchange) for exchange in exchanges_of(request))
-            request = steps.send(_unfilled(request, me))
+            asked = steps.send(answer)
+            if isinstance(asked, Work):
+                (answer,) = done([asked])
+            else:
+                yield tuple(_transfer(exchange) for exchange in exchanges_of(asked))
+                answer = _unfilled(asked, me)
     except StopIteration as finished:
         result: T = finished.value
         return result

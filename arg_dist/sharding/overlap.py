@@ -24,6 +24,7 @@ from arg_dist.subspace.distributed import (
     MatrixSharding,
     Request,
     Steps,
+    advance,
     exchanges_of,
 )
 
@@ -133,22 +134,25 @@ class Lane(Generic[T]):
     Args:
         computations: this process's computations; processes list shared ones in the same relative
             order.
-        finish: called with the position and the result of each computation, once the next messages
-            are in flight.
+        finish: called with results by position, once the next messages are in flight; may take
+            them out.
         purpose: description of the computations for error messages.
         names: names of their matrices, one each.
         meanwhile: additional work to do while the first messages are in flight.
+        batches: positions of computations whose work is done together; by default each is alone.
     """
 
     def __init__(
         self,
         computations: Iterable[Steps[T]],
-        finish: Callable[[int, T], None],
+        finish: Callable[[dict[int, T]], None],
         purpose: str = "a computation",
         names: Sequence[str] = (),
         meanwhile: Callable[[], None] = lambda: None,
+        batches: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self._computations = list(computations)
+        self._computations = dict(enumerate(computations))
+        self._batches = batches or [[i] for i in self._computations]
         self._finish = finish
         self._purpose = purpose
         self._names = names
@@ -168,12 +172,17 @@ class Lane(Generic[T]):
             NoAnswerError: other processes did not join a round in time, or have terminated.
             RuntimeError: a computation requests more than `rounds` rounds.
         """
-        done: list[tuple[int, T]] = []
-        if turn == 0:
-            for i in range(len(self._computations)):
-                self._advance(i, None, done)
-        else:
-            self._deliver(done)
+        results: dict[int, T] = {}
+        answers: Iterator[Tensor] | None = None
+        if turn:
+            in_flight, self._in_flight = self._in_flight, list
+            answers = iter(in_flight())
+            del in_flight  # releases the message buffers
+        for batch in self._batches:
+            mine: dict[int, Answer | None] = dict.fromkeys(batch)
+            if answers is not None:
+                mine = {i: self._answer(i, answers) for i in batch if i in self._pending}
+            self._pending |= advance(self._computations, mine, results.__setitem__)
         if turn < rounds:
             exchanges = [e for request in self._pending.values() for e in exchanges_of(request)]
             words = self._purpose_of_round(turn + 1, rounds)
@@ -185,24 +194,13 @@ class Lane(Generic[T]):
             )
         if turn == 0:
             self._meanwhile()
-        while done:
-            self._finish(*done.pop(0))
+        if results:
+            self._finish(results)
 
-    def _deliver(self, done: list[tuple[int, T]]) -> None:
-        in_flight, self._in_flight = self._in_flight, list
-        answers = iter(in_flight())
-        del in_flight  # releases the message buffers
-        for i, request in list(self._pending.items()):
-            mine = tuple(next(answers) for _ in exchanges_of(request))
-            self._advance(i, mine if isinstance(request, tuple) else mine[0], done)
-
-    def _advance(self, i: int, answer: Answer | None, done: list[tuple[int, T]]) -> None:
-        steps = self._computations[i]
-        try:
-            self._pending[i] = next(steps) if answer is None else steps.send(answer)
-        except StopIteration as finished:
-            self._pending.pop(i, None)
-            done.append((i, finished.value))
+    def _answer(self, i: int, answers: Iterator[Tensor]) -> Answer:
+        request = self._pending.pop(i)
+        mine = tuple(next(answers) for _ in exchanges_of(request))
+        return mine if isinstance(request, tuple) else mine[0]
 
     def _purpose_of_round(self, number: int, rounds: int) -> Callable[[], str]:
         where = self._purpose

@@ -14,6 +14,8 @@ from arg_dist.sharding.layout import MatrixView
 from arg_dist.subspace.distributed import DimensionSharding, Interval, MatrixSharding, row_count
 from arg_dist.subspace.state import OF_EACH_DIRECTION, OF_TENSOR, WITH_ROWS, State
 
+FP32_BYTES = 4
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -93,6 +95,11 @@ class Shard:
         return self.sharding.is_shared
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes that the weights held would take in fp32."""
+        return FP32_BYTES * (self.range[1] - self.range[0])
+
+    @property
     def terms(self) -> int:
         """Number of gradients, one of each process, of which the gradient is the mean; else 1."""
         raise NotImplementedError
@@ -140,10 +147,10 @@ class TensorShard(Shard):
         low, high = (bound - self.range[0] for bound in self.sharding.touch[self.me])
         return gradient.reshape(-1)[low:high]
 
-    def apply(self, direction: Tensor, *, lr: float, weight_decay: float) -> None:
-        """``W <- (1 - lr wd) W - lr N`` on the elements held."""
+    def apply(self, direction: Tensor, *, keep: float, step: float) -> None:
+        """``W <- keep W + step N`` on the elements held."""
         values = self.values()
-        _add_scaled(values, direction.view(values.shape), 1 - lr * weight_decay, -lr)
+        _add_scaled(values, direction.view(values.shape), keep, step)
 
 
 @dataclass(frozen=True)
@@ -199,46 +206,55 @@ class MatrixShard(Shard):
         residual: tuple[Tensor, Tensor] | None = None,
         outside: Tensor | None = None,
         *,
-        lr: float,
-        scale: float,
-        weight_decay: float,
+        keep: float,
+        step: float,
     ) -> None:
-        """``W <- (1 - lr wd) W - lr scale (N Q^T + phi G + O)`` on the elements held.
+        """``W <- keep W + step (N Q^T + phi G + O)`` on the elements held.
 
         Args:
             direction: ``moment.update x rank``, N.
             basis: ``basis.touch x rank``, Q.
             residual: ``moment.update``, phi, and the gradient of the elements held; None if zero.
             outside: ``elements.update``, O; None if zero.
-            lr: learning rate.
-            scale: factor of the update.
-            weight_decay: decoupled weight decay.
+            keep: factor of the weights.
+            step: factor of the update.
         """
         values = self.values()
         left, right = (direction, basis) if self.spans_columns else (basis, direction)
-        keep, step = 1 - lr * weight_decay, -lr * scale
         start, stop = self.range
         columns = self.matrix.columns
-        if residual is not None:
-            factors, gradient = residual
-            factors = factors[:, None] if self.spans_columns else factors[None]
-        is_matrix = values.is_contiguous() or values.shape[-1] == columns
-        if self.has_whole_rows and values.dtype == torch.float32 and is_matrix:
-            values = values.view(-1, columns)
-            values.addmm_(left, right.T, beta=keep, alpha=step)
-            if residual is not None:
-                values.addcmul_(factors, gradient.reshape(-1, columns).float(), value=step)
-            if outside is not None:
-                values.add_(self._as_stored(outside).view(-1, columns), alpha=step)
-            return
         first = start // columns * columns
         product = left @ right.T
         if residual is not None:
+            factors, gradient = residual
+            factors = factors[:, None] if self.spans_columns else factors[None]
             product.addcmul_(factors, self._whole_rows(gradient).float())
         update = product.reshape(-1)[start - first : stop - first]
         if outside is not None:
             update.add_(self._as_stored(outside))
         _add_scaled(values, update.view(values.shape), keep, step)
+
+    def whole_rows(
+        self, residual: tuple[Tensor, Tensor] | None = None, outside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """``moment.update x basis.touch``: the weights held, and what is added beside N Q^T.
+
+        None if no matrix of the weights held can be viewed. Arguments as of :meth:`apply`.
+        """
+        values, columns = self.values(), self.matrix.columns
+        if not self.has_whole_rows:
+            return None
+        if not (values.is_contiguous() or values.shape[-1] == columns):
+            return None
+        added = None
+        if residual is not None:
+            added = residual[1].reshape(-1, columns)
+        if outside is not None:
+            added = self._as_stored(outside).view(-1, columns)
+        weights = values.view(-1, columns)
+        if self.spans_columns:
+            return weights, added
+        return weights.T, None if added is None else added.T
 
     def _as_stored(self, flat: Tensor) -> Tensor:
         """The elements held, of ``elements.update``, in the order in which they are stored."""

@@ -20,15 +20,18 @@ Where many processes send to one, or one to many, :func:`relayed_sum` and :func:
 relay through all processes, so that no process holds, sends or adds much more than the others.
 
 A request that moves no data is answered immediately and never reaches a driver.
+
+What costs more operators than time for a small matrix, a computation yields as :class:`Work`:
+:func:`advance` does it for all matrices of one shape at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +44,7 @@ Rows = tuple[Interval, ...]
 """Rows of a tall matrix on each process of a group: one half-open interval per process."""
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 class KnownRows(tuple[Interval, ...]):
@@ -79,8 +83,76 @@ class Exchange:
 
 
 Request = Exchange | tuple[Exchange, ...]
-Steps = Generator[Request, Tensor | tuple[Tensor, ...], T]
-"""A computation that yields requests, receives their answers, and returns a `T`."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What matrices of one kind have computed together, in fewer operators than one by one.
+
+    Attributes:
+        function: takes a list of each operand, one entry for each matrix, and the options; returns
+            a sequence with the result for each matrix.
+        operands: of this matrix.
+        kind: what must be equal for matrices to be together, beside function and options: shapes.
+        options: further arguments, by name.
+    """
+
+    function: Callable[..., Sequence[Any]]
+    operands: tuple[Any, ...]
+    kind: Hashable
+    options: tuple[tuple[str, Hashable], ...] = ()
+
+
+Steps = Generator[Request | Work, Any, T]
+"""A computation that yields requests and work, receives answers and results, and returns a `T`."""
+
+
+def together(
+    function: Callable[..., Sequence[Any]], *operands: Any, kind: Hashable, **options: Hashable
+) -> Steps[Any]:
+    """The result of a :class:`Work`."""
+    return (yield Work(function, operands, kind, tuple(options.items())))
+
+
+def done(works: Sequence[Work]) -> Sequence[Any]:
+    """The results of works of one kind."""
+    operands = zip(*(work.operands for work in works), strict=True)
+    return works[0].function(*map(list, operands), **dict(works[0].options))
+
+
+def advance(
+    computations: Mapping[K, Steps[T]],
+    answers: Mapping[K, Any],
+    finish: Callable[[K, T], None],
+) -> dict[K, Request]:
+    """Let computations go on until they need other processes, or have a result.
+
+    Args:
+        computations: the computations.
+        answers: to the last request of each one that is to go on; None for one that begins.
+        finish: called with each result.
+
+    Returns:
+        The requests, in the order of `answers`.
+    """
+    requests: dict[K, Request] = {}
+    going = dict(answers)
+    while going:
+        works: dict[Hashable, dict[K, Work]] = {}
+        for key in list(going):
+            try:
+                asked = computations[key].send(going.pop(key))
+            except StopIteration as finished:
+                finish(key, finished.value)
+                continue
+            if isinstance(asked, Work):
+                kind = asked.function, asked.kind, asked.options
+                works.setdefault(kind, {})[key] = asked
+            else:
+                requests[key] = asked
+        for alike in works.values():
+            going.update(zip(alike, done(list(alike.values())), strict=True))
+    return {key: requests[key] for key in answers if key in requests}
 
 
 def known_rows(rows: Rows) -> Rows:
@@ -88,8 +160,10 @@ def known_rows(rows: Rows) -> Rows:
     return KnownRows(rows) if type(rows) is tuple else rows
 
 
-def exchanges_of(request: Request) -> tuple[Exchange, ...]:
-    """The exchanges of a request."""
+def exchanges_of(request: Request | Work) -> tuple[Exchange, ...]:
+    """The exchanges of a request; work has none."""
+    if isinstance(request, Work):
+        return ()
     return request if isinstance(request, tuple) else (request,)
 
 
@@ -209,7 +283,8 @@ def gather(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
     """
     if _all_rows_are_local(have, want):
         return select_rows(part, have[me], want[me])
-    return (yield Exchange(part, have, want))  # type: ignore[return-value]
+    rows: Tensor = yield Exchange(part, have, want)
+    return rows
 
 
 def gather_each(parts: Sequence[tuple[Tensor, Rows, Rows]], me: int) -> Steps[list[Tensor]]:
@@ -233,7 +308,8 @@ def sum_scatter(part: Tensor, have: Rows, want: Rows, me: int) -> Steps[Tensor]:
     """
     if _all_rows_are_local(have, want) and _no_sums_are_needed(have, want):
         return select_rows(part, have[me], want[me])
-    return (yield Exchange(part, have, want))  # type: ignore[return-value]
+    rows: Tensor = yield Exchange(part, have, want)
+    return rows
 
 
 def sum_scatter_both(
@@ -242,7 +318,8 @@ def sum_scatter_both(
     """Two :func:`sum_scatter` over the same rows, in one request."""
     if _all_rows_are_local(have, want) and _no_sums_are_needed(have, want):
         return tuple(select_rows(part, have[me], want[me]) for part in parts)  # type: ignore[return-value]
-    return (yield tuple(Exchange(part, have, want) for part in parts))  # type: ignore[return-value]
+    both: tuple[Tensor, Tensor] = yield tuple(Exchange(part, have, want) for part in parts)
+    return both
 
 
 def relayed_sum(part: Tensor, have: Rows, shares: Rows, want: Rows, me: int) -> Steps[Tensor]:

@@ -25,7 +25,7 @@ from arg_dist.subspace.norms import to_host_memory
 from arg_dist.subspace.orthonormal import orthonormalize
 
 Part = Callable[[], Tensor]
-"""Returns a process's part of a gradient, ``moment.touch x basis.touch``, fp32.
+"""Returns a process's part of a gradient, ``moment.touch x basis.touch``, in its own type.
 
 Called once per product, so that a copy, if one is necessary at all, lives only that long.
 """
@@ -64,14 +64,14 @@ def range_finder(
     """
     moment, basis, me = sharding.moment, sharding.basis, sharding.me
     # Y = G^T Omega ;  Q = orth(Y)
-    sketch = yield from to_home(gradient().T @ omega, basis.touch, basis.size, sharding)
+    sketch = yield from to_home(gradient().float().T @ omega, basis.touch, basis.size, sharding)
     vectors = orthonormalize(sketch)
     for _ in range(power_passes):
         # Y <- G^T (G Q) ;  Q = orth(Y)
         vectors = yield from from_home(vectors, basis.size, basis.touch, sharding)
-        image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
+        image = yield from sum_scatter(gradient().float() @ vectors, moment.touch, moment.keep, me)
         image = yield from gather(image, moment.keep, moment.touch, me)
-        sketch = yield from to_home(gradient().T @ image, basis.touch, basis.size, sharding)
+        sketch = yield from to_home(gradient().float().T @ image, basis.touch, basis.size, sharding)
         vectors = orthonormalize(sketch)
     return vectors
 
@@ -106,7 +106,7 @@ def leading_directions(
         vectors = torch.cat([found, probes.addmm(found, found.T @ probes, alpha=-1)], 1)
     vectors = yield from from_home(vectors, basis.size, basis.touch, sharding)
     # B = G Q ;  B^T B = U diag(energy) U^T ;  Q <- Q U, in fp64: squaring halves the precision
-    image = yield from sum_scatter(gradient() @ vectors, moment.touch, moment.keep, me)
+    image = yield from sum_scatter(gradient().float() @ vectors, moment.touch, moment.keep, me)
     image, both = image.double(), vectors.shape[1]
     gram = yield from to_home(image.T @ image, sharding.whole(both), both, sharding)
     # the refresh's only wait for the device: eigh would wait as well, and so would the energies

@@ -11,7 +11,7 @@ from cuts import (
     whole_rows,
     without_bystanders,
 )
-from lockstep_steps import step_in_lockstep, step_of
+from lockstep_steps import apply, step_in_lockstep, step_of
 from matrices import gaussian
 
 from arg_dist.config import AdaRankGradConfig
@@ -24,11 +24,6 @@ SHAPES = ((13, 10), (9, 14))
 STEPS = 7
 SETTINGS = AdaRankGradConfig(max_rank=5, min_rank=1, min_gap=3, max_gap=3)
 KEPT = ("basis", "exp_avg", "exp_avg_sq")
-
-
-def apply(shard, update) -> None:
-    rates = {"lr": SETTINGS.lr, "scale": SETTINGS.scale, "weight_decay": 0.0}
-    shard.apply(update.direction, update.basis, None, update.outside, **rates)
 
 
 def train(group, cuts, layout):
@@ -51,8 +46,8 @@ def train(group, cuts, layout):
             communicator,
             max(rounds(SETTINGS.power_passes, SETTINGS.residual, relayed=True)),
         )
-        for (_, shard), update in zip(held, updates, strict=True):
-            apply(shard, update)
+        for (i, shard), update in zip(held, updates, strict=True):
+            apply(shard, update, gaussian(*SHAPES[i], seed=step), SETTINGS)
     kept = [{key: state[key] for key in KEPT} if state else None for state in states]
     return [shard.values() for shard in shards], kept, communicator.sent_bytes
 

@@ -19,7 +19,8 @@ from matrices import gaussian
 from tolerances import BF16_PRODUCTS, TWO_PARTS
 from torch import Tensor
 
-from arg_dist.subspace.kernels import grouped, plain
+from arg_dist.subspace import grouped_kernels as grouped
+from arg_dist.subspace import products
 
 DEVICE = torch.device(os.environ.get("KERNELS_ON", "cpu"))
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -95,12 +96,12 @@ def test_project(count, rows, columns, rank, dtype, layout, precision, parts, ex
     gradients = listed(count, (rows, columns), dtype, layout)
     bases = listed(count, (columns, rank), FP32, layout, largest=2000, seed=1)
     how = dict(precision=precision, parts=parts, exact=exact)
-    exactly = dict(parts=plain.bf16_parts(precision, parts))  # on a CPU, medium is bf16
+    exactly = dict(parts=products.bf16_parts(precision, parts))  # on a CPU, medium is bf16
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(grouped, "PROGRAMS", programs)
-        products, squares = grouped.project(gradients, bases, **how)
-    expected, expected_squares = plain.project(gradients, bases, **exactly)
-    assert torch.equal(products, expected)
+        found, squares = grouped.project(gradients, bases, **how)
+    expected, expected_squares = products.plain_project(gradients, bases, **exactly)
+    assert torch.equal(found, expected)
     assert torch.equal(squares, expected_squares)
 
 
@@ -133,7 +134,7 @@ def test_apply(count, rows, columns, rank, dtype, other, layout, adds, precision
         grouped.apply(
             weights, directions, bases, *rows_and_outside, **how, precision=precision, exact=exact
         )
-    plain.apply(expected, directions, bases, *rows_and_outside, **how)
+    products.plain_apply(expected, directions, bases, *rows_and_outside, **how)
     assert all(map(torch.equal, weights, expected))
 
 
@@ -164,9 +165,9 @@ def test_another_launch_for_each_kind_and_results_in_the_order_of_the_list(
     gradients[2] = transposed(gradients[2])
     gradients[3] = at_an_odd_address(gradients[3])
     bases = listed(5, (16, 16), seed=1)
-    products, squares = grouped.project(gradients, bases)
-    expected, expected_squares = plain.project(gradients, bases)
-    assert torch.equal(products, expected) and torch.equal(squares, expected_squares)
+    found, squares = grouped.project(gradients, bases)
+    expected, expected_squares = products.plain_project(gradients, bases)
+    assert torch.equal(found, expected) and torch.equal(squares, expected_squares)
     assert sorted(len(launch.table) for launch in launches) == [1, 1, 1, 2]
 
 
@@ -174,26 +175,26 @@ def test_another_launch_for_each_kind_and_results_in_the_order_of_the_list(
 def test_what_is_empty(rows: int, columns: int, rank: int) -> None:
     gradients, bases = listed(2, (rows, columns)), listed(2, (columns, rank))
     for actual, expected in zip(
-        grouped.project(gradients, bases), plain.project(gradients, bases), strict=True
+        grouped.project(gradients, bases), products.plain_project(gradients, bases), strict=True
     ):
         assert torch.equal(actual, expected)
     weights, expected_weights = listed(2, (rows, columns)), listed(2, (rows, columns))
-    for path, each in ((grouped, weights), (plain, expected_weights)):
-        path.apply(each, listed(2, (rows, rank)), bases, keep=0.5, step=1.0)
+    for path, each in ((grouped.apply, weights), (products.plain_apply, expected_weights)):
+        path(each, listed(2, (rows, rank)), bases, keep=0.5, step=1.0)
     assert all(map(torch.equal, weights, expected_weights))
 
 
 def test_without_matrices_nothing_is_launched(launches: list[grouped.Launch]) -> None:
-    products, squares = grouped.project([], [])
-    assert products.shape == (0, 0, 0) and squares.shape == (0, 0)
+    found, squares = grouped.project([], [])
+    assert found.shape == (0, 0, 0) and squares.shape == (0, 0)
     grouped.apply([], [], [], keep=1.0, step=1.0)
     assert not launches
 
 
 def test_a_missing_gradient_is_zeros_without_strides() -> None:
     gradients = [torch.zeros(1, device=DEVICE).expand(20, 24)]
-    products, squares = grouped.project(gradients, listed(1, (24, 5)))
-    assert not products.any() and not squares.any()
+    found, squares = grouped.project(gradients, listed(1, (24, 5)))
+    assert not found.any() and not squares.any()
 
 
 @pytest.mark.parametrize(("parts", "tolerance"), [(1, BF16_PRODUCTS), (2, TWO_PARTS)])
@@ -220,10 +221,10 @@ def test_elements_loaded_and_stored(programs: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(grouped, "PROGRAMS", programs)
     # an uneven G in fp32 has 64 columns of the basis at once, so it is in bf16 here
     low = [each.bfloat16() for each in G]
-    products, squares = grouped.project(low, Q)
+    found, squares = grouped.project(low, Q)
     read = at(loads, G=low[0], Q=Q[0])
     assert read == {"G": rank_blocks * m * n, "Q": row_blocks * n * r}
-    assert at(stores, P=products, S=squares) == {"P": m * r, "S": m}
+    assert at(stores, P=found, S=squares) == {"P": m * r, "S": m}
     assert sum(stores.values()) == m * r + m
     loads.clear(), stores.clear()
     grouped.apply(W, N, Q, phi, E, keep=1.0, step=1.0)

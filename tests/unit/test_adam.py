@@ -8,7 +8,7 @@ from matrices import gaussian
 from one_process import optimizer_of, parameters_of, train
 from tolerances import ROUNDING
 
-from arg_dist.algorithm import adam_direction, adam_step
+from arg_dist.algorithm import adam_directions, adam_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_local
 from arg_dist.sharding.layout import shard_elements
@@ -40,8 +40,9 @@ def test_a_matrix_at_full_rank_is_trained_by_adam():
 
 def test_the_first_direction_is_the_sign_of_the_gradient():
     gradient = gaussian(6, 4)
-    moments = torch.zeros(6, 4), torch.zeros(6, 4)
-    direction = adam_direction(gradient, *moments, step=1, betas=(0.9, 0.999), eps=0.0)
+    direction, *moments = (torch.zeros(6, 4) for _ in range(3))
+    lists = ([each] for each in (direction, gradient, *moments))
+    adam_directions(*lists, step=1, betas=(0.9, 0.999), eps=0.0)
     ROUNDING.check(direction, gradient.sign())
 
 

@@ -15,8 +15,8 @@ import torch
 from matrices import whole_numbers
 from torch import Tensor
 
-from arg_dist.subspace import kernels
-from arg_dist.subspace.kernels import plain
+from arg_dist import subspace
+from arg_dist.subspace import products
 
 HERE = Path(__file__).parent
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -46,8 +46,8 @@ def test_the_kernels_equal_the_plain_path(device: str) -> None:
 def test_squares_are_those_of_the_matrix_itself_in_the_plain_path() -> None:
     gradients = [whole_numbers(5, 7), whole_numbers(5, 7, seed=1)]
     bases = [whole_numbers(7, 3, seed=2), whole_numbers(7, 3, seed=3)]
-    products, squares = plain.project(gradients, bases)
-    for G, Q, P, square in zip(gradients, bases, products, squares, strict=True):
+    found, squares = products.plain_project(gradients, bases)
+    for G, Q, P, square in zip(gradients, bases, found, squares, strict=True):
         assert torch.equal(P, G @ Q) and torch.equal(square, G.square().sum(1))
 
 
@@ -56,7 +56,7 @@ def test_plain_updates_are_those_of_the_formula(dtype: torch.dtype) -> None:
     W, E = whole_numbers(5, 7).to(dtype), whole_numbers(5, 7, seed=1)
     N, Q, phi = whole_numbers(5, 2, seed=2), whole_numbers(7, 2, seed=3), whole_numbers(5, seed=4)
     expected = (0.5 * W.float() - 0.25 * (N @ Q.T + phi[:, None] * E)).to(dtype)
-    plain.apply([W], [N], [Q], [phi], [E], keep=0.5, step=-0.25)
+    products.plain_apply([W], [N], [Q], [phi], [E], keep=0.5, step=-0.25)
     assert torch.equal(W, expected)
 
 
@@ -64,13 +64,13 @@ def test_plain_updates_are_those_of_the_formula(dtype: torch.dtype) -> None:
 
 
 def test_on_a_cpu_the_plain_path_is_taken() -> None:
-    assert not kernels.available(torch.device("cpu"))
+    assert not products.available(torch.device("cpu"))
     G, Q = [whole_numbers(5, 7)], [whole_numbers(7, 3, seed=2)]
-    assert torch.equal(kernels.project(G, Q)[0], plain.project(G, Q)[0])
+    assert torch.equal(products.project(G, Q)[0], products.plain_project(G, Q)[0])
     W, expected = whole_numbers(5, 7), whole_numbers(5, 7)
     N = [whole_numbers(5, 3)]
-    kernels.apply([W], N, Q, keep=0.5, step=1.0)
-    plain.apply([expected], N, Q, keep=0.5, step=1.0)
+    products.apply([W], N, Q, keep=0.5, step=1.0)
+    products.plain_apply([expected], N, Q, keep=0.5, step=1.0)
     assert torch.equal(W, expected)
 
 
@@ -79,14 +79,14 @@ def test_without_triton_the_package_works_and_with_it_importing_does_not_load_it
 import sys
 import torch
 import arg_dist
-from arg_dist.subspace import kernels
+from arg_dist.subspace import products
 assert "triton" not in sys.modules
 sys.modules["triton"] = None  # as if it were not installed
-assert not kernels.available(torch.device("cuda", 0))
+assert not products.available(torch.device("cuda", 0))
 ones = torch.ones(3, 3)
-products, squares = kernels.project([ones], [ones])
-assert (products == 3).all() and (squares == 3).all()
-kernels.apply([ones], [ones], [ones], keep=1.0, step=1.0)
+found, squares = products.project([ones], [ones])
+assert (found == 3).all() and (squares == 3).all()
+products.apply([ones], [ones], [ones], keep=1.0, step=1.0)
 weight = torch.nn.Parameter(torch.ones(8, 8))
 optimizer = arg_dist.AdaRankGrad([("weight", weight)], lr=1e-3)
 (weight @ torch.arange(8.0)).square().sum().backward()
@@ -96,18 +96,18 @@ optimizer.step()
 
 
 def test_a_triton_that_cannot_run_is_named_and_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels._works.cache_clear()
-    monkeypatch.setattr(kernels, "find_spec", lambda name: "found")
+    products._works.cache_clear()
+    monkeypatch.setattr(products, "find_spec", lambda name: "found")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch, "ones", lambda *shape, **options: whole_numbers(*shape))
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "arg_dist.subspace.kernels.grouped", raising=False)
-    monkeypatch.delattr(kernels, "grouped", raising=False)
+    monkeypatch.delitem(sys.modules, "arg_dist.subspace.grouped_kernels", raising=False)
+    monkeypatch.delattr(subspace, "grouped_kernels", raising=False)
     with pytest.warns(UserWarning, match="cannot run on cuda:0"):
-        assert not kernels.available(torch.device("cuda", 0))
-    assert not kernels.available(torch.device("cuda", 0))
-    kernels._works.cache_clear()
+        assert not products.available(torch.device("cuda", 0))
+    assert not products.available(torch.device("cuda", 0))
+    products._works.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -122,20 +122,20 @@ def test_a_triton_that_cannot_run_is_named_and_passed_over(monkeypatch: pytest.M
 def test_lists_that_do_not_belong_together_are_refused(operands, message: str) -> None:
     gradients, bases = ([torch.zeros(shape) for shape in each] for each in operands)
     with pytest.raises(ValueError, match=message):
-        kernels.project(gradients, bases)
+        products.project(gradients, bases)
 
 
 def test_rows_need_what_they_scale() -> None:
     W, N, Q = torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(4, 2)
     with pytest.raises(ValueError, match="rows without outside"):
-        kernels.apply([W], [N], [Q], [torch.zeros(3)], keep=1.0, step=1.0)
+        products.apply([W], [N], [Q], [torch.zeros(3)], keep=1.0, step=1.0)
     with pytest.raises(ValueError, match="rows: got the shapes"):
-        kernels.apply([W], [N], [Q], [torch.zeros(4)], [W], keep=1.0, step=1.0)
+        products.apply([W], [N], [Q], [torch.zeros(4)], [W], keep=1.0, step=1.0)
 
 
 def test_a_basis_has_one_or_two_parts() -> None:
     with pytest.raises(ValueError, match="pass 1 or 2"):
-        kernels.project([torch.zeros(3, 4).bfloat16()], [torch.zeros(4, 2)], parts=3)
+        products.project([torch.zeros(3, 4).bfloat16()], [torch.zeros(4, 2)], parts=3)
 
 
 # -- code for sm_90 -------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_project_on_sm_90(count, rank, dtype, is_transposed, product, instruction, cache) -> None:
-    from arg_dist.subspace.kernels import grouped
+    from arg_dist.subspace import grouped_kernels as grouped
 
     rows, columns = 1024, 2048
     (launch,) = grouped.projections(
@@ -246,7 +246,7 @@ def test_project_on_sm_90(count, rank, dtype, is_transposed, product, instructio
 def test_apply_on_sm_90(
     count, size, rank, dtype, is_transposed, outside, product, instruction, cache
 ) -> None:
-    from arg_dist.subspace.kernels import grouped
+    from arg_dist.subspace import grouped_kernels as grouped
 
     added = None if outside is None else [empty(size, size, outside, is_transposed)] * count
     (launch,) = grouped.applications(

@@ -73,7 +73,7 @@ THIRD_PARTY = {
     RIG_LAYER: set(),
 }
 """Layers that are not listed may import any package."""
-OPTIONAL = {"arg_dist.subspace.kernels.grouped": {"triton"}}
+OPTIONAL = {"arg_dist.subspace.grouped_kernels": {"triton"}}
 """Modules that are imported only where a package is installed."""
 PEERS = {"galore_torch", "apollo_torch", "fira", "peft", "pytorch_optimizer"}
 WITHOUT_PROCESSES = {"checkpoint", "config", "core", "package", "subspace"}

@@ -130,7 +130,7 @@ def lane_of(recorder: Recorder, name: str, asks: list[int]) -> Lane[int]:
 
     return Lane(
         [asking(number, times) for number, times in enumerate(asks)],
-        lambda position, result: recorder.events.append(f"finish {name}{result}"),
+        lambda results: recorder.events.extend(f"finish {name}{each}" for each in results.values()),
         name,
         meanwhile=lambda: recorder.events.append(f"meanwhile {name}"),
     )

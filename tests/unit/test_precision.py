@@ -11,7 +11,7 @@ from matrices import gaussian
 from one_process import feed, optimizer_of, parameters_of
 from tolerances import BF16_PRODUCTS
 
-from arg_dist.subspace.precision import CPU, MatmulPrecision, matmul_precision
+from arg_dist.subspace.products import CPU, MatmulPrecision, matmul_precision
 
 SIZE = 256
 """oneDNN takes products of smaller matrices in fp32 anyway."""

@@ -1,7 +1,7 @@
-"""The products of a steady step as two Triton kernels, each launched once for a list of matrices.
+"""Squares and products of a steady step: Triton kernels, launched once for a list of matrices.
 
-Imported where :func:`arg_dist.subspace.kernels.available` holds; arguments and results are those of
-:mod:`arg_dist.subspace.kernels.plain`, with which the tests compare it. The matrices of a list have
+Imported where :func:`arg_dist.subspace.products.available` holds; arguments and results are those
+of :mod:`arg_dist.subspace.products`, with which the tests compare it. The matrices of a list have
 one shape. A launch takes all that have the same types, strides and alignment, which is one launch
 for a list of parameters of one kind. Their addresses travel as a table, one copy to the device.
 
@@ -11,6 +11,7 @@ rows and c columns, 128 or 64 each (:func:`_block`):
 ======= ========================================== ================ ==============================
 kernel  loads                                      stores           of memory, bytes per parameter
 ======= ========================================== ================ ==============================
+squares G: ``m n``                                 squares: ``m``   ``g``
 project G: ``ceil(r / 128) m n``                   P: ``m r``       ``g + 4 r / n + 4 r / m``
         Q: ``ceil(m / b) n r``                     squares: ``m``
 apply   W, E: ``m n`` each                         W: ``m n``       ``2 w + e + 4 r / n + 4 r / m``
@@ -43,13 +44,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arg_dist.subspace.kernels.plain import (
+from arg_dist.subspace.products import (
+    MatmulPrecision,
     bf16_parts,
     check_applied,
     check_projected,
     empty_products,
 )
-from arg_dist.subspace.precision import MatmulPrecision
 
 PROGRAMS = 132
 """Programs that an H100 or H200 runs at once: as many as it has multiprocessors."""
@@ -122,6 +123,38 @@ def add_bf16_product(left: tl.tensor, right: tl.tensor, total: tl.tensor) -> tl.
         return tl.dot(left.to(tl.float32), right.to(tl.float32), total)
     else:
         return tl.dot(left, right, total)
+
+
+@triton.jit
+def squares_kernel(
+    table: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    g_row: tl.tensor,
+    g_column: tl.tensor,
+    G_TYPE: tl.constexpr,
+    G_ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> None:
+    """The squares of ``BLOCK_ROWS`` of one G, in fp64: fp32 has none of the smallest numbers."""
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    program = tl.program_id(0)
+    first_row = program % row_blocks * BLOCK_ROWS
+    at = program // row_blocks * 2
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    along = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    G = operand(table, at, 0, G_TYPE, G_ALIGNED) + first_row.to(tl.int64) * g_row
+    offsets = row * g_row + along * g_column
+    has_row = first_row + row < rows
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float64)
+    for first in range(0, columns, BLOCK_COLUMNS):
+        g = tl.load(G + offsets, mask=has_row & (first + along < columns), other=0.0)
+        wide = g.to(tl.float64)
+        squares += wide * wide
+        G += BLOCK_COLUMNS * g_column
+    S = operand(table, at, 1, tl.float64, False) + first_row
+    tl.store(S + row, tl.sum(squares, axis=1, keep_dims=True), mask=has_row)
 
 
 @triton.jit
@@ -309,6 +342,43 @@ def run(launch: Launch, device: torch.device) -> None:
         )
 
 
+def squares(gradients: Sequence[Tensor]) -> Tensor:
+    """``k x m``, fp64: ``||G_i||^2`` for the rows of k gradients of one shape, in fp32 or bf16."""
+    rows = gradients[0].shape[0]
+    check_projected(gradients, [gradients[0].new_empty(gradients[0].shape[1], 0)] * len(gradients))
+    totals = torch.empty(len(gradients), rows, dtype=torch.float64, device=gradients[0].device)
+    for launch in squarings(gradients, list(totals)):
+        run(launch, gradients[0].device)
+    return totals
+
+
+def squarings(gradients: Sequence[Tensor], totals: Sequence[Tensor]) -> list[Launch]:
+    """The launches that fill `totals`, each ``m``, fp64; one for each kind of matrix."""
+    launches = []
+    for kind in _kinds(gradients):
+        G = gradients[kind[0]]
+        rows, columns = G.shape
+        # along what is contiguous
+        block_rows, block_columns = (16, 128) if G.stride(1) == 1 else (128, 16)
+        launches.append(
+            Launch(
+                squares_kernel,
+                len(kind) * triton.cdiv(rows, block_rows),
+                _addresses(kind, gradients, totals),
+                _numbers(dict(rows=rows, columns=columns), g=G),
+                dict(
+                    G_TYPE=TYPES[G.dtype],
+                    G_ALIGNED=_is_aligned(G),
+                    BLOCK_ROWS=block_rows,
+                    BLOCK_COLUMNS=block_columns,
+                ),
+                warps=4,
+                stages=3,
+            )
+        )
+    return launches
+
+
 def project(
     gradients: Sequence[Tensor],
     bases: Sequence[Tensor],
@@ -317,7 +387,7 @@ def project(
     parts: int | None = None,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`arg_dist.subspace.kernels.plain.project`, of gradients in fp32 or bf16."""
+    """As :func:`arg_dist.subspace.products.plain_project`, of gradients in fp32 or bf16."""
     check_projected(gradients, bases)
     products, squares = empty_products(gradients, bases)
     for launch in projections(
@@ -396,7 +466,7 @@ def apply(
     precision: MatmulPrecision = "highest",
     exact: bool = False,
 ) -> None:
-    """As :func:`arg_dist.subspace.kernels.plain.apply`, of weights in fp32 or bf16."""
+    """As :func:`arg_dist.subspace.products.plain_apply`, of weights in fp32 or bf16."""
     check_applied(weights, directions, bases, rows, outside)
     for launch in applications(
         weights,
