@@ -35,7 +35,7 @@ from arg_dist.subspace.distributed import (
     together,
 )
 from arg_dist.subspace.norms import in_host_memory, row_squares
-from arg_dist.subspace.products import MatmulPrecision, available, lowered_precision, project
+from arg_dist.subspace.products import MatmulPrecision, lowered_precision, project
 from arg_dist.subspace.range_finder import Part, leading_directions
 from arg_dist.subspace.rank import choose_rank, exit_early, gap_after_decay, gap_until_next
 from arg_dist.subspace.residual import (
@@ -266,14 +266,8 @@ def _projections(
     gradients: Sequence[Part], bases: Sequence[Tensor], *, precision: MatmulPrecision
 ) -> list[Tensor]:
     """Each ``rows x rank``."""
-    if available(bases[0].device):
-        parts = [gradient() for gradient in gradients]
-        return list(project(parts, bases, precision=precision)[0])
-    # one by one, as parts may be copies
-    return [
-        project([gradient()], [basis], precision=precision, squares=False)[0][0]
-        for gradient, basis in zip(gradients, bases, strict=True)
-    ]
+    parts = [gradient() for gradient in gradients]
+    return list(project(parts, bases, precision=precision, squares=False)[0])
 
 
 class Inside(NamedTuple):
@@ -479,7 +473,7 @@ def _outside(
             is_copy = len(sharding.owners) > 1 or part_type != torch.float32
             residual = residual_of(G, P, Q, norm_sq, overwrite=is_copy)
         del G, P
-    return at_full_size(residual, Q, norm_sq**0.5, state, sharding, settings)
+    return (yield from at_full_size(residual, Q, norm_sq**0.5, state, sharding, settings))
 
 
 def at_full_size(
@@ -489,7 +483,7 @@ def at_full_size(
     state: State,
     sharding: MatrixSharding,
     settings: AdaRankGradConfig,
-) -> Tensor:
+) -> Steps[Tensor]:
     """``elements`` at home, none elsewhere: the residual orthogonalized, or its momentum.
 
     Args:
@@ -506,13 +500,26 @@ def at_full_size(
         blend_momentum(S, norm, state, sharding, settings)
     if sharding.me != sharding.home:
         return S
-    factor = orthogonalized(
+    del residual
+    factor: Tensor = yield from together(
+        _orthogonalized_each,
         S,
         basis.to(dtype),
+        kind=(S.shape, basis.shape, S.device, dtype),
         outputs_are_moment=sharding.outputs_are_moment,
         steps=settings.polar_steps,
     )
     return (factor if sharding.cuts_moment else factor.T).contiguous().view(-1)
+
+
+def _orthogonalized_each(
+    residuals: Sequence[Tensor], bases: Sequence[Tensor], **options: Any
+) -> list[Tensor]:
+    """:func:`arg_dist.subspace.residual.orthogonalized` of k matrices of one shape."""
+    if len(residuals) == 1 or in_host_memory(residuals[0]):  # where each is rounded as if alone
+        each = zip(residuals, bases, strict=True)
+        return [orthogonalized(S, Q, **options) for S, Q in each]
+    return list(orthogonalized(as_one(residuals), as_one(bases), **options))
 
 
 def blend_momentum(

@@ -322,6 +322,26 @@ def agree(
         *sketches,
     )
     totals, reports = answers[0].tolist(), answers[1]
+    own = Agreement(
+        norm_sq=[row[0] for row in totals],
+        kept_sq=[row[1] for row in totals],
+        rounds=list(rounds),
+        strangers=[] if own_state else [0],
+        processes=processes,
+        refreshing=refreshing,
+        unlike=likeness.apart,
+        mean_sq=float(answers[2].square().sum()) if sketches else None,
+    )
+    return own if processes == 1 else _with_all(own, reports)
+
+
+def _with_all(own: Agreement, reports: Tensor) -> Agreement:
+    """The agreement, from what one process knows and the reports of all.
+
+    Args:
+        own: the agreement of a process by itself.
+        reports: ``processes x (2 + lanes)``, int64, of :func:`_report`.
+    """
     words, summaries = reports[:, 0], reports[:, 1].contiguous().view(torch.float64)
     taken = words >> STEPS_BIT & STEPS
     is_stranger = (words & OWN_STATE == 0) | (taken != taken[0])
@@ -330,15 +350,12 @@ def agree(
     strange, refreshes, unlike, *most = torch.cat(
         [torch.stack(told).to(torch.int64), reports[:, 2:].amax(0)]
     ).tolist()
-    return Agreement(
-        norm_sq=[row[0] for row in totals],
-        kept_sq=[row[1] for row in totals],
+    return replace(
+        own,
         rounds=most,
         strangers=is_stranger.nonzero().flatten().tolist() if strange else [],
-        processes=processes,
         refreshing=bool(refreshes),
         unlike=bool(unlike),
-        mean_sq=float(answers[2].square().sum()) if sketches else None,
     )
 
 
@@ -383,15 +400,17 @@ def _fill_in(column: Tensor, values: Sequence[tuple[int, Tensor]]) -> None:
 
 # -- the step -------------------------------------------------------------------------------------
 
-TOGETHER = 32 * 2**20
-"""Bytes of weights in fp32 up to which matrices on a GPU have their work done together: beyond it,
-operators take longer than their start, and what passes meanwhile would become memory."""
+TOGETHER, TOGETHER_ON_DEVICE = 2**17, 2**25
+"""Bytes of weights in fp32 up to which matrices have their work done together, on CPUs and on GPUs:
+beyond it operators take longer than it takes to start them, and what passes meanwhile would become
+memory."""
 
 
 def batches(shards: Sequence[Shard]) -> list[range]:
-    """Positions of shards whose work is done together; on a CPU, of each alone."""
-    is_launched = any(not in_host_memory(shard.fragment.target) for shard in shards)
-    return batches_of([shard.held_bytes for shard in shards], TOGETHER if is_launched else 0)
+    """Positions of shards whose work is done together."""
+    on_cpu = all(in_host_memory(shard.fragment.target) for shard in shards)
+    limit = TOGETHER if on_cpu else TOGETHER_ON_DEVICE
+    return batches_of([shard.held_bytes for shard in shards], limit)
 
 
 def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig]) -> int:

@@ -325,7 +325,8 @@ def _orthogonalized(
     kept = select_rows(basis, side.touch[me], side.keep[me])
     Q = yield from gather(kept, side.keep, rows, me)
     S = at_home.matrix(residual) if me == at_home.home else residual
-    return at_full_size(S, Q, limit**0.5, state, at_home, settings).float()
+    factor = yield from at_full_size(S, Q, limit**0.5, state, at_home, settings)
+    return factor.float()
 
 
 def _sized(

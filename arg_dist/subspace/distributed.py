@@ -150,8 +150,11 @@ def advance(
                 works.setdefault(kind, {})[key] = asked
             else:
                 requests[key] = asked
-        for alike in works.values():
-            going.update(zip(alike, done(list(alike.values())), strict=True))
+        while works:  # nothing remains of it when the computations go on
+            _, alike = works.popitem()
+            keys = list(alike)
+            going.update(zip(keys, done(list(alike.values())), strict=True))
+            del alike
     return {key: requests[key] for key in answers if key in requests}
 
 

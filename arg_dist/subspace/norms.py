@@ -6,6 +6,7 @@ A gradient in fp16 or bf16 is converted run by run, so that no full fp32 copy of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,9 +44,7 @@ def row_squares(part: Tensor) -> Tensor:
     """
     rows, columns = part.shape
     if not in_host_memory(part):
-        dtype = torch.promote_types(part.dtype, torch.float32)
-        norms: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=dtype)
-        return norms.square().float()
+        return _norms_of_rows(part).square().float()
     if part.numel() <= RUN:
         return part.float().square().sum(1)
     squares = part.new_zeros(rows, dtype=torch.float32)
@@ -77,7 +76,8 @@ def norm_sq(part: Tensor, squares: Tensor | None = None) -> Tensor:
         squares: :func:`row_squares` of it, if known.
     """
     if not in_host_memory(part):
-        return _norm_on_device(part).square()
+        (norm,) = _norms_on_device([part])
+        return norm.square()
     if squares is None:
         squares = torch.stack([torch.dot(run, run) for run in map(Tensor.float, _runs(part))])
     total = squares.sum(dtype=torch.float64)
@@ -86,13 +86,35 @@ def norm_sq(part: Tensor, squares: Tensor | None = None) -> Tensor:
     return torch.stack([run.double().square().sum() for run in _runs(part)]).sum()
 
 
-def _norm_on_device(part: Tensor) -> Tensor:
-    """``||G||``, an fp64 scalar, without a copy of the part in fp64 and without reading a value."""
-    in_order = part.T if part.ndim == 2 and part.stride(0) == 1 else part
-    if part.numel() and in_order.is_contiguous():
+def all_squares(parts: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """:func:`row_squares` and :func:`norm_sq` of matrices of one shape, type and device."""
+    if in_host_memory(parts[0]):
+        rows = [row_squares(part) for part in parts]
+        return rows, list(map(norm_sq, parts, rows))
+    norms = torch.stack([_norms_of_rows(part) for part in parts])
+    totals = torch.stack(_norms_on_device(parts))
+    return list(norms.square().float()), list(totals.square())
+
+
+def _norms_of_rows(part: Tensor) -> Tensor:
+    """``||G_i||`` for each row, fp32, or fp64 if the part is."""
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(part, dim=1, dtype=dtype)
+    return norms
+
+
+def _norms_on_device(parts: Sequence[Tensor]) -> list[Tensor]:
+    """``||G||``, fp64 scalars, without copies of the parts in fp64 and without reading a value."""
+    in_order = [part.T if part.ndim == 2 and part.stride(0) == 1 else part for part in parts]
+    if all(part.numel() and part.is_contiguous() for part in in_order):
         # its kernel alone converts element by element: vector_norm converts the tensor before
-        (norm,) = FOREACH_NORM.of(torch)([in_order], 2, dtype=torch.float64)
-        return norm  # type: ignore[no-any-return]
+        norms: Sequence[Tensor] = FOREACH_NORM.of(torch)(in_order, 2, dtype=torch.float64)
+        return list(norms)
+    return list(map(_norm_in_runs, parts))
+
+
+def _norm_in_runs(part: Tensor) -> Tensor:
+    """``||G||`` of a part that is empty or in no order."""
     height = max(1, DEVICE_RUN * len(part) // max(1, part.numel()))
     runs = torch.split(part, height)
     norms = [torch.linalg.vector_norm(run, dtype=torch.float64) for run in runs]

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.norms import norm_sq, row_squares
+from arg_dist.subspace.norms import all_squares, row_squares
 
 # -- the choice ------------------------------------------------------------------------------------
 
@@ -98,8 +98,7 @@ def squares(gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Ten
 
         of_rows = grouped_kernels.squares(gradients)
         return list(of_rows.float()), list(of_rows.sum(1))
-    rows = [row_squares(gradient) for gradient in gradients]
-    return rows, list(map(norm_sq, gradients, rows))
+    return all_squares(gradients)
 
 
 def apply(
@@ -290,11 +289,11 @@ def check_applied(
 
 
 def _check(name: str, given: Sequence[Tensor], count: int, shape: tuple[int, ...]) -> None:
-    shapes = [tuple(each.shape) for each in given]
+    shapes = [each.shape for each in given]
     if shapes != [shape] * count:
         raise ValueError(
-            f"{name}: got the shapes {shapes}; {count} of {shape} belong with the first operand: "
-            "call once for all matrices of a shape and rank"
+            f"{name}: got the shapes {[tuple(each) for each in shapes]}; {count} of {shape} belong "
+            "with the first operand: call once for all matrices of a shape and rank"
         )
 
 

@@ -25,7 +25,7 @@ the full size.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -144,52 +144,60 @@ def residual_of(
 def orthogonalized(
     residual: Tensor, basis: Tensor, *, outputs_are_moment: bool, steps: int
 ) -> Tensor:
-    """``moment x basis``: ``sqrt(max(m, n)) O``, in the type of the residual.
+    """``moment x basis``: ``sqrt(max(m, n)) O``, in the type of the residual; or k of them.
 
     Args:
-        residual: ``moment x basis``, S, with a norm of at most 1; overwritten.
-        basis: ``basis x rank``, Q, in the same type.
+        residual: ``moment x basis``, S, with a norm of at most 1, or ``k x moment x basis``;
+            overwritten.
+        basis: ``basis x rank``, Q, in the same type, or ``k x basis x rank``.
         outputs_are_moment: whether the moment side is that of the rows of W in the model.
         steps: Newton-Schulz iterations.
     """
     # once more S - S Q Q^T: what is left of Q by rounding would be as large as the rest of O
-    residual.addmm_(residual @ basis, basis.T, alpha=-1)
+    add_product(residual, residual @ basis, basis.mT, alpha=-1, out=residual)
     # each row of W in S, divided by its rms
-    with_equal_rows(residual if outputs_are_moment else residual.T)
+    with_equal_rows(residual if outputs_are_moment else residual.mT)
     # rms(O) = 1 / sqrt(max(m, n))
-    return polar_factor(residual, steps).mul_(max(residual.shape) ** 0.5)
+    return polar_factor(residual, steps).mul_(max(residual.shape[-2:]) ** 0.5)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
+    """``beta total + alpha left right``, of a matrix each or of k."""
+    function = torch.addmm if total.ndim == 2 else torch.baddbmm
+    return function(total, left, right, **options)
 
 
 def polar_factor(matrix: Tensor, steps: int) -> Tensor:
-    """``m x n``: ``O = U V^T`` of ``U diag(s) V^T``, approximately; zero of a zero matrix.
+    """``m x n``: ``O = U V^T`` of ``U diag(s) V^T``, approximately; zero of a zero matrix; or k.
 
     By Newton-Schulz: an odd polynomial of a matrix is the same polynomial of its singular values,
     so a few matrix polynomials replace a singular value decomposition. In the type of the matrix.
 
     Args:
-        matrix: ``m x n``, with a norm of at most 1; overwritten. A far smaller one remains far
-            smaller.
+        matrix: ``m x n`` with a norm of at most 1, or ``k x m x n``; overwritten. A far smaller
+            one remains far smaller.
         steps: Newton-Schulz iterations.
     """
     a, b, c = COEFFICIENTS
-    X = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    X = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     following = torch.empty_like(X)
     for _ in range(steps):
         # X <- a X + (b A + c A^2) X,  A = X X^T
-        A = X @ X.T
-        torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a, out=following)
+        A = X @ X.mT
+        add_product(X, add_product(A, A, A, beta=b, alpha=c), X, beta=a, out=following)
         X, following = following, X
-    return X if X.shape == matrix.shape else X.T
+    return X if X.shape == matrix.shape else X.mT
 
 
 def with_equal_rows(residual: Tensor) -> Tensor:
     """``m x n``: rows of equal norms, together of norm 1; in place. Zero rows stay zero.
 
     Args:
-        residual: ``m x n``, ``S / ||G||`` of a matrix that has one output per row.
+        residual: ``m x n``, ``S / ||G||`` of a matrix that has one output per row, or
+            ``k x m x n``.
     """
-    m = residual.shape[0]
+    m = residual.shape[-2]
     # S^_i = S_i / (||S_i|| sqrt(m))
-    squares = torch.linalg.vector_norm(residual, dim=1, keepdim=True, dtype=torch.float32).square()
+    squares = torch.linalg.vector_norm(residual, dim=-1, keepdim=True, dtype=torch.float32).square()
     squares += FAINT / m
     return residual.div_((m * squares).sqrt().to(residual.dtype))

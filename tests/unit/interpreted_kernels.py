@@ -10,15 +10,19 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import STEADY, Launched, as_on_a_gpu, gradients_of_step, take
 from matrices import gaussian
-from tolerances import BF16_PRODUCTS, TWO_PARTS
+from one_process import optimizer_of, parameters_of
+from tolerances import BF16_PRODUCTS, ROUNDING, TWO_PARTS
 from torch import Tensor
 
+from arg_dist import step as step_of_a_plan
 from arg_dist.subspace import grouped_kernels as grouped
 from arg_dist.subspace import products
 
@@ -103,6 +107,26 @@ def test_project(count, rows, columns, rank, dtype, layout, precision, parts, ex
     expected, expected_squares = products.plain_project(gradients, bases, **exactly)
     assert torch.equal(found, expected)
     assert torch.equal(squares, expected_squares)
+
+
+@settings(max_examples=12)
+@given(
+    count=SIZES["count"],
+    rows=SIZES["rows"],
+    columns=SIZES["columns"],
+    dtype=st.sampled_from([FP32, BF16]),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_squares(count, rows, columns, dtype, layout):
+    gradients = listed(count, (rows, columns), dtype, layout)
+    totals = grouped.squares(gradients)
+    for G, total in zip(gradients, totals, strict=True):
+        assert torch.equal(total, G.double().square().sum(1))
+
+
+def test_squares_of_the_smallest_numbers_are_not_zero() -> None:
+    (total,) = grouped.squares([listed(1, (3, 40), largest=1)[0] * 1e-30])
+    assert 0 < float(total.sum()) < 1e-57
 
 
 @settings(max_examples=12)
@@ -236,6 +260,86 @@ def test_elements_loaded_and_stored(programs: int, monkeypatch: pytest.MonkeyPat
         "phi": column_blocks * m,
     }
     assert at(stores, W=W[0]) == {"W": m * n} and sum(stores.values()) == m * n
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter counts")
+@pytest.mark.parametrize(("residual", "shape"), [("none", (48, 32)), ("matched", (32, 48))])
+def test_a_step_starts_two_operators_for_each_of_many_matrices(
+    residual: str, shape: tuple[int, int], launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [gaussian(*shape, seed=i) for i in range(24)]
+    ours, theirs = (optimizer_of(*weights, **STEADY, residual=residual) for _ in range(2))
+    with as_on_a_gpu():
+        for step in range(3):
+            gradients = gradients_of_step(step, weights)
+            take(theirs, gradients)
+            launches.clear()
+            with monkeypatch.context() as patched, Launched() as seen:
+                patched.setattr(products, "available", lambda device: True)
+                patched.setattr(step_of_a_plan, "available", lambda device: True)
+                take(ours, gradients)
+    assert len(launches) == 3  # squares, project, apply
+    # each after a copy of its table
+    assert seen.operators.total() + 2 * len(launches) <= 2 * len(weights), seen.operators
+    for actual, expected in zip(*map(parameters_of, (ours, theirs)), strict=True):
+        ROUNDING.check(actual.detach(), expected.detach())
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter counts")
+@pytest.mark.parametrize(("dtype", "most"), [(FP32, 24), (BF16, 16)])
+@pytest.mark.parametrize("residual", ["none", "matched"])
+def test_bytes_of_a_step_for_each_parameter(
+    residual: str, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, count = 128, 2  # a rank of 4 is a thirty-second of it
+    weights = [gaussian(size, size, seed=i).to(dtype) for i in range(count)]
+    optimizer = optimizer_of(*weights, **STEADY, residual=residual)
+    monkeypatch.setattr(products, "available", lambda device: True)
+    monkeypatch.setattr(step_of_a_plan, "available", lambda device: True)
+    with as_on_a_gpu():
+        take(optimizer, gradients_of_step(0, weights))
+        gradients = gradients_of_step(1, weights)
+        by_kernels = moved_by_kernels(monkeypatch)
+        with Launched() as seen:
+            take(optimizer, gradients)
+    assert len(by_kernels) == 3  # squares, project, apply
+    least = (3 if residual == "none" else 4) * weights[0].element_size()
+    parameters = count * size * size
+    assert least * parameters < sum(by_kernels) + seen.moved <= most * parameters
+
+
+def moved_by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes that each launch moves, where caches serve what is loaded again."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loaded: dict[int, int] = {}
+    stored: dict[int, int] = {}
+    moved: list[int] = []
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    run = grouped.run
+
+    def note(sizes: dict[int, int], pointers: Any, mask: Any) -> None:
+        addresses = pointers.data[mask.data.astype(bool)].tolist()
+        bits = pointers.get_element_ty().primitive_bitwidth
+        sizes.update(dict.fromkeys(addresses, bits // 8))
+
+    def noting_load(self, pointers, mask, *others):
+        note(loaded, pointers, mask)
+        return load(self, pointers, mask, *others)
+
+    def noting_store(self, pointers, value, mask, *others):
+        note(stored, pointers, mask)
+        return store(self, pointers, value, mask, *others)
+
+    def noting_run(launch: grouped.Launch, device: torch.device) -> None:
+        loaded.clear(), stored.clear()
+        run(launch, device)
+        moved.append(sum(loaded.values()) + sum(stored.values()))
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", noting_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", noting_store)
+    monkeypatch.setattr(grouped, "run", noting_run)
+    return moved
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[int], Counter[int]]:

@@ -204,6 +204,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_squares_on_sm_90(dtype: torch.dtype, is_transposed: bool, cache: Path) -> None:
+    from arg_dist.subspace import grouped_kernels as grouped
+
+    gradients = [empty(1024, 2048, dtype, is_transposed)] * MANY
+    (launch,) = grouped.squarings(gradients, [torch.empty(1024).double()] * MANY)
+    found = compiled(launch, cache)
+    check(found, None)
+    # 16 bytes of the gradient at a time, whatever its order
+    assert "ld.global.v4.b32" in found.ptx or "cp.async.cg.shared.global" in found.ptx
+
+
 @pytest.mark.parametrize(
     ("count", "rank", "dtype", "is_transposed", "product", "instruction"),
     [
