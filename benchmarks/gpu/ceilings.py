@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import metadata
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -97,7 +97,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         "multiprocessors": about.multi_processor_count,
         "memory, MiB": about.total_memory // 2**20,
         "CUDA": torch.version.cuda,
-        "Triton": metadata.version("triton") if find_spec("triton") else "not installed",
+        "Triton": import_module("triton").__version__ if find_spec("triton") else "not installed",
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
     }
     try:

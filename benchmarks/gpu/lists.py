@@ -22,7 +22,7 @@ from benchmarks.measuring.turns import shape_in
 
 TITLE = "Products of a steady step, for lists of matrices"
 PLAIN, GROUPED = "plain", "grouped"
-KEEP, STEP = 1.0, -1e-3
+KEEP, STEP = 1.0, -1.0
 FP32 = 4
 """Bytes of an element of bases, directions and factors."""
 

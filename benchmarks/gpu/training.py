@@ -107,8 +107,9 @@ def figures(samples: list[Sample]) -> Figures:
     )
     notes = [
         "Weights in fp32, forward pass in bf16, bytes of installed Python source. Tokens a second "
-        "over all steps but the first, refreshes included; the time of a step is their median. Last "
-        "loss: mean of the last fifth of the steps. Peak beyond what is there before the model."
+        "over all steps but the first, refreshes included; the time of a step is their median. "
+        "Last loss: mean of the last fifth of the steps. Peak beyond what is there before the "
+        "model."
     ]
     return Figures(TITLE, columns, [Block(heading, [_row(each) for each in samples])], notes)
 
