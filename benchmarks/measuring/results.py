@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from launchers.reporting.summary import hardware, versions
 NOT_MEASURED = "not measured"
 NOT_POSSIBLE = "not possible"
 """Cell of an optimizer that cannot run; :mod:`benchmarks.measuring.refusals` adds the reason."""
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 WIDTH = 100
 """Minimum width of tables when the output is not a terminal, in columns."""
@@ -48,6 +51,7 @@ class Figures:
         blocks: the rows.
         notes: notes that explain the table.
         samples: all underlying numbers, as JSON.
+        about: what else the JSON says of the table.
     """
 
     title: str
@@ -55,9 +59,12 @@ class Figures:
     blocks: Sequence[Block]
     notes: Sequence[str] = ()
     samples: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        """The title, table and notes as Markdown."""
+        """The title, table and notes as Markdown; without rows, there is no table."""
+        if not self.blocks:
+            return "\n\n".join([f"**{self.title}**", *self.notes])
         numbers = len(self.columns) - 1
         lines: list[Row] = [self.columns, ["---", *["---:"] * numbers]]
         for block in self.blocks:
@@ -75,7 +82,7 @@ class Figures:
             for name, *cells in block.rows:
                 table.add_row(f"  {name}", *cells)
             table.add_section()
-        console.print(table)
+        console.print(table if self.blocks else f"[bold]{escape(self.title)}")
         for note in self.notes:
             console.print(note, markup=False, highlight=False)
 
@@ -94,12 +101,13 @@ def write(tables: Sequence[Figures], path: Path) -> None:
     """Write all figures to `path` as JSON, and the tables to the same name with ``.md``."""
     whole = {
         "command": command(),
+        "commit": commit(),
         "date": date.today().isoformat(),
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "tables": [
-            {"title": table.title, "notes": table.notes, "samples": table.samples}
+            {"title": table.title, **table.about, "notes": table.notes, "samples": table.samples}
             for table in tables
         ],
     }
@@ -128,16 +136,28 @@ def check_out(path: Path) -> None:
 
 def command() -> str:
     """The command line that reproduces the run."""
-    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    started = Path(sys.argv[0])
+    name = started.parent.name if started.stem == "__main__" else started.stem
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with ``-dirty`` if files differ from it; None without git."""
+    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        found = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
 
 
 def measured_on() -> str:
-    """One line with command, hardware, versions and date."""
-    machine, found = hardware(), versions()
+    """One line with command, hardware, versions, commit and date."""
+    machine, found, code = hardware(), versions(), commit()
     place = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cpu_cores']} cores"
     return (
         f"`{command()}`: {place}, {torch.get_num_threads()} threads; torch {found['torch']}; "
-        f"{date.today().isoformat()}"
+        f"{f'commit {code}; ' if code else ''}{date.today().isoformat()}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -75,34 +75,50 @@ class Times:
         }
 
 
-def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Time every function once per round, rotating the order by one each round.
-
-    Args:
-        functions: the functions to time, by name.
-        rounds: timed calls of each.
-    """
-    names = list(functions)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        for _ in range(WARM_UP):
-            functions[name]()
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(_timed(functions[name]))
-    return {name: Times(tuple(taken)) for name, taken in seconds.items()}
-
-
 def wait_for_device() -> None:
     """Synchronize the accelerator, if there is one."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
-def _timed(function: Callable[[], object]) -> float:
+def seconds_of(function: Callable[[], object]) -> float:
+    """Time of one call, until the accelerator has finished what it starts."""
     wait_for_device()
     began = time.perf_counter()
     function()
     wait_for_device()
     return time.perf_counter() - began
+
+
+Timed = Callable[[Callable[[], object]], float]
+"""Seconds of one call of a function, as of :func:`seconds_of`."""
+
+
+def in_turns(
+    functions: Mapping[str, Callable[[], object]], rounds: int, timed: Timed = seconds_of
+) -> dict[str, Times]:
+    """Time every function as :func:`turns` does, and return the rounds of each by name."""
+    times = list(turns(functions, rounds, timed))
+    return {name: Times(tuple(each[name] for each in times)) for name in functions}
+
+
+def turns(
+    functions: Mapping[str, Callable[[], object]], rounds: int, timed: Timed = seconds_of
+) -> Iterator[dict[str, float]]:
+    """Time every function once per round, rotating the order by one each round.
+
+    Args:
+        functions: the functions to time, by name.
+        rounds: timed calls of each.
+        timed: times one call.
+
+    Yields:
+        For each round, the seconds of every function by name.
+    """
+    names = list(functions)
+    for name in names:
+        for _ in range(WARM_UP):
+            functions[name]()
+    for turn in range(rounds):
+        first = turn % len(names)
+        yield {name: timed(functions[name]) for name in names[first:] + names[:first]}

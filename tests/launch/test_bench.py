@@ -103,6 +103,18 @@ def test_what_a_process_holds_under_an_engine(engine: str, tmp_path: Path) -> No
     assert all(each["peak"] > each["state"]["storage"] for each in found)
 
 
+def test_sections_for_a_gpu_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    words = ("--device", "cpu", "--small", "--sections", "ceilings", "messages")
+    (ceilings, messages), _ = bench("gpu/__main__", *words, out=tmp_path / "gpu.json")
+    assert (ceilings["status"], messages["status"]) == ("finished", "finished"), messages
+    one, two = messages["samples"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for sample in (one, two):
+        assert set(sample["exit_codes"]) == {0}, sample
+        for report in sample["reports"]:
+            assert report["error"] is None and len(report["seconds"]) == 6
+
+
 def test_the_overhead_of_a_step_is_compared_with_another_checkout() -> None:
     words = ("--matrices", 2, "--rounds", 1, "--against", ".")
     finished = alone("benchmarks/overhead.py", *words, seconds=60)

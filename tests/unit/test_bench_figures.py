@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import memory, refresh, step
 from benchmarks.measuring.contenders import NAMES, OURS, steps_that_work
 from benchmarks.measuring.floor import copy_seconds_per_byte, moved_bytes, two_products
-from benchmarks.measuring.results import Block, Figures, number, with_spread, write
+from benchmarks.measuring.results import Block, Figures, command, number, with_spread, write
 from benchmarks.measuring.shapes import Place, Shape, cases, copies, layer_shapes, left_out
 from benchmarks.measuring.timing import Spread, Times, in_turns
 
@@ -179,11 +179,22 @@ def test_files_have_every_number_and_where_it_was_measured(
     write([step.figures([{**STEP, "seconds": seconds}], [], rounds=3)], tmp_path / "step.json")
     found = json.loads((tmp_path / "step.json").read_text())
     assert found["command"] == "python -m benchmarks.step --models 60m"
-    assert {"hardware", "versions", "date", "threads"} < set(found)
+    assert {"hardware", "versions", "commit", "date", "threads"} < set(found)
     assert found["tables"][0]["samples"][0]["seconds"]["recommended"] == {
         "median": 0.25, "quartiles": [0.1875, 0.375], "rounds": [0.125, 0.25, 0.5]
     }  # fmt: skip
     assert "| adamw | 3.00 (3.00..3.00) |" in (tmp_path / "step.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("started", "module"),
+    [("benchmarks/step.py", "benchmarks.step"), ("benchmarks/gpu/__main__.py", "benchmarks.gpu")],
+)
+def test_the_command_of_a_run_can_be_typed_again(
+    started: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "--out", "a b.json"])
+    assert command() == f"python -m {module} --out 'a b.json'"
 
 
 MAINS = {"step": step.main, "refresh": refresh.main, "memory": memory.main}

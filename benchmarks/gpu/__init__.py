@@ -1,0 +1,1 @@
+"""All that a GPU can tell in nine minutes: ``python -m benchmarks.gpu``."""
