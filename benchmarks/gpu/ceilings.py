@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.precision import MatmulPrecision, matmul_precision
+from arg_dist.subspace.products import MatmulPrecision, matmul_precision
 from benchmarks.gpu.clock import timed_on
 from benchmarks.gpu.sections import Sample, Setting
 from benchmarks.measuring.results import NOT_MEASURED, Block, Figures, Row, number, with_spread

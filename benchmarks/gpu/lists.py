@@ -5,13 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from arg_dist.subspace.kernels import available, plain
-from arg_dist.subspace.precision import matmul_precision
+from arg_dist.subspace.products import (
+    available,
+    matmul_precision,
+    plain_apply,
+    plain_project,
+)
 from benchmarks.gpu.clock import timed_on
 from benchmarks.gpu.sections import Sample, Setting
 from benchmarks.measuring.contenders import in_one_line
@@ -25,6 +29,16 @@ PLAIN, GROUPED = "plain", "grouped"
 KEEP, STEP = 1.0, -1.0
 FP32 = 4
 """Bytes of an element of bases, directions and factors."""
+
+
+class Way(NamedTuple):
+    """How the products are computed: as :mod:`arg_dist.subspace.products` describes them."""
+
+    project: Callable[..., tuple[Tensor, Tensor | None]]
+    apply: Callable[..., None]
+
+
+IN_PYTORCH = Way(plain_project, plain_apply)
 
 
 class Operands:
@@ -60,18 +74,19 @@ class Operands:
         self.directions = filled(self.m, rank)
         self.factors = filled(self.m)
 
-    def project(self, by: ModuleType) -> list[Tensor]:
+    def project(self, by: Way) -> list[Tensor]:
         """``P = G Q``, and the norms of the rows."""
         products, squares = by.project(self.gradients, self.bases)
+        assert squares is not None
         return [*products, *squares]
 
-    def apply(self, by: ModuleType) -> list[Tensor]:
+    def apply(self, by: Way) -> list[Tensor]:
         """``W <- keep W + step (N Q^T + phi G)``, as with matched residuals."""
         given = self.weights, self.directions, self.bases, self.factors, self.gradients
         by.apply(*given, keep=KEEP, step=STEP)
         return self.weights
 
-    def applied(self, by: ModuleType) -> list[Tensor]:
+    def applied(self, by: Way) -> list[Tensor]:
         """What :meth:`apply` changes; the weights are as before."""
         before = [weight.clone() for weight in self.weights]
         pairs = list(zip(self.apply(by), before, strict=True))
@@ -100,7 +115,7 @@ def measure(setting: Setting) -> Iterator[Sample]:
         for dtype_name, dtype in DTYPES.items():
             operands = Operands(shape, count, rank, Place(setting.device, dtype))
             for product in ("project", "apply"):
-                run: Callable[[ModuleType], list[Tensor]] = getattr(operands, product)
+                run: Callable[[Way], list[Tensor]] = getattr(operands, product)
                 with matmul_precision("highest"):  # as in a step
                     found = difference(operands, product, paths)
                     working = {
@@ -123,17 +138,18 @@ def measure(setting: Setting) -> Iterator[Sample]:
                 }
 
 
-def ways(device: torch.device) -> tuple[dict[str, ModuleType], str | None]:
-    """The modules that compute the products on a device, and why the kernels are not among them."""
+def ways(device: torch.device) -> tuple[dict[str, Way], str | None]:
+    """What computes the products on a device, and why the kernels are not among it."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         works = available(device)
     if not works:
         reason = "; ".join(str(each.message) for each in told)
-        return {PLAIN: plain}, reason or f"no Triton that runs on {device}"
-    from arg_dist.subspace.kernels import grouped
+        return {PLAIN: IN_PYTORCH}, reason or f"no Triton that runs on {device}"
+    from arg_dist.subspace import grouped_kernels
 
-    return {PLAIN: plain, GROUPED: grouped}, None
+    kernels = Way(grouped_kernels.project, grouped_kernels.apply)
+    return {PLAIN: IN_PYTORCH, GROUPED: kernels}, None
 
 
 def cases(setting: Setting) -> Iterator[tuple[Shape, int, int]]:
@@ -151,9 +167,7 @@ def cases(setting: Setting) -> Iterator[tuple[Shape, int, int]]:
                 yield first, count, rank
 
 
-def difference(
-    operands: Operands, product: str, paths: dict[str, ModuleType]
-) -> float | str | None:
+def difference(operands: Operands, product: str, paths: dict[str, Way]) -> float | str | None:
     """How far the two paths lie apart.
 
     Returns:
@@ -163,7 +177,7 @@ def difference(
     if GROUPED not in paths:
         return None
     run = operands.project if product == "project" else operands.applied
-    expected = run(plain)
+    expected = run(IN_PYTORCH)
     try:
         found = run(paths[GROUPED])
         return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))

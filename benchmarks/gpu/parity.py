@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import arg_dist
-from arg_dist.subspace.precision import matmul_precision
+from arg_dist.subspace.products import matmul_precision
 from benchmarks.gpu.sections import Sample, Setting
 from benchmarks.measuring.contenders import in_one_line
 from benchmarks.measuring.results import Block, Figures, Row

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arg_dist.subspace.orthonormal import cholesky_qr
-from arg_dist.subspace.precision import matmul_precision
+from arg_dist.subspace.products import matmul_precision
 from arg_dist.subspace.sketch import random_signs
 from benchmarks.gpu.clock import timed_on
 from benchmarks.gpu.sections import Sample, Setting

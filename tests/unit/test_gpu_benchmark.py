@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from arg_dist.subspace import kernels
-from arg_dist.subspace.kernels import plain
+from arg_dist import subspace
+from arg_dist.subspace.products import plain_apply, plain_project
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import ceilings, child, clock, launches, lists, messages, parity, peer, steps
 from benchmarks.gpu.llama import ADAMW, RULES
@@ -319,7 +319,8 @@ def test_the_device_is_busy_while_a_call_is_issued(monkeypatch: pytest.MonkeyPat
 
 def test_kernels_are_held_against_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lists, "available", lambda device: True)
-    monkeypatch.setattr(kernels, "grouped", plain, raising=False)
+    by_pytorch = SimpleNamespace(project=plain_project, apply=plain_apply)
+    monkeypatch.setattr(subspace, "grouped_kernels", by_pytorch, raising=False)
     found = list(lists.measure(HERE))
     assert {each["difference"] for each in found} == {0.0}
     table = lists.figures(found)
@@ -329,7 +330,8 @@ def test_kernels_are_held_against_pytorch(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("PassManager::run failed")
 
-    monkeypatch.setattr(kernels, "grouped", SimpleNamespace(project=broken, apply=plain.apply))
+    failing = SimpleNamespace(project=broken, apply=plain_apply)
+    monkeypatch.setattr(subspace, "grouped_kernels", failing)
     found = [each for each in lists.measure(HERE) if each["product"] == "project"]
     assert all(list(each["seconds"]) == ["plain"] for each in found)
     assert "PassManager::run failed." in lists.figures(found).notes[-1]
