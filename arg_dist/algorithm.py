@@ -169,6 +169,7 @@ def chosen_by_energy(
         largest=largest,
         before=before,
         hysteresis=settings.hysteresis,
+        multiple=settings.rank_multiple,
     )
     return Choice(rank, min(1.0, float(energies[:rank].sum()) / norm_sq), spectrum)
 

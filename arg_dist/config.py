@@ -152,6 +152,13 @@ class AdaRankGradConfig(BaseModel):
         description="smallest rank: an integer, or a fraction of the matrix's shorter dimension "
         "(0 < x < 1). A gradient of lower numerical rank gets only the directions it has",
     )
+    rank_multiple: int = Field(
+        1,
+        ge=1,
+        description="ranks are rounded up to a multiple of it, as far as `max_rank` allows: tensor "
+        "cores are fastest where 16 divides the rank. A matrix then keeps up to "
+        "`rank_multiple` - 1 directions more",
+    )
     energy: float = Field(
         0.65,
         gt=0,

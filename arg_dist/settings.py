@@ -28,6 +28,7 @@ class MethodSettings(TypedDict, total=False):
     low_rank: bool
     max_rank: int | float
     min_rank: int | float
+    rank_multiple: int
     energy: float
     hysteresis: float
     scale: float

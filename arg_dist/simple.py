@@ -237,6 +237,7 @@ def chosen_rank(s: Tensor, state: State, settings: AdaRankGradConfig) -> int:
         r = max(lowest, min(last, highest))
     smallest, largest = settings.rank_bounds(len(s))
     r = max(smallest, min(r, largest))
+    r = min(largest, math.ceil(r / settings.rank_multiple) * settings.rank_multiple)
     # Adam would follow a direction that is rounding error as far as any other
     return min(r, int((s > 4 * FP32_EPS * math.sqrt(len(s)) * s[0]).sum()))
 

@@ -90,6 +90,8 @@ WAYS = {
     "4 bits, 4 back, no momentum": _sketch(4, 4, **NO_MOMENTUM),
     "whole, matched": Way(MATCHED),
     "1 bit, 1 back, matched": _sketch(1, 1, **MATCHED),
+    "1 bit, 2 back, matched": _sketch(1, 2, **MATCHED),
+    "2 bits, 2 back, matched": _sketch(2, 2, **MATCHED),
 }
 
 

@@ -23,7 +23,7 @@ PAGE = Path(__file__).with_name("settings.md")
 
 GROUPS = {
     "Preset and Adam": "preset lr betas eps weight_decay",
-    "Rank": "max_rank min_rank energy hysteresis",
+    "Rank": "max_rank min_rank rank_multiple energy hysteresis",
     "Update": (
         "scale full_rank_scale residual residual_growth residual_momentum residual_bits "
         "polar_steps polar_precision transport"

@@ -18,6 +18,7 @@ def choose_rank(
     largest: int,
     before: int | None = None,
     hysteresis: float = 0.0,
+    multiple: int = 1,
 ) -> int:
     """The smallest rank whose directions keep the share `energy` of ``||G||_F^2``.
 
@@ -36,6 +37,7 @@ def choose_rank(
         before: the previous rank; None at the first refresh.
         hysteresis: the rank changes only if it keeps a share outside `energy` -+ `hysteresis`, and
             only up to that bound: one batch's gradient is a noisy estimate of the spectrum.
+        multiple: the rank is rounded up to a multiple of it, as far as `largest` allows.
 
     Returns:
         A rank between 1 and ``min(largest, width)``.
@@ -54,6 +56,7 @@ def choose_rank(
     else:
         rank = max(needed(energy - hysteresis), min(before, needed(energy + hysteresis)))
     rank = max(min(smallest, largest), min(rank, largest))
+    rank = min(-(-rank // multiple) * multiple, largest)
     return max(1, min(rank, numerical_rank(values)))
 
 

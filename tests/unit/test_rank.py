@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import SHAPES, gaussian, geometric, with_spectrum
-from one_process import feed, one_step, optimizer_of
+from one_process import feed, one_step, optimizer_of, parameters_of
 
 from arg_dist.sharding.plan import phase_of
 from arg_dist.subspace.rank import (
@@ -54,6 +54,27 @@ def test_rank_stays_within_its_bounds_and_the_sketch(smallest, largest, expected
     assert (
         choose_rank(energies, norm_sq, energy=0.9, smallest=smallest, largest=largest) == expected
     )
+
+
+@given(SHAPES, st.floats(0.1, 0.9), st.integers(1, 20), st.integers(1, 40))
+def test_a_rank_is_rounded_up_to_a_multiple(shape, energy, multiple, largest):
+    energies = torch.linalg.svdvals(gaussian(*shape).double()).square()
+    largest = min(largest, min(shape))
+    given = {"energy": energy, "smallest": 1, "largest": largest}
+    exact = choose_rank(energies, float(energies.sum()), **given)
+    rank = choose_rank(energies, float(energies.sum()), **given, multiple=multiple)
+    assert rank % multiple == 0 or rank == largest
+    assert exact <= rank < exact + multiple
+
+
+def test_ranks_of_an_optimizer_are_multiples_except_the_largest():
+    weights = [gaussian(40, 30), gaussian(40, 10), gaussian(30, 40)]
+    optimizer = optimizer_of(*weights, max_rank=0.5, min_rank=1, rank_multiple=4, energy=0.5)
+    feed(optimizer, *(gaussian(*weight.shape, seed=1) for weight in weights))
+    ranks = [
+        optimizer.state[each][f"w{i}"]["rank"] for i, each in enumerate(parameters_of(optimizer))
+    ]
+    assert ranks[0] % 4 == 0 and ranks[1] in (4, 5) and ranks[2] % 4 == 0
 
 
 @given(SHAPES, st.floats(0.1, 0.9), st.floats(0, 0.1), st.integers(1, 40))
