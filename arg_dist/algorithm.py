@@ -52,6 +52,9 @@ from arg_dist.subspace.transport import transport_moments
 
 FP32_BYTES = 4
 
+STACKED = 2**25
+"""Bytes of residuals that are orthogonalized in one batch: of larger ones, a few are enough work."""
+
 PROBES = 8
 """Random signs that tell the norm of a mean which is not formed, to 3 % (one deviation)."""
 
@@ -517,10 +520,16 @@ def _orthogonalized_each(
     residuals: Sequence[Tensor], bases: Sequence[Tensor], **options: Any
 ) -> list[Tensor]:
     """:func:`arg_dist.subspace.residual.orthogonalized` of k matrices of one shape."""
-    if len(residuals) == 1 or in_host_memory(residuals[0]):  # where each is rounded as if alone
+    # on a CPU each alone, or its rounding would depend on the others
+    count = 1 if in_host_memory(residuals[0]) else STACKED // max(1, residuals[0].nbytes)
+    if count <= 1:
         each = zip(residuals, bases, strict=True)
         return [orthogonalized(S, Q, **options) for S, Q in each]
-    return list(orthogonalized(as_one(residuals), as_one(bases), **options))
+    factors: list[Tensor] = []
+    for first in range(0, len(residuals), count):
+        some = slice(first, first + count)
+        factors += orthogonalized(as_one(residuals[some]), as_one(bases[some]), **options)
+    return factors
 
 
 def blend_momentum(
