@@ -53,7 +53,7 @@ from arg_dist.subspace.transport import transport_moments
 FP32_BYTES = 4
 
 STACKED = 2**25
-"""Bytes of residuals that are orthogonalized in one batch: of larger ones, a few are enough work."""
+"""Bytes of residuals that are orthogonalized in one batch on a GPU; of larger ones few suffice."""
 
 PROBES = 8
 """Random signs that tell the norm of a mean which is not formed, to 3 % (one deviation)."""

@@ -600,7 +600,7 @@ Allowed = Callable[[Shard, State, AdaRankGradConfig], int | None]
 class Updates:
     """The algorithm's results, on their way to the weights held.
 
-    Each is applied at once; where kernels take a list, those without a part of full size wait.
+    Each is applied at once, except where a kernel takes a list.
     """
 
     def __init__(self) -> None:
@@ -630,9 +630,10 @@ class Updates:
                 shard.apply(direction, basis, residual, outside, keep=keep, step=step)
             return
         weights, added = views
-        kind = weights.shape, basis.shape, residual is None, keep, step, precision
+        has = residual is not None, added is not None
+        kind = weights.shape, basis.shape, has, keep, step, precision
         operands = weights, direction, basis, None if residual is None else factors, added
-        if outside is None and available(weights.device):
+        if available(weights.device):
             self._alike.setdefault((weights.device, *kind), []).append(operands)
         else:
             _apply([operands], keep, step, precision)

@@ -22,6 +22,7 @@ from one_process import optimizer_of, parameters_of
 from tolerances import BF16_PRODUCTS, ROUNDING, TWO_PARTS
 from torch import Tensor
 
+from arg_dist import AdaRankGrad
 from arg_dist import step as step_of_a_plan
 from arg_dist.subspace import grouped_kernels as grouped
 from arg_dist.subspace import products
@@ -283,6 +284,25 @@ def test_a_step_starts_two_operators_for_each_of_many_matrices(
     assert seen.operators.total() + 2 * len(launches) <= 2 * len(weights), seen.operators
     for actual, expected in zip(*map(parameters_of, (ours, theirs)), strict=True):
         ROUNDING.check(actual.detach(), expected.detach())
+
+
+def test_groups_whose_residuals_differ_are_updated_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+    for has_kernels in (True, False):
+        named = [(f"w{i}", torch.nn.Parameter(gaussian(20, 16, seed=i))) for i in range(6)]
+        rules = ("none", "matched", "orthogonalized")
+        groups = [
+            {"params": named[2 * i : 2 * i + 2], "residual": rule} for i, rule in enumerate(rules)
+        ]
+        optimizer = AdaRankGrad(groups, **STEADY)
+        with monkeypatch.context() as patched, as_on_a_gpu():
+            for module in (products, step_of_a_plan):
+                patched.setattr(module, "available", lambda device, it=has_kernels: it)
+            for step in range(2):
+                take(optimizer, gradients_of_step(step, [each for _, each in named]))
+        trained.append([each.detach() for _, each in named])
+    for actual, expected in zip(*trained, strict=True):
+        ROUNDING.check(actual, expected)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter counts")
