@@ -672,6 +672,10 @@ def adam_directions(
         betas: decay of the first and the second moments.
         eps: added to the root of the second moments.
     """
+    if directions[0].device.type not in FUSED_ON:
+        for tensors in zip(directions, gradients, exp_avgs, exp_avg_sqs, strict=True):
+            _adam_direction(*tensors, step=step, betas=betas, eps=eps)
+        return
     lists = [list(each) for each in (directions, gradients, exp_avgs, exp_avg_sqs)]
     lists[1] = [gradient.contiguous() for gradient in lists[1]]
     ends = _in_whole_vectors(lists) if in_host_memory(lists[0][0]) else []
@@ -691,6 +695,31 @@ def adam_directions(
     )
     for end, padded in ends:
         end.copy_(padded[: len(end)])
+
+
+FUSED_ON = ("cpu", "cuda", "meta", "mps", "xpu")
+"""Devices for which torch has the fused kernel."""
+
+
+def _adam_direction(
+    direction: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """:func:`adam_directions` of one tensor, operator by operator."""
+    beta1, beta2 = betas
+    # M = b1 M + (1 - b1) P ;  V = b2 V + (1 - b2) P*P
+    exp_avg.lerp_(gradient, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    # N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps), in as few passes over memory as possible
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    root = exp_avg_sq.sqrt().mul_(correction1 / math.sqrt(correction2)).add_(eps * correction1)
+    torch.div(exp_avg, root, out=direction)
 
 
 @cache

@@ -8,6 +8,7 @@ from matrices import gaussian
 from one_process import optimizer_of, parameters_of, train
 from tolerances import ROUNDING
 
+from arg_dist import algorithm
 from arg_dist.algorithm import adam_directions, adam_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_local
@@ -44,6 +45,18 @@ def test_the_first_direction_is_the_sign_of_the_gradient():
     lists = ([each] for each in (direction, gradient, *moments))
     adam_directions(*lists, step=1, betas=(0.9, 0.999), eps=0.0)
     ROUNDING.check(direction, gradient.sign())
+
+
+def test_a_device_without_the_fused_kernel_trains_as_others_do(monkeypatch):
+    def trained():
+        weights = gaussian(40, 30, seed=99), gaussian(7, seed=98)
+        steps = [[gaussian(40, 30, seed=seed), gaussian(7, seed=seed)] for seed in range(8)]
+        return train(optimizer_of(*weights), steps)
+
+    fused = trained()
+    monkeypatch.setattr(algorithm, "FUSED_ON", ())
+    for actual, expected in zip(trained(), fused, strict=True):
+        ROUNDING.check(actual, expected)
 
 
 def test_a_part_of_a_tensor_is_trained_as_within_the_whole():
