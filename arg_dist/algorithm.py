@@ -20,6 +20,7 @@ from arg_dist.library_internals import FUSED_ADAMW
 from arg_dist.subspace.budget import Claim
 from arg_dist.subspace.codes import Coded, coded_bytes, coded_zeros, decode, encode
 from arg_dist.subspace.distributed import (
+    FP32_BYTES,
     DimensionSharding,
     Exchange,
     MatrixSharding,
@@ -49,8 +50,6 @@ from arg_dist.subspace.residual import (
 from arg_dist.subspace.sketch import random_signs
 from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 from arg_dist.subspace.transport import transport_moments
-
-FP32_BYTES = 4
 
 STACKED = 2**25
 """Bytes of residuals that are orthogonalized in one batch on a GPU; of larger ones few suffice."""
@@ -210,7 +209,7 @@ def low_rank_step(
         basis = yield from present_basis(state, sharding)
     else:
         return None
-    product = yield from projection(gradient, basis, row_count(moment.touch[me]), settings)
+    product = yield from projection(gradient, basis, sharding, settings)
     if settings.residual in SCALES_ROWS:
         parts = product, row_sq
         projected, row_sq = yield from sum_scatter_both(parts, moment.touch, moment.keep, me)
@@ -255,11 +254,16 @@ def present_basis(state: State, sharding: MatrixSharding) -> Steps[Tensor]:
     return (yield from gather(state["basis"], sharding.store, sharding.basis.touch, sharding.me))
 
 
+def at_hand(part: Tensor) -> Part:
+    """Of a part that is there: nothing is to be made."""
+    return lambda: part
+
+
 def projection(
-    gradient: Part, basis: Tensor, rows: int, settings: AdaRankGradConfig
+    gradient: Part, basis: Tensor, sharding: MatrixSharding, settings: AdaRankGradConfig
 ) -> Steps[Tensor]:
-    """``rows x rank``: ``G Q``, of this process's part of G."""
-    kind = rows, basis.shape, basis.device
+    """``moment.touch x rank``: ``G Q``, of this process's part of G."""
+    kind = row_count(sharding.moment.touch[sharding.me]), basis.shape, basis.device
     product: Tensor = yield from together(
         _projections, gradient, basis, kind=kind, precision=settings.matmul_precision
     )
@@ -269,7 +273,7 @@ def projection(
 def _projections(
     gradients: Sequence[Part], bases: Sequence[Tensor], *, precision: MatmulPrecision
 ) -> list[Tensor]:
-    """Each ``rows x rank``."""
+    """Each ``moment.touch x rank``."""
     parts = [gradient() for gradient in gradients]
     return list(project(parts, bases, precision=precision, squares=False)[0])
 
@@ -312,7 +316,6 @@ def step_in_basis(
         adopt(new, projected, state, sharding, settings, facts.phase)
     else:
         refresh_early(state, settings, facts)
-    state["step"] += 1
     inside: Inside
     inside, state["kept_sq"] = yield from together(
         _steps_inside,
@@ -321,9 +324,7 @@ def step_in_basis(
         state["exp_avg_sq"],
         row_sq,
         kind=(projected.shape, projected.device, row_sq is None),
-        step=state["step"],
-        betas=settings.betas,
-        eps=settings.eps,
+        adam=next_step(state, settings),
         dimension=sharding.basis.size,
     )
     state["since_refresh"] += 1
@@ -338,15 +339,13 @@ def _steps_inside(
     exp_avg_sqs: Sequence[Tensor],
     row_sqs: Sequence[Tensor | None],
     *,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
+    adam: AdamStep,
     dimension: int,
 ) -> list[tuple[Inside, Tensor]]:
     """Of k matrices of one shape, what they do inside their bases, and ``||P||^2``, fp64."""
     count, (rows, rank) = len(projected), projected[0].shape
     N = projected[0].new_zeros(count, rows, rank)
-    adam_directions(list(N), projected, exp_avgs, exp_avg_sqs, step=step, betas=betas, eps=eps)
+    adam_directions(list(N), projected, exp_avgs, exp_avg_sqs, adam)
     P = as_one(projected).view(-1, rank)
     inside_sq = row_squares(P)
     total = inside_sq.view(count, rows).sum(1, dtype=torch.float64)
@@ -399,16 +398,13 @@ def adam_step(
         )
     # moments that were loaded keep their type
     gradient = gradient.to(state["exp_avg"].dtype)
-    state["step"] += 1
     direction = yield from together(
         _directions,
         gradient,
         state["exp_avg"],
         state["exp_avg_sq"],
         kind=(gradient.dtype, gradient.device),
-        step=state["step"],
-        betas=settings.betas,
-        eps=settings.eps,
+        adam=next_step(state, settings),
     )
     if not has_terms:
         return (yield from gather(direction, side.keep, side.update, me))
@@ -631,18 +627,36 @@ def claim(name: str, sharding: MatrixSharding, state: State, settings: AdaRankGr
     )
 
 
+class AdamStep(NamedTuple):
+    """Numbers of a step of Adam.
+
+    Attributes:
+        number: t, starting at 1.
+        betas: decay of the first and the second moments.
+        eps: added to the root of the second moments.
+    """
+
+    number: int
+    betas: tuple[float, float]
+    eps: float
+
+
+def next_step(state: State, settings: AdaRankGradConfig) -> AdamStep:
+    """Count the step that begins, of the matrix or tensor with this state."""
+    state["step"] += 1
+    return AdamStep(state["step"], settings.betas, settings.eps)
+
+
 def _directions(
     gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
+    adam: AdamStep,
 ) -> list[Tensor]:
     """Of tensors of any shapes, the directions N."""
     directions = [torch.zeros_like(gradient) for gradient in gradients]
-    adam_directions(directions, gradients, exp_avgs, exp_avg_sqs, step=step, betas=betas, eps=eps)
+    adam_directions(directions, gradients, exp_avgs, exp_avg_sqs, adam)
     return directions
 
 
@@ -651,10 +665,7 @@ def adam_directions(
     gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    *,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
+    adam: AdamStep,
 ) -> None:
     """Update the moments and fill in the directions ``N``, all in place, by torch's fused kernel.
 
@@ -668,28 +679,26 @@ def adam_directions(
         gradients: the projected gradients P, ``moment x rank``, or any gradients.
         exp_avgs: first moments M.
         exp_avg_sqs: second moments V.
-        step: number of this step, t, starting at 1.
-        betas: decay of the first and the second moments.
-        eps: added to the root of the second moments.
+        adam: the step.
     """
     if directions[0].device.type not in FUSED_ON:
         for tensors in zip(directions, gradients, exp_avgs, exp_avg_sqs, strict=True):
-            _adam_direction(*tensors, step=step, betas=betas, eps=eps)
+            _adam_direction(*tensors, adam)
         return
     lists = [list(each) for each in (directions, gradients, exp_avgs, exp_avg_sqs)]
     lists[1] = [gradient.contiguous() for gradient in lists[1]]
     ends = _in_whole_vectors(lists) if in_host_memory(lists[0][0]) else []
-    number = torch.full((), step, dtype=torch.float32, device=lists[0][0].device)
+    number = torch.full((), adam.number, dtype=torch.float32, device=lists[0][0].device)
     # a weight of zero that moves by -1 N, without decay, is N
     _fused_adamw()(
         *lists,
         [],
         [number] * len(lists[0]),
         lr=-1.0,
-        beta1=betas[0],
-        beta2=betas[1],
+        beta1=adam.betas[0],
+        beta2=adam.betas[1],
         weight_decay=0.0,
-        eps=eps,
+        eps=adam.eps,
         amsgrad=False,
         maximize=False,
     )
@@ -706,19 +715,17 @@ def _adam_direction(
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    *,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
+    adam: AdamStep,
 ) -> None:
     """:func:`adam_directions` of one tensor, operator by operator."""
-    beta1, beta2 = betas
+    beta1, beta2 = adam.betas
     # M = b1 M + (1 - b1) P ;  V = b2 V + (1 - b2) P*P
     exp_avg.lerp_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     # N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps), in as few passes over memory as possible
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    root = exp_avg_sq.sqrt().mul_(correction1 / math.sqrt(correction2)).add_(eps * correction1)
+    correction1, correction2 = (1 - beta**adam.number for beta in adam.betas)
+    root = exp_avg_sq.sqrt().mul_(correction1 / math.sqrt(correction2))
+    root.add_(adam.eps * correction1)
     torch.div(exp_avg, root, out=direction)
 
 

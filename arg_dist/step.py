@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -20,13 +21,14 @@ from arg_dist.algorithm import (
     LowRankUpdate,
     StepFacts,
     adam_step,
+    at_hand,
     is_due,
     kept_before,
     low_rank_step,
 )
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.recording import rounds_of_matrix
-from arg_dist.sharding.drivers import batches_of, run_local, run_together
+from arg_dist.sharding.drivers import run_local, run_together
 from arg_dist.sharding.overlap import Lane, run_lanes
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
@@ -97,14 +99,10 @@ def _squared(
     parts = {}
     for (shard, part), row_sq, total in zip(matrices, of_rows, norms_sq, strict=True):
         is_read_now = is_view and shard.terms == 1
-        read = partial(_itself, part) if is_read_now else partial(_oriented_term, shard)
+        read = at_hand(part) if is_read_now else partial(_oriented_term, shard)
         total = total if shard.terms == 1 else total / shard.terms
         parts[shard.unit] = GradientPart(read, total, row_sq)
     return parts
-
-
-def _itself(part: Tensor) -> Tensor:
-    return part
 
 
 def projected_part(shard: Shard, projected: Projected, state: State) -> GradientPart:
@@ -407,10 +405,16 @@ memory."""
 
 
 def batches(shards: Sequence[Shard]) -> list[range]:
-    """Positions of shards whose work is done together."""
+    """Positions of shards, in order, divided into batches whose work is done together."""
     on_cpu = all(in_host_memory(shard.fragment.target) for shard in shards)
     limit = TOGETHER if on_cpu else TOGETHER_ON_DEVICE
-    return batches_of([shard.held_bytes for shard in shards], limit)
+    starts, filled = [0], 0
+    for position, shard in enumerate(shards):
+        if position > starts[-1] and filled + shard.held_bytes > limit:
+            starts.append(position)
+            filled = 0
+        filled += shard.held_bytes
+    return [range(*ends) for ends in pairwise([*starts, len(shards)])] if shards else []
 
 
 def rounds_of(shard: Shard, state: State, settings: Sequence[AdaRankGradConfig]) -> int:
@@ -471,10 +475,11 @@ class PlanStep:
             reach: runs the agreement with the other processes, if there are any.
         """
         gradients = gradient_parts(each for each in plan.shards if each.name not in projected)
-        for shard in plan.shards:
-            if shard.name in projected:
-                part = projected_part(shard, projected[shard.name], states[shard.unit])
-                gradients[shard.unit] = part
+        gradients |= {
+            shard.unit: projected_part(shard, projected[shard.name], states[shard.unit])
+            for shard in plan.shards
+            if shard.name in projected
+        }
         limit = settings[0].max_grad_norm
         norms = [(unit, gradient.norm_sq) for unit, gradient in gradients.items()]
         kept = [(unit, part) for unit, state in states.items() for part in kept_before(state)]
@@ -535,8 +540,7 @@ class PlanStep:
 
         def finish(results: dict[int, Any]) -> None:
             updates = Updates()
-            while results:
-                i = min(results)
+            for i in list(results):  # each is freed as it is applied
                 updates.add(shared[i], results.pop(i), self.settings[shared[i].group])
             updates.apply()
 
@@ -623,16 +627,17 @@ class Updates:
         direction, basis, factors, outside = update
         step, precision = -settings.lr * settings.scale, settings.matmul_precision
         gradient = None if factors is None else shard.gradient()
-        residual = None if factors is None or gradient is None else (factors, gradient)
-        views = shard.whole_rows(residual, outside)
+        views = shard.oriented_weights(gradient, outside)
         if views is None:
             with lowered_precision(precision):
-                shard.apply(direction, basis, residual, outside, keep=keep, step=step)
+                shard.apply(direction, basis, factors, gradient, outside, keep=keep, step=step)
             return
         weights, added = views
-        has = residual is not None, added is not None
+        if gradient is None:
+            factors = None
+        has = factors is not None, added is not None
         kind = weights.shape, basis.shape, has, keep, step, precision
-        operands = weights, direction, basis, None if residual is None else factors, added
+        operands = weights, direction, basis, factors, added
         if available(weights.device):
             self._alike.setdefault((weights.device, *kind), []).append(operands)
         else:

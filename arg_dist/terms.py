@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 
 from arg_dist.algorithm import (
-    FP32_BYTES,
     Choose,
     LowRankUpdate,
     NewBasis,
     StepFacts,
     at_full_size,
+    at_hand,
     chosen_by_energy,
     is_due,
     present_basis,
@@ -54,6 +54,7 @@ from arg_dist.algorithm import (
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.subspace.codes import BLOCK, Coded, blocks_of, coded_bytes, decode, encode
 from arg_dist.subspace.distributed import (
+    FP32_BYTES,
     Exchange,
     Interval,
     MatrixSharding,
@@ -61,7 +62,6 @@ from arg_dist.subspace.distributed import (
     Steps,
     gather,
     gather_each,
-    row_count,
     select_rows,
     sum_scatter,
 )
@@ -113,7 +113,7 @@ def own_term(
     moment, terms = sharding.moment, sharding.terms
     assert terms is not None
     # P_i = G_i Q
-    product = yield from projection(gradient, basis, row_count(moment.touch[sharding.me]), settings)
+    product = yield from projection(gradient, basis, sharding, settings)
     residual = size = None
     if settings.residual != "none":
         own = product
@@ -198,7 +198,7 @@ def step_of_terms(
     if limit > 0 and is_due(state):
         if sends_whole(sharding, settings):
             mean = yield from formed_mean(gradient().float(), sharding)
-            gradient = partial(_itself, mean)
+            gradient = at_hand(mean)
             new = yield from _refresh_of_mean(mean, state, sharding, settings, facts, choose)
         else:
             exact = None
@@ -276,10 +276,6 @@ def formed_mean(term: Tensor, sharding: MatrixSharding) -> Steps[Tensor]:
     moment, me = sharding.moment, sharding.me
     rows = yield from sum_scatter(term, moment.touch, moment.keep, me)
     return (yield from gather(rows, moment.keep, moment.touch, me))
-
-
-def _itself(mean: Tensor) -> Tensor:
-    return mean
 
 
 def _refresh_of_mean(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -31,22 +30,6 @@ from arg_dist.subspace.distributed import (
 )
 
 T = TypeVar("T")
-
-
-def batches_of(sizes: Sequence[int], limit: int) -> list[range]:
-    """Divide positions, in order, into batches whose work is done together.
-
-    Args:
-        sizes: bytes of each position.
-        limit: bytes up to which several are in one batch.
-    """
-    starts, filled = [0], 0
-    for position, size in enumerate(sizes):
-        if position > starts[-1] and filled + size > limit:
-            starts.append(position)
-            filled = 0
-        filled += size
-    return [range(*ends) for ends in pairwise([*starts, len(sizes)])] if sizes else []
 
 
 def run(

@@ -20,6 +20,7 @@ from torch import Tensor
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.timeouts import named
 from arg_dist.subspace.distributed import (
+    FP32_BYTES,
     DimensionSharding,
     MatrixSharding,
     Request,
@@ -35,7 +36,6 @@ AT_ONCE = 2
 """Lanes in flight at a time."""
 WORTH_IT = 32 * 2**20
 """Bytes of weights above which overlap saves more than the additional messages cost."""
-FP32_BYTES = 4
 
 
 class Load(NamedTuple):

@@ -11,10 +11,14 @@ from torch import Tensor
 
 from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import MatrixView
-from arg_dist.subspace.distributed import DimensionSharding, Interval, MatrixSharding, row_count
+from arg_dist.subspace.distributed import (
+    FP32_BYTES,
+    DimensionSharding,
+    Interval,
+    MatrixSharding,
+    row_count,
+)
 from arg_dist.subspace.state import OF_EACH_DIRECTION, OF_TENSOR, WITH_ROWS, State
-
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -203,8 +207,9 @@ class MatrixShard(Shard):
         self,
         direction: Tensor,
         basis: Tensor,
-        residual: tuple[Tensor, Tensor] | None = None,
-        outside: Tensor | None = None,
+        factors: Tensor | None,
+        gradient: Tensor | None,
+        outside: Tensor | None,
         *,
         keep: float,
         step: float,
@@ -214,7 +219,8 @@ class MatrixShard(Shard):
         Args:
             direction: ``moment.update x rank``, N.
             basis: ``basis.touch x rank``, Q.
-            residual: ``moment.update``, phi, and the gradient of the elements held; None if zero.
+            factors: ``moment.update``, phi.
+            gradient: of the elements held; None without factors, or if it is zero.
             outside: ``elements.update``, O; None if zero.
             keep: factor of the weights.
             step: factor of the update.
@@ -225,8 +231,7 @@ class MatrixShard(Shard):
         columns = self.matrix.columns
         first = start // columns * columns
         product = left @ right.T
-        if residual is not None:
-            factors, gradient = residual
+        if factors is not None and gradient is not None:
             factors = factors[:, None] if self.spans_columns else factors[None]
             product.addcmul_(factors, self._whole_rows(gradient).float())
         update = product.reshape(-1)[start - first : stop - first]
@@ -234,8 +239,8 @@ class MatrixShard(Shard):
             update.add_(self._as_stored(outside))
         _add_scaled(values, update.view(values.shape), keep, step)
 
-    def whole_rows(
-        self, residual: tuple[Tensor, Tensor] | None = None, outside: Tensor | None = None
+    def oriented_weights(
+        self, gradient: Tensor | None, outside: Tensor | None
     ) -> tuple[Tensor, Tensor | None] | None:
         """``moment.update x basis.touch``: the weights held, and what is added beside N Q^T.
 
@@ -246,11 +251,8 @@ class MatrixShard(Shard):
             return None
         if not (values.is_contiguous() or values.shape[-1] == columns):
             return None
-        added = None
-        if residual is not None:
-            added = residual[1].reshape(-1, columns)
-        if outside is not None:
-            added = self._as_stored(outside).view(-1, columns)
+        added = gradient if outside is None else self._as_stored(outside)
+        added = None if added is None else added.reshape(-1, columns)
         weights = values.view(-1, columns)
         if self.spans_columns:
             return weights, added

@@ -47,6 +47,9 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 
+FP32_BYTES = 4
+
+
 class KnownRows(tuple[Interval, ...]):
     """Rows that are looked up in every step: their hash is computed once.
 

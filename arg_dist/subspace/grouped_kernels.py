@@ -49,6 +49,7 @@ from arg_dist.subspace.products import (
     bf16_parts,
     check_applied,
     check_projected,
+    check_shapes,
     empty_products,
 )
 
@@ -344,9 +345,9 @@ def run(launch: Launch, device: torch.device) -> None:
 
 def squares(gradients: Sequence[Tensor]) -> Tensor:
     """``k x m``, fp64: ``||G_i||^2`` for the rows of k gradients of one shape, in fp32 or bf16."""
-    rows = gradients[0].shape[0]
-    check_projected(gradients, [gradients[0].new_empty(gradients[0].shape[1], 0)] * len(gradients))
-    totals = torch.empty(len(gradients), rows, dtype=torch.float64, device=gradients[0].device)
+    count, (rows, columns) = len(gradients), gradients[0].shape
+    check_shapes("gradients", gradients, count, (rows, columns))
+    totals = torch.empty(count, rows, dtype=torch.float64, device=gradients[0].device)
     for launch in squarings(gradients, list(totals)):
         run(launch, gradients[0].device)
     return totals
@@ -387,7 +388,10 @@ def project(
     parts: int | None = None,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`arg_dist.subspace.products.plain_project`, of gradients in fp32 or bf16."""
+    """As :func:`arg_dist.subspace.products.plain_project`, of gradients in fp32 or bf16.
+
+    With `exact`, fp32's own units multiply factors in fp32, not tensor cores, at any precision.
+    """
     check_projected(gradients, bases)
     products, squares = empty_products(gradients, bases)
     for launch in projections(
@@ -466,7 +470,10 @@ def apply(
     precision: MatmulPrecision = "highest",
     exact: bool = False,
 ) -> None:
-    """As :func:`arg_dist.subspace.products.plain_apply`, of weights in fp32 or bf16."""
+    """As :func:`arg_dist.subspace.products.plain_apply`, of weights in fp32 or bf16.
+
+    `exact` is that of :func:`project`.
+    """
     check_applied(weights, directions, bases, rows, outside)
     for launch in applications(
         weights,

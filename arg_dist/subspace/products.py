@@ -1,4 +1,4 @@
-"""The two products of a steady step, for all matrices of one shape at a time, and their precision.
+"""Squares and products of a steady step, for all matrices of a shape at a time; their precision.
 
 ========= ==========================================================================
 squares   ``||G_i||^2`` and ``||G||^2``; G is read once
@@ -6,11 +6,11 @@ project   ``P = G Q`` and ``||G_i||^2`` for the rows of G, which is read once
 apply     ``W <- keep W + step (N Q^T + phi E)``; W is read and written once
 ========= ==========================================================================
 
-Each chooses: Triton kernels on CUDA devices where Triton is installed
-and works, for matrices in fp32 or bf16 (:mod:`arg_dist.subspace.grouped_kernels`: one launch for a
-list, in which a gradient in bf16 is multiplied as it is); else PyTorch. Matrices are oriented as
-``moment x basis``: where the basis is on the left, pass transposed views. Nothing waits for the
-device but the first call for it.
+Each chooses: Triton kernels on CUDA devices where Triton is installed and works, for matrices in
+fp32 or bf16 (:mod:`arg_dist.subspace.grouped_kernels`: one launch for a list, in which a gradient
+in bf16 is multiplied as it is); else PyTorch. Matrices are oriented as ``moment x basis``: where
+the basis is on the left, pass transposed views. Nothing waits for the device but the first call for
+it.
 """
 
 from __future__ import annotations
@@ -72,19 +72,14 @@ def project(
     *,
     precision: MatmulPrecision = "highest",
     parts: int | None = None,
-    exact: bool = False,
     squares: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`plain_project`, by the kernel where it is available."""
     if _suit(gradients) and _are_fp32(bases):
         from arg_dist.subspace import grouped_kernels
 
-        return grouped_kernels.project(
-            gradients, bases, precision=precision, parts=parts, exact=exact
-        )
-    return plain_project(
-        gradients, bases, precision=precision, parts=parts, exact=exact, squares=squares
-    )
+        return grouped_kernels.project(gradients, bases, precision=precision, parts=parts)
+    return plain_project(gradients, bases, precision=precision, parts=parts, squares=squares)
 
 
 def squares(gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -111,16 +106,15 @@ def apply(
     keep: float,
     step: float,
     precision: MatmulPrecision = "highest",
-    exact: bool = False,
 ) -> None:
     """As :func:`plain_apply`, by the kernel where it is available."""
     operands = weights, directions, bases, rows, outside
     if _suit([*weights, *(outside or ())]) and _are_fp32([*directions, *bases, *(rows or ())]):
         from arg_dist.subspace import grouped_kernels
 
-        grouped_kernels.apply(*operands, keep=keep, step=step, precision=precision, exact=exact)
+        grouped_kernels.apply(*operands, keep=keep, step=step, precision=precision)
     else:
-        plain_apply(*operands, keep=keep, step=step, precision=precision, exact=exact)
+        plain_apply(*operands, keep=keep, step=step, precision=precision)
 
 
 def _suit(matrices: Sequence[Tensor]) -> bool:
@@ -142,7 +136,6 @@ def plain_project(
     *,
     precision: MatmulPrecision = "highest",
     parts: int | None = None,
-    exact: bool = False,
     squares: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """``P = G Q`` and ``||G_i||^2``, of k gradients of one shape; sums are fp32.
@@ -153,8 +146,6 @@ def plain_project(
         precision: of products of fp32 factors, as the setting ``matmul_precision``.
         parts: numbers in bf16 of which the sum stands for one of Q where G is in bf16: 2 (an error
             of 2e-6), which is fp32 here, or 1; None: 1 at medium precision, else 2.
-        exact: multiply factors in fp32 by fp32's own units instead of tensor cores, whatever the
-            precision; this path does so at the highest one.
         squares: whether the rows' squares are wanted, for which this path reads G once more.
 
     Returns:
@@ -187,7 +178,6 @@ def plain_apply(
     keep: float,
     step: float,
     precision: MatmulPrecision = "highest",
-    exact: bool = False,
 ) -> None:
     """``W <- keep W + step (N Q^T + phi E)``, of k matrices of one shape, in place.
 
@@ -201,7 +191,6 @@ def plain_apply(
         keep: ``1 - lr wd``.
         step: ``-lr scale``.
         precision: as of :func:`plain_project`.
-        exact: as of :func:`plain_project`.
 
     Raises:
         ValueError: the lists or shapes do not belong together.
@@ -262,8 +251,8 @@ def check_projected(gradients: Sequence[Tensor], bases: Sequence[Tensor]) -> Non
     """Refuse what :func:`plain_project` cannot take."""
     rows, columns = gradients[0].shape if gradients else (0, 0)
     rank = bases[0].shape[1] if bases else 0
-    _check("gradients", gradients, len(gradients), (rows, columns))
-    _check("bases", bases, len(gradients), (columns, rank))
+    check_shapes("gradients", gradients, len(gradients), (rows, columns))
+    check_shapes("bases", bases, len(gradients), (columns, rank))
 
 
 def check_applied(
@@ -279,16 +268,17 @@ def check_applied(
     count = len(weights)
     height, width = weights[0].shape if weights else (0, 0)
     rank = bases[0].shape[1] if bases else 0
-    _check("weights", weights, count, (height, width))
-    _check("directions", directions, count, (height, rank))
-    _check("bases", bases, count, (width, rank))
+    check_shapes("weights", weights, count, (height, width))
+    check_shapes("directions", directions, count, (height, rank))
+    check_shapes("bases", bases, count, (width, rank))
     if rows is not None:
-        _check("rows", rows, count, (height,))
+        check_shapes("rows", rows, count, (height,))
     if outside is not None:
-        _check("outside", outside, count, (height, width))
+        check_shapes("outside", outside, count, (height, width))
 
 
-def _check(name: str, given: Sequence[Tensor], count: int, shape: tuple[int, ...]) -> None:
+def check_shapes(name: str, given: Sequence[Tensor], count: int, shape: tuple[int, ...]) -> None:
+    """Refuse a list that has not so many tensors of a shape."""
     shapes = [each.shape for each in given]
     if shapes != [shape] * count:
         raise ValueError(

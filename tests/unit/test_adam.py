@@ -9,7 +9,7 @@ from one_process import optimizer_of, parameters_of, train
 from tolerances import ROUNDING
 
 from arg_dist import algorithm
-from arg_dist.algorithm import adam_directions, adam_step
+from arg_dist.algorithm import AdamStep, adam_directions, adam_step
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.sharding.drivers import run_local
 from arg_dist.sharding.layout import shard_elements
@@ -43,7 +43,7 @@ def test_the_first_direction_is_the_sign_of_the_gradient():
     gradient = gaussian(6, 4)
     direction, *moments = (torch.zeros(6, 4) for _ in range(3))
     lists = ([each] for each in (direction, gradient, *moments))
-    adam_directions(*lists, step=1, betas=(0.9, 0.999), eps=0.0)
+    adam_directions(*lists, AdamStep(1, betas=(0.9, 0.999), eps=0.0))
     ROUNDING.check(direction, gradient.sign())
 
 
