@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -19,11 +19,9 @@ from arg_dist.subspace.distributed import (
     Request,
     Rows,
     Steps,
-    Work,
     add_up,
     advance,
     contributors,
-    done,
     exchanges_of,
     intersect,
     row_count,
@@ -157,18 +155,14 @@ def run_recorded(steps: Steps[T], me: int) -> Generator[Round, None, T]:
         steps: the computation; it reads no values.
         me: index of the process it stands for.
     """
-    answer: Any = None
-    try:
-        while True:
-            asked = steps.send(answer)
-            if isinstance(asked, Work):
-                (answer,) = done([asked])
-            else:
-                yield tuple(_transfer(exchange) for exchange in exchanges_of(asked))
-                answer = _unfilled(asked, me)
-    except StopIteration as finished:
-        result: T = finished.value
-        return result
+    results: dict[int, T] = {}
+    answers: dict[int, Answer | None] = {me: None}
+    while True:
+        requests = advance({me: steps}, answers, results.__setitem__)
+        if results:
+            return results[me]
+        yield tuple(_transfer(exchange) for exchange in exchanges_of(requests[me]))
+        answers[me] = _unfilled(requests.pop(me), me)
 
 
 def _transfer(exchange: Exchange) -> Transfer:

@@ -173,10 +173,10 @@ class Lane(Generic[T]):
             RuntimeError: a computation requests more than `rounds` rounds.
         """
         results: dict[int, T] = {}
-        answers: Iterator[Tensor] | None = None
+        answers: deque[Tensor] | None = None
         if turn:
             in_flight, self._in_flight = self._in_flight, list
-            answers = iter(in_flight())
+            answers = deque(in_flight())
             del in_flight  # releases the message buffers
         for batch in self._batches:
             mine: dict[int, Answer | None] = dict.fromkeys(batch)
@@ -197,9 +197,9 @@ class Lane(Generic[T]):
         if results:
             self._finish(results)
 
-    def _answer(self, i: int, answers: Iterator[Tensor]) -> Answer:
+    def _answer(self, i: int, answers: deque[Tensor]) -> Answer:
         request = self._pending.pop(i)
-        mine = tuple(next(answers) for _ in exchanges_of(request))
+        mine = tuple(answers.popleft() for _ in exchanges_of(request))
         return mine if isinstance(request, tuple) else mine[0]
 
     def _purpose_of_round(self, number: int, rounds: int) -> Callable[[], str]:

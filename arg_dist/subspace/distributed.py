@@ -125,26 +125,26 @@ def done(works: Sequence[Work]) -> Sequence[Any]:
 
 def advance(
     computations: Mapping[K, Steps[T]],
-    answers: Mapping[K, Any],
+    answers: dict[K, Any],
     finish: Callable[[K, T], None],
 ) -> dict[K, Request]:
     """Let computations go on until they need other processes, or have a result.
 
     Args:
         computations: the computations.
-        answers: to the last request of each one that is to go on; None for one that begins.
+        answers: to the last request of each one that is to go on; None for one that begins. They
+            are taken out, so that a computation can free its own.
         finish: called with each result.
 
     Returns:
-        The requests, in the order of `answers`.
+        The requests, in the order of the answers.
     """
-    requests: dict[K, Request] = {}
-    going = dict(answers)
-    while going:
+    order, requests = list(answers), dict[K, Request]()
+    while answers:
         works: dict[Hashable, dict[K, Work]] = {}
-        for key in list(going):
+        for key in list(answers):
             try:
-                asked = computations[key].send(going.pop(key))
+                asked = computations[key].send(answers.pop(key))
             except StopIteration as finished:
                 finish(key, finished.value)
                 continue
@@ -156,9 +156,9 @@ def advance(
         while works:  # nothing remains of it when the computations go on
             _, alike = works.popitem()
             keys = list(alike)
-            going.update(zip(keys, done(list(alike.values())), strict=True))
+            answers.update(zip(keys, done(list(alike.values())), strict=True))
             del alike
-    return {key: requests[key] for key in answers if key in requests}
+    return {key: requests[key] for key in order if key in requests}
 
 
 def known_rows(rows: Rows) -> Rows:
