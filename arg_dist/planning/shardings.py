@@ -32,6 +32,7 @@ class PlannedMatrix:
         replicated: every process holds the whole matrix.
         terms: every process has a gradient of its own, or every copy of the model.
         copy_of: in which copy each owner holds its range; None if there is one.
+        by_all: every process of the group is an owner.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class PlannedMatrix:
     replicated: bool
     terms: bool = False
     copy_of: tuple[int, ...] | None = None
+    by_all: bool = True
 
     @cached_property
     def sharding(self) -> MatrixSharding:
@@ -111,6 +113,7 @@ class PlannedTensor:
         replicated: every process holds the whole tensor.
         terms: every process has a gradient of its own, or every copy of the model.
         copy_of: in which copy each owner holds its range; None if there is one.
+        by_all: every process of the group is an owner.
     """
 
     size: int
@@ -118,6 +121,7 @@ class PlannedTensor:
     replicated: bool
     terms: bool = False
     copy_of: tuple[int, ...] | None = None
+    by_all: bool = True
 
     @cached_property
     def sharding(self) -> DimensionSharding:

@@ -18,6 +18,7 @@ from arg_dist.planning.rows import Counts, Spans, sent
 from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
 from arg_dist.recording import requests_of_a_step, requests_of_adam
 from arg_dist.sharding.drivers import Round, Transfer
+from arg_dist.sharding.routing import Kind, even_route
 from arg_dist.subspace.distributed import KnownRows, MatrixSharding, Rows
 from arg_dist.subspace.state import State
 
@@ -69,10 +70,12 @@ class Request:
     Attributes:
         transfers: what it transfers.
         copies: copies of the model, each of which has as many of the processes.
+        by_all: every process of the group is an owner, so that parts may be padded.
     """
 
     transfers: Round
     copies: int = 1
+    by_all: bool = True
 
     def moved(self, home: int = 0) -> Moved:
         """The bytes that it moves.
@@ -91,8 +94,23 @@ class Request:
         return self._moved_with(0)
 
     def _moved_with(self, home: int) -> Moved:
-        moved = [_moved(each, home, self.copies) for each in self.transfers]
+        moved = [self._moved(each, home) for each in self.transfers]
         return Moved(*(np.sum(parts, 0) for parts in zip(*moved, strict=True)))
+
+    def _moved(self, transfer: Transfer, home: int) -> Moved:
+        row_bytes = transfer.row_bytes
+        have, want = (
+            each.with_home(home) if isinstance(each, AtHome) else Spans.of(each)
+            for each in (transfer.have, transfer.want)
+        )
+        several = np.count_nonzero(have.counts())
+        answer = row_bytes * want.counts() * (several if transfer.stacked else several > 1)
+        if self.by_all:
+            have, want = _as_sent(transfer, home) or (have, want)
+        total = sent(have, want, row_bytes)
+        pairs = zip(have.divided(self.copies), want.divided(self.copies), strict=True)
+        within = np.concatenate([sent(*pair, row_bytes) for pair in pairs])
+        return Moved(total, sent(want, have, row_bytes), answer, total - within)
 
 
 class Requests(NamedTuple):
@@ -110,7 +128,7 @@ def matrix_requests(planned: PlannedMatrix, settings: AdaRankGradConfig, rank: i
 
     def requests() -> list[Request]:
         found = requests_of_a_step(state, marked, settings, rank)
-        return [Request(each, _copies(planned)) for each in found]
+        return [Request(each, _copies(planned), planned.by_all) for each in found]
 
     with Unfilled():
         return Requests(requests(), requests())
@@ -129,22 +147,24 @@ def matrix_traffic(
 def tensor_traffic(planned: PlannedTensor, settings: AdaRankGradConfig) -> list[Moved]:
     """What each round of a tensor that Adam trains moves."""
     requests = requests_of_adam(planned.sharding, settings)
-    return [Request(each, _copies(planned)).moved() for each in requests]
+    return [Request(each, _copies(planned), planned.by_all).moved() for each in requests]
 
 
 def _copies(planned: PlannedMatrix | PlannedTensor) -> int:
     return 1 if planned.copy_of is None else max(planned.copy_of) + 1
 
 
-def _moved(transfer: Transfer, home: int, copies: int) -> Moved:
-    row_bytes = transfer.row_bytes
-    have, want = (
-        each.with_home(home) if isinstance(each, AtHome) else Spans.of(each)
-        for each in (transfer.have, transfer.want)
-    )
-    several = np.count_nonzero(have.counts())
-    answer = row_bytes * want.counts() * (several if transfer.stacked else several > 1)
-    total = sent(have, want, row_bytes)
-    pairs = zip(have.divided(copies), want.divided(copies), strict=True)
-    within = np.concatenate([sent(*pair, row_bytes) for pair in pairs])
-    return Moved(total, sent(want, have, row_bytes), answer, total - within)
+def _as_sent(transfer: Transfer, home: int) -> tuple[Spans, Spans] | None:
+    """The rows that processes have and want, with those that pad parts; None if none do."""
+    route = even_route(transfer.have, transfer.want)
+    if route is None or not route.cut:
+        return None
+    processes = len(route.cut)
+    size = processes * route.count
+    first = route.count * np.arange(processes)
+    parts = Spans(first, first + route.count)
+    if route.kind in (Kind.TO_HOME, Kind.FROM_HOME):
+        whole = Spans.at(home, processes, size)
+    else:
+        whole = Spans(np.zeros(processes, np.int64), np.full(processes, size))
+    return (whole, parts) if route.kind in (Kind.PARTS, Kind.FROM_HOME) else (parts, whole)

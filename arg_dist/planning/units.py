@@ -166,6 +166,7 @@ def _matrix(
         layout.replicated,
         terms,
         layout.copy_of(piece.owners[some]),
+        len(some) == layout.processes,
     )
     _, largest = settings.rank_bounds(view.short)
     elements, owners = view.rows * view.columns, piece.owners[some]
@@ -175,7 +176,8 @@ def _matrix(
 def _tensor(piece: Piece, layout: Layout, settings: AdaRankGradConfig) -> TensorUnit:
     name, numel = piece.parameter.name, piece.parameter.numel
     terms, copy_of = layout.has_terms(settings), layout.copy_of(piece.owners)
-    planned = _planned_tensor(numel, piece.ranges, layout.replicated, terms, copy_of)
+    by_all = len(piece.owners) == layout.processes
+    planned = _planned_tensor(numel, piece.ranges, layout.replicated, terms, copy_of, by_all)
     return TensorUnit(name, numel, piece.owners, settings, planned)
 
 

@@ -17,7 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arg_dist.sharding.routing import Kind, Route, route, route_of_pieces
+from arg_dist.sharding.routing import (
+    Kind,
+    Route,
+    padded_positions,
+    route,
+    route_of_pieces,
+    whole_positions,
+)
 from arg_dist.sharding.transfers import ALIGNMENT, moved_to, moved_together
 from arg_dist.subspace.distributed import Exchange, add_up, put_together, summed_in_order
 
@@ -47,14 +54,41 @@ class Item(NamedTuple):
     def parts(self, processes: int) -> Tensor:
         """``processes x numel``: what each process is sent of an even exchange."""
         if self.route.kind is Kind.ALL:
-            return self.part.view(1, -1).expand(processes, -1)
-        return self.part.view(processes, -1)
+            return self._padded(self.part).expand(processes, -1)
+        if not self.route.cut:
+            return self.part.view(processes, -1)
+        positions = padded_positions(self.route, self.part.device)
+        rows = self.part.view(self.route.cut[-1][1] - self.route.cut[0][0], self.width)
+        return rows.index_select(0, positions).view(processes, self.numel)
 
     def own(self, me: int, processes: int) -> Tensor:
         """``1 x numel``: what this process contributes to what it wants of an even exchange."""
         if self.route.kind is Kind.TO_HOME:
-            return self.part.view(1, -1)
-        return self.parts(processes)[me : me + 1]
+            return self._padded(self.part)
+        if not self.route.cut:
+            return self.parts(processes)[me : me + 1]
+        first, (low, high) = self.route.cut[0][0], self.route.cut[me]
+        mine = slice(self.width * (low - first), self.width * (high - first))
+        return self._padded(self.part if self.route.kind is Kind.ALL else self.part[mine])
+
+    def whole(self, parts: Tensor) -> Tensor:
+        """``rows * width``: all rows of an even exchange, of ``processes x numel``."""
+        if not self.route.cut:
+            return parts
+        positions = whole_positions(self.route, parts.device)
+        return parts.view(len(parts) * self.route.count, self.width).index_select(0, positions)
+
+    def part_of(self, process: int, padded: Tensor) -> Tensor:
+        """``several x rows * width``: the part of a process, of ``several x numel``."""
+        if not self.route.cut:
+            return padded
+        low, high = self.route.cut[process]
+        return padded[:, : self.width * (high - low)].contiguous()
+
+    def _padded(self, part: Tensor) -> Tensor:
+        """``1 x numel``: a flat part, as long as the largest."""
+        gap = self.numel - part.numel()
+        return (torch.cat([part, part.new_zeros(gap)]) if gap else part).view(1, -1)
 
     def rows(self, flat: Tensor, *several: int) -> Tensor:
         """``several x rows x ...``: message elements, contiguous, as rows of the part's type."""
@@ -251,7 +285,9 @@ class Messages:
         own = item.own(self._me, self._size)
         together = torch.cat([*before, own, *after])
         if not item.route.sums:
-            return item.rows(together)
+            return item.rows(item.whole(together))
+        if item.route.kind is Kind.PARTS:
+            together = item.part_of(self._me, together)
         stack = item.rows(together, self._size)
         return stack if item.exchange.stacked else summed_in_order(stack)
 
@@ -261,8 +297,8 @@ class Messages:
         if kind is Kind.TO_HOME:
             return add_up(exchange, self._me, [])
         if kind is Kind.FROM_HOME:
-            whole = arrived or [item.parts(self._size)[self._me]]
-            return put_together([item.rows(whole[0])])
+            padded = arrived[0][None] if arrived else item.own(self._me, self._size)
+            return put_together([item.rows(item.part_of(self._me, padded))])
         others, first = iter(arrived), exchange.have[self._me][0]
         pieces = []
         for process, low, high in item.route.incoming:

@@ -29,6 +29,7 @@ from arg_dist.planning.shardings import PlannedMatrix
 from arg_dist.planning.traffic import matrix_traffic
 from arg_dist.sharding.drivers import run_lockstep
 from arg_dist.sharding.layout import shard_matrix
+from arg_dist.sharding.message_packing import Messages
 from arg_dist.sharding.transfers import ALIGNMENT
 from arg_dist.subspace.distributed import even_rows, exchanges_of, intersect
 from arg_dist.terms import step_of_terms
@@ -205,13 +206,10 @@ def listening(steps, me, asked, beside=()):
 
 def sent_by(request, me, beside=()):
     """Bytes that process `me` sends at a request, to processes that are not `beside` it."""
-    size = 0
-    for exchange in exchanges_of(request):
-        row = math.prod(exchange.part.shape[1:]) * exchange.part.element_size()
-        for other, wanted in enumerate(exchange.want):
-            low, high = intersect(exchange.have[me], wanted)
-            size += padded((high - low) * row) if other not in (me, *beside) else 0
-    return size
+    exchanges = exchanges_of(request)
+    messages = Messages(exchanges, me, len(exchanges[0].want), torch.device("cpu"))
+    others = (size for i, size in enumerate(messages.send_sizes) if i not in beside)
+    return sum(others) * messages.dtype.itemsize
 
 
 @given(st.sampled_from(SEVERAL), st.integers(1, 40), st.sampled_from(["fp32", "bf16"]))
