@@ -71,6 +71,12 @@ class Item(NamedTuple):
         mine = slice(self.width * (low - first), self.width * (high - first))
         return self._padded(self.part if self.route.kind is Kind.ALL else self.part[mine])
 
+    def piece(self, first: int, numel: int) -> Tensor:
+        """``1 x numel``: elements of this process's part, padded where the kind asks for it."""
+        if self.route.kind is Kind.TO_HOME:
+            return self._padded(self.part)
+        return self.part[None, first : first + numel]
+
     def whole(self, parts: Tensor) -> Tensor:
         """``rows * width``: all rows of an even exchange, of ``processes x numel``."""
         if not self.route.cut:
@@ -210,8 +216,7 @@ class Messages:
             filled += numel
             pieces = [rows[first:last] for rows in parts]
             for each in slices:
-                part = items[each.item.number].part
-                pieces.append(part[None, each.first : each.first + each.numel])
+                pieces.append(items[each.item.number].piece(each.first, each.numel))
                 pieces.append(zeros[:, : self._padded(each.numel) - each.numel])
             if numel:
                 torch.cat(pieces, 1, out=there)

@@ -163,7 +163,13 @@ def advance(
 
 def known_rows(rows: Rows) -> Rows:
     """The same rows, whose hash is computed once; itself if they are of such a kind."""
-    return KnownRows(rows) if type(rows) is tuple else rows
+    return _one_of_equal(KnownRows(rows)) if type(rows) is tuple else rows
+
+
+@lru_cache(maxsize=65536)
+def _one_of_equal(rows: KnownRows) -> KnownRows:
+    """One object for all equal rows: comparing two of them takes as long as hashing."""
+    return rows
 
 
 def exchanges_of(request: Request | Work) -> tuple[Exchange, ...]:
@@ -583,19 +589,19 @@ class Terms:
 
 @lru_cache(maxsize=65536)
 def _rows_at(home: int, size: int, processes: int) -> Rows:
-    return KnownRows((0, size if i == home else 0) for i in range(processes))
+    return known_rows(tuple((0, size if i == home else 0) for i in range(processes)))
 
 
 @lru_cache(maxsize=4096)
 def _rows_of(owners: tuple[int, ...], size: int, processes: int) -> Rows:
     these = frozenset(owners)
-    return KnownRows((0, size if i in these else 0) for i in range(processes))
+    return known_rows(tuple((0, size if i in these else 0) for i in range(processes)))
 
 
 @lru_cache(maxsize=4096)
 def _shares_of(owners: tuple[int, ...], size: int, processes: int) -> Rows:
     parts = dict(zip(owners, even_rows(size, len(owners)), strict=True))
-    return KnownRows(parts.get(i, (0, 0)) for i in range(processes))
+    return known_rows(tuple(parts.get(i, (0, 0)) for i in range(processes)))
 
 
 def to_home(part: Tensor, have: Rows, size: int, sharding: MatrixSharding) -> Steps[Tensor]:

@@ -25,6 +25,8 @@ def swap(requests: list[list[Exchange]]) -> list[list[Tensor]]:
     everyone = [Messages(mine, me, size, CPU) for me, mine in enumerate(requests)]
     sent = [messages.packed() for messages in everyone]
     answers = []
+    for messages, packed in zip(everyone, sent, strict=True):
+        assert packed.numel() == sum(messages.send_sizes)
     for me, messages in enumerate(everyone):
         parts = []
         for other, theirs in enumerate(everyone):
@@ -66,7 +68,7 @@ def rounds(draw) -> list[list[Exchange]]:
     processes = draw(st.integers(2, 5))
     asked = []
     for seed in range(draw(st.integers(1, 4))):
-        size = draw(st.integers(1, 9) | st.integers(1, 3).map(lambda each: each * processes))
+        size = draw(st.integers(1, 40) | st.integers(1, 3).map(lambda each: each * processes))
         have, want = draw(intervals(processes, size)), draw(intervals(processes, size))
         shape = tuple(draw(st.lists(st.integers(1, 3), max_size=2)))
         dtype = draw(st.sampled_from(DTYPES))
@@ -99,3 +101,15 @@ def test_nothing_asked_is_nothing_sent(processes):
     assert messages.packed().numel() == 0
     assert messages.answers(torch.empty(0, dtype=messages.dtype)) == []
     assert messages.send_sizes == messages.receive_sizes == [0] * processes
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize("size", [21, 32, 40])
+def test_parts_that_differ_a_little_are_padded(size, processes):
+    parts, everyone = even_rows(size, processes), ((0, size),) * processes
+    home = tuple((0, size if i == 1 else 0) for i in range(processes))
+    for have, want in ((everyone, parts), (parts, everyone), (parts, home), (home, parts)):
+        held = [torch.randn(high - low, 7) for low, high in have]
+        requests = [[Exchange(part, have, want)] * 2 for part in held]
+        for actual, expected in zip(swap(requests), in_lockstep(requests), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
