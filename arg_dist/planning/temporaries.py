@@ -68,7 +68,8 @@ class _Lane:
         self.rounds = 0
         self._nothing = np.zeros(processes, np.int64)
         self._alone, self._passing = self._nothing.copy(), self._nothing.copy()
-        self._waiting: list[Counts] = []
+        self._held: list[Counts] = []
+        self._messages: list[Counts] = []
         self._answers: list[Counts] = []
         self._ending: list[Counts] = []
 
@@ -79,25 +80,29 @@ class _Lane:
             return
         self.rounds = max(self.rounds, len(rounds))
         while len(self._ending) <= len(rounds):
-            for each in (self._waiting, self._answers, self._ending):
+            for each in (self._held, self._messages, self._answers, self._ending):
                 each.append(self._nothing.copy())
         for k, (held, moved) in enumerate(zip(memory.held[:-1], rounds, strict=True)):
-            self._waiting[k][unit.owners] += held + moved.sent + moved.received
+            self._held[k][unit.owners] += held
+            self._messages[k][unit.owners] += moved.sent + moved.received
             self._answers[k][unit.owners] += moved.answer
         np.maximum.at(self._passing, unit.owners, memory.passing.max(0))
         self._ending[len(rounds)][unit.owners] += memory.held[-1]
 
     def waiting(self, turn: int) -> Counts:
         """Bytes held, messages included, while the collectives of a turn are in flight."""
-        return _at(self._waiting, turn, self._nothing)
+        return _at(self._held, turn, self._nothing) + _at(self._messages, turn, self._nothing)
 
     def most(self, turn: int) -> Counts:
         """Peak bytes in a turn."""
         after = self.waiting(turn) + _at(self._ending, turn, self._nothing) + self._passing
         before = self.waiting(0) + self._alone
         if turn:
-            answers = _at(self._answers, turn - 1, self._nothing)
-            before = self.waiting(turn - 1) + answers + self._passing
+            held = _at(self._held, turn - 1, self._nothing)
+            held = held + _at(self._answers, turn - 1, self._nothing)
+            # messages are freed when they are unpacked, before the computations go on
+            messages = _at(self._messages, turn - 1, self._nothing)
+            before = held + np.maximum(messages, self._passing)
         most: Counts = np.maximum(after, before)
         return most
 
