@@ -509,7 +509,7 @@ def at_full_size(
         outputs_are_moment=sharding.outputs_are_moment,
         steps=settings.polar_steps,
     )
-    return (factor if sharding.cuts_moment else factor.T).contiguous().view(-1)
+    return sharding.flattened(factor)
 
 
 def _orthogonalized_each(

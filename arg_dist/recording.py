@@ -87,6 +87,8 @@ def requests_of_adam(side: DimensionSharding, settings: AdaRankGradConfig) -> li
 
 def rounds_of_matrix(sharding: MatrixSharding, settings: AdaRankGradConfig) -> tuple[int, int]:
     """:func:`rounds` of a matrix that several processes share."""
+    if sharding.blocks:
+        return _counted(sharding, _smallest(settings.power_passes, settings.residual))
     terms = sharding.terms
     several = terms is not None and terms.count > 1
     return rounds(
@@ -165,9 +167,21 @@ def rounds(
         terms=terms and not pieces,
         copy_of=copy_of,
     )
-    chosen = {"power_passes": power_passes, "residual": residual, "oversample": 0}
-    settings = parse_config({**chosen, "max_rank": RANK, "min_rank": RANK})
+    settings = _smallest(power_passes, residual)
     assert not terms or formed == is_small(sharding, settings)
+    return _counted(sharding, settings)
+
+
+@lru_cache
+def _smallest(power_passes: int, residual: Rule) -> AdaRankGradConfig:
+    """Settings with bases of few columns."""
+    chosen = {"power_passes": power_passes, "residual": residual, "oversample": 0}
+    return parse_config({**chosen, "max_rank": RANK, "min_rank": RANK})
+
+
+@lru_cache(maxsize=4096)
+def _counted(sharding: MatrixSharding, settings: AdaRankGradConfig) -> tuple[int, int]:
+    """Number of requests of a step without a refresh, and with one that rotates the moments."""
     state: State = {}
 
     def requests() -> int:
@@ -175,5 +189,5 @@ def rounds(
 
     requests()
     steady = requests()
-    refresh_next(state)  # which also rotates the moments
+    refresh_next(state)
     return steady, requests()

@@ -17,6 +17,7 @@ from arg_dist.subspace.distributed import (
     Interval,
     MatrixSharding,
     row_count,
+    select_rows,
 )
 from arg_dist.subspace.state import OF_EACH_DIRECTION, OF_TENSOR, WITH_ROWS, State
 
@@ -198,10 +199,9 @@ class MatrixShard(Shard):
         A view if possible; a copy in fp32 if a row is split between processes.
         """
         block = self._whole_rows(gradient)
-        if self.replicated:
-            low, high = self.sharding.moment.touch[self.sharding.me]
-            block = block[low:high] if self.spans_columns else block[:, low:high]
-        return block if self.spans_columns else block.T
+        block = block if self.spans_columns else block.T
+        moment, me = self.sharding.moment, self.sharding.me
+        return select_rows(block, moment.update[me], moment.touch[me])
 
     def apply(
         self,
@@ -228,8 +228,7 @@ class MatrixShard(Shard):
         values = self.values()
         left, right = (direction, basis) if self.spans_columns else (basis, direction)
         start, stop = self.range
-        columns = self.matrix.columns
-        first = start // columns * columns
+        first = start // self.width * self.width
         product = left @ right.T
         if factors is not None and gradient is not None:
             factors = factors[:, None] if self.spans_columns else factors[None]
@@ -246,7 +245,7 @@ class MatrixShard(Shard):
 
         None if no matrix of the weights held can be viewed. Arguments as of :meth:`apply`.
         """
-        values, columns = self.values(), self.matrix.columns
+        values, columns = self.values(), self.width
         if not self.has_whole_rows:
             return None
         if not (values.is_contiguous() or values.shape[-1] == columns):
@@ -260,18 +259,29 @@ class MatrixShard(Shard):
 
     def _as_stored(self, flat: Tensor) -> Tensor:
         """The elements held, of ``elements.update``, in the order in which they are stored."""
+        if self.sharding.blocks:
+            rows = flat.view(-1, row_count(self.sharding.basis.touch[self.me]))
+            return (rows if self.spans_columns else rows.T).reshape(-1)
         if self.sharding.cuts_moment == self.spans_columns:
             return flat
         return self.sharding.matrix(flat).T.reshape(-1)  # all of them, and the moment side is cut
 
     @cached_property
+    def width(self) -> int:
+        """Columns, as stored, of the rows that are held: all of them, or those of a block."""
+        if not self.sharding.blocks:
+            return self.matrix.columns
+        columns = self.sharding.basis.touch if self.spans_columns else self.sharding.moment.update
+        return row_count(columns[self.me])
+
+    @cached_property
     def has_whole_rows(self) -> bool:
-        """Whether no row as it is stored is split between processes."""
-        return all(bound % self.matrix.columns == 0 for bound in self.range)
+        """Whether no row of that width is split between processes."""
+        return all(bound % self.width == 0 for bound in self.range)
 
     def _whole_rows(self, gradient: Tensor) -> Tensor:
         """``touched rows x columns``: the elements held, and zeros for those of other processes."""
-        columns = self.matrix.columns
+        columns = self.width
         if self.has_whole_rows:
             return gradient.reshape(-1, columns)
         start, stop = self.range

@@ -42,6 +42,8 @@ from arg_dist.subspace.state import OF_TENSOR, SCHEMA, WITH_ROWS, Lies
 Interval = tuple[int, int]
 Rows = tuple[Interval, ...]
 """Rows of a tall matrix on each process of a group: one half-open interval per process."""
+Block = tuple[Interval, Interval]
+"""A rectangle of a matrix: some of its rows, and some of its columns."""
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -430,7 +432,8 @@ class MatrixSharding:
     Attributes:
         moment: the side of the projected gradient and its moments.
         basis: the side that the basis spans.
-        elements: the elements of the matrix, in the row-major order of the side that is cut.
+        elements: the elements of the matrix, in the row-major order of the side that is cut, or
+            block after block.
         cuts_moment: whether that is the moment side, so that the order is that of
             ``moment x basis``; else that of ``basis x moment``.
         outputs_are_moment: whether the moment side is that of the rows of W in the model.
@@ -442,6 +445,8 @@ class MatrixSharding:
         me: this process's index in the group.
         terms: set if several copies of the model have a gradient each, whose mean is not formed;
             then the processes that touch the same rows keep an even share of them each.
+        blocks: if both sides are cut, the blocks of ``moment x basis`` in the order of their
+            elements, each of them row-major; else empty.
     """
 
     moment: DimensionSharding
@@ -454,6 +459,7 @@ class MatrixSharding:
     home: int
     me: int
     terms: Terms | None = None
+    blocks: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "store", known_rows(self.store))
@@ -483,16 +489,32 @@ class MatrixSharding:
 
     def flat(self, block: Tensor) -> Tensor:
         """``elements.touch``: those of a block ``moment.touch x basis.touch`` that are held."""
+        if self.blocks:
+            return block.reshape(-1)
         rows = block if self.cuts_moment else block.T
         start, stop = self.elements.touch[self.me]
         first = start // max(1, rows.shape[1]) * rows.shape[1]
         return rows.reshape(-1)[start - first : stop - first]
 
     def matrix(self, flat: Tensor) -> Tensor:
-        """``moment x basis``: a view of all elements of the matrix."""
+        """``moment x basis``: all elements of the matrix; a view, unless they lie in blocks."""
+        if self.blocks:
+            whole = flat.new_empty(self.moment.size, self.basis.size)
+            sizes = [row_count(rows) * row_count(columns) for rows, columns in self.blocks]
+            for (rows, columns), part in zip(self.blocks, torch.split(flat, sizes), strict=True):
+                there = whole[slice(*rows), slice(*columns)]
+                there.copy_(part.view(there.shape))
+            return whole
         if self.cuts_moment:
             return flat.view(self.moment.size, self.basis.size)
         return flat.view(self.basis.size, self.moment.size).T
+
+    def flattened(self, matrix: Tensor) -> Tensor:
+        """``elements``: those of ``moment x basis``, the inverse of :meth:`matrix`."""
+        if self.blocks:
+            parts = [matrix[slice(*rows), slice(*columns)] for rows, columns in self.blocks]
+            return torch.cat([part.reshape(-1) for part in parts])
+        return (matrix if self.cuts_moment else matrix.T).contiguous().view(-1)
 
     def whole(self, size: int) -> Rows:
         """All of `size` rows for every owner, none for the others."""
