@@ -29,6 +29,12 @@ _OF_COPIES = (
     "arg_dist.checkpoint, from which any engine and number of processes can resume"
 )
 
+_IN_BLOCKS = (
+    "state_dict: PyTorch's distributed checkpoints cannot express a state that is sharded over a "
+    "mesh of two dimensions; save the model so, and on each process "
+    "torch.save(optimizer.state_dict(), a file of its own), which the same mesh can load"
+)
+
 
 class Saving(torch.optim.Optimizer):
     """The part of :class:`arg_dist.AdaRankGrad` that saves and loads its state.
@@ -130,6 +136,10 @@ class Saving(torch.optim.Optimizer):
             if any(plan.copy_of for plan in plans):
                 raise RuntimeError(_OF_COPIES)
             self.check_own_state(plans)
+            if any(plan.in_blocks for plan in plans):
+                if is_merged():
+                    raise RuntimeError(_IN_BLOCKS)
+                merged = False
 
         def sign(_: Any, saved: dict[str, Any]) -> None:
             self._sign(saved, plans, targets, merged=merged)

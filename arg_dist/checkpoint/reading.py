@@ -30,7 +30,7 @@ from arg_dist.checkpoint.random_states import restore_random_states
 from arg_dist.checkpoint.scheduling import load_scheduler
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.checkpoint.writing import persistent_buffers, untrained_parameters
-from arg_dist.checkpoint.written_parts import held_untrained, local_values
+from arg_dist.checkpoint.written_parts import held_untrained, local_values, refuse_blocks
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, adapters
@@ -104,6 +104,7 @@ def restore(
     before = saved_settings(optimizer.param_groups)
     different = put_back_settings(optimizer, index)
     plans = optimizer.bind_all(frozen=trained_before(index, weights=weights), anew=True)
+    refuse_blocks(plans)
     try:
         on_all(job, lambda: check_plans(checkpoint, index, plans, weights=weights))
     except CheckpointError:

@@ -43,6 +43,7 @@ from arg_dist.checkpoint.written_parts import (
     add_trained_weights,
     add_untrained_weights,
     dtype_name,
+    refuse_blocks,
 )
 from arg_dist.library_internals import UNSAVED_BUFFERS
 from arg_dist.model_groups import named_parameters, own_name, unwrapped
@@ -82,6 +83,7 @@ def draft(
             be stored, or a process could not copy its part.
     """
     plans = optimizer.plans_of_state()
+    refuse_blocks(plans)
     communicator = job_communicator(optimizer.process_group, plans)
     me = communicator.me
     made: list[Draft] = []

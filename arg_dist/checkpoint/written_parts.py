@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from arg_dist.checkpoint.index import SlicedTensor, StateEntry, Weight, tensor_key
+from arg_dist.checkpoint.index import CheckpointError, SlicedTensor, StateEntry, Weight, tensor_key
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.fragment import Fragment, Holding, adapters
 from arg_dist.sharding.job import has_first_process
@@ -78,6 +78,23 @@ def add_states(
             tensors=tensors,
             sums={k: [(process, first, float(state[k]))] for k in SUMMED if k in state},
         )
+
+
+def refuse_blocks(plans: Iterable[Plan]) -> None:
+    """Check that every process holds ranges of the parameters, which slices can be.
+
+    Raises:
+        CheckpointError: on every process: some are held in blocks of rows and columns.
+    """
+    for plan in plans:
+        for fragment in plan.held:
+            if fragment.box is not None:
+                raise CheckpointError(
+                    f"{fragment.name}: it is sharded over a mesh of two dimensions, which "
+                    "arg_dist.checkpoint cannot save or load yet; save the model with "
+                    "torch.distributed.checkpoint, and on each process "
+                    "torch.save(optimizer.state_dict(), a file of its own)"
+                )
 
 
 def add_trained_weights(contents: Contents, plan: Plan, process: int) -> None:

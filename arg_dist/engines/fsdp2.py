@@ -1,4 +1,8 @@
-"""FSDP2 (``fully_shard``): each process holds whole rows or whole columns of every parameter."""
+"""DTensors: FSDP2 (``fully_shard``), tensor parallelism, both, or experts over a mesh axis.
+
+Under FSDP2 by itself each process holds whole rows or whole columns of every parameter, a range of
+its elements. On other meshes it holds a box.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,17 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from arg_dist.library_internals import SHAPE_AND_OFFSET
 from arg_dist.sharding.fragment import Adapter, Fragment, Holding, ParameterGroup
 
 
 class ShardedTensorAdapter(Adapter):
-    """DTensors sharded in one dimension over one mesh axis, replicated over the others (HSDP)."""
+    """DTensors on any mesh.
+
+    Sharded in one dimension over one mesh axis, and replicated over the others (HSDP), they are
+    held in ranges, and each copy of the model has a state. Anything else is held in boxes, and its
+    state once over all processes of the mesh.
+    """
 
     def recognizes(self, group: ParameterGroup) -> bool:
         """Whether any of the group's tensors is a DTensor."""
@@ -24,16 +34,18 @@ class ShardedTensorAdapter(Adapter):
         """Returns this process's rows (or columns) of each parameter that trains, or rests.
 
         Raises:
-            RuntimeError: a parameter is sharded over two mesh axes, or in an unsupported way.
+            RuntimeError: a parameter is sharded in an unsupported way.
         """
+        held = [(n, t) for n, t in zip(group.names, group.targets, strict=True) if group.holds(t)]
+        if not _is_cut_in_ranges(held):
+            return _in_boxes(held, group.process_group)
         fragments, process_group = [], None
         copies: tuple[dist.ProcessGroup, ...] = ()
-        for name, target in zip(group.names, group.targets, strict=True):
-            if group.holds(target):
-                axis, dimension = _cut(name, target)
-                process_group = target.device_mesh.get_group(axis)  # type: ignore[attr-defined]
-                fragments.append(_fragment(name, target, axis, dimension))
-                copies = _copies(target, axis)
+        for name, target in held:
+            axis, dimension = _cut(name, target)
+            process_group = target.device_mesh.get_group(axis)  # type: ignore[attr-defined]
+            fragments.append(_fragment(name, target, axis, dimension))
+            copies = _copies(target, axis)
         if process_group is not None and dist.get_world_size(process_group) == 1:
             process_group = None
         return Holding(fragments, process_group, copies=copies)
@@ -45,6 +57,41 @@ class ShardedTensorAdapter(Adapter):
         axis, dimension = _cut(name, parameter)
         group = parameter.device_mesh.get_group(axis)  # type: ignore[attr-defined]
         return Holding([_fragment(name, parameter, axis, dimension)], group)
+
+
+def _in_boxes(held: list[tuple[str, Any]], group: dist.ProcessGroup | None) -> Holding:
+    """What this process holds of parameters over the largest of their meshes.
+
+    Args:
+        held: names and DTensors.
+        group: the processes that train the model.
+    """
+    for name, target in held:
+        _check_boxed(name, target)
+    meshes = [tuple(sorted(target.device_mesh.mesh.flatten().tolist())) for _, target in held]
+    everyone = max(meshes, key=len)
+    for (name, _), ranks in zip(held, meshes, strict=True):
+        if not set(ranks) <= set(everyone):
+            raise RuntimeError(
+                f"{name}: it lies on the processes {list(ranks)}, and others of its parameter "
+                f"group on {list(everyone)}; give parameters of different processes separate groups"
+            )
+    return Holding([_boxed(*each) for each in held], _group_of(everyone, group))
+
+
+def _group_of(
+    everyone: tuple[int, ...], group: dist.ProcessGroup | None
+) -> dist.ProcessGroup | None:
+    """The process group of the processes of a mesh; None if there is one."""
+    if len(everyone) == 1:
+        return None
+    ranks = [] if group is None else sorted(dist.get_process_group_ranks(group))
+    if list(everyone) != ranks:
+        raise RuntimeError(
+            f"process_group: its processes are {ranks or [dist.get_rank()]}, and the parameters "
+            f"are sharded over a mesh of {list(everyone)}; pass the process group of these"
+        )
+    return group
 
 
 def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
@@ -67,31 +114,94 @@ def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
     return placement
 
 
-def _cut(name: str, target: Any) -> tuple[int, int]:
-    """Returns the mesh axis and the dimension over which a DTensor is sharded."""
+def _is_cut_in_ranges(held: list[tuple[str, Any]]) -> bool:
+    """Whether FSDP2 by itself has cut parameters: each in one dimension, over one mesh axis."""
+    meshes = {getattr(target, "device_mesh", None) for _, target in held}
+    return len(meshes) <= 1 and all(_axes(name, target) is not None for name, target in held)
+
+
+def _axes(name: str, target: Any) -> tuple[int, int] | None:
+    """The mesh axis and the dimension over which a DTensor is sharded; None if not one of each.
+
+    Raises:
+        RuntimeError: it is no DTensor, or is held as terms of a sum.
+    """
+    from torch.distributed.tensor import Shard
+
     if not hasattr(target, "placements"):
         raise RuntimeError(
             f"{name}: a plain tensor among DTensors (ignored_params?); shard it as well, or give "
             "it a separate optimizer"
         )
-    sharded = [(axis, p.dim) for axis, p in enumerate(target.placements) if p.is_shard()]
-    plain = all(p.is_shard() or p.is_replicate() for p in target.placements)
-    if (
-        len(sharded) != 1
-        or not plain
-        or (sharded[0][1] != 0 and (sharded[0][1], target.ndim) != (1, 2))
-    ):
+    if any(placement.is_partial() for placement in target.placements):
         raise RuntimeError(
-            f"{name}: its placements are {tuple(target.placements)}; AdaRankGrad needs parameters "
-            "that fully_shard has sharded in one dimension (0, or 1 of a matrix) over one mesh "
-            "axis; tensor parallelism is not supported"
+            f"{name}: its placements are {tuple(target.placements)}, so that no process has its "
+            "values (Partial); give the parameter Shard or Replicate placements"
         )
-    if target.is_complex() and sharded[0][1] != 0:
+    others = [placement for placement in target.placements if not placement.is_replicate()]
+    if len(others) != 1 or type(others[0]) is not Shard:
+        return None
+    (cut,) = others
+    if cut.dim != 0 and (cut.dim, target.ndim) != (1, 2):
+        return None
+    return target.placements.index(cut), cut.dim
+
+
+def _cut(name: str, target: Any) -> tuple[int, int]:
+    """The mesh axis and the dimension over which FSDP2 by itself has sharded a DTensor."""
+    axes = _axes(name, target)
+    if axes is None:
+        raise RuntimeError(
+            f"{name}: its placements are {tuple(target.placements)}; checkpoints need parameters "
+            "that fully_shard has sharded in one dimension over one mesh axis"
+        )
+    if target.is_complex() and axes[1] != 0:
         raise RuntimeError(
             f"{name}: a complex parameter sharded by columns; shard it by rows (Shard(0), which is "
             "fully_shard's default)"
         )
-    return sharded[0]
+    return axes
+
+
+def _check_boxed(name: str, target: Any) -> None:
+    """Check that a DTensor can be held in a box.
+
+    Raises:
+        RuntimeError: it cannot.
+    """
+    _axes(name, target)
+    if target.is_complex():
+        raise RuntimeError(
+            f"{name}: a complex parameter with the placements {tuple(target.placements)}; complex "
+            "parameters need fully_shard alone, over one mesh axis"
+        )
+
+
+def _boxed(name: str, target: Any) -> Fragment:
+    """The box of a DTensor on this process."""
+    placements = tuple(target.placements)
+    shape_and_offset = SHAPE_AND_OFFSET.imported()
+    sizes, offsets = shape_and_offset(target.shape, target.device_mesh, placements)
+    local = target.to_local()
+    if tuple(local.shape) != tuple(sizes):
+        raise RuntimeError(
+            f"{name}: with the placements {placements} this process has the shape "
+            f"{tuple(local.shape)}, and not {tuple(sizes)}; arg_dist does not support this layout"
+        )
+    box = tuple((low, low + size) for low, size in zip(offsets, sizes, strict=True))
+    view = partial(_local_box, name=name, placements=placements)
+    return Fragment(name, tuple(target.shape), 0, local.numel(), target, view, box=box)
+
+
+def _local_box(tensor: Any, name: str, placements: tuple[Any, ...]) -> Tensor:
+    if tuple(tensor.placements) != placements:
+        raise RuntimeError(
+            f"{name}: its gradient has the placements {tuple(tensor.placements)}, and the "
+            f"parameter {placements}; before step() set parameter.grad = "
+            "parameter.grad.redistribute(placements=parameter.placements)"
+        )
+    local: Tensor = tensor.to_local()
+    return local
 
 
 def _copies(target: Any, axis: int) -> tuple[dist.ProcessGroup, ...]:

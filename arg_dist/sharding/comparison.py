@@ -43,7 +43,8 @@ class Summary(NamedTuple):
     Attributes:
         digest: of the settings and the parameters.
         weights: as of the description.
-        ranges: element range of each parameter that this process holds, two int64 numbers each.
+        ranges: what this process holds of each parameter, an element range or an interval for each
+            dimension, two int64 numbers each.
         copy: as of :class:`arg_dist.sharding.fragment.Holding`.
     """
 
@@ -58,7 +59,7 @@ def describe(spec: GroupSpec) -> Description:
     fragments = spec.holding.fragments
     return Description(
         spec.settings,
-        tuple((fragment.name, tuple(fragment.shape)) for fragment in fragments),
+        tuple((_named(fragment), tuple(fragment.shape)) for fragment in fragments),
         tuple(map(_fingerprint, fragments)) if spec.holding.replicated else (),
     )
 
@@ -66,7 +67,7 @@ def describe(spec: GroupSpec) -> Description:
 def summarize(spec: GroupSpec, description: Description) -> Summary:
     """What the other processes are told of a group."""
     text = f"{description.settings}\n{description.parameters}"
-    held = [(fragment.start, fragment.stop) for fragment in spec.holding.fragments]
+    held = chain.from_iterable(fragment.held for fragment in spec.holding.fragments)
     return Summary(
         hashlib.sha256(text.encode()).digest(),
         description.weights,
@@ -96,13 +97,28 @@ def are_alike(everyone: Sequence[Sequence[Summary]]) -> bool:
     )
 
 
-def ranges_of(everyone: Sequence[Sequence[Summary]], group: int) -> list[Ranges]:
-    """For each parameter of a group, the element range that each process holds."""
-    held, size = [summaries[group].ranges for summaries in everyone], 2 * array("q").itemsize
-    return [
-        _as_ranges(b"".join([ranges[first : first + size] for ranges in held]))
-        for first in range(0, len(held[0]), size)
-    ]
+def held_by_all(
+    everyone: Sequence[Sequence[Summary]], group: int, fragments: Sequence[Fragment]
+) -> list[tuple[Ranges, ...]]:
+    """What each process holds of each parameter of a group, as of :attr:`Fragment.held`.
+
+    One entry for each parameter: of each interval, those of all processes.
+    """
+    held = [summaries[group].ranges for summaries in everyone]
+    size, first = 2 * array("q").itemsize, 0
+    found = []
+    for fragment in fragments:
+        intervals = []
+        for _ in fragment.held:
+            each = b"".join([ranges[first : first + size] for ranges in held])
+            intervals.append(_as_ranges(each))
+            first += size
+        found.append(tuple(intervals))
+    return found
+
+
+def _named(fragment: Fragment) -> str:
+    return fragment.name if fragment.box is None else f"{fragment.name} (in blocks)"
 
 
 @lru_cache(maxsize=4096)

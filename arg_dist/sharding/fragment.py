@@ -1,8 +1,8 @@
 """The interface to engines: which part of which parameter this process holds.
 
-A fragment is a contiguous row-major range of a parameter's elements. Under every engine, a process
-holds one (possibly empty) range of each parameter, so an engine's adapter reports only that range
-and all other code is shared.
+A fragment is a contiguous row-major range of a parameter's elements or, on meshes that cut several
+dimensions, a box of them. Under every engine, a process holds one (possibly empty) of each
+parameter, so an engine's adapter reports only that and all other code is shared.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Fragment:
         view: maps `target`, or its gradient, to the elements held, in row-major order.
         transposed: the engine shards the second dimension, so rows here are the parameter's
             columns.
+        box: what is held in each dimension, where an engine may cut several; None for a range. Then
+            `start` is 0 and `stop` the number of elements held.
     """
 
     name: str
@@ -39,6 +41,12 @@ class Fragment:
     target: Tensor
     view: Callable[[Tensor], Tensor]
     transposed: bool = False
+    box: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def held(self) -> tuple[tuple[int, int], ...]:
+        """The range of elements held, or the box."""
+        return ((self.start, self.stop),) if self.box is None else self.box
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from arg_dist.subspace.distributed import (
     Terms,
     even_part,
     even_rows,
+    row_count,
     single_process,
 )
 
@@ -26,6 +27,8 @@ Ranges = tuple[Interval, ...]
 """Element range of one matrix on each process of a group."""
 Blocks = tuple[Block, ...]
 """Rows and columns of one matrix that each process of a group holds."""
+Boxes = tuple[Ranges, ...]
+"""Of each dimension of a parameter, the interval that each process holds."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,89 @@ def shard_blocks(
         me=me,
         blocks=order,
     )
+
+
+def blocks_of_matrix(view: MatrixView, shape: tuple[int, ...], boxes: Boxes) -> Blocks:
+    """Rows and columns of one matrix that each process holds.
+
+    Args:
+        view: the matrix.
+        shape: full shape of its parameter.
+        boxes: what each process holds of the parameter, in each dimension.
+
+    Raises:
+        RuntimeError: dimensions that are the columns of the matrix are cut.
+    """
+    if view.columns == shape[-1]:
+        place = _place(view, shape)
+        nothing = ((0, 0), (0, 0))
+        return tuple(
+            (box[-2], box[-1]) if _contains(box, place) else nothing
+            for box in zip(*boxes, strict=True)
+        )
+    for size, cut in zip(shape[1:], boxes[1:], strict=True):
+        if any(each != (0, size) and each[0] < each[1] for each in cut):
+            raise RuntimeError(
+                f"{view.name}: it trains as a matrix of {view.rows} x {view.columns}, and the "
+                f"engine cuts a dimension of its shape {shape} within a row; shard its first "
+                'dimension, or exclude it (exclude=["..."]) so that Adam trains it'
+            )
+    whole = (0, view.columns)
+    return tuple(
+        (box[0], whole if all(low < high for low, high in box) else (0, 0))
+        for box in zip(*boxes, strict=True)
+    )
+
+
+def held_range(view: MatrixView, shape: tuple[int, ...], box: Ranges, block: Block) -> Interval:
+    """Where the block of a matrix lies among the elements of a box of its parameter."""
+    numel = row_count(block[0]) * row_count(block[1])
+    before = 0
+    if view.columns == shape[-1]:
+        for position, (low, high) in zip(_place(view, shape), box, strict=False):
+            before = before * (high - low) + position - low
+    return before * numel, (before + 1) * numel if numel else before * numel
+
+
+def _place(view: MatrixView, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The indices of a matrix in the leading dimensions of its parameter."""
+    number, place = view.offset // (view.rows * view.columns), []
+    for size in reversed(shape[:-2]):
+        number, index = divmod(number, size)
+        place.append(index)
+    return tuple(reversed(place))
+
+
+def _contains(box: Ranges, place: tuple[int, ...]) -> bool:
+    return all(low <= index < high for (low, high), index in zip(box, place, strict=False))
+
+
+def shard_boxes(name: str, shape: tuple[int, ...], boxes: Boxes) -> DimensionSharding:
+    """The distribution of a tensor's elements, box after box.
+
+    Args:
+        name: its name.
+        shape: its full shape.
+        boxes: what each process holds of it, in each dimension.
+
+    Raises:
+        RuntimeError: the boxes are not those of a grid, or do not cover the tensor.
+    """
+    held = list(zip(*boxes, strict=True)) if boxes else [()]
+    sizes = [math.prod(map(row_count, box)) for box in held]
+    distinct = {box: size for box, size in zip(held, sizes, strict=True) if size}
+    if sum(distinct.values()) != math.prod(shape) or not all(map(_is_grid, boxes)):
+        raise RuntimeError(
+            f"{name}: the processes hold the boxes {held} of its shape {shape}, which are not "
+            "those of a grid; arg_dist does not support this layout of the engine"
+        )
+    starts = dict(zip(distinct, accumulate(distinct.values(), initial=0), strict=False))
+    updated = [
+        (starts.get(box, 0), starts.get(box, 0) + size)
+        for box, size in zip(held, sizes, strict=True)
+    ]
+    parts = _even_parts(tuple(updated))
+    return DimensionSharding(math.prod(shape), parts, parts, tuple(updated))
 
 
 @lru_cache(maxsize=4096)

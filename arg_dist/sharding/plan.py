@@ -12,31 +12,36 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.comparison import (
     are_alike,
     describe,
-    ranges_of,
+    held_by_all,
     refuse_difference,
     summarize,
 )
 from arg_dist.sharding.fragment import Fragment, Holding
 from arg_dist.sharding.layout import (
+    Boxes,
     GroupSpec,
     MatrixView,
     Ranges,
     basis_spans_columns,
+    blocks_of_matrix,
     check_tiling,
     clip_ranges,
+    held_range,
+    shard_blocks,
+    shard_boxes,
     shard_elements,
     shard_matrix,
 )
 from arg_dist.sharding.overlap import Load, lanes_of, load_of
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.sharding.shares import is_sharded
-from arg_dist.subspace.distributed import DimensionSharding, MatrixSharding
+from arg_dist.subspace.distributed import DimensionSharding, Interval, MatrixSharding
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,11 @@ class Plan:
     def is_alone(self) -> bool:
         """Whether this process is the only one that trains these tensors."""
         return self.communicator.size == 1 and not self.copies
+
+    @cached_property
+    def in_blocks(self) -> bool:
+        """Whether processes hold boxes of the parameters, as on meshes of two dimensions."""
+        return any(fragment.box is not None for fragment in self.held)
 
     @cached_property
     def keys_only(self) -> list[Unit]:
@@ -180,12 +190,13 @@ def _make_plan(
     held: list[Fragment] = []
     copy_of = _copies_of([own[0].copy for own in everyone])
     for k, (position, spec) in enumerate(members):
-        for fragment, ranges in zip(spec.holding.fragments, ranges_of(everyone, k), strict=True):
-            for one_copy in () if spec.holding.replicated else _by_copy(ranges, copy_of):
-                check_tiling(fragment.name, one_copy, math.prod(fragment.shape))
-            found, load = _shards_of(
-                fragment, ranges, spec, position, communicator.me, units, copy_of
-            )
+        fragments = spec.holding.fragments
+        for fragment, cut in zip(fragments, held_by_all(everyone, k, fragments), strict=True):
+            if fragment.box is not None:
+                parts: Parts = Boxed(fragment, cut, spec, communicator.me)
+            else:
+                parts = Ranged(fragment, cut[0], spec, communicator.me, copy_of)
+            found, load = _shards_of(fragment, parts, spec, position, communicator.me, units)
             shards += found
             loads += load
             held.append(fragment)
@@ -228,21 +239,119 @@ def _by_copy(ranges: Ranges, copy_of: tuple[int, ...] | None) -> list[Ranges]:
     return [tuple(one for one, i in pairs if i == copy) for copy in range(max(copy_of) + 1)]
 
 
+class Parts(Protocol):
+    """How the matrices of a parameter, or its elements, are cut, and which of them are here."""
+
+    def matrix(self, view: MatrixView, spans_columns: bool, home: int) -> MatrixSharding:
+        """The sharding of a matrix."""
+
+    def here(self, view: MatrixView) -> Interval:
+        """Its elements held by this process, from `offset` or among those of the box."""
+
+    def tensor(self) -> DimensionSharding:
+        """The sharding of the elements, where Adam trains them."""
+
+    def offset(self, view: MatrixView) -> int:
+        """What :attr:`arg_dist.sharding.shard.Shard.offset` of a matrix is."""
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """Of a parameter of which each process holds a range of elements."""
+
+    fragment: Fragment
+    ranges: Ranges
+    spec: GroupSpec
+    me: int
+    copy_of: tuple[int, ...] | None
+
+    def __post_init__(self) -> None:
+        copies = () if self.spec.holding.replicated else _by_copy(self.ranges, self.copy_of)
+        for one_copy in copies:
+            check_tiling(self.fragment.name, one_copy, math.prod(self.fragment.shape))
+
+    def matrix(self, view: MatrixView, spans_columns: bool, home: int) -> MatrixSharding:
+        """The sharding of a matrix."""
+        return shard_matrix(
+            view.rows,
+            view.columns,
+            clip_ranges(self.ranges, view.offset, view.rows * view.columns),
+            me=self.me,
+            spans_columns=spans_columns,
+            home=home,
+            shard_basis=self.spec.shard_basis,
+            replicated=self.spec.holding.replicated,
+            transposed=self.fragment.transposed,
+            terms=self.spec.terms,
+            copy_of=self.copy_of,
+        )
+
+    def here(self, view: MatrixView) -> Interval:
+        """Its elements held by this process, from the first of the matrix."""
+        return clip_ranges(self.ranges, view.offset, view.rows * view.columns)[self.me]
+
+    def offset(self, view: MatrixView) -> int:
+        """The first element of the matrix in the parameter."""
+        return view.offset
+
+    def tensor(self) -> DimensionSharding:
+        """The sharding of the elements, where Adam trains them."""
+        width = self.fragment.width
+        ranges = tuple((start * width, stop * width) for start, stop in self.ranges)
+        numel, replicated = math.prod(self.fragment.shape) * width, self.spec.holding.replicated
+        return shard_elements(
+            ranges, numel, replicated, terms=self.spec.terms, copy_of=self.copy_of
+        )
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """Of a parameter of which each process holds a box."""
+
+    fragment: Fragment
+    boxes: Boxes
+    spec: GroupSpec
+    me: int
+
+    def matrix(self, view: MatrixView, spans_columns: bool, home: int) -> MatrixSharding:
+        """The sharding of a matrix."""
+        return shard_blocks(
+            view.rows,
+            view.columns,
+            blocks_of_matrix(view, self.fragment.shape, self.boxes),
+            me=self.me,
+            spans_columns=spans_columns,
+            home=home,
+            shard_basis=self.spec.shard_basis,
+        )
+
+    def here(self, view: MatrixView) -> Interval:
+        """Its elements held by this process, among those of the box."""
+        block = blocks_of_matrix(view, self.fragment.shape, self.boxes)[self.me]
+        box = tuple(each[self.me] for each in self.boxes)
+        return held_range(view, self.fragment.shape, box, block)
+
+    def offset(self, view: MatrixView) -> int:
+        """0: what is held is counted in the box."""
+        return 0
+
+    def tensor(self) -> DimensionSharding:
+        """The sharding of the elements, where Adam trains them."""
+        return shard_boxes(self.fragment.name, self.fragment.shape, self.boxes)
+
+
 def _shards_of(
     fragment: Fragment,
-    ranges: Ranges,
+    parts: Parts,
     spec: GroupSpec,
     position: int,
     me: int,
     units: list[Unit],
-    copy_of: tuple[int, ...] | None,
 ) -> tuple[list[Shard], list[Load]]:
     """This process's shards of one parameter, and the loads of its matrices or tensor.
 
     Appends them to `units`, whether or not this process holds a part of them.
     """
-    replicated, width = spec.holding.replicated, fragment.width
-    numel = math.prod(fragment.shape) * width
     views = spec.views(fragment.name, fragment.parameter_shape)
     if fragment.transposed:
         views = [MatrixView(view.name, view.columns, view.rows, view.offset) for view in views]
@@ -250,56 +359,43 @@ def _shards_of(
     loads: list[Load] = []
     for home, view in enumerate(views, start=spec.positions[fragment.name]):
         unit = len(units)
-        mine = clip_ranges(ranges, view.offset, view.rows * view.columns)
         spans_columns = basis_spans_columns(view.rows, view.columns, spec.side, fragment.transposed)
-        sharding = shard_matrix(
-            view.rows,
-            view.columns,
-            mine,
-            me=me,
-            spans_columns=spans_columns,
-            home=home,
-            shard_basis=spec.shard_basis,
-            replicated=replicated,
-            transposed=fragment.transposed,
-            terms=spec.terms,
-            copy_of=copy_of,
-        )
+        sharding, held = parts.matrix(view, spans_columns, home), parts.here(view)
         units.append(Unit(view.name, fragment, sharding))
         largest = spec.largest_rank(view.short)
         loads.append(load_of(sharding, largest, goes_home=spec.goes_home))
-        if mine[me][0] == mine[me][1]:
+        if held[0] == held[1]:
             continue
         shards.append(
             MatrixShard(
                 unit=unit,
                 name=view.name,
                 fragment=fragment,
-                offset=view.offset,
-                range=mine[me],
+                offset=parts.offset(view),
+                range=held,
                 group=position,
                 me=me,
                 matrix=view,
                 sharding=sharding,
                 spans_columns=spans_columns,
-                replicated=replicated,
+                replicated=spec.holding.replicated,
                 phase=phase_of(view.name),
             )
         )
     if not views:
         unit = len(units)
-        ranges = tuple((start * width, stop * width) for start, stop in ranges)
-        flat = shard_elements(ranges, numel, replicated, terms=spec.terms, copy_of=copy_of)
+        flat = parts.tensor()
         units.append(Unit(fragment.name, fragment, flat))
         loads.append(load_of(flat))
         if fragment.start < fragment.stop:
+            start, width = fragment.start, fragment.width
             shards.append(
                 TensorShard(
                     unit=unit,
                     name=fragment.name,
                     fragment=fragment,
                     offset=0,
-                    range=ranges[me],
+                    range=(start * width, fragment.stop * width),
                     group=position,
                     me=me,
                     sharding=flat,

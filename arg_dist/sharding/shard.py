@@ -149,8 +149,8 @@ class TensorShard(Shard):
 
     def touched_gradient(self, gradient: Tensor) -> Tensor:
         """``touch``: the gradient of the elements that this process contributes to."""
-        low, high = (bound - self.range[0] for bound in self.sharding.touch[self.me])
-        return gradient.reshape(-1)[low:high]
+        held, touched = self.sharding.update[self.me], self.sharding.touch[self.me]
+        return select_rows(gradient.reshape(-1), held, touched)
 
     def apply(self, direction: Tensor, *, keep: float, step: float) -> None:
         """``W <- keep W + step N`` on the elements held."""

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
 
 import arg_dist
 from arg_dist.engines.fsdp2 import column_shards
@@ -196,22 +195,3 @@ def test_wide_matrices_cut_by_columns_send_nothing_between_refreshes(pool):
     agreement = 40  # two norms and three integers: whether to go on, which every step asks
     assert pool.run(sent_between_refreshes, 2, "columns") == [agreement] * 2
     assert all(sent > agreement for sent in pool.run(sent_between_refreshes, 2, "rows"))
-
-
-def told(group: dist.ProcessGroup) -> str:
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    weight = distribute_tensor(torch.randn(8, 8), mesh, [Shard(0), Shard(1)])
-    parameter = torch.nn.Parameter(weight)
-    optimizer = arg_dist.AdaRankGrad([("both", parameter)], max_rank=2, min_rank=1)
-    parameter.grad = weight
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-def test_tensor_parallelism_is_refused_by_name(pool):
-    assert all("both" in t and "tensor parallelism" in t for t in pool.run(told, 4))
