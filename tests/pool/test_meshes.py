@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from arg_dist import AdaRankGrad, checkpoint
+from arg_dist import AdaRankGrad, ConfigError, checkpoint
 from tests.launch import models, training
 from tests.launch.cases import STEPS
 from tests.tolerances import LOSSES, REDUCTION_ORDER_WEIGHTS
@@ -257,6 +257,13 @@ def refusals(group: dist.ProcessGroup, folder: str) -> list[str]:
             call()
         except RuntimeError as error:
             told.append(str(error))
+    sketching = AdaRankGrad(
+        list(model.named_parameters()), **BY_HAND, gradient_sync="sketch", process_group=group
+    )
+    try:
+        sketching.step()
+    except ConfigError as error:
+        told.append(str(error))
     weight = copy.copy(next(model.parameters())).detach()
     partial = nn.Parameter(type(weight).from_local(weight.to_local(), mesh, [Partial(), Shard(0)]))
     partial.grad = torch.zeros_like(partial)
@@ -269,7 +276,8 @@ def refusals(group: dist.ProcessGroup, folder: str) -> list[str]:
 
 def test_what_a_mesh_of_two_dimensions_cannot_do_is_said(pool, tmp_path):
     for told in pool.run(refusals, 4, str(tmp_path)):
-        merged, saved, partial = told
+        merged, saved, sketched, partial = told
         assert merged.startswith("state_dict: PyTorch's distributed checkpoints")
         assert "sharded over a mesh of two dimensions" in saved
+        assert sketched.startswith('gradient_sync="sketch": the engine shards the model')
         assert partial.startswith("w: its placements are") and "Partial" in partial
