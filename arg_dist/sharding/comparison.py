@@ -17,6 +17,7 @@ from typing import NamedTuple
 from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import GroupSpec, Ranges
 from arg_dist.sharding.shard import as_reals
+from arg_dist.subspace.distributed import Interval
 
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]
 Fingerprint = tuple[float, float]
@@ -46,12 +47,14 @@ class Summary(NamedTuple):
         ranges: what this process holds of each parameter, an element range or an interval for each
             dimension, two int64 numbers each.
         copy: as of :class:`arg_dist.sharding.fragment.Holding`.
+        boxes: a fingerprint of each box that this process holds.
     """
 
     digest: bytes
     weights: tuple[Fingerprint, ...]
     ranges: bytes
     copy: tuple[int, ...]
+    boxes: tuple[Fingerprint, ...] = ()
 
 
 def describe(spec: GroupSpec) -> Description:
@@ -73,6 +76,7 @@ def summarize(spec: GroupSpec, description: Description) -> Summary:
         description.weights,
         array("q", chain.from_iterable(held)).tobytes(),
         spec.holding.copy,
+        tuple(_fingerprint(each) for each in spec.holding.fragments if each.box is not None),
     )
 
 
@@ -115,6 +119,37 @@ def held_by_all(
             first += size
         found.append(tuple(intervals))
     return found
+
+
+def check_holders(
+    everyone: Sequence[Sequence[Summary]],
+    group: int,
+    fragments: Sequence[Fragment],
+    held: Sequence[tuple[Ranges, ...]],
+) -> None:
+    """Check that processes that hold the same box hold the same weights.
+
+    Args:
+        everyone: what all processes have told of their groups.
+        group: position of the group.
+        fragments: its fragments on this process.
+        held: what all processes hold, as of :func:`held_by_all`.
+
+    Raises:
+        RuntimeError: on every process: they do not.
+    """
+    boxed = [(f.name, cut) for f, cut in zip(fragments, held, strict=True) if f.box is not None]
+    for k, (name, cut) in enumerate(boxed):
+        found: dict[tuple[Interval, ...], tuple[int, Fingerprint]] = {}
+        for process, box in enumerate(zip(*cut, strict=True)):
+            mine = everyone[process][group].boxes[k]
+            other, theirs = found.setdefault(box, (process, mine))
+            if not _alike(theirs, mine):
+                raise RuntimeError(
+                    f"{name}: processes {other} and {process} of the group hold the same part of "
+                    "it with different weights; set one seed on all processes before the model is "
+                    "built, or load it everywhere from one file"
+                )
 
 
 def _named(fragment: Fragment) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.comparison import (
     are_alike,
+    check_holders,
     describe,
     held_by_all,
     refuse_difference,
@@ -191,7 +192,9 @@ def _make_plan(
     copy_of = _copies_of([own[0].copy for own in everyone])
     for k, (position, spec) in enumerate(members):
         fragments = spec.holding.fragments
-        for fragment, cut in zip(fragments, held_by_all(everyone, k, fragments), strict=True):
+        held_by_each = held_by_all(everyone, k, fragments)
+        check_holders(everyone, k, fragments, held_by_each)
+        for fragment, cut in zip(fragments, held_by_each, strict=True):
             if fragment.box is not None:
                 parts: Parts = Boxed(fragment, cut, spec, communicator.me)
             else:

@@ -281,3 +281,25 @@ def test_what_a_mesh_of_two_dimensions_cannot_do_is_said(pool, tmp_path):
         assert "sharded over a mesh of two dimensions" in saved
         assert sketched.startswith('gradient_sync="sketch": the engine shards the model')
         assert partial.startswith("w: its placements are") and "Partial" in partial
+
+
+def of_two_seeds(group: dist.ProcessGroup) -> str:
+    """What is said where copies of a replicated norm differ."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.LayerNorm(8))
+    with torch.no_grad():
+        model[1].weight += dist.get_rank(group) % 2
+    parallelize_module(model, mesh["tp"], {"0": RowwiseParallel(input_layouts=Replicate())})
+    fully_shard(model, mesh=mesh["fsdp"])
+    optimizer = AdaRankGrad(list(model.named_parameters()), **BY_HAND, process_group=group)
+    model(torch.randn(2, 8)).square().sum().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_holders_of_one_part_with_different_weights_are_told(pool):
+    for told in pool.run(of_two_seeds, 4):
+        assert told.startswith("1.weight: processes 0 and 1 of the group hold the same part")
