@@ -9,8 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arg_dist.sharding.blocks import Blocks, shard_blocks
 from arg_dist.sharding.fragment import Fragment
-from arg_dist.sharding.layout import Blocks, MatrixView, Ranges, shard_blocks, shard_matrix
+from arg_dist.sharding.layout import MatrixView, Ranges, shard_matrix
 from arg_dist.sharding.shard import MatrixShard
 from arg_dist.subspace.distributed import Rows
 

@@ -21,8 +21,8 @@ from test_steps import FREQUENT, RULES, SHAPE, WHOLE, settings, state_in_parts, 
 from tolerances import CODES, CODES_WEIGHTS, REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS
 
 from arg_dist.recording import rounds_of_matrix
+from arg_dist.sharding.blocks import shard_blocks
 from arg_dist.sharding.drivers import run_lockstep
-from arg_dist.sharding.layout import shard_blocks
 
 ROWS, COLUMNS = SHAPE
 grids = block_grids(*SHAPE).map(held_blocks)
