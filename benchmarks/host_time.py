@@ -225,10 +225,11 @@ def main() -> None:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the optimizer")
     options = parser.parse_args()
     settings = parse_config(dict(each.split("=", 1) for each in options.set))
-    device, model = META, load_model(options.model, settings)
     if options.small:
         parameters = describe({f"{i}": (1024, 1024) for i in range(options.small)}, settings)
         device, model = torch.device("cpu"), Model("small", parameters, parameters)
+    else:
+        device, model = META, load_model(options.model, settings)
     table = Table("processes", "binding", "step", "per matrix", "calls", "collectives")
     for processes in options.world_size:
         found = simulate(

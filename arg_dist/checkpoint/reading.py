@@ -104,8 +104,8 @@ def restore(
     before = saved_settings(optimizer.param_groups)
     different = put_back_settings(optimizer, index)
     plans = optimizer.bind_all(frozen=trained_before(index, weights=weights), anew=True)
-    refuse_blocks(plans)
     try:
+        refuse_blocks(plans)
         on_all(job, lambda: check_plans(checkpoint, index, plans, weights=weights))
     except CheckpointError:
         for group, settings in zip(optimizer.param_groups, before, strict=True):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from arg_dist.sharding.layout import MatrixView, Ranges
 from arg_dist.subspace.distributed import (
@@ -35,7 +35,6 @@ def shard_blocks(
     spans_columns: bool,
     home: int,
     shard_basis: bool,
-    transposed: bool = False,
 ) -> MatrixSharding:
     """The sharding of a ``rows x columns`` matrix of which each process holds a rectangle.
 
@@ -51,7 +50,6 @@ def shard_blocks(
         spans_columns: whether the basis spans the columns.
         home: selects the home process: owner number `home` modulo the number of owners.
         shard_basis: store the basis once over the owners, instead of whole on each.
-        transposed: as of :func:`arg_dist.sharding.layout.shard_matrix`.
 
     Raises:
         RuntimeError: the blocks are not those of a grid, or do not cover the matrix.
@@ -63,7 +61,7 @@ def shard_blocks(
         basis=basis,
         elements=sides.elements,
         cuts_moment=True,
-        outputs_are_moment=spans_columns != transposed,
+        outputs_are_moment=spans_columns,
         store=basis.keep if shard_basis else basis.touch,
         owners=sides.owners,
         home=sides.owners[home % len(sides.owners)],
@@ -139,20 +137,15 @@ def shard_boxes(name: str, shape: tuple[int, ...], boxes: Boxes) -> DimensionSha
         RuntimeError: the boxes are not those of a grid, or do not cover the tensor.
     """
     held = list(zip(*boxes, strict=True)) if boxes else [()]
-    sizes = [math.prod(map(row_count, box)) for box in held]
-    distinct = {box: size for box, size in zip(held, sizes, strict=True) if size}
-    if sum(distinct.values()) != math.prod(shape) or not all(map(_is_grid, boxes)):
+    distinct, updated = _in_turn(held)
+    covered = sum(map(_size, distinct))
+    if covered != math.prod(shape) or not all(map(_is_grid, boxes)):
         raise RuntimeError(
             f"{name}: the processes hold the boxes {held} of its shape {shape}, which are not "
             "those of a grid; arg_dist does not support this layout of the engine"
         )
-    starts = dict(zip(distinct, accumulate(distinct.values(), initial=0), strict=False))
-    updated = [
-        (starts.get(box, 0), starts.get(box, 0) + size)
-        for box, size in zip(held, sizes, strict=True)
-    ]
-    parts = _even_parts(tuple(updated))
-    return DimensionSharding(math.prod(shape), parts, parts, tuple(updated))
+    parts = _even_parts(updated, updated)
+    return DimensionSharding(math.prod(shape), parts, parts, updated)
 
 
 class _Sides(NamedTuple):
@@ -180,47 +173,51 @@ def _sides_of_blocks(rows: int, columns: int, blocks: Blocks, spans_columns: boo
     held = [block if all(a < b for a, b in block) else ((0, 0), (0, 0)) for block in held]
     owners = tuple(i for i, block in enumerate(held) if block[0][0] < block[0][1])
     moments, bases = zip(*held, strict=True)
-    order = tuple(dict.fromkeys(held[i] for i in owners))
-    covered = sum((b - a) * (d - c) for (a, b), (c, d) in order)
-    worked_on = _even_parts_of_holders(held)
+    order, updated = _in_turn(held)
+    covered = sum(map(_size, order))
+    worked_on = _even_parts(moments, held)
     if covered != rows * columns or not all(map(_is_grid, (moments, bases, worked_on))):
         raise RuntimeError(
             f"the processes hold the blocks {list(blocks)} (rows, columns) of a matrix of {rows} x "
             f"{columns}, which are not those of a grid; arg_dist does not support this layout of "
             "the engine"
         )
-    sizes = [(b - a) * (d - c) for (a, b), (c, d) in order]
-    starts = dict(zip(order, accumulate(sizes, initial=0), strict=False))
-    updated, touched = [], []
-    for block, (low, high) in zip(held, worked_on, strict=True):
-        (a, b), (c, d) = block
-        start, width = starts.get(block, 0), d - c
-        updated.append((start, start + (b - a) * width))
-        touched.append((start + (low - a) * width, start + (high - a) * width))
+    touched = []
+    for (start, _), (rows_held, (c, d)), (low, high) in zip(updated, held, worked_on, strict=True):
+        first = start - rows_held[0] * (d - c)
+        touched.append((first + low * (d - c), first + high * (d - c)))
     moment_size, basis_size = (rows, columns) if spans_columns else (columns, rows)
     parts = tuple(touched)
     return _Sides(
-        DimensionSharding(moment_size, worked_on, _even_parts(worked_on), moments),
-        DimensionSharding(basis_size, bases, _even_parts(bases), bases),
-        DimensionSharding(rows * columns, parts, parts, tuple(updated)),
+        DimensionSharding(moment_size, worked_on, _even_parts(worked_on, worked_on), moments),
+        DimensionSharding(basis_size, bases, _even_parts(bases, bases), bases),
+        DimensionSharding(rows * columns, parts, parts, updated),
         owners,
         order,
     )
 
 
-def _even_parts_of_holders(held: Sequence[Block]) -> Rows:
-    """The rows of each process, of which those that hold the same block have an even part each."""
-    holders, before = Counter(held), Counter[Block]()
+def _in_turn(held: Sequence[Ranges]) -> tuple[tuple[Any, ...], Rows]:
+    """The distinct boxes that are not empty, and the elements that each process holds, in turn."""
+    distinct = tuple(dict.fromkeys(box for box in held if _size(box)))
+    starts = dict(zip(distinct, accumulate(map(_size, distinct), initial=0), strict=False))
+    first = [starts.get(box, 0) for box in held]
+    return distinct, tuple((at, at + _size(box)) for at, box in zip(first, held, strict=True))
+
+
+def _size(box: Ranges) -> int:
+    """Number of elements."""
+    return math.prod(map(row_count, box))
+
+
+def _even_parts(rows: Rows, held: Sequence[Hashable]) -> Rows:
+    """The rows of each process, of which those that hold the same have an even part each."""
+    holders, before = Counter(held), Counter[Hashable]()
     parts = []
-    for block in held:
-        parts.append(even_part(block[0], before[block], holders[block]))
-        before[block] += 1
+    for each, what in zip(rows, held, strict=True):
+        parts.append(even_part(each, before[what], holders[what]))
+        before[what] += 1
     return tuple(parts)
-
-
-def _even_parts(rows: Rows) -> Rows:
-    """The rows of each process, of which those that have the same have an even part each."""
-    return _even_parts_of_holders([(each, (0, 0)) for each in rows])
 
 
 def _is_grid(rows: Rows) -> bool:

@@ -17,16 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lockstep_steps import counted, step_in_lockstep, step_of
 from matrices import changing_spectrum, gaussian, whole_numbers
-from test_steps import FREQUENT, RULES, SHAPE, WHOLE, settings, state_in_parts, trained
+from test_steps import FREQUENT, RULES, SHAPE, WHOLE, layouts, settings, state_in_parts, trained
 from tolerances import CODES, CODES_WEIGHTS, REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS
 
 from arg_dist.recording import rounds_of_matrix
 from arg_dist.sharding.blocks import shard_blocks
 from arg_dist.sharding.drivers import run_lockstep
 
-ROWS, COLUMNS = SHAPE
 grids = block_grids(*SHAPE).map(held_blocks)
-layouts = st.fixed_dictionaries({"spans_columns": st.booleans(), "shard_basis": st.booleans()})
 
 
 @given(block_grids(*SHAPE), layouts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,12 +131,8 @@ def train(world: dist.ProcessGroup, name: str, shape: tuple[int, ...]) -> dict[s
         total = loss.detach().clone()
         dist.all_reduce(total, group=group)
         losses.append(total.item() / dist.get_world_size(group))
-        ranks.append(ranks_of(optimizer))
+        ranks.append(training.ranks_now(optimizer))
     return {"losses": losses, "ranks": ranks, "state_bytes": optimizer.state_bytes()}
-
-
-def ranks_of(optimizer: AdaRankGrad) -> dict[str, int]:
-    return {each["name"]: each["rank"] for each in optimizer.stats()}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +150,7 @@ def alone() -> Callable[[str], dict[str, Any]]:
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
-                ranks.append(ranks_of(optimizer))
+                ranks.append(training.ranks_now(optimizer))
             held = optimizer.state_bytes()
             known[name] = {"losses": losses, "ranks": ranks, "state_bytes": held}
         return known[name]
@@ -264,7 +259,7 @@ def refusals(group: dist.ProcessGroup, folder: str) -> list[str]:
         sketching.step()
     except ConfigError as error:
         told.append(str(error))
-    weight = copy.copy(next(model.parameters())).detach()
+    weight = next(model.parameters()).detach()
     partial = nn.Parameter(type(weight).from_local(weight.to_local(), mesh, [Partial(), Shard(0)]))
     partial.grad = torch.zeros_like(partial)
     try:
