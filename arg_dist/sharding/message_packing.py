@@ -36,7 +36,7 @@ class Item(NamedTuple):
         number: its position.
         exchange: the exchange.
         route: what this process sends and receives.
-        part: this process's part, flat, in the type of the messages.
+        part: this process's part, flat, in the type of the messages; padded if it is sent whole.
         width: message elements of a row.
     """
 
@@ -54,7 +54,7 @@ class Item(NamedTuple):
     def parts(self, processes: int) -> Tensor:
         """``processes x numel``: what each process is sent of an even exchange."""
         if self.route.kind is Kind.ALL:
-            return self._padded(self.part).expand(processes, -1)
+            return self.part.view(1, -1).expand(processes, -1)
         if not self.route.cut:
             return self.part.view(processes, -1)
         positions = padded_positions(self.route, self.part.device)
@@ -64,18 +64,12 @@ class Item(NamedTuple):
     def own(self, me: int, processes: int) -> Tensor:
         """``1 x numel``: what this process contributes to what it wants of an even exchange."""
         if self.route.kind is Kind.TO_HOME:
-            return self._padded(self.part)
-        if not self.route.cut:
+            return self.part.view(1, -1)
+        if self.route.kind is Kind.ALL or not self.route.cut:
             return self.parts(processes)[me : me + 1]
         first, (low, high) = self.route.cut[0][0], self.route.cut[me]
         mine = slice(self.width * (low - first), self.width * (high - first))
-        return self._padded(self.part if self.route.kind is Kind.ALL else self.part[mine])
-
-    def piece(self, first: int, numel: int) -> Tensor:
-        """``1 x numel``: elements of this process's part, padded where the kind asks for it."""
-        if self.route.kind is Kind.TO_HOME:
-            return self._padded(self.part)
-        return self.part[None, first : first + numel]
+        return _padded(self.part[mine], self.numel).view(1, -1)
 
     def whole(self, parts: Tensor) -> Tensor:
         """``rows * width``: all rows of an even exchange, of ``processes x numel``."""
@@ -90,11 +84,6 @@ class Item(NamedTuple):
             return padded
         low, high = self.route.cut[process]
         return padded[:, : self.width * (high - low)].contiguous()
-
-    def _padded(self, part: Tensor) -> Tensor:
-        """``1 x numel``: a flat part, as long as the largest."""
-        gap = self.numel - part.numel()
-        return (torch.cat([part, part.new_zeros(gap)]) if gap else part).view(1, -1)
 
     def rows(self, flat: Tensor, *several: int) -> Tensor:
         """``several x rows x ...``: message elements, contiguous, as rows of the part's type."""
@@ -157,9 +146,15 @@ class Messages:
                 if routes[k].kind is Kind.FROM_HOME:
                     routes[k] = route_of_pieces(exchange.have, exchange.want, self._me)
         return [
-            Item(k, exchange, each, self._flat(exchange.part), self._width(exchange.part))
+            self._item(k, exchange, each)
             for k, (exchange, each) in enumerate(zip(exchanges, routes, strict=True))
         ]
+
+    def _item(self, number: int, exchange: Exchange, route: Route) -> Item:
+        part, width = self._flat(exchange.part), self._width(exchange.part)
+        if route.kind in (Kind.ALL, Kind.TO_HOME):
+            part = _padded(part, width * route.count)
+        return Item(number, exchange, route, part, width)
 
     def _at_home(self, kind: Kind) -> list[Item]:
         """Exchanges of a kind whose home process this is."""
@@ -216,7 +211,8 @@ class Messages:
             filled += numel
             pieces = [rows[first:last] for rows in parts]
             for each in slices:
-                pieces.append(items[each.item.number].piece(each.first, each.numel))
+                part = items[each.item.number].part
+                pieces.append(part[None, each.first : each.first + each.numel])
                 pieces.append(zeros[:, : self._padded(each.numel) - each.numel])
             if numel:
                 torch.cat(pieces, 1, out=there)
@@ -323,3 +319,9 @@ class Messages:
 
     def _padded(self, numel: int) -> int:
         return -(-numel // self._unit) * self._unit
+
+
+def _padded(part: Tensor, numel: int) -> Tensor:
+    """``numel``: a flat part, followed by zeros."""
+    gap = numel - part.numel()
+    return torch.cat([part, part.new_zeros(gap)]) if gap else part

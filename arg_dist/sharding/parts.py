@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from arg_dist.sharding.blocks import (
     Boxes,
@@ -26,20 +26,28 @@ from arg_dist.sharding.layout import (
 from arg_dist.subspace.distributed import DimensionSharding, Interval, MatrixSharding
 
 
+class MatrixPart(NamedTuple):
+    """What this process holds of a matrix.
+
+    Attributes:
+        sharding: of the matrix.
+        offset: the element from which those held are counted.
+        held: the elements held.
+    """
+
+    sharding: MatrixSharding
+    offset: int
+    held: Interval
+
+
 class Parts(Protocol):
     """How the matrices of a parameter, or its elements, are cut, and which of them are here."""
 
-    def matrix(self, view: MatrixView, spans_columns: bool, home: int) -> MatrixSharding:
-        """The sharding of a matrix."""
-
-    def here(self, view: MatrixView) -> Interval:
-        """Its elements held by this process, from `offset` or among those of the box."""
+    def matrix(self, view: MatrixView, spans_columns: bool, home: int) -> MatrixPart:
+        """The part of a matrix."""
 
     def tensor(self) -> DimensionSharding:
         """The sharding of the elements, where Adam trains them."""
-
-    def offset(self, view: MatrixView) -> int:
-        """What :attr:`arg_dist.sharding.shard.Shard.offset` of a matrix is."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,13 @@ class Ranged:
         for one_copy in copies:
             check_tiling(self.fragment.name, one_copy, math.prod(self.fragment.shape))
 
-    def matrix(self, view: MatrixView, spans_columns: bool, home: int) -> MatrixSharding:
-        """The sharding of a matrix."""
-        return shard_matrix(
+    def matrix(self, view: MatrixView, spans_columns: bool, home: int) -> MatrixPart:
+        """The part of a matrix; its elements are counted from its first one."""
+        ranges = clip_ranges(self.ranges, view.offset, view.rows * view.columns)
+        sharding = shard_matrix(
             view.rows,
             view.columns,
-            clip_ranges(self.ranges, view.offset, view.rows * view.columns),
+            ranges,
             me=self.me,
             spans_columns=spans_columns,
             home=home,
@@ -72,14 +81,7 @@ class Ranged:
             terms=self.spec.terms,
             copy_of=self.copy_of,
         )
-
-    def here(self, view: MatrixView) -> Interval:
-        """Its elements held by this process, from the first of the matrix."""
-        return clip_ranges(self.ranges, view.offset, view.rows * view.columns)[self.me]
-
-    def offset(self, view: MatrixView) -> int:
-        """The first element of the matrix in the parameter."""
-        return view.offset
+        return MatrixPart(sharding, view.offset, ranges[self.me])
 
     def tensor(self) -> DimensionSharding:
         """The sharding of the elements, where Adam trains them."""
@@ -100,27 +102,21 @@ class Boxed:
     spec: GroupSpec
     me: int
 
-    def matrix(self, view: MatrixView, spans_columns: bool, home: int) -> MatrixSharding:
-        """The sharding of a matrix."""
-        return shard_blocks(
+    def matrix(self, view: MatrixView, spans_columns: bool, home: int) -> MatrixPart:
+        """The part of a matrix; its elements are counted in the box."""
+        blocks = blocks_of_matrix(view, self.fragment.shape, self.boxes)
+        sharding = shard_blocks(
             view.rows,
             view.columns,
-            blocks_of_matrix(view, self.fragment.shape, self.boxes),
+            blocks,
             me=self.me,
             spans_columns=spans_columns,
             home=home,
             shard_basis=self.spec.shard_basis,
         )
-
-    def here(self, view: MatrixView) -> Interval:
-        """Its elements held by this process, among those of the box."""
-        block = blocks_of_matrix(view, self.fragment.shape, self.boxes)[self.me]
         box = tuple(each[self.me] for each in self.boxes)
-        return held_range(view, self.fragment.shape, box, block)
-
-    def offset(self, view: MatrixView) -> int:
-        """0: what is held is counted in the box."""
-        return 0
+        held = held_range(view, self.fragment.shape, box, blocks[self.me])
+        return MatrixPart(sharding, 0, held)
 
     def tensor(self) -> DimensionSharding:
         """The sharding of the elements, where Adam trains them."""

@@ -244,7 +244,7 @@ def _shards_of(
     for home, view in enumerate(views, start=spec.positions[fragment.name]):
         unit = len(units)
         spans_columns = basis_spans_columns(view.rows, view.columns, spec.side, fragment.transposed)
-        sharding, held = parts.matrix(view, spans_columns, home), parts.here(view)
+        sharding, offset, held = parts.matrix(view, spans_columns, home)
         units.append(Unit(view.name, fragment, sharding))
         largest = spec.largest_rank(view.short)
         loads.append(load_of(sharding, largest, goes_home=spec.goes_home))
@@ -255,7 +255,7 @@ def _shards_of(
                 unit=unit,
                 name=view.name,
                 fragment=fragment,
-                offset=parts.offset(view),
+                offset=offset,
                 range=held,
                 group=position,
                 me=me,

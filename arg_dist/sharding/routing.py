@@ -19,9 +19,8 @@ from arg_dist.subspace.distributed import Interval, Rows, intersect, tile
 Piece = tuple[int, int, int]
 """A peer process, and rows sent to or received from it, ``[low, high)``."""
 
-
 WORTH = 8
-"""Padding costs at most this fraction of the rows, or a row for each process."""
+"""Padding costs at most one row in so many, or a row for each process."""
 
 
 class Kind(Enum):
@@ -86,31 +85,25 @@ def even_route(have: Rows, want: Rows) -> Route | None:
     if _are_equal(have) and _are_equal(want) and have[0] == want[0]:
         count = have[0][1] - have[0][0]
         return Route(Kind.ALL, count, sums=True) if count else None
-    if _are_equal(have):
-        found = _of_parts(Kind.PARTS, want, have[0], sums=True)
-        if found is not None:
-            return found
-    if _are_equal(want):
-        found = _of_parts(Kind.ALL, have, want[0])
+    for rows, others, kind in ((have, want, Kind.PARTS), (want, have, Kind.ALL)):
+        found = _of_parts(kind, others, rows[0]) if _are_equal(rows) else None
         if found is not None:
             return found
     for rows, others, kind in ((want, have, Kind.TO_HOME), (have, want, Kind.FROM_HOME)):
         some = [i for i, (low, high) in enumerate(rows) if low < high]
         if len(some) == 1:
-            return _of_parts(kind, others, rows[some[0]], home=some[0])
+            return _of_parts(kind, others, rows[some[0]], some[0])
     return None
 
 
-def _of_parts(
-    kind: Kind, parts: Rows, whole: Interval, *, home: int = 0, sums: bool = False
-) -> Route | None:
+def _of_parts(kind: Kind, parts: Rows, whole: Interval, home: int = 0) -> Route | None:
     """The route if everyone has a part of a whole, in the order of the processes; else None."""
     counts = {high - low for low, high in parts}
     size, most = whole[1] - whole[0], max(counts)
     padding = len(parts) * most - size
     if min(counts) < 1 or padding > max(len(parts), size // WORTH) or not tile(parts, whole):
         return None
-    return Route(kind, most, () if len(counts) == 1 else parts, home, sums=sums)
+    return Route(kind, most, () if len(counts) == 1 else parts, home, sums=kind is Kind.PARTS)
 
 
 def _are_equal(rows: Rows) -> bool:
