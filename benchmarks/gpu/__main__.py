@@ -73,7 +73,7 @@ def measure_sections(
     deadline, tables = time.monotonic() + limit, []
     for section in sections:
         left = deadline - time.monotonic()
-        seconds = min(section.seconds, left)
+        seconds = min(section.seconds * setting.patience, left)
         if seconds < LEAST * section.seconds:
             needs = f"{max(0, left):.0f} s of {limit:g} are left, and it may take"
             outcome = Outcome(SKIPPED, reason=f"{needs} {section.seconds:g}")

@@ -29,7 +29,7 @@ SECONDS = 18.0
 def measure(setting: Setting) -> Iterator[Sample]:
     """A sample for each number of processes."""
     for count in PROCESSES:
-        yield run_peers(setting.device, count, SECONDS)
+        yield run_peers(setting.device, count, SECONDS * setting.patience)
 
 
 def run_peers(device: torch.device, count: int, seconds: float) -> Sample:
@@ -67,6 +67,7 @@ def run_peers(device: torch.device, count: int, seconds: float) -> Sample:
             "processes": count,
             "backend": "nccl" if device.type == "cuda" else "gloo",
             "exit_codes": codes,
+            "limit": seconds,
             "reports": [_report(folder / f"process-{k}.json") for k in range(count)],
             "logs": [_last_lines(folder / f"log-{k}") for k in range(count) if codes[k] != 0],
         }
@@ -92,7 +93,8 @@ def figures(samples: list[Sample]) -> Figures:
         reasons = reasons or [log.splitlines()[-1] for log in sample["logs"] if log]
         notes += [f"{sample['backend']}, {title}: {why}." for why in dict.fromkeys(reasons)]
         if None in sample["exit_codes"]:
-            notes.append(f"{sample['backend']}, {title}: not finished after {SECONDS:g} s, killed.")
+            over = f"not finished after {sample['limit']:g} s, killed"
+            notes.append(f"{sample['backend']}, {title}: {over}.")
     return Figures(TITLE, ["", *titles], [Block(samples[0]["backend"], rows)], notes)
 
 

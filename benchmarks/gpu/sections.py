@@ -103,6 +103,11 @@ class Setting:
     device: torch.device
     sizes: Sizes
 
+    @property
+    def patience(self) -> int:
+        """Factor of time limits: on a CPU the benchmark itself is tried, beside other work."""
+        return 1 if self.device.type == "cuda" else 4
+
 
 @dataclass(frozen=True)
 class Section:

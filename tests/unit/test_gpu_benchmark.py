@@ -216,7 +216,7 @@ def test_a_section_whose_time_is_over_stops_and_those_without_time_are_skipped(
             yield {"n": n}
             time.sleep(0.05)
 
-    sections = (section("slow", slow, 0.2), section("long", works, 100), section("short", works, 1))
+    sections = (section("slow", slow, 0.05), section("long", works, 100), section("short", works, 1))
     _, whole = measured(*sections, out=tmp_path / "gpu.json", limit=20)
     slow_one, long_one, short_one = whole["tables"]
     assert slow_one["status"] == "stopped" and 1 < len(slow_one["samples"]) < 100
@@ -354,12 +354,13 @@ def test_what_nccl_says_to_two_processes_on_one_gpu_is_told() -> None:
     works_alone = {"seconds": dict.fromkeys(CHECKS, 0.0015), "error": None}
     alone = {"processes": 1, "backend": "nccl", "exit_codes": [0], "logs": []}
     pair = {"processes": 2, "backend": "nccl", "exit_codes": [1, None], "logs": ["", "Aborted"]}
+    pair |= {"limit": 18.0}
     reports = {"reports": [refused] * 2}
     table = messages.figures([alone | {"reports": [works_alone]}, pair | reports])
     assert {tuple(row[1:]) for row in table.blocks[0].rows} == {("1.50", "no")}
     assert table.notes[1:] == [
         "nccl, 2 processes: gather of an object: DistBackendError: Duplicate GPU.",
-        f"nccl, 2 processes: not finished after {messages.SECONDS:g} s, killed.",
+        "nccl, 2 processes: not finished after 18 s, killed.",
     ]
     lost = {"reports": [{"seconds": {}, "error": None}] * 2}
     assert messages.figures([pair | lost]).notes[1] == "nccl, 2 processes: Aborted."
