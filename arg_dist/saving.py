@@ -31,8 +31,8 @@ _OF_COPIES = (
 
 _IN_BLOCKS = (
     "state_dict: PyTorch's distributed checkpoints cannot express a state that is sharded over a "
-    "mesh of two dimensions; save the model so, and on each process "
-    "torch.save(optimizer.state_dict(), a file of its own), which the same mesh can load"
+    "mesh of two dimensions; save with arg_dist.checkpoint, from which any mesh, engine and number "
+    "of processes can resume"
 )
 
 

@@ -18,7 +18,7 @@ from arg_dist.checkpoint.values import decode, encode
 from arg_dist.subspace.state import SUMMED, progress
 
 FORMAT = "arg_dist checkpoint"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PLAIN_VERSION = 1
 """Its `scheduler` and `job` are what JSON leaves of them; since version 2 they are encoded."""
 INDEX_NAME = "index.json"
@@ -33,17 +33,20 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-Slice = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
-"""Process, start and stop: the process wrote the rows ``[start, stop)``."""
+Slice = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=3)]
+"""Process, then start and stop in one or more leading dimensions, of what that process wrote.
+
+Before version 4 in one: rows ``[start, stop)``.
+"""
 
 
 class SlicedTensor(_Part):
-    """A tensor written by several processes, in slices of its rows.
+    """A tensor written by several processes, in slices of its rows or in boxes.
 
     Attributes:
         shape: of the whole tensor.
         dtype: as torch names it, e.g. ``float32``.
-        slices: disjoint, together all rows; :func:`tensor_key` names them in the process's file.
+        slices: disjoint, together all of it; :func:`tensor_key` names them in the process's file.
     """
 
     shape: tuple[int, ...]
@@ -91,12 +94,12 @@ class StateEntry(_Part):
 
 
 class Weight(_Part):
-    """One parameter or buffer of the model, stored flattened.
+    """One parameter or buffer of the model, stored flattened, or in boxes of its own shape.
 
     Attributes:
         shape: as in the model.
         transposed: whether the elements are in column-major order.
-        elements: ``numel``, in slices.
+        elements: ``numel``, or the parameter's shape, in slices.
         kind: ``trained`` by the optimizer (the fp32 master weights, where the engine keeps them),
             ``frozen``, or ``buffer``.
     """

@@ -59,7 +59,7 @@ def whole_weight(reader: SliceReader, name: str) -> Tensor:
         CheckpointError: a slice is missing, or not where the index places it.
     """
     weight = reader.index.weights[name]
-    everything = (0, math.prod(weight.shape))
+    everything = ((0, math.prod(weight.shape)),)
     key = tensor_key("weight", name)
     values = reader.elements(weight, weight.elements, key, everything, transposed=False)
     return values.view(weight.shape)

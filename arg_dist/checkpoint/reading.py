@@ -30,10 +30,10 @@ from arg_dist.checkpoint.random_states import restore_random_states
 from arg_dist.checkpoint.scheduling import load_scheduler
 from arg_dist.checkpoint.slices import SliceReader
 from arg_dist.checkpoint.writing import persistent_buffers, untrained_parameters
-from arg_dist.checkpoint.written_parts import held_untrained, local_values, refuse_blocks
+from arg_dist.checkpoint.written_parts import held_untrained, local_values
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.fragment import Fragment, adapters
+from arg_dist.sharding.fragment import Box, Fragment, adapters
 from arg_dist.sharding.job import job_communicator
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.subspace.state import State, as_scalar, with_scalars
@@ -105,7 +105,6 @@ def restore(
     different = put_back_settings(optimizer, index)
     plans = optimizer.bind_all(frozen=trained_before(index, weights=weights), anew=True)
     try:
-        refuse_blocks(plans)
         on_all(job, lambda: check_plans(checkpoint, index, plans, weights=weights))
     except CheckpointError:
         for group, settings in zip(optimizer.param_groups, before, strict=True):
@@ -122,10 +121,11 @@ def restore(
     def read_own() -> None:
         with SliceReader(checkpoint, index) as reader:
             states: dict[Tensor, dict[str, State]] = {}
-            for shard in (shard for plan in plans for shard in plan.shards):
-                if shard.name in index.states:
-                    state = _state(reader, shard)
-                    states.setdefault(shard.fragment.target, {})[shard.name] = state
+            for plan in plans:
+                for shard in plan.shards:
+                    if shard.name in index.states:
+                        state = _state(reader, shard, plan.own[shard.fragment.name])
+                        states.setdefault(shard.fragment.target, {})[shard.name] = state
             for unit in (unit for plan in plans for unit in plan.keys_only):
                 if unit.name in index.states:  # that it has state is known on every process
                     states.setdefault(unit.fragment.target, {}).setdefault(unit.name, {})
@@ -159,8 +159,14 @@ def restore(
     return Restored(checkpoint, index.step, index.world_size, index.job_values(), same_processes)
 
 
-def _state(reader: SliceReader, shard: Shard) -> State:
-    """Reads this process's part of the state of a matrix or tensor, to the weights' device."""
+def _state(reader: SliceReader, shard: Shard, own: Box) -> State:
+    """Reads this process's part of the state of a matrix or tensor, to the weights' device.
+
+    Args:
+        reader: of the checkpoint.
+        shard: the part.
+        own: the elements of its parameter that this process would write.
+    """
     entry = reader.index.states[shard.name]
     device = shard.fragment.target.device
     state = with_scalars(entry.numbers, device) | entry.lists
@@ -170,13 +176,14 @@ def _state(reader: SliceReader, shard: Shard) -> State:
         if isinstance(shard, MatrixShard):
             values = reader.rows(sliced, key, wanted)
         else:
+            box = (wanted,) if shard.fragment.box is None else own
             transposed = shard.fragment.transposed
-            values = reader.elements(entry, sliced, key, wanted, transposed=transposed)
+            values = reader.elements(entry, sliced, key, box, transposed=transposed).reshape(-1)
         state[part] = values.to(device)
     low, high = shard.sharding.kept_rows[shard.me]
     for key, terms in entry.sums.items():
-        own = sum(value for _, first, value in terms if low <= first < high)
-        state[key] = as_scalar(key, own, device)
+        held = sum(value for _, first, value in terms if low <= first < high)
+        state[key] = as_scalar(key, held, device)
     return state
 
 
@@ -187,7 +194,7 @@ def _read_weight(reader: SliceReader, fragment: Fragment) -> None:
         weight,
         weight.elements,
         tensor_key("weight", fragment.name),
-        (fragment.start, fragment.stop),
+        fragment.held,
         transposed=fragment.transposed,
     )
     target = local_values(fragment)

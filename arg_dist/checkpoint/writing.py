@@ -43,14 +43,13 @@ from arg_dist.checkpoint.written_parts import (
     add_trained_weights,
     add_untrained_weights,
     dtype_name,
-    refuse_blocks,
 )
 from arg_dist.library_internals import UNSAVED_BUFFERS
 from arg_dist.model_groups import named_parameters, own_name, unwrapped
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.parameter_groups import settings_of
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.job import has_first_process, job_communicator
+from arg_dist.sharding.job import has_first_process, job_communicator, ranks_of
 from arg_dist.sharding.plan import Plan
 
 
@@ -83,7 +82,6 @@ def draft(
             be stored, or a process could not copy its part.
     """
     plans = optimizer.plans_of_state()
-    refuse_blocks(plans)
     communicator = job_communicator(optimizer.process_group, plans)
     me = communicator.me
     made: list[Draft] = []
@@ -94,7 +92,7 @@ def draft(
         contents = Contents()
         for plan in plans:
             # other replicas hold the same
-            if has_first_process(plan.communicator, communicator):
+            if has_first_process(ranks_of(plan.communicator.group), communicator):
                 states = ((shard, optimizer.state_of(shard)) for shard in plan.shards)
                 add_states(contents, plan, states, me)
                 if weights:

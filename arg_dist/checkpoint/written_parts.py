@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from arg_dist.checkpoint.index import CheckpointError, SlicedTensor, StateEntry, Weight, tensor_key
+from arg_dist.checkpoint.index import SlicedTensor, StateEntry, Weight, tensor_key
+from arg_dist.checkpoint.slices import within
 from arg_dist.sharding.communicator import Communicator
-from arg_dist.sharding.fragment import Fragment, Holding, adapters
-from arg_dist.sharding.job import has_first_process
+from arg_dist.sharding.fragment import Box, Fragment, Holding, adapters
+from arg_dist.sharding.job import has_first_process, is_first_process, ranks_of
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard
 from arg_dist.state_dict import kept_parts
-from arg_dist.subspace.distributed import Interval, even_part
+from arg_dist.subspace.distributed import row_count
 from arg_dist.subspace.state import SUMMED, State, lists_of, numbers_of
 
 
@@ -36,13 +38,13 @@ class Contents:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def slice_of(
-        self, key: str, process: int, rows: Interval, shape: tuple[int, ...], values: Tensor
+        self, key: str, process: int, box: Box, shape: tuple[int, ...], values: Tensor
     ) -> SlicedTensor:
-        """Registers `values` as rows `rows` of a tensor of that shape."""
+        """Registers `values` as what lies in a box of the leading dimensions of a tensor."""
         slices = []
-        if rows[0] < rows[1]:
+        if all(start < stop for start, stop in box):
             self.tensors[key] = values
-            slices.append((process, *rows))
+            slices.append((process, *chain.from_iterable(box)))
         return SlicedTensor(shape=shape, dtype=dtype_name(values.dtype), slices=slices)
 
     def on_host(self) -> Contents:
@@ -65,8 +67,12 @@ def add_states(
         tensors = {}
         for part, (values, kept) in kept_parts(shard, state).items():
             shape = (max(stop for _, stop in kept), *values.shape[1:])
+            box: Box = (kept[shard.me],)
+            if matrix is None and shard.fragment.box is not None:
+                box, shape = plan.own[shard.fragment.name], shape_in(shard.fragment)
+                values = values.view(tuple(map(row_count, box)))
             key = tensor_key("state", shard.name, part)
-            tensors[part] = contents.slice_of(key, process, kept[shard.me], shape, values)
+            tensors[part] = contents.slice_of(key, process, box, shape, values)
         first = shard.sharding.kept_rows[shard.me][0]
         contents.states[shard.name] = StateEntry(
             kind="tensor" if matrix is None else "matrix",
@@ -80,34 +86,11 @@ def add_states(
         )
 
 
-def refuse_blocks(plans: Iterable[Plan]) -> None:
-    """Check that every process holds ranges of the parameters, which slices can be.
-
-    Raises:
-        CheckpointError: on every process: some are held in blocks of rows and columns.
-    """
-    for plan in plans:
-        for fragment in plan.held:
-            if fragment.box is not None:
-                raise CheckpointError(
-                    f"{fragment.name}: it is sharded over a mesh of two dimensions, which "
-                    "arg_dist.checkpoint cannot save or load yet; save the model with "
-                    "torch.distributed.checkpoint, and on each process "
-                    "torch.save(optimizer.state_dict(), a file of its own)"
-                )
-
-
 def add_trained_weights(contents: Contents, plan: Plan, process: int) -> None:
     """Adds this process's part of the weights that a plan's optimizer trains."""
     for fragment in plan.held:
-        held = fragment.start, fragment.stop
-        written, me, copy_of = held, plan.communicator.me, plan.copy_of
-        if plan.replicated:  # every process holds everything and writes an even part of it
-            copy_of = tuple(range(plan.communicator.size))
-        if copy_of is not None:
-            written = even_part(held, copy_of[me], max(copy_of) + 1)
-        values = local_values(fragment).reshape(-1)[written[0] - held[0] : written[1] - held[0]]
-        contents.weights[fragment.name] = _weight(contents, fragment, written, values, process)
+        own = plan.own[fragment.name]
+        contents.weights[fragment.name] = _weight(contents, fragment, own, process)
 
 
 def add_untrained_weights(
@@ -121,14 +104,19 @@ def add_untrained_weights(
         for name, tensor in named:
             holding = held_untrained(name, tensor)
             [fragment] = holding.fragments
-            if holding.replicated:
-                writes = job.me == 0
-            else:
-                writes = has_first_process(Communicator(holding.group), job)
-            held = (fragment.start, fragment.stop if writes else fragment.start)
-            values = local_values(fragment).reshape(-1)[: held[1] - held[0]]
-            weight = _weight(contents, fragment, held, values, job.me)
+            own = fragment.held
+            if not _is_written_here(holding, job):
+                own = tuple((start, start) for start, _ in own)
+            weight = _weight(contents, fragment, own, job.me)
             contents.weights[name] = weight.model_copy(update={"kind": kind})
+
+
+def _is_written_here(holding: Holding, job: Communicator) -> bool:
+    """Whether this process writes its part of what no optimizer trains; one of its holders does."""
+    if holding.replicated:
+        return job.me == 0
+    in_first = has_first_process(holding.processes or ranks_of(holding.group), job)
+    return in_first and all(map(is_first_process, holding.copies))
 
 
 def held_untrained(name: str, tensor: Tensor) -> Holding:
@@ -151,14 +139,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _weight(
-    contents: Contents, fragment: Fragment, held: Interval, values: Tensor, process: int
-) -> Weight:
-    key = tensor_key("weight", fragment.name)
-    numel = (math.prod(fragment.shape),)
+def shape_in(fragment: Fragment) -> tuple[int, ...]:
+    """Shape of a parameter as it is stored: flattened, if processes hold ranges of its elements."""
+    is_flat = len(fragment.held) == 1
+    return (math.prod(fragment.shape),) if is_flat else fragment.shape
+
+
+def _weight(contents: Contents, fragment: Fragment, own: Box, process: int) -> Weight:
+    """Adds a part of what is held of a parameter."""
+    local = local_values(fragment).reshape(tuple(map(row_count, fragment.held)))
+    values, key = local[within(own, fragment.held)], tensor_key("weight", fragment.name)
     return Weight(
         shape=fragment.parameter_shape,
         transposed=fragment.transposed,
-        elements=contents.slice_of(key, process, held, numel, values),
+        elements=contents.slice_of(key, process, own, shape_in(fragment), values),
         kind="trained",
     )

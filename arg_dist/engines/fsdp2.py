@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,26 +37,30 @@ class ShardedTensorAdapter(Adapter):
             RuntimeError: a parameter is sharded in an unsupported way.
         """
         held = [(n, t) for n, t in zip(group.names, group.targets, strict=True) if group.holds(t)]
-        if not _is_cut_in_ranges(held):
+        for name, target in held:
+            _check_placed(name, target)
+        meshes = {target.device_mesh for _, target in held}  # type: ignore[attr-defined]
+        cuts = [cut for _, target in held if (cut := _cut_of(target)) is not None]
+        if len(meshes) > 1 or len(cuts) < len(held):
             return _in_boxes(held, group.process_group)
         fragments, process_group = [], None
         copies: tuple[dist.ProcessGroup, ...] = ()
-        for name, target in held:
-            axis, dimension = _cut(name, target)
-            process_group = target.device_mesh.get_group(axis)  # type: ignore[attr-defined]
-            fragments.append(_fragment(name, target, axis, dimension))
-            copies = _copies(target, axis)
+        for (name, target), cut in zip(held, cuts, strict=True):
+            fragments.append(_fragment(name, target, cut))
+            process_group, copies = _group_along(target, cut), _copies(target)
         if process_group is not None and dist.get_world_size(process_group) == 1:
             process_group = None
         return Holding(fragments, process_group, copies=copies)
 
     def untrained(self, name: str, parameter: Tensor) -> Holding | None:
-        """Returns this process's rows or columns."""
+        """Returns this process's rows or columns, or its box."""
         if not hasattr(parameter, "placements"):
             return None
-        axis, dimension = _cut(name, parameter)
-        group = parameter.device_mesh.get_group(axis)  # type: ignore[attr-defined]
-        return Holding([_fragment(name, parameter, axis, dimension)], group)
+        _check_placed(name, parameter)
+        if (cut := _cut_of(parameter)) is not None:
+            return Holding([_fragment(name, parameter, cut)], _group_along(parameter, cut))
+        copies, processes = _copies(parameter), _ranks_of(parameter)
+        return Holding([_boxed(name, parameter)], None, copies=copies, processes=processes)
 
 
 def _in_boxes(held: list[tuple[str, Any]], group: dist.ProcessGroup | None) -> Holding:
@@ -66,9 +70,7 @@ def _in_boxes(held: list[tuple[str, Any]], group: dist.ProcessGroup | None) -> H
         held: names and DTensors.
         group: the processes that train the model.
     """
-    for name, target in held:
-        _check_boxed(name, target)
-    meshes = [tuple(sorted(target.device_mesh.mesh.flatten().tolist())) for _, target in held]
+    meshes = [_ranks_of(target) for _, target in held]
     everyone = max(meshes, key=len)
     for (name, _), ranks in zip(held, meshes, strict=True):
         if not set(ranks) <= set(everyone):
@@ -114,20 +116,24 @@ def column_shards(processes: int) -> Callable[[nn.Parameter], Any]:
     return placement
 
 
-def _is_cut_in_ranges(held: list[tuple[str, Any]]) -> bool:
-    """Whether FSDP2 by itself has cut parameters: each in one dimension, over one mesh axis."""
-    meshes = {getattr(target, "device_mesh", None) for _, target in held}
-    return len(meshes) <= 1 and all(_axes(name, target) is not None for name, target in held)
+class _Cut(NamedTuple):
+    """How FSDP2 by itself shards a DTensor.
+
+    Attributes:
+        axis: of the mesh, over which it is sharded.
+        dimension: the one that is sharded.
+    """
+
+    axis: int
+    dimension: int
 
 
-def _axes(name: str, target: Any) -> tuple[int, int] | None:
-    """The mesh axis and the dimension over which a DTensor is sharded; None if not one of each.
+def _check_placed(name: str, target: Any) -> None:
+    """Check that processes hold values of a parameter.
 
     Raises:
         RuntimeError: it is no DTensor, or is held as terms of a sum.
     """
-    from torch.distributed.tensor import Shard
-
     if not hasattr(target, "placements"):
         raise RuntimeError(
             f"{name}: a plain tensor among DTensors (ignored_params?); shard it as well, or give "
@@ -138,48 +144,29 @@ def _axes(name: str, target: Any) -> tuple[int, int] | None:
             f"{name}: its placements are {tuple(target.placements)}, so that no process has its "
             "values (Partial); give the parameter Shard or Replicate placements"
         )
+
+
+def _cut_of(target: Any) -> _Cut | None:
+    """Where a DTensor is sharded, if in one dimension over one mesh axis; else None."""
+    from torch.distributed.tensor import Shard
+
     others = [placement for placement in target.placements if not placement.is_replicate()]
     if len(others) != 1 or type(others[0]) is not Shard:
         return None
-    (cut,) = others
-    if cut.dim != 0 and (cut.dim, target.ndim) != (1, 2):
+    (shard,) = others
+    if shard.dim != 0 and (shard.dim, target.ndim) != (1, 2):
         return None
-    return target.placements.index(cut), cut.dim
-
-
-def _cut(name: str, target: Any) -> tuple[int, int]:
-    """The mesh axis and the dimension over which FSDP2 by itself has sharded a DTensor."""
-    axes = _axes(name, target)
-    if axes is None:
-        raise RuntimeError(
-            f"{name}: its placements are {tuple(target.placements)}; checkpoints need parameters "
-            "that fully_shard has sharded in one dimension over one mesh axis"
-        )
-    if target.is_complex() and axes[1] != 0:
-        raise RuntimeError(
-            f"{name}: a complex parameter sharded by columns; shard it by rows (Shard(0), which is "
-            "fully_shard's default)"
-        )
-    return axes
-
-
-def _check_boxed(name: str, target: Any) -> None:
-    """Check that a DTensor can be held in a box.
-
-    Raises:
-        RuntimeError: it cannot.
-    """
-    _axes(name, target)
-    if target.is_complex():
-        raise RuntimeError(
-            f"{name}: a complex parameter with the placements {tuple(target.placements)}; complex "
-            "parameters need fully_shard alone, over one mesh axis"
-        )
+    return _Cut(target.placements.index(shard), shard.dim)
 
 
 def _boxed(name: str, target: Any) -> Fragment:
     """The box of a DTensor on this process."""
     placements = tuple(target.placements)
+    if target.is_complex():
+        raise RuntimeError(
+            f"{name}: a complex parameter with the placements {placements}; complex parameters "
+            "need fully_shard alone, over one mesh axis"
+        )
     shape_and_offset = SHAPE_AND_OFFSET.imported()
     sizes, offsets = shape_and_offset(target.shape, target.device_mesh, placements)
     local = target.to_local()
@@ -189,6 +176,7 @@ def _boxed(name: str, target: Any) -> Fragment:
             f"{tuple(local.shape)}, and not {tuple(sizes)}; arg_dist does not support this layout"
         )
     box = tuple((low, low + size) for low, size in zip(offsets, sizes, strict=True))
+    box = box or ((0, 1),)  # of a number
     view = partial(_local_box, name=name, placements=placements)
     return Fragment(name, tuple(target.shape), 0, local.numel(), target, view, box=box)
 
@@ -204,14 +192,33 @@ def _local_box(tensor: Any, name: str, placements: tuple[Any, ...]) -> Tensor:
     return local
 
 
-def _copies(target: Any, axis: int) -> tuple[dist.ProcessGroup, ...]:
-    """The groups over which a DTensor is replicated: every mesh axis except the sharded one."""
+def _copies(target: Any) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of this process over which a DTensor is replicated."""
     mesh = target.device_mesh
-    others = [other for other in range(mesh.ndim) if other != axis and mesh.size(other) > 1]
-    return tuple(mesh.get_group(other) for other in others)
+    return tuple(
+        mesh.get_group(axis)
+        for axis, placement in enumerate(target.placements)
+        if placement.is_replicate() and mesh.size(axis) > 1
+    )
 
 
-def _fragment(name: str, target: Any, axis: int, dimension: int) -> Fragment:
+def _ranks_of(target: Any) -> tuple[int, ...]:
+    """Indexes in the job of the processes of a DTensor's mesh."""
+    return tuple(sorted(target.device_mesh.mesh.flatten().tolist()))
+
+
+def _group_along(target: Any, cut: _Cut) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = target.device_mesh.get_group(cut.axis)
+    return group
+
+
+def _fragment(name: str, target: Any, cut: _Cut) -> Fragment:
+    axis, dimension = cut
+    if target.is_complex() and dimension != 0:
+        raise RuntimeError(
+            f"{name}: a complex parameter sharded by columns; shard it by rows (Shard(0), which is "
+            "fully_shard's default)"
+        )
     mesh, shape = target.device_mesh, tuple(target.shape)
     length = -(-shape[dimension] // mesh.size(axis))
     first = min(mesh.get_local_rank(axis) * length, shape[dimension])

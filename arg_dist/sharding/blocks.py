@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from arg_dist.sharding.fragment import Box
 from arg_dist.sharding.layout import MatrixView, Ranges
 from arg_dist.subspace.distributed import (
     Block,
@@ -102,7 +103,7 @@ def blocks_of_matrix(view: MatrixView, shape: tuple[int, ...], boxes: Boxes) -> 
     )
 
 
-def held_range(view: MatrixView, shape: tuple[int, ...], box: Ranges, block: Block) -> Interval:
+def held_range(view: MatrixView, shape: tuple[int, ...], box: Box, block: Block) -> Interval:
     """Where the block of a matrix lies among the elements of a box of its parameter."""
     numel = row_count(block[0]) * row_count(block[1])
     before = 0
@@ -121,12 +122,12 @@ def _place(view: MatrixView, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(place))
 
 
-def _contains(box: Ranges, place: tuple[int, ...]) -> bool:
+def _contains(box: Box, place: tuple[int, ...]) -> bool:
     return all(low <= index < high for (low, high), index in zip(box, place, strict=False))
 
 
 def shard_boxes(name: str, shape: tuple[int, ...], boxes: Boxes) -> DimensionSharding:
-    """The distribution of a tensor's elements, box after box.
+    """The distribution of a tensor's elements, box after box; each keeps its :func:`own_boxes`.
 
     Args:
         name: its name.
@@ -136,7 +137,7 @@ def shard_boxes(name: str, shape: tuple[int, ...], boxes: Boxes) -> DimensionSha
     Raises:
         RuntimeError: the boxes are not those of a grid, or do not cover the tensor.
     """
-    held = list(zip(*boxes, strict=True)) if boxes else [()]
+    held = list(zip(*boxes, strict=True))
     distinct, updated = _in_turn(held)
     covered = sum(map(_size, distinct))
     if covered != math.prod(shape) or not all(map(_is_grid, boxes)):
@@ -144,8 +145,41 @@ def shard_boxes(name: str, shape: tuple[int, ...], boxes: Boxes) -> DimensionSha
             f"{name}: the processes hold the boxes {held} of its shape {shape}, which are not "
             "those of a grid; arg_dist does not support this layout of the engine"
         )
-    parts = _even_parts(updated, updated)
-    return DimensionSharding(math.prod(shape), parts, parts, updated)
+    parts = []
+    for (start, _), box, own in zip(updated, held, own_boxes(boxes), strict=True):
+        first = start + _first_element(own, box)
+        parts.append((first, first + _size(own)))
+    return DimensionSharding(math.prod(shape), tuple(parts), tuple(parts), updated)
+
+
+def own_boxes(boxes: Boxes) -> tuple[Box, ...]:
+    """The part of its box for which each process answers alone, where several hold the same.
+
+    Each has an even part of the first dimension that has several indices: a box, whose elements are
+    in one piece.
+
+    Args:
+        boxes: what each process holds, in each dimension.
+    """
+    held: list[Box] = list(zip(*boxes, strict=True))
+    cut = [_first_with_several(box) for box in held]
+    parts = _even_parts([box[k] for box, k in zip(held, cut, strict=True)], held)
+    return tuple(
+        (*box[:k], part, *box[k + 1 :]) for box, k, part in zip(held, cut, parts, strict=True)
+    )
+
+
+def _first_with_several(box: Box) -> int:
+    """The first dimension in which a box has more than one index; 0 if there is none."""
+    return next((k for k, each in enumerate(box) if row_count(each) > 1), 0)
+
+
+def _first_element(part: Box, box: Box) -> int:
+    """Position of the first element of a part of a box among its elements."""
+    position = 0
+    for (low, _), bounds in zip(part, box, strict=True):
+        position = position * row_count(bounds) + low - bounds[0]
+    return position
 
 
 class _Sides(NamedTuple):
@@ -205,12 +239,12 @@ def _in_turn(held: Sequence[Ranges]) -> tuple[tuple[Any, ...], Rows]:
     return distinct, tuple((at, at + _size(box)) for at, box in zip(first, held, strict=True))
 
 
-def _size(box: Ranges) -> int:
+def _size(box: Box) -> int:
     """Number of elements."""
     return math.prod(map(row_count, box))
 
 
-def _even_parts(rows: Rows, held: Sequence[Hashable]) -> Rows:
+def _even_parts(rows: Sequence[Interval], held: Sequence[Hashable]) -> Rows:
     """The rows of each process, of which those that hold the same have an even part each."""
     holders, before = Counter(held), Counter[Hashable]()
     parts = []

@@ -16,6 +16,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from arg_dist.subspace.distributed import Interval
+
+Box = tuple[Interval, ...]
+"""An interval in each dimension of a tensor; or one, of its elements in row-major order."""
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -41,10 +46,10 @@ class Fragment:
     target: Tensor
     view: Callable[[Tensor], Tensor]
     transposed: bool = False
-    box: tuple[tuple[int, int], ...] | None = None
+    box: Box | None = None
 
     @property
-    def held(self) -> tuple[tuple[int, int], ...]:
+    def held(self) -> Box:
         """The range of elements held, or the box."""
         return ((self.start, self.stop),) if self.box is None else self.box
 
@@ -71,6 +76,7 @@ class Holding:
             are sharded.
         copies: groups of processes that hold the same parts in different copies of the model, with
             equal gradients.
+        processes: indexes in the job of those that hold parts, where `group` does not have them.
         copy: if the copies have gradients of their own, `group` has the processes of all, and this
             are those of the copy of which this process holds a part; else empty.
     """
@@ -80,6 +86,7 @@ class Holding:
     replicated: bool = False
     copies: tuple[dist.ProcessGroup, ...] = ()
     copy: tuple[int, ...] = ()
+    processes: tuple[int, ...] = ()
 
     def in_copies(self, everyone: dist.ProcessGroup) -> Holding | None:
         """The same among the processes of all copies of the model; None if this is the only one."""

@@ -37,9 +37,9 @@ def _first_device(plans: Sequence[Plan]) -> torch.device | None:
     return next((held.target.device for plan in plans for held in plan.held), None)
 
 
-def has_first_process(communicator: Communicator, job: Communicator) -> bool:
-    """Whether the group contains the job's first process; this selects one of several replicas."""
-    return _ranks(job)[0] in _ranks(communicator)
+def has_first_process(ranks: Sequence[int], job: Communicator) -> bool:
+    """Whether these contain the job's first process; this selects one of several replicas."""
+    return ranks_of(job.group)[0] in ranks
 
 
 def is_first_process(group: dist.ProcessGroup | None) -> bool:
@@ -63,7 +63,7 @@ def for_host_data(job: Communicator, seconds: float) -> Communicator:
     if dist.get_world_size() > job.size:
         _even_out(job)
     group = dist.new_group(
-        _ranks(job),
+        ranks_of(job.group),
         backend="gloo",
         timeout=timedelta(seconds=seconds),
         use_local_synchronization=dist.get_world_size() > job.size,
@@ -78,8 +78,8 @@ def _even_out(job: Communicator) -> None:
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
-def _ranks(communicator: Communicator) -> list[int]:
-    """Indexes of its processes in the job."""
-    if communicator.group is not None:
-        return list(dist.get_process_group_ranks(communicator.group))
+def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
+    """Indexes of its processes in the job; of this one if there is no group."""
+    if group is not None:
+        return list(dist.get_process_group_ranks(group))
     return [dist.get_rank() if dist.is_available() and dist.is_initialized() else 0]

@@ -10,10 +10,11 @@ from arg_dist.sharding.blocks import (
     Boxes,
     blocks_of_matrix,
     held_range,
+    own_boxes,
     shard_blocks,
     shard_boxes,
 )
-from arg_dist.sharding.fragment import Fragment
+from arg_dist.sharding.fragment import Box, Fragment
 from arg_dist.sharding.layout import (
     GroupSpec,
     MatrixView,
@@ -23,7 +24,12 @@ from arg_dist.sharding.layout import (
     shard_elements,
     shard_matrix,
 )
-from arg_dist.subspace.distributed import DimensionSharding, Interval, MatrixSharding
+from arg_dist.subspace.distributed import (
+    DimensionSharding,
+    Interval,
+    MatrixSharding,
+    even_part,
+)
 
 
 class MatrixPart(NamedTuple):
@@ -48,6 +54,10 @@ class Parts(Protocol):
 
     def tensor(self) -> DimensionSharding:
         """The sharding of the elements, where Adam trains them."""
+
+    @property
+    def own(self) -> Box:
+        """The elements that this process writes to a checkpoint; every element has one such."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,16 @@ class Ranged:
             ranges, numel, replicated, terms=self.spec.terms, copy_of=self.copy_of
         )
 
+    @property
+    def own(self) -> Box:
+        """The elements that this process writes: all that it holds, or an even part of them."""
+        copies, me = self.copy_of, self.me
+        if self.spec.holding.replicated:
+            copies = tuple(range(len(self.ranges)))
+        if copies is None:
+            return self.fragment.held
+        return (even_part(self.ranges[me], copies[me], max(copies) + 1),)
+
 
 @dataclass(frozen=True)
 class Boxed:
@@ -121,6 +141,11 @@ class Boxed:
     def tensor(self) -> DimensionSharding:
         """The sharding of the elements, where Adam trains them."""
         return shard_boxes(self.fragment.name, self.fragment.shape, self.boxes)
+
+    @property
+    def own(self) -> Box:
+        """The box that this process writes, and of whose elements it keeps Adam's state."""
+        return own_boxes(self.boxes)[self.me]
 
 
 def _by_copy(ranges: Ranges, copy_of: tuple[int, ...] | None) -> list[Ranges]:

@@ -22,7 +22,7 @@ from arg_dist.sharding.comparison import (
     refuse_difference,
     summarize,
 )
-from arg_dist.sharding.fragment import Fragment, Holding
+from arg_dist.sharding.fragment import Box, Fragment, Holding
 from arg_dist.sharding.layout import (
     GroupSpec,
     MatrixView,
@@ -61,6 +61,7 @@ class Plan:
         units: all matrices and tensors, including those that other processes hold.
         lanes: their positions, divided into lanes (:mod:`arg_dist.sharding.overlap`).
         held: the fragments that this process holds.
+        own: of each, by its name, the elements that this process writes to a checkpoint.
         replicated: every process holds all parameters; only the state is sharded.
         copies: communicators of the processes that hold the same parts in other copies of the
             model.
@@ -75,6 +76,7 @@ class Plan:
     units: list[Unit]
     lanes: list[range]
     held: list[Fragment]
+    own: dict[str, Box]
     replicated: bool
     copies: list[Communicator]
     terms: bool = False
@@ -179,7 +181,8 @@ def _make_plan(
     units: list[Unit] = []
     loads: list[Load] = []
     held: list[Fragment] = []
-    copy_of = _copies_of([own[0].copy for own in everyone])
+    own: dict[str, Box] = {}
+    copy_of = _copies_of([summaries[0].copy for summaries in everyone])
     for k, (position, spec) in enumerate(members):
         fragments = spec.holding.fragments
         held_by_each = held_by_all(everyone, k, fragments)
@@ -193,6 +196,7 @@ def _make_plan(
             shards += found
             loads += load
             held.append(fragment)
+            own[fragment.name] = parts.own
     names = [unit.name for unit in units]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -205,6 +209,7 @@ def _make_plan(
         units,
         lanes_of(loads, bucket_size),
         held,
+        own,
         replicated=any(holding.replicated for holding in holdings),
         copies=copies,
         terms=any(spec.terms for _, spec in members),

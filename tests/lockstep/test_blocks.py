@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from cuts import (
@@ -21,8 +23,9 @@ from test_steps import FREQUENT, RULES, SHAPE, WHOLE, layouts, settings, state_i
 from tolerances import CODES, CODES_WEIGHTS, REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS
 
 from arg_dist.recording import rounds_of_matrix
-from arg_dist.sharding.blocks import shard_blocks
+from arg_dist.sharding.blocks import own_boxes, shard_blocks, shard_boxes
 from arg_dist.sharding.drivers import run_lockstep
+from arg_dist.subspace.distributed import even_rows
 
 grids = block_grids(*SHAPE).map(held_blocks)
 
@@ -107,6 +110,22 @@ def test_a_step_stays_within_its_rounds(blocks, layout, rule):
         run_lockstep([counted(each, counts) for each in steps])
         assert set(counts) <= set(range(most[0][is_refreshing] + 1))
     assert len(set(most)) == 1
+
+
+@given(st.data(), st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_the_boxes_that_processes_answer_for_are_the_parts_that_they_keep(data, shape):
+    axes = [data.draw(st.integers(1, 3)) for _ in shape]
+    cuts = [even_rows(size, parts) for size, parts in zip(shape, axes, strict=True)]
+    holders = data.draw(st.integers(1, 3))
+    held = [box for box in itertools.product(*cuts) for _ in range(holders)]
+    boxes = tuple(zip(*held, strict=True))
+    sharding, times = shard_boxes("w", tuple(shape), boxes), torch.zeros(shape)
+    for me, (own, box) in enumerate(zip(own_boxes(boxes), held, strict=True)):
+        times[tuple(slice(*bounds) for bounds in own)] += 1
+        numbers = torch.arange(*sharding.update[me]).view([b - a for a, b in box])
+        relative = [slice(a - c, b - c) for (a, b), (c, _) in zip(own, box, strict=True)]
+        assert numbers[tuple(relative)].flatten().tolist() == list(range(*sharding.keep[me]))
+    assert (times == 1).all()
 
 
 def test_blocks_that_are_no_grid_are_refused():

@@ -22,6 +22,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from arg_dist import AdaRankGrad, ConfigError, checkpoint
+from arg_dist.checkpoint.index import read_index, tensor_key
+from arg_dist.checkpoint.offline import whole_weight
+from arg_dist.checkpoint.slices import SliceReader
 from tests.launch import models, training
 from tests.launch.cases import STEPS
 from tests.tolerances import LOSSES, REDUCTION_ORDER_WEIGHTS
@@ -183,56 +186,144 @@ CUTS = {
     "embed_tokens": ((9, 7), (Shard(1), Shard(0))),
     "bias": ((5,), (Replicate(), Shard(0))),
     "norm": ((6,), (Replicate(), Replicate())),
+    "scale": ((), (Replicate(), Replicate())),
+    "frozen": ((5, 4), (Shard(1), Shard(0))),
+    "frozen_norm": ((4,), (Replicate(), Shard(0))),
+    "buffer": ((3, 4), (Shard(1), Replicate())),
 }
+"""Shapes and placements; the last three do not train."""
+TRAINED = list(CUTS)[:-3]
+Cut = Callable[[Tensor, str], Tensor]
 
 
-def gradients(step: int) -> dict[str, Tensor]:
-    """Of all parameters; an expert gets none in the first steps, and then both do."""
-    generator = torch.Generator().manual_seed(step)
+def values(seed: int) -> dict[str, Tensor]:
+    """Weights, or gradients; an expert gets none in the first steps, and then both do."""
+    generator = torch.Generator().manual_seed(seed)
     found = {name: torch.randn(shape, generator=generator) for name, (shape, _) in CUTS.items()}
-    if step < 3:
+    if seed < 3:
         found["experts"][1] = 0.0
     return found
 
 
-def take(optimizer: AdaRankGrad, parameters: dict[str, Any], steps: range, cut: Any) -> None:
-    for step in steps:
-        for name, gradient in gradients(step).items():
-            parameters[name].grad = cut(gradient, name)
-        optimizer.step()
+class ByHand:
+    """A model without a forward pass, whose tensors are cut in some way, and its optimizer."""
 
+    def __init__(self, cut: Cut, seed: int = 99, process_group: Any = None) -> None:
+        self.cut, self.model = cut, nn.Module()
+        for name, whole in values(seed).items():
+            if name == "buffer":
+                self.model.register_buffer(name, cut(whole, name))
+            else:
+                parameter = nn.Parameter(cut(whole, name), requires_grad=name in TRAINED)
+                self.model.register_parameter(name, parameter)
+        named = [(name, self.model.get_parameter(name)) for name in TRAINED]
+        self.optimizer = AdaRankGrad(named, **BY_HAND, process_group=process_group)
 
-def by_hand(group: dist.ProcessGroup, folder: str) -> dict[str, Tensor]:
-    """The weights after ten steps on a mesh of 2 x 2, with a save and a resume after five."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
+    def take(self, steps: range) -> None:
+        for step in steps:
+            gradients = values(step)
+            for name in TRAINED:
+                self.model.get_parameter(name).grad = self.cut(gradients[name], name)
+            self.optimizer.step()
 
-    def cut(whole: Tensor, name: str) -> Tensor:
-        return distribute_tensor(whole, mesh, CUTS[name][1])
+    def save(self, folder: Path) -> None:
+        checkpoint.save(folder, self.optimizer, model=self.model, step=5)
 
-    parameters = {name: nn.Parameter(cut(weight, name)) for name, weight in gradients(99).items()}
-    optimizer = AdaRankGrad(list(parameters.items()), **BY_HAND, process_group=group)
-    take(optimizer, parameters, range(5), cut)
-    mine = Path(folder) / f"{dist.get_rank()}.pt"
-    torch.save(optimizer.state_dict(), mine)
-    resumed = AdaRankGrad(list(parameters.items()), **BY_HAND, process_group=group)
-    resumed.load_state_dict(torch.load(mine, weights_only=True))
-    take(resumed, parameters, range(5, 10), cut)
-    return {name: each.detach().full_tensor() for name, each in parameters.items()}
+    def load(self, folder: Path) -> None:
+        checkpoint.load(folder, self.optimizer, model=self.model)
+
+    def weights(self) -> dict[str, Tensor]:
+        tensors = {name: value.detach() for name, value in self.model.state_dict().items()}
+        return {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value
+            for name, value in tensors.items()
+        }
 
 
 BY_HAND = {"lr": 1e-2, "max_rank": 4, "min_rank": 1, "energy": 0.9, "min_gap": 2, "max_gap": 4}
+WAYS = {"2x2": (2, 2), "4x1": (4, 1), "1x4": (1, 4), "4": (4,), "copies": ()}
 
 
-def test_experts_blocks_and_replicas_train_as_alone_and_resume_on_the_same_mesh(pool, tmp_path):
-    parameters = {name: nn.Parameter(weight) for name, weight in gradients(99).items()}
-    optimizer = AdaRankGrad(list(parameters.items()), **BY_HAND, process_group=None)
-    take(optimizer, parameters, range(10), lambda whole, _: whole)
-    for found in pool.run(by_hand, 4, str(tmp_path)):
-        for name, weight in parameters.items():
-            REDUCTION_ORDER_WEIGHTS.check(found[name], weight.detach())
+def whole(tensor: Tensor, _: str) -> Tensor:
+    return tensor
 
 
-def refusals(group: dist.ProcessGroup, folder: str) -> list[str]:
+def start(way: str, group: dist.ProcessGroup, **more: Any) -> ByHand:
+    """On a mesh of that form; as FSDP2 alone would cut it; or held by every process."""
+    if not WAYS[way]:
+        return ByHand(whole, process_group=group, **more)
+    mesh = init_device_mesh("cpu", WAYS[way])
+
+    def cut(tensor: Tensor, name: str) -> Tensor:
+        placements = CUTS[name][1] if mesh.ndim == 2 else [Shard(0)]
+        if mesh.ndim == 1 and not tensor.ndim:
+            placements = [Replicate()]
+        return distribute_tensor(tensor, mesh, placements)
+
+    return ByHand(cut, process_group=group, **more)
+
+
+def move(group: dist.ProcessGroup, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The weights after ten steps: on a mesh of 2 x 2, or moved from it in the middle."""
+    first = start("2x2", group)
+    first.take(range(5))
+    first.save(folder / "first")
+    mine = folder / f"{dist.get_rank()}.pt"
+    torch.save(first.optimizer.state_dict(), mine)
+    first.optimizer.load_state_dict(torch.load(mine, weights_only=True))
+    first.take(range(5, 10))
+    found = {"as it was": first.weights()}
+    for way in WAYS:
+        moved = start(way, group, seed=100)
+        moved.load(folder / "first")
+        moved.save(folder / way)
+        moved.take(range(5, 10))
+        found[way] = moved.weights()
+    return found
+
+
+def content(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that a checkpoint has of weights and state, put together."""
+    index, found, numbers = read_index(folder), {}, {}
+    with SliceReader(folder, index) as reader:
+        for name in index.weights:
+            found[name] = whole_weight(reader, name)
+        for name, entry in index.states.items():
+            numbers[name] = entry.numbers, entry.lists, entry.shape, entry.side
+            for part, sliced in entry.tensors.items():
+                key = tensor_key("state", name, part)
+                box = tuple((0, size) for size in sliced.shape)
+                if entry.kind == "tensor":
+                    box = ((0, torch.Size(entry.shape).numel()),)
+                    values = reader.elements(entry, sliced, key, box, transposed=False)
+                    found[f"{name}.{part}"] = values
+                else:
+                    found[f"{name}.{part}"] = reader.rows(sliced, key, box[0])
+    return found, numbers
+
+
+def test_what_a_mesh_of_two_dimensions_saves_goes_on_anywhere(pool, tmp_path):
+    alone = ByHand(whole)
+    alone.take(range(10))
+    for found in pool.run(move, 4, tmp_path, seconds=60):
+        for weights in found.values():
+            for name, weight in alone.weights().items():
+                REDUCTION_ORDER_WEIGHTS.check(weights[name], weight)
+    moved = ByHand(whole, seed=100)
+    moved.load(tmp_path / "first")
+    moved.save(tmp_path / "alone")
+    moved.take(range(5, 10))
+    for name, weight in alone.weights().items():
+        REDUCTION_ORDER_WEIGHTS.check(moved.weights()[name], weight)
+    tensors, numbers = content(tmp_path / "first")
+    assert set(tensors) >= set(CUTS)
+    for way in (*WAYS, "alone"):
+        again, same = content(tmp_path / way)
+        assert same == numbers and again.keys() == tensors.keys()
+        assert all(torch.equal(again[key], tensors[key]) for key in tensors), way
+
+
+def refusals(group: dist.ProcessGroup) -> list[str]:
     """What is said of saves that cannot be made, and of placements without values."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
@@ -244,14 +335,10 @@ def refusals(group: dist.ProcessGroup, folder: str) -> list[str]:
     model(torch.randn(2, 8)).square().sum().backward()
     optimizer.step()
     told = []
-    for call in (
-        lambda: get_optimizer_state_dict(model, optimizer),
-        lambda: checkpoint.save(folder, optimizer, model=model, step=1),
-    ):
-        try:
-            call()
-        except RuntimeError as error:
-            told.append(str(error))
+    try:
+        get_optimizer_state_dict(model, optimizer)
+    except RuntimeError as error:
+        told.append(str(error))
     sketching = AdaRankGrad(
         list(model.named_parameters()), **BY_HAND, gradient_sync="sketch", process_group=group
     )
@@ -269,11 +356,10 @@ def refusals(group: dist.ProcessGroup, folder: str) -> list[str]:
     return told
 
 
-def test_what_a_mesh_of_two_dimensions_cannot_do_is_said(pool, tmp_path):
-    for told in pool.run(refusals, 4, str(tmp_path)):
-        merged, saved, sketched, partial = told
+def test_what_a_mesh_of_two_dimensions_cannot_do_is_said(pool):
+    for told in pool.run(refusals, 4):
+        merged, sketched, partial = told
         assert merged.startswith("state_dict: PyTorch's distributed checkpoints")
-        assert "sharded over a mesh of two dimensions" in saved
         assert sketched.startswith('gradient_sync="sketch": the engine shards the model')
         assert partial.startswith("w: its placements are") and "Partial" in partial
 

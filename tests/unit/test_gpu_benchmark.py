@@ -216,7 +216,11 @@ def test_a_section_whose_time_is_over_stops_and_those_without_time_are_skipped(
             yield {"n": n}
             time.sleep(0.05)
 
-    sections = (section("slow", slow, 0.05), section("long", works, 100), section("short", works, 1))
+    sections = (
+        section("slow", slow, 0.05),
+        section("long", works, 100),
+        section("short", works, 1),
+    )
     _, whole = measured(*sections, out=tmp_path / "gpu.json", limit=20)
     slow_one, long_one, short_one = whole["tables"]
     assert slow_one["status"] == "stopped" and 1 < len(slow_one["samples"]) < 100
