@@ -1,7 +1,7 @@
 """What must be equal on all processes, compared in each step before it changes anything.
 
 That is the settings of the parameter groups; where every process holds the whole model, its weights
-and averaged gradients; and if there are several copies of a sharded model, the same parts of them.
+and averaged gradients; and of sharded models what several processes hold.
 The agreement carries a summary; if it differs, one more exchange finds out what differs and where.
 """
 
@@ -33,7 +33,7 @@ from arg_dist.subspace.state import State
 AT_LEAST_ELEMENTS, AT_MOST_TENSORS = 2**20, 16
 """Compared in each step by turns, in addition to the matrices that refresh."""
 COPIES_EVERY = 20
-"""Steps between comparisons of the copies of a sharded model, or of gradients that must differ."""
+"""Steps between comparisons of what several processes hold, or of gradients that must differ."""
 
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class Comparison:
         due: names of the matrices that refresh; of those that every process holds whole.
         shards: matrices and tensors that every process holds whole, and that are compared now.
         fingerprints: ``shards x 2 x 2``, of their gradients and weights; None without `shards`.
-        apart: differences from other copies of the model, in words.
+        apart: differences from other processes that hold the same parts, in words.
     """
 
     plan: Plan
@@ -120,7 +120,7 @@ def compare(
     settings: Sequence[AdaRankGradConfig],
     step: int,
 ) -> Comparison:
-    """Take the fingerprints that are due; collective if the model has several copies.
+    """Take the fingerprints that are due; collective if several processes hold the same parts.
 
     Args:
         plan: the plan of the step.
@@ -131,8 +131,8 @@ def compare(
     texts = [settings_text(settings[group]) for group in plan.groups]
     if plan.terms and plan.communicator.size > 1 and step % COPIES_EVERY == 0:
         _check_own_gradients(plan)
-    if (plan.copies or plan.copy_of) and step % COPIES_EVERY == 0:
-        return Comparison(plan, step, texts, apart=_apart_from_copies(plan, step))
+    if (plan.copies or plan.copy_of or plan.shared) and step % COPIES_EVERY == 0:
+        return Comparison(plan, step, texts, apart=_apart_from_others(plan, step))
     if not plan.replicated or not plan.shards:
         return Comparison(plan, step, texts)
     due = [
@@ -207,19 +207,21 @@ def _seen(shards: Sequence[Shard], fingerprints: Tensor | None) -> list[Seen]:
     ]
 
 
-def _apart_from_copies(plan: Plan, step: int) -> list[str]:
-    """What differs from the parts that other copies of the model hold, in words."""
-    seen = _seen(plan.shards, _fingerprints(plan.shards) if plan.shards else None)
+def _apart_from_others(plan: Plan, step: int) -> list[str]:
+    """What differs from other processes that hold the same parts, in words."""
+    shards = [each for each in plan.shards if not plan.shared or each.fragment.name in plan.shared]
+    seen = _seen(shards, _fingerprints(shards) if shards else None)
+    parts = [(shard.name, shard.fragment.held, shard.range) for shard in shards]
     found = []
-    for copies in plan.copies or [plan.communicator]:
-        sent = (_parts(plan), seen)
-        everyone = copies.gather_objects(sent, "comparing the copies of the model")
-        for place, (first, (_, theirs)) in enumerate(_with_first(everyone)):
-            for one, other in zip(everyone[first][1], theirs, strict=True):
-                what = _difference(one, other)
-                if what:
-                    pair = copies.processes[first], copies.processes[place]
-                    found.append(_copies_differ(other.name, what, pair, step))
+    for holders in plan.copies or [plan.communicator]:
+        sent = list(zip(parts, seen, strict=True))
+        first: dict[Any, tuple[int, Seen]] = {}
+        for place, theirs in enumerate(holders.gather_objects(sent, "comparing equal parts")):
+            for part, its in theirs:
+                holder, known = first.setdefault(part, (place, its))
+                if what := _difference(known, its):
+                    pair = holders.processes[holder], holders.processes[place]
+                    found.append(_holders_differ(its.name, what, pair, step))
     return found
 
 
@@ -229,12 +231,12 @@ def _difference(ours: Seen, theirs: Seen) -> str:
     return "weights" if differ(ours.weights, theirs.weights) else ""
 
 
-def _copies_differ(name: str, what: str, pair: tuple[int, int], step: int) -> str:
+def _holders_differ(name: str, what: str, pair: tuple[int, int], step: int) -> str:
     return (
-        f"{name}: processes {pair[0]} and {pair[1]} of the job hold the same part in two copies of "
-        f"the model, and its {what} differs between them at step {step}; gradients must be "
-        "averaged over the copies, and weights changed on all of them alike. This step changed "
-        "nothing: resume from the last checkpoint"
+        f"{name}: processes {pair[0]} and {pair[1]} of the job hold the same part of it, and its "
+        f"{what} differs between them at step {step}; gradients must be averaged over the copies "
+        "of a model, and be equal on the processes of tensor parallelism; change weights on all of "
+        "them alike. This step changed nothing: resume from the last checkpoint"
     )
 
 

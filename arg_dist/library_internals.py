@@ -139,11 +139,6 @@ AMP_SCALING = _torch(
     "_step_supports_amp_scaling",
     'gradient_sync="sketch": refusal of GradScaler',
 )
-SHAPE_AND_OFFSET = _torch(
-    "torch.distributed.tensor._utils",
-    "compute_local_shape_and_global_offset",
-    "DTensors on meshes of two dimensions",
-)
 COLLECTING_STATE = _torch(
     "torch.distributed.checkpoint.state_dict",
     "get_optimizer_state_dict",

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from arg_dist.library_internals import SHAPE_AND_OFFSET
 from arg_dist.sharding.fragment import Adapter, Fragment, Holding, ParameterGroup
+from arg_dist.sharding.shard import local_part
+from arg_dist.subspace.distributed import Interval, row_count
 
 
 class ShardedTensorAdapter(Adapter):
@@ -39,7 +41,7 @@ class ShardedTensorAdapter(Adapter):
         held = [(n, t) for n, t in zip(group.names, group.targets, strict=True) if group.holds(t)]
         for name, target in held:
             _check_placed(name, target)
-        meshes = {target.device_mesh for _, target in held}  # type: ignore[attr-defined]
+        meshes = {getattr(target, "device_mesh", None) for _, target in held}
         cuts = [cut for _, target in held if (cut := _cut_of(target)) is not None]
         if len(meshes) > 1 or len(cuts) < len(held):
             return _in_boxes(held, group.process_group)
@@ -70,9 +72,10 @@ def _in_boxes(held: list[tuple[str, Any]], group: dist.ProcessGroup | None) -> H
         held: names and DTensors.
         group: the processes that train the model.
     """
-    meshes = [_ranks_of(target) for _, target in held]
+    cut = [(name, target) for name, target in held if _placements(target)]
+    meshes = [_ranks_of(target) for _, target in cut]
     everyone = max(meshes, key=len)
-    for (name, _), ranks in zip(held, meshes, strict=True):
+    for (name, _), ranks in zip(cut, meshes, strict=True):
         if not set(ranks) <= set(everyone):
             raise RuntimeError(
                 f"{name}: it lies on the processes {list(ranks)}, and others of its parameter "
@@ -132,25 +135,25 @@ def _check_placed(name: str, target: Any) -> None:
     """Check that processes hold values of a parameter.
 
     Raises:
-        RuntimeError: it is no DTensor, or is held as terms of a sum.
+        RuntimeError: it is held as terms of a sum.
     """
-    if not hasattr(target, "placements"):
+    if any(placement.is_partial() for placement in _placements(target)):
         raise RuntimeError(
-            f"{name}: a plain tensor among DTensors (ignored_params?); shard it as well, or give "
-            "it a separate optimizer"
-        )
-    if any(placement.is_partial() for placement in target.placements):
-        raise RuntimeError(
-            f"{name}: its placements are {tuple(target.placements)}, so that no process has its "
+            f"{name}: its placements are {_placements(target)}, so that no process has its "
             "values (Partial); give the parameter Shard or Replicate placements"
         )
+
+
+def _placements(target: Any) -> tuple[Any, ...]:
+    """How a DTensor lies on its mesh; () for a plain tensor."""
+    return tuple(getattr(target, "placements", ()))
 
 
 def _cut_of(target: Any) -> _Cut | None:
     """Where a DTensor is sharded, if in one dimension over one mesh axis; else None."""
     from torch.distributed.tensor import Shard
 
-    others = [placement for placement in target.placements if not placement.is_replicate()]
+    others = [placement for placement in _placements(target) if not placement.is_replicate()]
     if len(others) != 1 or type(others[0]) is not Shard:
         return None
     (shard,) = others
@@ -160,36 +163,66 @@ def _cut_of(target: Any) -> _Cut | None:
 
 
 def _boxed(name: str, target: Any) -> Fragment:
-    """The box of a DTensor on this process."""
-    placements = tuple(target.placements)
+    """The box of a DTensor on this process; all of a plain tensor, which every process holds."""
+    placements, shape = _placements(target), tuple(target.shape)
     if target.is_complex():
         raise RuntimeError(
             f"{name}: a complex parameter with the placements {placements}; complex parameters "
             "need fully_shard alone, over one mesh axis"
         )
-    shape_and_offset = SHAPE_AND_OFFSET.imported()
-    sizes, offsets = shape_and_offset(target.shape, target.device_mesh, placements)
-    local = target.to_local()
-    if tuple(local.shape) != tuple(sizes):
+    box = tuple(_interval(name, target, dimension) for dimension in range(len(shape)))
+    local = local_part(target)
+    if tuple(local.shape) != tuple(map(row_count, box)):
         raise RuntimeError(
             f"{name}: with the placements {placements} this process has the shape "
-            f"{tuple(local.shape)}, and not {tuple(sizes)}; arg_dist does not support this layout"
+            f"{tuple(local.shape)}, and not {tuple(map(row_count, box))}; arg_dist does not "
+            "support this layout"
         )
-    box = tuple((low, low + size) for low, size in zip(offsets, sizes, strict=True))
-    box = box or ((0, 1),)  # of a number
     view = partial(_local_box, name=name, placements=placements)
-    return Fragment(name, tuple(target.shape), 0, local.numel(), target, view, box=box)
+    # a number is a box of one element
+    return Fragment(name, shape, 0, local.numel(), target, view, box=box or ((0, 1),))
+
+
+def _interval(name: str, target: Any, dimension: int) -> Interval:
+    """What this process holds of one dimension of a DTensor."""
+    indices = torch.arange(target.shape[dimension], dtype=torch.int64, device="cpu")
+    for axis, placement in enumerate(_placements(target)):
+        if placement.is_replicate() or placement.dim % target.ndim != dimension:
+            continue
+        coordinate, size = target.device_mesh.get_local_rank(axis), target.device_mesh.size(axis)
+        # FSDP2 beside tensor parallelism cuts within each of its parts (_StridedShard)
+        parts = torch.chunk(indices, getattr(placement, "split_factor", 1))
+        indices = torch.cat([_chunk(part, size, coordinate) for part in parts])
+    if not len(indices):
+        return 0, 0
+    first, last = int(indices[0]), int(indices[-1])
+    if last - first + 1 != len(indices):
+        raise RuntimeError(
+            f"{name}: with the placements {_placements(target)} each process has several separate "
+            f"pieces of dimension {dimension} (a packed plan, as of fused gate and up "
+            "projections), which arg_dist does not support; in the tensor-parallel plan leave it "
+            "replicated, cut it in one piece, or distribute whole experts (expert parallelism)"
+        )
+    return first, last + 1
+
+
+def _chunk(indices: Tensor, count: int, position: int) -> Tensor:
+    """One of so many chunks, the last of which may be shorter or empty."""
+    chunks = torch.chunk(indices, count)
+    return chunks[position] if position < len(chunks) else indices[:0]
 
 
 def _local_box(tensor: Any, name: str, placements: tuple[Any, ...]) -> Tensor:
-    if tuple(tensor.placements) != placements:
-        raise RuntimeError(
-            f"{name}: its gradient has the placements {tuple(tensor.placements)}, and the "
-            f"parameter {placements}; before step() set parameter.grad = "
-            "parameter.grad.redistribute(placements=parameter.placements)"
-        )
-    local: Tensor = tensor.to_local()
-    return local
+    pairs = list(zip(_placements(tensor), placements, strict=True))
+    if all(has == wanted or has.is_replicate() for has, wanted in pairs):
+        # what an embedding's backward leaves replicated is cut without a message
+        is_cut = all(has == wanted for has, wanted in pairs)
+        return local_part(tensor if is_cut else tensor.redistribute(placements=placements))
+    raise RuntimeError(
+        f"{name}: its gradient has the placements {_placements(tensor)}, and the parameter "
+        f"{placements}; before step() set parameter.grad = "
+        "parameter.grad.redistribute(placements=parameter.placements)"
+    )
 
 
 def _copies(target: Any) -> tuple[dist.ProcessGroup, ...]:

@@ -59,6 +59,10 @@ class Parts(Protocol):
     def own(self) -> Box:
         """The elements that this process writes to a checkpoint; every element has one such."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether some processes hold the same box; of ranges the plan itself knows."""
+
 
 @dataclass(frozen=True)
 class Ranged:
@@ -112,6 +116,11 @@ class Ranged:
             return self.fragment.held
         return (even_part(self.ranges[me], copies[me], max(copies) + 1),)
 
+    @property
+    def is_shared(self) -> bool:
+        """No: those that hold the same ranges are other copies of the model."""
+        return False
+
 
 @dataclass(frozen=True)
 class Boxed:
@@ -146,6 +155,11 @@ class Boxed:
     def own(self) -> Box:
         """The box that this process writes, and of whose elements it keeps Adam's state."""
         return own_boxes(self.boxes)[self.me]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether some processes hold the same box."""
+        return own_boxes(self.boxes) != tuple(zip(*self.boxes, strict=True))
 
 
 def _by_copy(ranges: Ranges, copy_of: tuple[int, ...] | None) -> list[Ranges]:

@@ -62,6 +62,8 @@ class Plan:
         lanes: their positions, divided into lanes (:mod:`arg_dist.sharding.overlap`).
         held: the fragments that this process holds.
         own: of each, by its name, the elements that this process writes to a checkpoint.
+        shared: names of those of which several processes hold the same box, with equal gradients;
+            equal on all processes.
         replicated: every process holds all parameters; only the state is sharded.
         copies: communicators of the processes that hold the same parts in other copies of the
             model.
@@ -77,6 +79,7 @@ class Plan:
     lanes: list[range]
     held: list[Fragment]
     own: dict[str, Box]
+    shared: frozenset[str]
     replicated: bool
     copies: list[Communicator]
     terms: bool = False
@@ -182,6 +185,7 @@ def _make_plan(
     loads: list[Load] = []
     held: list[Fragment] = []
     own: dict[str, Box] = {}
+    shared: set[str] = set()
     copy_of = _copies_of([summaries[0].copy for summaries in everyone])
     for k, (position, spec) in enumerate(members):
         fragments = spec.holding.fragments
@@ -197,6 +201,8 @@ def _make_plan(
             loads += load
             held.append(fragment)
             own[fragment.name] = parts.own
+            if parts.is_shared:
+                shared.add(fragment.name)
     names = [unit.name for unit in units]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -210,6 +216,7 @@ def _make_plan(
         lanes_of(loads, bucket_size),
         held,
         own,
+        frozenset(shared),
         replicated=any(holding.replicated for holding in holdings),
         copies=copies,
         terms=any(spec.terms for _, spec in members),

@@ -213,7 +213,7 @@ def refused(group: dist.ProcessGroup, kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("other weights", "processes 1 and 3 of the job hold the same part in two copies"),
+        ("other weights", "processes 1 and 3 of the job hold the same part of it"),
         ("same batch", "all processes read the same batches"),
         ("matched", 'residual="matched" needs the norms of whole rows'),
         ("budget", "gradient_budget: the engine sums the gradients of a copy"),
