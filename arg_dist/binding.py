@@ -310,7 +310,10 @@ class Binding:
             )
         process_group = training_group(self.process_group)
         parameters = [slot.parameter for slot in slots]
-        return ParameterGroup(list(group["params"]), names, parameters, process_group, resting)
+        together = [target for each in self.every_group for target in each["params"]]
+        return ParameterGroup(
+            list(group["params"]), names, parameters, process_group, resting, together
+        )
 
 
 def _refuse_misfits(outdated: Iterable[Plan], plans: Iterable[Plan], states: States) -> None:

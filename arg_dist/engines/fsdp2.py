@@ -7,7 +7,7 @@ its elements. On other meshes it holds a box.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class ShardedTensorAdapter(Adapter):
 
     Sharded in one dimension over one mesh axis, and replicated over the others (HSDP), they are
     held in ranges, and each copy of the model has a state. Anything else is held in boxes, and its
-    state once over all processes of the mesh.
+    state once over all processes of the mesh, or of that of other parameter groups if it is larger.
     """
 
     def recognizes(self, group: ParameterGroup) -> bool:
@@ -43,8 +43,10 @@ class ShardedTensorAdapter(Adapter):
             _check_placed(name, target)
         meshes = {getattr(target, "device_mesh", None) for _, target in held}
         cuts = [cut for _, target in held if (cut := _cut_of(target)) is not None]
-        if len(meshes) > 1 or len(cuts) < len(held):
-            return _in_boxes(held, group.process_group)
+        own = _processes_of([target for _, target in held])
+        everyone = _processes_of([*group.targets, *group.together])
+        if len(meshes) > 1 or len(cuts) < len(held) or set(own) < set(everyone):
+            return _in_boxes(held, everyone, group.process_group)
         fragments, process_group = [], None
         copies: tuple[dist.ProcessGroup, ...] = ()
         for (name, target), cut in zip(held, cuts, strict=True):
@@ -61,25 +63,26 @@ class ShardedTensorAdapter(Adapter):
         _check_placed(name, parameter)
         if (cut := _cut_of(parameter)) is not None:
             return Holding([_fragment(name, parameter, cut)], _group_along(parameter, cut))
-        copies, processes = _copies(parameter), _ranks_of(parameter)
+        copies, processes = _copies(parameter), _processes_of([parameter])
         return Holding([_boxed(name, parameter)], None, copies=copies, processes=processes)
 
 
-def _in_boxes(held: list[tuple[str, Any]], group: dist.ProcessGroup | None) -> Holding:
-    """What this process holds of parameters over the largest of their meshes.
+def _in_boxes(
+    held: list[tuple[str, Any]], everyone: tuple[int, ...], group: dist.ProcessGroup | None
+) -> Holding:
+    """What this process holds of parameters whose meshes are parts of a larger one.
 
     Args:
-        held: names and DTensors.
+        held: names and DTensors, or plain tensors.
+        everyone: indexes in the job of the processes of the larger one.
         group: the processes that train the model.
     """
-    cut = [(name, target) for name, target in held if _placements(target)]
-    meshes = [_ranks_of(target) for _, target in cut]
-    everyone = max(meshes, key=len)
-    for (name, _), ranks in zip(cut, meshes, strict=True):
+    for name, target in held:
+        ranks = _processes_of([target])
         if not set(ranks) <= set(everyone):
             raise RuntimeError(
-                f"{name}: it lies on the processes {list(ranks)}, and others of its parameter "
-                f"group on {list(everyone)}; give parameters of different processes separate groups"
+                f"{name}: it lies on the processes {list(ranks)}, and other parameters on "
+                f"{list(everyone)}; give parameters of different processes separate optimizers"
             )
     return Holding([_boxed(*each) for each in held], _group_of(everyone, group))
 
@@ -235,9 +238,11 @@ def _copies(target: Any) -> tuple[dist.ProcessGroup, ...]:
     )
 
 
-def _ranks_of(target: Any) -> tuple[int, ...]:
-    """Indexes in the job of the processes of a DTensor's mesh."""
-    return tuple(sorted(target.device_mesh.mesh.flatten().tolist()))
+def _processes_of(targets: Sequence[Any]) -> tuple[int, ...]:
+    """Indexes in the job of the processes of the largest mesh; () without a DTensor."""
+    meshes = {target.device_mesh for target in targets if _placements(target)}
+    processes = [tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes]
+    return max(processes, key=len, default=())
 
 
 def _group_along(target: Any, cut: _Cut) -> dist.ProcessGroup:

@@ -148,7 +148,8 @@ def check_holders(
                 raise RuntimeError(
                     f"{name}: processes {other} and {process} of the group hold the same part of "
                     "it with different weights; set one seed on all processes before the model is "
-                    "built, or load it everywhere from one file"
+                    "built, or load it everywhere from one file; if they are to differ, as experts "
+                    "of each process, make them one DTensor over these processes"
                 )
 
 

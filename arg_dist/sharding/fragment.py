@@ -110,6 +110,7 @@ class ParameterGroup:
         process_group: processes that train the same model together, for tensors that do not carry
             this information.
         resting: the parameters are frozen but have state, and are held as if they trained.
+        together: the tensors in all parameter groups of the optimizer.
     """
 
     targets: list[Tensor]
@@ -117,6 +118,7 @@ class ParameterGroup:
     parameters: list[Tensor | None]
     process_group: dist.ProcessGroup | None
     resting: bool = False
+    together: Sequence[Tensor] = ()
 
     def holds(self, target: Tensor) -> bool:
         """Whether a target is to be held: it trains, or rests with state."""

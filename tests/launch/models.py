@@ -4,7 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers.modeling_outputs import CausalLMOutput
+
+from arg_dist.sharding.shard import local_part
 
 VOCABULARY = 211
 BATCH = 24
@@ -67,11 +71,107 @@ class OddModel(nn.Module):
         return CausalLMOutput(loss=loss)
 
 
+class Sequential(nn.Module):
+    """A language model of an embedding, layers and a head."""
+
+    def __init__(self, layers: list[nn.Module], width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> CausalLMOutput:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        logits = self.head(hidden)[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss)
+
+
+class Block(nn.Module):
+    """A layer without attention, as sequence parallelism cuts it: the norm sees some tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.down(torch.relu(self.up(self.norm(hidden))))
+
+
+class FusedBlock(nn.Module):
+    """A layer as GPT-2's, whose queries, keys and values are one matrix, head after head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.head = width // heads
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        fused = self.qkv(self.first(hidden)).unflatten(-1, (-1, 3, self.head))
+        q, k, v = fused.movedim(-2, 0).transpose(2, 3)  # 3 x batch x heads x tokens x head
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        hidden = hidden + self.out(seen.transpose(1, 2).flatten(2))
+        return hidden + self.down(nn.functional.gelu(self.up(self.second(hidden))))
+
+
+class Experts(nn.Module):
+    """Experts in two stacks, of which a process may hold some; every token goes to all of them.
+
+    Attributes:
+        mesh: the processes among which the experts are distributed; None if all are here.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.mesh: DeviceMesh | None = None
+        self.up = nn.Parameter(0.1 * torch.randn(count, width, 2 * width))
+        self.down = nn.Parameter(0.1 * torch.randn(count, 2 * width, width))
+
+    def forward(self, hidden: Tensor, shares: Tensor) -> Tensor:
+        up, down, mesh = local_part(self.up), local_part(self.down), self.mesh
+        if mesh is not None:
+            hidden, shares = (
+                DTensor.from_local(each, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+                for each in (hidden, shares)
+            )
+            first = mesh.get_local_rank() * len(up)
+            shares = shares[..., first : first + len(up)]
+        each = torch.einsum("bth,ehm->btem", hidden, up).relu()
+        together = torch.einsum("btem,emh,bte->bth", each, down, shares)
+        if mesh is None:
+            return together
+        summed = DTensor.from_local(together, mesh, [Partial()])
+        return summed.redistribute(placements=[Replicate()]).to_local()
+
+
+class ExpertBlock(nn.Module):
+    """A layer with experts."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.norm, self.gate = nn.LayerNorm(width), nn.Linear(width, experts, bias=False)
+        self.experts = Experts(experts, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        seen = self.norm(hidden)
+        return hidden + self.experts(seen, self.gate(seen).softmax(-1))
+
+
 def build(name: str) -> nn.Module:
     """The model called `name`, with the same weights every time."""
     torch.manual_seed(0)
     if name == "odd":
         return OddModel()
+    if name == "sequence":
+        return Sequential([Block(24), Block(24)], 24)
+    if name == "fused":
+        return Sequential([FusedBlock(40, 4), FusedBlock(40, 4)], 40)
     if name == "gpt2":
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -88,6 +188,8 @@ def build(name: str) -> nn.Module:
             attn_implementation="eager",
         )
         return GPT2LMHeadModel(config)
+    if name == "two experts":
+        return Sequential([ExpertBlock(24, 2), ExpertBlock(24, 2)], 24)
     if name == "moe":
         from transformers import MixtralConfig, MixtralForCausalLM
 

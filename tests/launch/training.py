@@ -75,19 +75,29 @@ def gradients_kept_back(model: nn.Module, wanted: bool) -> AbstractContextManage
     return nullcontext()
 
 
-def train(training: Training, micro_batches: Sequence[int] = (1,), *, group: Any = None) -> Run:
+def train(
+    training: Training,
+    micro_batches: Sequence[int] = (1,),
+    *,
+    group: Any = None,
+    place: tuple[int, int] | None = None,
+    steps: range = range(STEPS),
+) -> Run:
     """Twenty steps on this process's share of the global batches.
 
     Args:
         training: model and optimizer.
         micro_batches: into how many each step's share is cut; begins anew where it ends.
         group: the processes that share a batch; None for this one alone.
+        place: which share of a batch this process sees, of how many; None for one each.
+        steps: numbers of the steps.
     """
     me, processes = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    share = models.BATCH // processes
+    at, shares = place or (me, processes)
+    share = models.BATCH // shares
     losses, ranks, sizes = [], [], []
-    for step in range(STEPS):
-        mine = models.batch(step)[me * share : (me + 1) * share]
+    for step in steps:
+        mine = models.batch(step)[at * share : (at + 1) * share]
         pieces = mine.chunk(micro_batches[step % len(micro_batches)])
         total = torch.zeros(())
         for i, tokens in enumerate(pieces):

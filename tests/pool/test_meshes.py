@@ -11,171 +11,94 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from arg_dist import AdaRankGrad, ConfigError, checkpoint
 from arg_dist.checkpoint.index import read_index, tensor_key
 from arg_dist.checkpoint.offline import whole_weight
 from arg_dist.checkpoint.slices import SliceReader
-from tests.launch import models, training
-from tests.launch.cases import STEPS
+from arg_dist.sharding.shard import local_part
+from tests.launch import mesh_engines, models, training
 from tests.tolerances import LOSSES, REDUCTION_ORDER_WEIGHTS
 
-NAMES = ("replicate", "fsdp", "tp")
-LLAMA_PLAN = {
-    "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
-    "model.layers.*.mlp.gate_proj": ColwiseParallel(),
-    "model.layers.*.mlp.up_proj": ColwiseParallel(),
-    "model.layers.*.mlp.down_proj": RowwiseParallel(),
-    "lm_head": ColwiseParallel(output_layouts=Replicate()),
-}
-ATTENTION_PLAN = {
-    "model.layers.*.self_attn.q_proj": ColwiseParallel(),
-    "model.layers.*.self_attn.k_proj": ColwiseParallel(),
-    "model.layers.*.self_attn.v_proj": ColwiseParallel(),
-    "model.layers.*.self_attn.o_proj": RowwiseParallel(),
-}
-SEQUENCE_PLAN = {
-    "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-    "*.norm": SequenceParallel(),
-    "*.up": ColwiseParallel(input_layouts=Shard(1)),
-    "*.down": RowwiseParallel(output_layouts=Shard(1)),
-    "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
-}
 
-
-class Block(nn.Module):
-    """A layer whose norm is replicated, and sees a part of each sequence."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
-class Layers(nn.Module):
-    """Trained with sequence parallelism."""
-
-    def __init__(self, width: int = 24) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(models.VOCABULARY, width)
-        self.first, self.second = Block(width), Block(width)
-        self.head = nn.Linear(width, models.VOCABULARY, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.second(self.first(self.embed(tokens))))
-
-
-def build(name: str) -> nn.Module:
-    if name != "sequence":
-        return models.build(name)
-    torch.manual_seed(0)
-    return Layers()
-
-
-def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    if not isinstance(model, Layers):
-        return model(input_ids=tokens, labels=tokens).loss
-    logits = model(tokens)
-    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-
-def meshes(
-    world: dist.ProcessGroup, shape: tuple[int, ...]
-) -> tuple[DeviceMesh, dist.ProcessGroup]:
-    """A mesh of this process, and the group of its processes: of all four, or of two of them."""
-    names = NAMES[-len(shape) :]
-    if torch.Size(shape).numel() == dist.get_world_size(world):
-        return init_device_mesh("cpu", shape, mesh_dim_names=names), world
-    root = init_device_mesh("cpu", (2, *shape), mesh_dim_names=("job", *names))
-    cut = names[max(range(len(shape)), key=lambda axis: shape[axis])]
-    return root[names], root.get_group(cut)
-
-
-def cut_by(mesh: DeviceMesh, name: str) -> tuple[nn.Module, DeviceMesh]:
-    """A model cut by FSDP2 on a tensor-parallel model, and the mesh of its batches."""
-    model, plan = build(name), SEQUENCE_PLAN
-    if name == "llama":
-        plan = LLAMA_PLAN | (ATTENTION_PLAN if mesh["tp"].size() <= 2 else {})  # it has two heads
-    parallelize_module(model, mesh["tp"], plan)
-    data = mesh["replicate", "fsdp"] if mesh.ndim == 3 else mesh["fsdp"]
-    layers = [model.first, model.second] if name == "sequence" else model.model.layers
-    for layer in (*layers, model):
-        fully_shard(layer, mesh=data)
-    return model, data
-
-
-def train(world: dist.ProcessGroup, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Losses, ranks and state of a run on a mesh."""
-    mesh, group = meshes(world, shape)
-    model, data = cut_by(mesh, name)
-    optimizer = training.optimizer_of(model, process_group=group)
-    at, count = data.get_coordinate(), data.size()
-    me = at[0] * data.size(1) + at[1] if data.ndim == 2 else at[0]
-    share = models.BATCH // count
-    losses, ranks = [], []
-    for step in range(STEPS):
-        loss = loss_of(model, models.batch(step)[me * share : (me + 1) * share])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        total = loss.detach().clone()
-        dist.all_reduce(total, group=group)
-        losses.append(total.item() / dist.get_world_size(group))
-        ranks.append(training.ranks_now(optimizer))
-    return {"losses": losses, "ranks": ranks, "state_bytes": optimizer.state_bytes()}
+def train(world: dist.ProcessGroup, name: str, shape: tuple[int, ...]) -> training.Run:
+    job, group = mesh_engines.start(world, name, shape)
+    return training.train(job, group=group, place=job.place)
 
 
 @pytest.fixture(scope="module")
-def alone() -> Callable[[str], dict[str, Any]]:
-    known: dict[str, dict[str, Any]] = {}
+def alone() -> Callable[[str], training.Run]:
+    known: dict[str, training.Run] = {}
 
-    def run(name: str) -> dict[str, Any]:
+    def run(name: str) -> training.Run:
         if name not in known:
-            model = build(name)
+            model = models.build(name)
             optimizer = training.optimizer_of(model, process_group=None)
-            losses, ranks = [], []
-            for step in range(STEPS):
-                loss = loss_of(model, models.batch(step))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss.item())
-                ranks.append(training.ranks_now(optimizer))
-            held = optimizer.state_bytes()
-            known[name] = {"losses": losses, "ranks": ranks, "state_bytes": held}
+            known[name] = training.train(mesh_engines.MeshTraining(model, optimizer))
         return known[name]
 
     return run
 
 
+def check(results: list[training.Run], expected: training.Run, copies: int = 1) -> None:
+    """Losses and ranks, and the state over all processes, of which some may be copies."""
+    training.check(results, expected, LOSSES)
+    held = sum(result["sizes"][-1] for result in results) / copies
+    assert held <= 1.03 * expected["sizes"][-1]
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("llama", shape) for shape in ((1, 2), (2, 2), (1, 4), (4, 1), (2, 1, 2))]
-    + [("sequence", shape) for shape in ((2, 1), (2, 2), (1, 4), (2, 1, 2))],
+    [("llama", shape) for shape in ((1, 2), (2, 1), (2, 2), (1, 4), (4, 1), (2, 1, 2))]
+    + [("fused", shape) for shape in ((1, 2), (2, 2), (1, 4), (4, 1), (2, 1, 2))]
+    + [("sequence", shape) for shape in ((2, 1), (2, 2), (1, 4), (4, 1), (2, 1, 2))]
+    + [("two experts", shape) for shape in ((1, 2), (2, 1), (2, 2), (4, 1), (2, 1, 2))],
 )
 def test_training_on_a_mesh_is_training_alone(pool, alone, name, shape):
-    expected = alone(name)
     results = pool.run(train, 4, name, shape, seconds=90)
-    for result in results:
-        LOSSES.check(torch.tensor(result["losses"]), torch.tensor(expected["losses"]))
-        for found, whole in zip(result["ranks"], expected["ranks"], strict=True):
-            assert found == {key: whole[key] for key in found}
-    jobs = len(results) // torch.Size(shape).numel()
-    held = sum(result["state_bytes"] for result in results) / jobs
-    assert held <= 1.03 * expected["state_bytes"]
+    check(results, alone(name), copies=len(results) // torch.Size(shape).numel())
+
+
+def as_distributed(group: dist.ProcessGroup, folder: Path, sizes: dict[str, int]) -> training.Run:
+    job = mesh_engines.from_transformers(folder, **sizes)
+    return training.train(job, group=group, place=job.place)
+
+
+AUTO = {"tp_plan": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("llama", {"tp_size": 2, "fsdp_size": 2, **AUTO}),
+        ("llama", {"tp_size": 2, "dp_replicate_size": 2, **AUTO}),
+        ("moe", {"tp_size": 2, "fsdp_size": 2, "ep_size": 2}),
+        ("moe", {"fsdp_size": 4, "ep_size": 4}),
+    ],
+)
+def test_what_transformers_distributes_trains_as_alone(pool, alone, tmp_path, name, sizes):
+    models.build(name).save_pretrained(tmp_path)
+    check(pool.run(as_distributed, 4, tmp_path, sizes, seconds=90), alone(name))
+
+
+def packed(group: dist.ProcessGroup, folder: Path) -> str:
+    job = mesh_engines.from_transformers(folder, tp_size=2, fsdp_size=2, tp_plan="auto")
+    try:
+        job.optimizer.bind()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_fused_matrices_that_tensor_parallelism_cuts_in_pieces_are_refused(pool, tmp_path):
+    models.build("moe").save_pretrained(tmp_path)
+    for told in pool.run(packed, 4, tmp_path):
+        assert told.startswith("model.layers.0.mlp.experts.gate_up_proj: with the placements")
+        assert "several separate pieces of dimension 1" in told
 
 
 CUTS = {
@@ -223,7 +146,10 @@ class ByHand:
         for step in steps:
             gradients = values(step)
             for name in TRAINED:
-                self.model.get_parameter(name).grad = self.cut(gradients[name], name)
+                gradient = self.cut(gradients[name], name)
+                # the process of an expert to which no token went has none
+                is_none = name == "experts" and not local_part(gradient).any()
+                self.model.get_parameter(name).grad = None if is_none else gradient
             self.optimizer.step()
 
     def save(self, folder: Path) -> None:
