@@ -20,7 +20,7 @@ from arg_dist.config import ConfigError
 from arg_dist.coverage import Coverage
 from arg_dist.parameter_groups import group_spec, settings_of
 from arg_dist.sharding.communicator import Communicator, training_group
-from arg_dist.sharding.fragment import ParameterGroup, step_calls
+from arg_dist.sharding.fragment import ParameterGroup, hold, step_calls
 from arg_dist.sharding.job import is_first_process
 from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.sharding.shard import Shard
@@ -165,6 +165,19 @@ class Binding:
                 known = list(zip(group.names, group.targets, strict=True))
             shapes |= {name: list(full_shape(parameter)) for name, parameter in known}
         return shapes
+
+    def holders(self, groups: Groups) -> dict[Tensor, tuple[int, int]]:
+        """Of each tensor, this process's index among those that divide its state, and their number.
+
+        Args:
+            groups: the optimizer's parameter groups now.
+        """
+        found: dict[Tensor, tuple[int, int]] = {}
+        for group in groups:
+            seen = self._seen(group, resting=True)
+            communicator = Communicator(hold(seen).group)
+            found |= dict.fromkeys(seen.targets, (communicator.me, communicator.size))
+        return found
 
     def follow(self, groups: Groups) -> None:
         """Note the groups that the optimizer has now, unless these are some of them only."""

@@ -84,7 +84,7 @@ def pack(
     Raises:
         ConfigError: the state has a larger rank than the settings allow.
     """
-    holder, target = (communicator.me, communicator.size), unit.fragment.target
+    holder = (communicator.me, communicator.size)
     limit, rank = _limits(unit, settings)
     data = _to_bytes(state, holder, list(unit.fragment.parameter_shape))
     if data.numel() > limit:
@@ -96,7 +96,7 @@ def pack(
         )
     padded = torch.zeros(limit, dtype=torch.uint8, device="cpu")
     padded[: data.numel()] = data
-    shared = as_share(padded, target, communicator.group)
+    shared = as_share(padded, unit.fragment, communicator.group)
     form = torch.tensor(
         [VERSION, holder[1], limit, calls, units], dtype=torch.int64, device=shared.device
     )

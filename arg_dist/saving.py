@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,25 +15,18 @@ from arg_dist.library_internals import LOAD_POST_HOOKS, LOAD_PRE_HOOKS
 from arg_dist.loading import check_shapes, groups_to_load, states_to_load
 from arg_dist.packing import expected_bytes, pack
 from arg_dist.parameter_groups import members, settings_of, without_arrays
-from arg_dist.sharding.communicator import training_group
 from arg_dist.sharding.drivers import run
 from arg_dist.sharding.entry import entry_point
 from arg_dist.sharding.plan import Plan
-from arg_dist.sharding.shares import holder_of, is_merged, is_sharded
+from arg_dist.sharding.shares import is_merged, is_sharded
 from arg_dist.state import copy_state
-from arg_dist.state_dict import OTHERS_STATE, WHOLE, Holder, Ownership, whole_state
+from arg_dist.state_dict import OTHERS_STATE, WHOLE, Ownership, whole_state
 from arg_dist.subspace.state import State
 
 _OF_COPIES = (
     "state_dict: the optimizer's state is sharded over the copies of a model, sharded itself "
     '(gradient_sync="sketch"), which PyTorch\'s checkpoints cannot express; save with '
     "arg_dist.checkpoint, from which any engine and number of processes can resume"
-)
-
-_IN_BLOCKS = (
-    "state_dict: PyTorch's distributed checkpoints cannot express a state that is sharded over a "
-    "mesh of two dimensions; save with arg_dist.checkpoint, from which any mesh, engine and number "
-    "of processes can resume"
 )
 
 
@@ -136,10 +130,6 @@ class Saving(torch.optim.Optimizer):
             if any(plan.copy_of for plan in plans):
                 raise RuntimeError(_OF_COPIES)
             self.check_own_state(plans)
-            if any(plan.in_blocks for plan in plans):
-                if is_merged():
-                    raise RuntimeError(_IN_BLOCKS)
-                merged = False
 
         def sign(_: Any, saved: dict[str, Any]) -> None:
             self._sign(saved, plans, targets, merged=merged)
@@ -208,7 +198,8 @@ class Saving(torch.optim.Optimizer):
         groups = groups_to_load(self.param_groups, state_dict)
         check_shapes(state_dict, self._binding.shapes(self.param_groups))
         targets = members(self.param_groups)
-        loaded = states_to_load(state_dict, targets, self._holder, merged=is_merged())
+        holders = cache(partial(self._binding.holders, self.param_groups))
+        loaded = states_to_load(state_dict, targets, lambda t: holders()[t], merged=is_merged())
         # nothing has been changed so far
         self.param_groups = self._binding.every_group = groups
         self.state = defaultdict(dict)
@@ -226,9 +217,6 @@ class Saving(torch.optim.Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         return state_dict
-
-    def _holder(self, target: Tensor) -> Holder:
-        return holder_of(target, training_group(self._binding.process_group))
 
     @entry_point
     def replace_state(

@@ -96,11 +96,6 @@ class Plan:
         return self.communicator.size == 1 and not self.copies
 
     @cached_property
-    def in_blocks(self) -> bool:
-        """Whether processes hold boxes of the parameters, as on meshes of two dimensions."""
-        return any(fragment.box is not None for fragment in self.held)
-
-    @cached_property
     def keys_only(self) -> list[Unit]:
         """What this process holds nothing of, and of which its state needs the keys all the same.
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from arg_dist.library_internals import COLLECTING_STATE
+from arg_dist.sharding.fragment import Fragment
 
 
 def is_merged() -> bool:
@@ -31,39 +32,28 @@ def is_sharded(target: Tensor) -> bool:
     return hasattr(target, "placements")
 
 
-def holder_of(target: Any, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's index among those that divide the state of a tensor, and their number.
-
-    Args:
-        target: the tensor.
-        group: the processes, for a tensor that does not carry this information.
-    """
-    if is_sharded(target):
-        axis = next((i for i, p in enumerate(target.placements) if p.is_shard()), 0)
-        return target.device_mesh.get_local_rank(axis), target.device_mesh.size(axis)
-    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-
-
-def as_share(local: Tensor, target: Any, group: dist.ProcessGroup | None) -> Tensor:
+def as_share(local: Tensor, fragment: Fragment, group: dist.ProcessGroup | None) -> Tensor:
     """View one-dimensional data of equal length on all processes as shares of one tensor.
 
     Args:
         local: this process's data.
-        target: the tensor whose processes take part.
-        group: the processes, for a tensor that does not carry this information.
+        fragment: the parameter, whose mesh is that of the shares if it is held in ranges.
+        group: the processes that take part; None for this one alone.
     """
-    if group is None and not is_sharded(target):
+    target: Any = fragment.target
+    by_mesh = is_sharded(target) and fragment.box is None
+    if group is None and not by_mesh:
         return local
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    if is_sharded(target):
+    if by_mesh:
         mesh = target.device_mesh
         placements = [Shard(0) if p.is_shard() else Replicate() for p in target.placements]
     else:
         assert group is not None
         mesh, placements = DeviceMesh.from_group(group, target.device.type), [Shard(0)]
-    size = torch.Size([local.numel() * holder_of(target, group)[1]])
+    size = torch.Size([local.numel() * (1 if group is None else dist.get_world_size(group))])
     shared: Tensor = DTensor.from_local(
         local.to(target.device), mesh, placements, run_check=False, shape=size, stride=(1,)
     )

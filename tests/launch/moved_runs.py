@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
+import arg_dist
 from launchers.pretraining.training import leave_processes
+from tests.launch import mesh_engines, training
 from tests.launch.cases import CASES, MOVED, Case
 from tests.launch.zero_jobs import SAVED_AFTER, Job
 from tests.launch.zero_runs import deepspeed, gather
@@ -42,6 +45,15 @@ def save(case: Case, out: Path) -> dict[str, Any]:
     }
     job.engine.destroy()
     return result
+
+
+def save_of_a_mesh(folder: Path) -> dict[str, Any]:
+    """A run of FSDP2 over tensor parallelism, in the middle of which it is saved."""
+    job, group = mesh_engines.start(dist.group.WORLD, "llama", (2, 2), clips=True)
+    train = partial(training.train, job, group=group, place=job.place)
+    train(steps=range(SAVED_AFTER))
+    arg_dist.checkpoint.save(folder, job.optimizer, model=job.model, step=SAVED_AFTER)
+    return train(steps=range(SAVED_AFTER, SAVED_AFTER + 20))
 
 
 def convert(source: Path, target: Path) -> None:
@@ -85,8 +97,8 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     results = {name: gather(save(CASES[name], options.out / "written")) for name in MOVED}
+    results["mesh"] = gather(save_of_a_mesh(options.out / "moved" / "mesh"))
     if dist.get_rank() == 0:
-        (options.out / "moved").mkdir()
         convert_all(options.out / "written", options.out / "moved")
         (options.out / "results.json").write_text(json.dumps(results))
     dist.barrier()

@@ -114,6 +114,8 @@ def main() -> None:
         results["moved"][name] = gather(go_on(CASES[name], options.moved / name))
     ours = change_stage(CASES["llama-zero3"], options.moved / "llama-zero2" / "ours")
     results["other stage"] = gather(ours)
+    mesh = change_stage(CASES["llama-zero3"], options.moved / "mesh")
+    results["from a mesh"] = gather(mesh)
     unconverted = options.moved.parent / "written" / "odd-zero1-groups"
     results["refusal"] = refusal(CASES["odd-zero1-groups"], unconverted)
     if dist.get_rank() == 0:

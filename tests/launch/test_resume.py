@@ -82,6 +82,12 @@ def test_a_run_goes_on_at_another_stage_with_fewer_processes(
     training.check(resumed["other stage"], whole(written["llama-zero2"]), LOSSES)
 
 
+def test_what_a_mesh_of_two_dimensions_saves_goes_on_under_zero3(
+    written: Results, resumed: Results
+) -> None:
+    training.check(resumed["from a mesh"], whole(written["mesh"]), LOSSES)
+
+
 def test_more_processes_without_conversion_are_told_how(resumed: Results) -> None:
     message, note = resumed["refusal"]
     assert "world size of 4" in message

@@ -1,4 +1,4 @@
-"""Under FSDP2, PyTorch's distributed checkpoints bring back all of the state, ragged ranks too."""
+"""Of DTensors, PyTorch's distributed checkpoints bring back all of the state, ragged ranks too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from tests.launch import models, torch_engines
+from tests.launch import mesh_engines, models, torch_engines
 from tests.launch.training import ranks_now
 
 
@@ -29,12 +29,17 @@ class Run:
 
     def __init__(self, group: dist.ProcessGroup, name: str, engine: str) -> None:
         self.group = group
-        self.training = getattr(torch_engines, engine).start(group, name)
+        self.place = dist.get_rank(group), dist.get_world_size(group)
+        if engine == "MESH":
+            self.training, _ = mesh_engines.start(group, name, (2, 2))
+            self.place = self.training.place
+        else:
+            self.training = getattr(torch_engines, engine).start(group, name)
         self.model, self.optimizer = self.training.model, self.training.optimizer
 
     def train(self, first: int, last: int) -> list[float]:
-        share = models.BATCH // dist.get_world_size(self.group)
-        start = dist.get_rank(self.group) * share
+        share = models.BATCH // self.place[1]
+        start = self.place[0] * share
         losses = []
         for step in range(first, last):
             tokens = models.batch(step)[start : start + share]
@@ -65,7 +70,14 @@ def go_on(group: dist.ProcessGroup, name: str, engine: str, folder: Path) -> Non
 
 @pytest.mark.parametrize(
     ("processes", "name", "engine"),
-    [(2, "llama", "ROWS"), (4, "odd", "ROWS"), (2, "llama", "COLUMNS"), (4, "llama", "HSDP")],
+    [
+        (2, "llama", "ROWS"),
+        (4, "odd", "ROWS"),
+        (2, "llama", "COLUMNS"),
+        (4, "llama", "HSDP"),
+        (4, "llama", "MESH"),
+        (4, "two experts", "MESH"),
+    ],
 )
 def test_a_run_goes_on_to_the_bit(pool, tmp_path, processes, name, engine):
     pool.run(go_on, processes, name, engine, tmp_path / "checkpoint", seconds=60)
@@ -137,7 +149,7 @@ def go_on_from_one_file(group: dist.ProcessGroup, engine: str, file: Path) -> No
     assert ranks_now(resumed.optimizer) == ranks_now(straight.optimizer)
 
 
-@pytest.mark.parametrize("engine", ["ROWS", "HSDP"])
+@pytest.mark.parametrize("engine", ["ROWS", "HSDP", "MESH"])
 def test_a_run_goes_on_from_what_the_first_process_saved(pool, tmp_path, engine):
     pool.run(go_on_from_one_file, 4, engine, tmp_path / "all.pt", seconds=60)
 

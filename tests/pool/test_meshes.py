@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
@@ -105,6 +104,8 @@ CUTS = {
     "experts": ((2, 12, 10), (Shard(1), Shard(0))),
     "block": ((10, 14), (Shard(0), Shard(1))),
     "uneven": ((7, 5), (Shard(1), Shard(0))),
+    "narrow": ((2, 9), (Shard(0), Shard(1))),
+    "column": ((6, 1), (Shard(0), Shard(1))),
     "columns": ((6, 9), (Replicate(), Shard(1))),
     "embed_tokens": ((9, 7), (Shard(1), Shard(0))),
     "bias": ((5,), (Replicate(), Shard(0))),
@@ -249,22 +250,20 @@ def test_what_a_mesh_of_two_dimensions_saves_goes_on_anywhere(pool, tmp_path):
         assert all(torch.equal(again[key], tensors[key]) for key in tensors), way
 
 
-def refusals(group: dist.ProcessGroup) -> list[str]:
-    """What is said of saves that cannot be made, and of placements without values."""
+def norm_beside(group: dist.ProcessGroup) -> tuple[nn.Module, Any]:
+    """A tensor-parallel layer, and a norm that stays a plain tensor; a mesh of two axes."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.LayerNorm(8))
     parallelize_module(model, mesh["tp"], {"0": RowwiseParallel(input_layouts=Replicate())})
-    fully_shard(model, mesh=mesh["fsdp"])
-    optimizer = AdaRankGrad(
-        list(model.named_parameters()), max_rank=2, min_rank=1, process_group=group
-    )
-    model(torch.randn(2, 8)).square().sum().backward()
-    optimizer.step()
+    fully_shard(model[0], mesh=mesh["fsdp"])
+    return model, mesh
+
+
+def refusals(group: dist.ProcessGroup) -> list[str]:
+    """What is said of sketches over a mesh, and of placements without values."""
+    model, mesh = norm_beside(group)
+    model(torch.ones(2, 8)).square().sum().backward()
     told = []
-    try:
-        get_optimizer_state_dict(model, optimizer)
-    except RuntimeError as error:
-        told.append(str(error))
     sketching = AdaRankGrad(
         list(model.named_parameters()), **BY_HAND, gradient_sync="sketch", process_group=group
     )
@@ -283,30 +282,34 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
 
 
 def test_what_a_mesh_of_two_dimensions_cannot_do_is_said(pool):
-    for told in pool.run(refusals, 4):
-        merged, sketched, partial = told
-        assert merged.startswith("state_dict: PyTorch's distributed checkpoints")
+    for sketched, partial in pool.run(refusals, 4):
         assert sketched.startswith('gradient_sync="sketch": the engine shards the model')
         assert partial.startswith("w: its placements are") and "Partial" in partial
 
 
-def of_two_seeds(group: dist.ProcessGroup) -> str:
-    """What is said where copies of a replicated norm differ."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.LayerNorm(8))
-    with torch.no_grad():
-        model[1].weight += dist.get_rank(group) % 2
-    parallelize_module(model, mesh["tp"], {"0": RowwiseParallel(input_layouts=Replicate())})
-    fully_shard(model, mesh=mesh["fsdp"])
+def differing(group: dist.ProcessGroup, what: str) -> str:
+    """What is said where holders of a norm have other weights, or other gradients."""
+    model, _ = norm_beside(group)
+    if what == "weights":
+        with torch.no_grad():
+            model[1].weight += dist.get_rank(group) % 2
     optimizer = AdaRankGrad(list(model.named_parameters()), **BY_HAND, process_group=group)
-    model(torch.randn(2, 8)).square().sum().backward()
+    model(torch.ones(2, 8)).square().sum().backward()
+    if what == "gradient":
+        model[1].weight.grad += dist.get_rank(group) // 2
+    before = model[1].weight.detach().clone()
     try:
         optimizer.step()
     except RuntimeError as error:
+        assert torch.equal(model[1].weight, before)
         return str(error)
     return ""
 
 
-def test_holders_of_one_part_with_different_weights_are_told(pool):
-    for told in pool.run(of_two_seeds, 4):
+def test_holders_of_one_part_that_differ_are_told(pool):
+    for told in pool.run(differing, 4, "weights"):
         assert told.startswith("1.weight: processes 0 and 1 of the group hold the same part")
+    for told in pool.run(differing, 4, "gradient"):
+        assert told.startswith("1.weight: processes 0 and 2 of the job hold the same part of it")
+        assert "its gradient differs" in told
+    assert set(pool.run(differing, 4, "nothing")) == {""}
