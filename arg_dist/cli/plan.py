@@ -20,11 +20,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"{'|'.join(LLAMA_SIZES)}, or the path of a Hugging Face directory or "
         "config.json")  # fmt: skip
     add("--engine", required=True, metavar="ENGINE", help="|".join(ENGINES))
-    add("--world-size", type=at_least(1), default=1, metavar="N",
+    add("--world-size", type=at_least(1), metavar="N",
         help="number of processes (default: 1)")  # fmt: skip
-    add("--copies", type=at_least(1), default=1, metavar="K", help="copies of the model, each "
+    add("--copies", type=at_least(1), metavar="K", help="copies of the model, each "
         "sharded by fsdp2 over N/K processes; between them, gradients are averaged (HSDP), or go "
         "as sketches with --set gradient_sync=sketch (default: 1)")  # fmt: skip
+    add("--mesh", metavar="AXES", help="processes of fsdp2 by axes, of replicate, fsdp and tp "
+        "(tensor parallelism), instead of --world-size and --copies: --mesh "
+        "fsdp=8,tp=8")  # fmt: skip
     add("--rank", type=_rank, metavar="RANK", help="max_rank: an integer, or a fraction of the "
         "shorter dimension (default: the optimizer's)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -49,16 +52,23 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from arg_dist.planning.figures import make_plan
+    from arg_dist.planning.meshes import parse_mesh
     from arg_dist.planning.model import load_model
     from arg_dist.planning.table import print_plan
 
-    settings = _settings(options)
+    settings, mesh = _settings(options), None
+    if options.mesh is not None:
+        given = {"--world-size": options.world_size, "--copies": options.copies}
+        for flag in (flag for flag, value in given.items() if value is not None):
+            raise InputError(f"--mesh: conflicts with {flag}, which it decides; leave one out")
+        mesh = parse_mesh(options.mesh)
     plan = make_plan(
         load_model(options.model, settings, vocab_size=options.vocab_size),
         settings,
         engine=options.engine,
-        processes=options.world_size,
-        copies=options.copies,
+        processes=options.world_size or 1,
+        copies=options.copies or 1,
+        mesh=mesh,
         dtype=options.dtype,
         reduce_bucket=options.reduce_bucket_size,
     )

@@ -6,8 +6,8 @@ The adapters in :mod:`arg_dist.engines` read the same layout from running engine
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -16,8 +16,10 @@ import numpy as np
 from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.parameter_groups import check_copies
 from arg_dist.planning.choices import ENGINES
+from arg_dist.planning.meshes import Mesh, boxes_on, cut_dimensions, held_with_padding
 from arg_dist.planning.model import Model, Parameter
 from arg_dist.planning.rows import Counts
+from arg_dist.sharding.blocks import Boxes
 from arg_dist.sharding.layout import Ranges
 
 EngineName = Literal["none", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"]
@@ -35,11 +37,13 @@ class Piece:
         parameter: the parameter.
         owners: process indexes of those that hold a shard.
         ranges: element range of each owner; the whole parameter where it is replicated.
+        boxes: under tensor parallelism, instead of ranges, what each owner holds of each dimension.
     """
 
     parameter: Parameter
     owners: Counts
     ranges: Ranges
+    boxes: Boxes = ()
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,16 @@ class Layout:
         calls: parameters of each call to the optimizer's ``step()``, in order.
         copies: copies of the model, each of which is sharded over as many processes, one copy's
             after another's.
+        mesh: the processes under tensor parallelism, its replicas included, which are no copies.
+        cuts: the dimension of each parameter that tensor parallelism cuts, by name.
     """
 
     engine: str
     processes: int
     calls: tuple[tuple[Parameter, ...], ...]
     copies: int = 1
+    mesh: Mesh | None = None
+    cuts: Mapping[str, int | None] = field(default_factory=dict)
 
     @property
     def of_a_copy(self) -> int:
@@ -107,7 +115,10 @@ class Layout:
         """The shards of each parameter of a call."""
         offset = 0
         for parameter in call:
-            if self.engine in ("zero1", "zero2"):
+            if self.mesh is not None:
+                boxes = boxes_on(self.mesh, parameter.shape, self.cuts[parameter.name])
+                yield Piece(parameter, np.arange(self.processes), (), boxes)
+            elif self.engine in ("zero1", "zero2"):
                 yield _flat_piece(parameter, offset, self.part)
                 offset += parameter.numel
             elif self.replicated:
@@ -125,13 +136,22 @@ class Layout:
 
     def chunk(self, parameter: Parameter) -> int:
         """Largest number of elements per process where each parameter is sharded on its own."""
+        if self.mesh is not None:
+            return max(self.in_memory(parameter))
         if self.engine == "fsdp2":
             rows = parameter.shape[0] if parameter.shape else 1
             return -(-rows // self.of_a_copy) * (parameter.numel // rows)
         return -(-parameter.numel // self.processes)
 
+    def in_memory(self, parameter: Parameter) -> list[int]:
+        """Elements that each process of a mesh has in memory of a parameter, with padding."""
+        assert self.mesh is not None
+        return held_with_padding(self.mesh, parameter.shape, self.cuts[parameter.name])
 
-def lay_out(model: Model, engine: str, processes: int, copies: int = 1) -> Layout:
+
+def lay_out(
+    model: Model, engine: str, processes: int, copies: int = 1, mesh: Mesh | None = None
+) -> Layout:
     """Lay out `model` over `processes` by an engine in its usual setup.
 
     Under DeepSpeed the optimizer is assumed to be named in the JSON, so the parameters form one
@@ -142,10 +162,11 @@ def lay_out(model: Model, engine: str, processes: int, copies: int = 1) -> Layou
         engine: one of :data:`ENGINES`.
         processes: number of processes.
         copies: number of copies of the model, each sharded over its share of the processes.
+        mesh: the processes, where tensor parallelism cuts the model beside FSDP2.
 
     Raises:
         ConfigError: the engine is unknown, or is ``none`` with several processes; or there cannot
-            be so many copies.
+            be so many copies; or the model has no tensor-parallel plan.
     """
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: unknown; choose from {', '.join(ENGINES)}")
@@ -156,6 +177,9 @@ def lay_out(model: Model, engine: str, processes: int, copies: int = 1) -> Layou
         )
     if copies > 1:
         _check_shares(engine, processes, copies)
+    if mesh is not None and mesh.tp > 1:
+        cuts = cut_dimensions(model)
+        return Layout(engine, processes, (model.by_group,), mesh=mesh, cuts=cuts)
     order = model.parameters if engine.startswith("zero") else model.by_group
     layout = Layout(engine, processes, (order,), copies)
     if engine != "zero3":

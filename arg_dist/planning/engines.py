@@ -12,7 +12,8 @@ import numpy as np
 
 from arg_dist.planning.choices import BUCKET, DTYPES, FP32
 from arg_dist.planning.cuts import Layout
-from arg_dist.planning.rows import Counts
+from arg_dist.planning.meshes import Mesh
+from arg_dist.planning.rows import Counts, box_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,12 @@ def held(layout: Layout, dtype: str, bucket: int = BUCKET) -> Held:
             uniform(part),
             FP32,
         )
+    if layout.mesh is not None:
+        parameters = [parameter for call in layout.calls for parameter in call]
+        counts: Counts = np.sum([layout.in_memory(each) for each in parameters], 0, dtype=np.int64)
+        pieces = [box_counts(piece.boxes) for piece in layout.pieces(parameters)]
+        weights = size * counts
+        return Held(weights, nothing, weights, nothing, np.sum(pieces, 0), size)
     if layout.engine == "fsdp2":
         part = sum(layout.chunk(parameter) for call in layout.calls for parameter in call)
         local = nothing.copy()
@@ -115,6 +122,8 @@ def engine_sent(layout: Layout, dtype: str, *, averages: bool = True) -> Sent:
         averages: the engine averages the gradients of all copies of the model; else none cross
             (``gradient_sync="sketch"``).
     """
+    if layout.mesh is not None:
+        return _sent_on(layout, layout.mesh, DTYPES[dtype])
     size = DTYPES[dtype] * sum(parameter.numel for call in layout.calls for parameter in call)
     copies, each = layout.copies, layout.of_a_copy
     once = size * (each - 1) / each  # a reduce-scatter, or an all-gather
@@ -134,3 +143,14 @@ def engine_sent(layout: Layout, dtype: str, *, averages: bool = True) -> Sent:
         np.full(layout.processes, round(each), np.int64) for each in (within + between, between)
     )
     return Sent(*counts)
+
+
+def _sent_on(layout: Layout, mesh: Mesh, size: int) -> Sent:
+    """The same on a mesh, where FSDP2 shards what tensor parallelism leaves to each process."""
+    part = np.zeros(layout.processes, np.int64)
+    for call in layout.calls:
+        for parameter in call:
+            part += layout.in_memory(parameter)
+    within = 3 * size * part * (mesh.fsdp - 1)  # as of a copy
+    between = 2 * size * part * (mesh.replicate - 1) // mesh.replicate
+    return Sent(within + between, between)

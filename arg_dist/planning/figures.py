@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from arg_dist.algorithm import momentum_bytes
-from arg_dist.config import AdaRankGradConfig
+from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.planning.choices import BUCKET, ENGINES, FP64
 from arg_dist.planning.cuts import Layout, lay_out
 from arg_dist.planning.engines import Held, Sent, engine_sent, held
+from arg_dist.planning.meshes import Mesh
 from arg_dist.planning.model import Model
 from arg_dist.planning.peers import (
     adamw_state,
@@ -137,6 +138,7 @@ class Plan:
         dtype: data type of the weights used in forward and backward.
         settings: AdaRankGrad's settings.
         copies: number of copies of the model, each sharded over its share of the processes.
+        mesh: the processes under tensor parallelism; None without it.
         ranks: rank assumed for each matrix, by name.
         figures: figures by optimizer; GaLore's are for one process where the engine rules it out.
         galore_runs: whether GaLore runs under the engine.
@@ -151,6 +153,7 @@ class Plan:
     ranks: Mapping[str, int]
     figures: Mapping[str, Figures] = field(default_factory=dict)
     galore_runs: bool = True
+    mesh: Mesh | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The whole plan as JSON."""
@@ -160,6 +163,7 @@ class Plan:
             "engine": ENGINES[self.engine],
             "world_size": self.processes,
             "copies": self.copies,
+            "mesh": None if self.mesh is None else self.mesh.text,
             "dtype": self.dtype,
             "settings": self.settings.model_dump(mode="json"),
             "ranks": dict(self.ranks),
@@ -173,8 +177,9 @@ def make_plan(
     settings: AdaRankGradConfig,
     *,
     engine: str,
-    processes: int,
+    processes: int = 1,
     copies: int = 1,
+    mesh: Mesh | None = None,
     dtype: str = "fp32",
     reduce_bucket: int = BUCKET,
 ) -> Plan:
@@ -188,6 +193,8 @@ def make_plan(
         copies: number of copies of the model, each sharded over its share of the processes. They
             exchange sketches with ``gradient_sync="sketch"``; else the engine averages their
             gradients, and the optimizer's processes are those of a copy (HSDP).
+        mesh: the processes by axes, instead of their number and that of the copies; with more than
+            one of tensor parallelism, the optimizer's processes are all of them.
         dtype: data type of the weights used in forward and backward, one of ``DTYPES``.
         reduce_bucket: DeepSpeed's `reduce_bucket_size`, in elements.
 
@@ -196,7 +203,14 @@ def make_plan(
             so many copies, or a setting does not work with them.
         ConfigError: `state_budget` is too small.
     """
-    layout = lay_out(model, engine, processes, copies)
+    if mesh is not None:
+        if engine != "fsdp2":
+            raise ConfigError(
+                f"--mesh {mesh.text}: its axes are those of --engine fsdp2; got --engine {engine}"
+            )
+        processes, copies = mesh.processes, mesh.replicate if mesh.tp == 1 else 1
+        mesh = mesh if mesh.tp > 1 else None
+    layout = lay_out(model, engine, processes, copies, mesh)
     has_terms = layout.has_terms(settings)
     together = layout if has_terms else layout.one_copy
     calls = units_of(together, settings)
@@ -214,7 +228,7 @@ def make_plan(
         layout = lay_out(model, "none", 1)
         holds, sent = held(layout, dtype, reduce_bucket), engine_sent(layout, dtype)
     figures["GaLore"] = _galore(layout, holds, sent, settings)
-    return Plan(model, engine, processes, dtype, settings, copies, ranks, figures, runs)
+    return Plan(model, engine, processes, dtype, settings, copies, ranks, figures, runs, mesh)
 
 
 def _ours(

@@ -44,6 +44,18 @@ LLAMA_SIZES = {
     "70b": LlamaSize(8192, 28672, 80, 64, key_value_heads=8),
 }
 
+LLAMA_PLAN = {
+    "lm_head": "colwise_gather_output",
+    "model.embed_tokens": "embedding_rowwise",
+    **dict.fromkeys(
+        (f"model.layers.*.self_attn.{each}_proj" for each in ("q", "k", "v")), "colwise"
+    ),
+    **dict.fromkeys((f"model.layers.*.mlp.{each}_proj" for each in ("gate", "up")), "colwise"),
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+}
+"""Transformers' tensor-parallel plan of a Llama."""
+
 
 def model_config(name: str, *, vocab_size: int, length: int) -> PretrainedConfig:
     """The configuration of a size in :data:`LLAMA_SIZES`, or the one at a path.

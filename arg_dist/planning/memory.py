@@ -84,7 +84,7 @@ class MatrixMemory:
             is_first: whether this is the first step.
         """
         at_home = self._steps(home, is_home=True)[not is_first]
-        if len(self.planned.ranges) == 1:
+        if self.planned.owners == 1:
             return Memory.of([at_home])
         held, passing = (each.copy() for each in self._elsewhere[not is_first])
         held[:, home], passing[:, home] = np.array(at_home).T
@@ -110,7 +110,7 @@ class MatrixMemory:
     def _sizes(self) -> Counts:
         """``owners x sizes``: everything on which an owner's temporary memory depends."""
         planned = self.planned
-        sharding, ends = planned.sharding, np.array(planned.ranges, np.int64)
+        sharding, is_cut = planned.sharding, planned.splits_rows
         sides = (sharding.moment, sharding.basis, sharding.elements)
         rows = [rows for side in sides for rows in (side.touch, side.keep, side.update)]
         rows.append(sharding.store)
@@ -122,9 +122,8 @@ class MatrixMemory:
                 rows += [each for each in both if not isinstance(each, AtHome)]
                 common.append(transfer.row_bytes)
         sizes = [Spans.of(each).counts() for each in rows]
-        is_cut = [ends[:, k] % planned.columns != 0 for k in range(2)]
-        same = [np.full(len(ends), each) for each in common]
-        return np.stack([*sizes, *is_cut, *same], 1).astype(np.int64)
+        same = [np.full(planned.owners, each) for each in common]
+        return np.stack([*sizes, *is_cut.T, *same], 1).astype(np.int64)
 
 
 @lru_cache(maxsize=4096)

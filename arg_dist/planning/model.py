@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from arg_dist.config import AdaRankGradConfig, ConfigError
 from arg_dist.model_groups import param_groups
 from arg_dist.parameter_groups import trained_views
 from arg_dist.planning.choices import VOCABULARY
-from arg_dist.planning.llama import LLAMA_SIZES, model_config, skeleton
+from arg_dist.planning.llama import LLAMA_PLAN, LLAMA_SIZES, model_config, skeleton
 from arg_dist.sharding.layout import MatrixView
 
 
@@ -46,11 +46,14 @@ class Model:
         name: name or path as given by the user.
         parameters: parameters in the model's order.
         by_group: the same parameters in the order of :func:`arg_dist.param_groups`.
+        tp_plan: how tensor parallelism cuts modules and parameters, in the styles of transformers,
+            by names with ``*`` for numbers; empty if it is not known.
     """
 
     name: str
     parameters: tuple[Parameter, ...]
     by_group: tuple[Parameter, ...]
+    tp_plan: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
@@ -83,7 +86,9 @@ def load_model(name: str, settings: AdaRankGradConfig, *, vocab_size: int | None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = describe(shapes, settings, low_rank)
     order = {name: i for i, name in enumerate(low_rank)}
-    return Model(name, found, tuple(sorted(found, key=lambda p: order[p.name])))
+    by_group = tuple(sorted(found, key=lambda p: order[p.name]))
+    tp_plan = LLAMA_PLAN if name in LLAMA_SIZES else getattr(model, "tp_plan", None)
+    return Model(name, found, by_group, tp_plan or {})
 
 
 def _built(name: str, vocab_size: int | None) -> nn.Module:

@@ -6,6 +6,7 @@ The planning counterpart of :mod:`arg_dist.subspace.distributed`: a process send
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -66,6 +67,12 @@ class Spans:
         place = np.full(len(self.low), -1, np.int64)
         place[some] = inverse
         return Spans(low[which], high[which]), place
+
+
+def box_counts(boxes: Sequence[Rows]) -> Counts:
+    """Number of elements in the box of each process."""
+    counts: Counts = np.prod([Spans.of(rows).counts() for rows in boxes], 0)
+    return counts
 
 
 def sent(have: Spans, want: Spans, row_bytes: int) -> Counts:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
-from arg_dist.planning.rows import Counts, Spans
+from arg_dist.planning.rows import Counts, Spans, box_counts
+from arg_dist.sharding.blocks import Blocks, Boxes, shard_blocks, shard_boxes
 from arg_dist.sharding.fragment import Fragment
 from arg_dist.sharding.layout import (
     MatrixView,
@@ -33,6 +35,7 @@ class PlannedMatrix:
         terms: every process has a gradient of its own, or every copy of the model.
         copy_of: in which copy each owner holds its range; None if there is one.
         by_all: every process of the group is an owner.
+        blocks: under tensor parallelism, instead of ranges, rows and columns of each owner.
     """
 
     rows: int
@@ -44,6 +47,12 @@ class PlannedMatrix:
     terms: bool = False
     copy_of: tuple[int, ...] | None = None
     by_all: bool = True
+    blocks: Blocks = ()
+
+    @cached_property
+    def owners(self) -> int:
+        """Number of owners."""
+        return len(self.blocks or self.ranges)
 
     @cached_property
     def sharding(self) -> MatrixSharding:
@@ -51,6 +60,16 @@ class PlannedMatrix:
         return self._sharding(me=0, home=0)
 
     def _sharding(self, me: int, home: int) -> MatrixSharding:
+        if self.blocks:
+            return shard_blocks(
+                self.rows,
+                self.columns,
+                self.blocks,
+                me=me,
+                spans_columns=self.spans_columns,
+                home=home,
+                shard_basis=self.shard_basis,
+            )
         return shard_matrix(
             self.rows,
             self.columns,
@@ -67,7 +86,24 @@ class PlannedMatrix:
     @cached_property
     def held(self) -> Counts:
         """Elements that each owner holds."""
-        return Spans.of(self.ranges).counts()
+        held: Counts = self.ends[:, 1] - self.ends[:, 0]
+        return held
+
+    @cached_property
+    def ends(self) -> Counts:
+        """``owners x 2``: the range that each owner holds of the elements, or of its block."""
+        if not self.blocks:
+            return np.array(self.ranges, np.int64)
+        sizes = box_counts(tuple(zip(*self.blocks, strict=True)))
+        return np.stack([np.zeros_like(sizes), sizes], 1)
+
+    @cached_property
+    def splits_rows(self) -> Counts:
+        """``owners x 2``: whether a row is cut where what an owner holds begins, and ends."""
+        if self.blocks:
+            return np.zeros_like(self.ends)
+        found: Counts = self.ends % self.columns != 0
+        return found
 
     @cached_property
     def stored(self) -> Counts:
@@ -86,13 +122,14 @@ class PlannedMatrix:
 
     def shard(self, me: int, *, is_home: bool, dtype: torch.dtype) -> MatrixShard:
         """The part of owner `me`, on the meta device, with a gradient."""
-        home = me if is_home else (me + 1) % len(self.ranges)
+        home = me if is_home else (me + 1) % self.owners
+        start, stop = self.ends[me].tolist()
         return MatrixShard(
             unit=0,
             name="a matrix",
-            fragment=_fragment((self.rows, self.columns), self.ranges[me], dtype),
+            fragment=_fragment((self.rows, self.columns), (start, stop), dtype),
             offset=0,
-            range=self.ranges[me],
+            range=(start, stop),
             group=0,
             me=me,
             matrix=MatrixView("a matrix", self.rows, self.columns, 0),
@@ -114,6 +151,8 @@ class PlannedTensor:
         terms: every process has a gradient of its own, or every copy of the model.
         copy_of: in which copy each owner holds its range; None if there is one.
         by_all: every process of the group is an owner.
+        boxes: under tensor parallelism, instead of ranges, what each owner holds of each dimension.
+        shape: then the shape of the tensor.
     """
 
     size: int
@@ -122,10 +161,14 @@ class PlannedTensor:
     terms: bool = False
     copy_of: tuple[int, ...] | None = None
     by_all: bool = True
+    boxes: Boxes = ()
+    shape: tuple[int, ...] = ()
 
     @cached_property
     def sharding(self) -> DimensionSharding:
         """The distribution over the owners."""
+        if self.boxes:
+            return shard_boxes("a tensor", self.shape, self.boxes)
         return shard_elements(
             self.ranges, self.size, self.replicated, terms=self.terms, copy_of=self.copy_of
         )
@@ -133,7 +176,7 @@ class PlannedTensor:
     @cached_property
     def held(self) -> Counts:
         """Elements that each owner holds."""
-        return Spans.of(self.ranges).counts()
+        return box_counts(self.boxes) if self.boxes else Spans.of(self.ranges).counts()
 
     @cached_property
     def kept(self) -> Counts:
@@ -142,12 +185,13 @@ class PlannedTensor:
 
     def shard(self, me: int, dtype: torch.dtype) -> TensorShard:
         """The part of owner `me`, on the meta device, with a gradient."""
+        held = (0, int(self.held[me])) if self.boxes else self.ranges[me]
         return TensorShard(
             unit=0,
             name="a tensor",
-            fragment=_fragment((self.size,), self.ranges[me], dtype),
+            fragment=_fragment((self.size,), held, dtype),
             offset=0,
-            range=self.ranges[me],
+            range=held,
             group=0,
             me=me,
             sharding=self.sharding,

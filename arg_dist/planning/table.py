@@ -62,6 +62,8 @@ def title(plan: Plan) -> str:
     where = "" if plan.engine == "none" else f", {ENGINES[plan.engine]}"
     millions = f"{plan.model.elements / 1e6:.1f}M parameters"
     copies = f", {plan.copies} copies" if plan.copies > 1 else ""
+    if plan.mesh is not None:
+        copies = f" ({plan.mesh.text})"
     return f"{plan.model.name}, {millions}, {plan.dtype}{where}, {processes}{copies}"
 
 
@@ -89,6 +91,11 @@ def notes(plan: Plan) -> list[str]:
         found.append(
             "Engine buffers follow DeepSpeed's reduce_bucket_size; pass the value in your JSON "
             "with --reduce-bucket-size."
+        )
+    if plan.mesh is not None:
+        found.append(
+            "Activations that tensor parallelism sends in forward and backward are not counted; "
+            "parameters are cut as by transformers' tp_plan."
         )
     if plan.dtype != "fp32" and plan.engine in ("none", "ddp", "fsdp2"):
         found.append(

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 
+import numpy as np
+
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.planning.choices import FP32
 from arg_dist.planning.cuts import Layout, Piece
-from arg_dist.planning.rows import Counts
+from arg_dist.planning.rows import Counts, box_counts
 from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
 from arg_dist.planning.traffic import Moved, matrix_traffic, tensor_traffic
+from arg_dist.sharding.blocks import Blocks, Boxes, blocks_of_matrix
 from arg_dist.sharding.layout import MatrixView, Ranges, basis_spans_columns, clip_ranges
 from arg_dist.sharding.overlap import Load, lanes_of, load_of
 
@@ -155,8 +158,12 @@ def tensors(calls: list[list[Unit]]) -> Iterator[TensorUnit]:
 def _matrix(
     piece: Piece, view: MatrixView, home: int, layout: Layout, settings: AdaRankGradConfig
 ) -> MatrixUnit:
-    some, ranges = _owned(piece.ranges, view.offset, view.rows * view.columns)
-    terms = layout.has_terms(settings)
+    terms, blocks = layout.has_terms(settings), Blocks()
+    if piece.boxes:
+        some, blocks = _owned_blocks(view, piece.parameter.shape, piece.boxes)
+        ranges = Ranges()
+    else:
+        some, ranges = _owned(piece.ranges, view.offset, view.rows * view.columns)
     planned = _planned_matrix(
         view.rows,
         view.columns,
@@ -167,6 +174,7 @@ def _matrix(
         terms,
         layout.copy_of(piece.owners[some]),
         len(some) == layout.processes,
+        blocks,
     )
     _, largest = settings.rank_bounds(view.short)
     elements, owners = view.rows * view.columns, piece.owners[some]
@@ -175,10 +183,17 @@ def _matrix(
 
 def _tensor(piece: Piece, layout: Layout, settings: AdaRankGradConfig) -> TensorUnit:
     name, numel = piece.parameter.name, piece.parameter.numel
-    terms, copy_of = layout.has_terms(settings), layout.copy_of(piece.owners)
-    by_all = len(piece.owners) == layout.processes
-    planned = _planned_tensor(numel, piece.ranges, layout.replicated, terms, copy_of, by_all)
-    return TensorUnit(name, numel, piece.owners, settings, planned)
+    owners, boxes = piece.owners, Boxes()
+    shape: tuple[int, ...] = ()
+    if piece.boxes:
+        some, boxes = _owned_boxes(piece.boxes)
+        owners, shape = owners[some], piece.parameter.shape
+    terms, copy_of = layout.has_terms(settings), layout.copy_of(owners)
+    by_all = len(owners) == layout.processes
+    planned = _planned_tensor(
+        numel, piece.ranges, layout.replicated, terms, copy_of, by_all, boxes, shape
+    )
+    return TensorUnit(name, numel, owners, settings, planned)
 
 
 @lru_cache(maxsize=512)
@@ -187,6 +202,23 @@ def _owned(ranges: Ranges, offset: int, numel: int) -> tuple[list[int], Ranges]:
     clipped = clip_ranges(ranges, offset, numel)
     some = [i for i, (start, stop) in enumerate(clipped) if start < stop]
     return some, tuple(clipped[i] for i in some)
+
+
+@lru_cache(maxsize=512)
+def _owned_blocks(
+    view: MatrixView, shape: tuple[int, ...], boxes: Boxes
+) -> tuple[list[int], Blocks]:
+    """The owners of a matrix, and the block that each holds."""
+    blocks = blocks_of_matrix(view, shape, boxes)
+    some = [i for i, block in enumerate(blocks) if all(low < high for low, high in block)]
+    return some, tuple(blocks[i] for i in some)
+
+
+@lru_cache(maxsize=512)
+def _owned_boxes(boxes: Boxes) -> tuple[list[int], Boxes]:
+    """The owners of a parameter, and the boxes that they hold."""
+    some = np.flatnonzero(box_counts(boxes)).tolist()
+    return some, tuple(tuple(rows[i] for i in some) for rows in boxes)
 
 
 _planned_matrix = lru_cache(maxsize=512)(PlannedMatrix)

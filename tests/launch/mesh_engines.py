@@ -102,9 +102,14 @@ def meshes(
     return root[names], root.get_group(cut)
 
 
-def cut_by(mesh: DeviceMesh, name: str) -> tuple[nn.Module, DeviceMesh]:
-    """A model cut by FSDP2 on a tensor-parallel model, and the mesh of its batches."""
-    model = models.build(name)
+def cut_by(mesh: DeviceMesh, model: nn.Module, name: str) -> DeviceMesh:
+    """Lets FSDP2 cut a tensor-parallel model, and returns the mesh of its batches.
+
+    Args:
+        mesh: the processes.
+        model: the model.
+        name: what decides how tensor parallelism cuts it.
+    """
     data = mesh["replicate", "fsdp"] if mesh.ndim == 3 else mesh["fsdp"]
     if name == "two experts":
         for layer in model.layers:
@@ -120,7 +125,7 @@ def cut_by(mesh: DeviceMesh, name: str) -> tuple[nn.Module, DeviceMesh]:
         parallelize_module(model, mesh["tp"], plan)
     for layer in (*getattr(model, "model", model).layers, model):
         fully_shard(layer, mesh=data)
-    return model, data
+    return data
 
 
 def distribute_experts(experts: models.Experts, mesh: DeviceMesh) -> None:
@@ -136,7 +141,8 @@ def start(
 ) -> tuple[MeshTraining, dist.ProcessGroup]:
     """Training of the model called `name` on a mesh, and the processes of the mesh."""
     mesh, group = meshes(world, shape)
-    model, data = cut_by(mesh, name)
+    model = models.build(name)
+    data = cut_by(mesh, model, name)
     optimizer = optimizer_of(model, process_group=group)
     at = data.get_coordinate()
     me = at[0] * data.size(1) + at[1] if data.ndim == 2 else at[0]

@@ -23,6 +23,7 @@ class Case:
         dtype: of the weights that it computes with.
         settings: the optimizer's.
         copies: of the model, each sharded over its share of the processes.
+        mesh: the processes by axes, where tensor parallelism cuts the model too.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Case:
     dtype: str = "fp32"
     settings: dict[str, Any] = field(default_factory=lambda: FULL)
     copies: int = 1
+    mesh: str | None = None
 
     @property
     def has_temporaries(self) -> bool:
@@ -87,6 +89,16 @@ IN_COPIES = [
             "max_grad_norm": 1.0,
             "shard_basis": True,
         },
+    )
+]
+"""On four processes."""
+ON_MESHES = [
+    Case("nano", vocabulary, "fsdp2", settings={**FULL, **chosen}, mesh=mesh)
+    for vocabulary, mesh, chosen in (
+        (258, "fsdp=2,tp=2", {}),
+        (261, "fsdp=4,tp=1", {}),
+        (261, "fsdp=2,tp=2", {"residual": "none", "shard_basis": False}),
+        (258, "replicate=2,fsdp=1,tp=2", {"residual": "matched"}),
     )
 ]
 """On four processes."""
