@@ -23,6 +23,7 @@ from arg_dist.config import ConfigError, parse_config
 from arg_dist.planning.choices import ENGINES
 from arg_dist.planning.cuts import lay_out
 from arg_dist.planning.figures import Plan, make_plan
+from arg_dist.planning.meshes import Mesh, boxes_on, parse_mesh
 from arg_dist.planning.model import Model, describe, load_model
 from arg_dist.planning.rows import Spans, sent
 from arg_dist.planning.shardings import PlannedMatrix
@@ -363,9 +364,59 @@ def test_copies_are_named_in_the_plan(tmp_path: Path, capsys: Any):
     assert "FSDP2, 4 processes, 2 copies" in printed and printed.count("between copies") == 3
 
 
+def test_a_mesh_is_named_in_the_plan(tmp_path: Path, capsys: Any):
+    out, mesh = tmp_path / "plan.json", "replicate=2,fsdp=2,tp=2"
+    words = ["plan", "--model", "nano", "--engine", "fsdp2", "--mesh", mesh, "--vocab-size", "258"]
+    assert main([*words, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["mesh"], found["world_size"], found["copies"]) == (mesh, 8, 1)
+    assert f"FSDP2, 8 processes ({mesh})" in capsys.readouterr().out
+
+
+def test_meshes_without_tensor_parallelism_are_those_of_world_size_and_copies():
+    model, chosen = load_model("nano", parse_config({}), vocab_size=258), parse_config({})
+    by_mesh = make_plan(model, chosen, engine="fsdp2", mesh=parse_mesh("replicate=2,fsdp=2"))
+    by_copies = make_plan(model, chosen, engine="fsdp2", processes=4, copies=2)
+    assert by_mesh.as_json() == by_copies.as_json()
+
+
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.data())
+def test_boxes_cover_a_parameter_once_in_each_replica(replicate, fsdp, tp, data):
+    mesh = Mesh(replicate, fsdp, tp)
+    shape = tuple(data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+    cut = data.draw(st.one_of(st.none(), st.integers(0, len(shape) - 1)))
+    times = np.zeros(shape, int)
+    for box in zip(*boxes_on(mesh, shape, cut), strict=True):
+        times[tuple(slice(*bounds) for bounds in box)] += 1
+    assert np.all(times == replicate * (tp if cut is None else 1))
+
+
+def test_a_plan_of_separate_pieces_is_refused_and_so_is_none():
+    parameters = describe({"layers.0.experts.gate_up_proj": (2, 8, 4)}, parse_config({}))
+    packed = Model(
+        "moe", parameters, parameters, {"layers.*.experts.gate_up_proj": "packed_colwise"}
+    )
+    with pytest.raises(ConfigError, match=r"gate_up_proj in separate pieces \(packed_colwise\)"):
+        lay_out(packed, "fsdp2", 4, mesh=Mesh(1, 2, 2))
+    with pytest.raises(ConfigError, match="--model small has no tensor-parallel plan"):
+        lay_out(small(), "fsdp2", 4, mesh=Mesh(1, 2, 2))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (
+            ["--model", "nano", "--engine", "fsdp2", "--mesh", "fsdp=2,dp=2"],
+            "--mesh fsdp=2,dp=2: got 'dp=2'; give sizes of at least 1",
+        ),
+        (
+            ["--model", "nano", "--engine", "zero3", "--mesh", "fsdp=2"],
+            "--mesh fsdp=2: its axes are those of --engine fsdp2; got --engine zero3",
+        ),
+        (
+            ["--model", "nano", "--engine", "fsdp2", "--mesh", "fsdp=2", "--world-size", "2"],
+            "--mesh: conflicts with --world-size",
+        ),
         (
             ["--model", "8b", "--engine", "zero3"],
             "--model 8b: neither a path nor one of pico, nano",
