@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,9 +73,26 @@ def export(
         CheckpointError: the checkpoint is broken or does not contain the model, or `out` cannot be
             written.
     """
-    out = Path(out).absolute()
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: unknown; choose from {', '.join(DTYPES)}")
+    out = check_new(out)
+    loaded_tokenizer = None if tokenizer is None else tokenizer_at(tokenizer, "--tokenizer")
+    found, index, passed_over = newest_intact(Path(checkpoint))
+    model = skeleton(found, index, architecture).to(DTYPES[dtype])
+    with SliceReader(found, index) as reader:
+        weights = _weights(found, reader, model, DTYPES[dtype])
+    _write(out, model, weights, loaded_tokenizer)
+    name = type(model).__name__
+    return Exported(found, index.step, name, model.num_parameters(), passed_over)
+
+
+def check_new(out: str | Path) -> Path:
+    """The absolute path of an output directory.
+
+    Raises:
+        InputError: it exists and is not empty, or transformers is not installed.
+    """
+    out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: exists and is not empty; choose a new directory, or remove it")
     try:
@@ -83,18 +102,16 @@ def export(
             "export requires transformers; run pip install 'arg-dist[transformers]'"
         ) from None
     transformers.utils.logging.disable_progress_bar()
-    loaded_tokenizer = None if tokenizer is None else tokenizer_at(tokenizer, "--tokenizer")
-    found, index, passed_over = newest_intact(Path(checkpoint))
-    model = _skeleton(found, index, architecture).to(DTYPES[dtype])
-    with SliceReader(found, index) as reader:
-        weights = _weights(found, reader, model, DTYPES[dtype])
-    _write(out, model, weights, loaded_tokenizer)
-    name = type(model).__name__
-    return Exported(found, index.step, name, model.num_parameters(), passed_over)
+    return out
 
 
-def _skeleton(checkpoint: Path, index: Index, architecture: str | None) -> PreTrainedModel:
-    """The model on the meta device, without memory for its weights."""
+def skeleton(checkpoint: Path, index: Index, architecture: str | None) -> PreTrainedModel:
+    """The model of a checkpoint on the meta device, without memory for its weights.
+
+    Raises:
+        InputError: transformers has no class `architecture`.
+        CheckpointError: the checkpoint does not contain a model, or one that cannot be built.
+    """
     import transformers
 
     if not index.weights:
@@ -185,14 +202,24 @@ def _write(
     weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Save to a sibling directory of `out`, fsync everything, then rename it to `out`."""
+    with written_whole(out) as folder:
+        model.save_pretrained(folder, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A sibling directory of `out` to write to, which is then synced and renamed to `out`.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing is left.
+    """
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
         partial.mkdir(parents=True)
-        model.save_pretrained(partial, state_dict=weights)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        yield partial
         usual = partial.stat().st_mode & 0o666
         for path in partial.rglob("*"):
             if path.is_file():

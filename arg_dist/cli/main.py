@@ -11,9 +11,10 @@ from pathlib import Path
 
 from arg_dist.checkpoint import CheckpointError
 from arg_dist.cli import plan
+from arg_dist.cli.adapter import export_adapter
 from arg_dist.cli.export import DTYPES, export
 from arg_dist.cli.inspection import inspect
-from arg_dist.cli.parsing import BAD_INPUT, FAILED, InputError, OneLineParser, complain
+from arg_dist.cli.parsing import BAD_INPUT, FAILED, InputError, OneLineParser, at_least, complain
 from arg_dist.config import ConfigError
 
 
@@ -40,6 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.adapter is not None:
+        return _export_adapter(options)
+    if options.rank is not None or options.energy is not None:
+        raise InputError("--rank, --energy: of an adapter; give its base model with --adapter")
     done = export(
         options.checkpoint,
         options.out,
@@ -54,6 +59,42 @@ def _export(options: argparse.Namespace) -> int:
         f"{options.dtype}; step {done.step}, {done.checkpoint})"
     )
     return 0
+
+
+def _export_adapter(options: argparse.Namespace) -> int:
+    if options.dtype != "float32" or options.tokenizer is not None:
+        raise InputError("--dtype, --tokenizer: of a whole model; leave them out with --adapter")
+    done = export_adapter(
+        options.checkpoint,
+        options.out,
+        base=options.adapter,
+        rank=options.rank,
+        energy=options.energy,
+        architecture=options.architecture,
+    )
+    for line in done.passed_over:
+        complain(f"passed over: {line}")
+    for name, found in done.factors.items():
+        print(f"{name}: rank {found.rank}, relative error {found.error:.2g}")
+    for name in done.whole:
+        print(f"{name}: saved whole")
+    if done.tied:
+        print(
+            f"{', '.join(done.tied)}: share one weight; use the adapter as it is, for PEFT's "
+            "merge_and_unload would add the change to it twice"
+        )
+    print(f"written: {options.out} (PEFT adapter to {options.adapter}; {done.checkpoint})")
+    return 0
+
+
+def _share(text: str) -> float:
+    """An argparse type: a share above 0, up to 1."""
+    try:
+        if 0 < (share := float(text)) <= 1:
+            return share
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, got {text!r}")
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -82,6 +123,16 @@ def _parser() -> OneLineParser:
         "--architecture",
         metavar="CLASS",
         help="model class in transformers (default: the class that was trained)",
+    )
+    out.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="BASE",
+        help="write a PEFT adapter to the model in this directory, with what training has changed",
+    )
+    out.add_argument("--rank", type=at_least(1), help="rank of the adapter's matrices")
+    out.add_argument(
+        "--energy", type=_share, help="or the share of each change that it keeps, such as 0.9"
     )
     out.set_defaults(run=_export)
     look = commands.add_parser("inspect", help="verify checkpoints and list their contents")

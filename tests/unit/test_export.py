@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from tolerances import REFACTORED
 from torch import Tensor, nn
 
 import arg_dist
@@ -291,3 +293,107 @@ def test_a_wrong_command_line_is_told_in_one_line(capsys):
             main(arguments)
         assert ended.value.code == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+# -- an adapter to a base model -------------------------------------------------------------------
+
+
+def adapted(base: nn.Module, folder: Path) -> nn.Module:
+    """What PEFT makes of a base model and an adapter."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("build", [gpt2, bert, mixtral])
+def test_an_adapter_of_full_rank_gives_the_trained_model(tmp_path, build, capsys):
+    torch.manual_seed(0)
+    model = build()
+    # as one fine-tunes: the base of a classifier has no head
+    base = getattr(model, "bert", model)
+    base.save_pretrained(tmp_path / "base")
+    checkpoint = trained(model, tmp_path)
+    words = ["--adapter", tmp_path / "base", "--energy", 1]
+    assert main(["export", *map(str, [checkpoint, tmp_path / "adapter", *words])]) == 0
+    fresh = type(model).from_pretrained(tmp_path / "base")
+    before = logits_of(fresh)
+    found = logits_of(adapted(fresh, tmp_path / "adapter"))
+    wanted = logits_of(model)
+    assert (before - wanted).abs().max() > 0.01
+    REFACTORED.check(found, wanted)
+    printed = capsys.readouterr().out
+    assert ("saved whole" in printed) and "relative error" in printed
+
+
+def test_an_adapter_is_off_by_what_is_told(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = gpt2()
+    model.save_pretrained(tmp_path / "base")
+    first = {name: value.detach().clone() for name, value in model.named_parameters()}
+    checkpoint, distance = trained(model, tmp_path), {}
+    now = dict(model.named_parameters())
+    for rank in (1, 4):
+        out = tmp_path / f"rank{rank}"
+        words = [checkpoint, out, "--adapter", tmp_path / "base", "--rank", rank]
+        assert main(["export", *map(str, words)]) == 0
+        printed = capsys.readouterr().out
+        assert "lm_head, transformer.wte: share one weight" in printed
+        lines = re.findall(r"^(\S+): rank (\d+), relative error (\S+)$", printed, re.M)
+        assert {int(found) for _, found, _ in lines} == {rank}
+        base = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+        with_adapter = adapted(base, out)
+        distance[rank] = (logits_of(with_adapter) - logits_of(model)).norm()
+        merged = dict(with_adapter.merge_and_unload().named_parameters())
+        for name, _, error in lines:
+            key = f"{name}.weight"
+            if name not in ("lm_head", "transformer.wte"):
+                change = (now[key] - first[key]).norm()
+                found = float((merged[key] - now[key]).norm() / change)
+                assert found == pytest.approx(float(error), rel=0.06)
+    assert distance[4] < distance[1]
+
+
+def test_the_rank_of_an_adapter_follows_the_energy(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = bert()
+    model.save_pretrained(tmp_path / "base")
+    checkpoint = trained(model, tmp_path)
+    words = [checkpoint, tmp_path / "out", "--adapter", tmp_path / "base", "--energy", 0.8]
+    assert main(["export", *map(str, words)]) == 0
+    errors = re.findall(r"rank (\d+), relative error (\S+)$", capsys.readouterr().out, re.M)
+    assert errors and all(float(error) <= 0.2**0.5 + 0.01 for _, error in errors)
+    assert len({rank for rank, _ in errors}) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adapter", "{base}"], "--adapter: give either --rank or --energy"),
+        (["--rank", "3"], "--rank, --energy: of an adapter; give its base model"),
+        (
+            ["--adapter", "{base}", "--rank", "3", "--dtype", "float16"],
+            "--dtype, --tokenizer: of a",
+        ),
+        (["--adapter", "nowhere", "--rank", "3"], "--adapter nowhere: model.safetensors cannot be"),
+        (["--adapter", "{other}", "--rank", "3"], "has none of the model's weights"),
+        (
+            ["--adapter", "{larger}", "--rank", "3"],
+            "transformer.wte.weight has the shape (120, 32)",
+        ),
+    ],
+)
+def test_what_is_no_adapter_is_told(tmp_path, capsys, words, said):
+    model = gpt2()
+    checkpoint = trained(model, tmp_path)
+    places = {name: tmp_path / name for name in ("base", "other", "larger")}
+    model.save_pretrained(places["base"])
+    resnet().save_pretrained(places["other"])
+    model.resize_token_embeddings(120)
+    model.save_pretrained(places["larger"])
+    given = [word.format(**places) for word in words]
+    assert said in told(capsys, "export", checkpoint, tmp_path / "out", *given, code=2)
