@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from arg_dist.config import ConfigError
-from arg_dist.coverage import Coverage
+from arg_dist.coverage import Coverage, is_known
 from arg_dist.parameter_groups import group_spec, settings_of
 from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.fragment import ParameterGroup, hold, step_calls
@@ -26,7 +26,7 @@ from arg_dist.sharding.plan import Plan, make_plans
 from arg_dist.sharding.shard import Shard
 from arg_dist.state_budget import Call
 from arg_dist.subspace.state import State
-from arg_dist.uses import Use, full_shape
+from arg_dist.uses import Use, full_shape, uses_without_model
 
 Groups = list[dict[str, Any]]
 
@@ -100,6 +100,7 @@ class Binding:
     Args:
         process_group: as of the optimizer.
         patterns_applied: no `targets` or `exclude` wait for the names of the model's modules.
+        all_chosen: someone chose for all parameters whether they are trained in low rank.
 
     Attributes:
         process_group: as of the optimizer.
@@ -110,13 +111,16 @@ class Binding:
             a time, and remove the others from `param_groups` meanwhile.
     """
 
-    def __init__(self, process_group: Any, *, patterns_applied: bool) -> None:
+    def __init__(
+        self, process_group: Any, *, patterns_applied: bool, all_chosen: bool = False
+    ) -> None:
         self.process_group = process_group
         self.communicators: dict[Any, Communicator] = {}
         self.is_classified = False
         self.coverage = Coverage()
         self.every_group: Groups = []
         self._patterns_applied = patterns_applied
+        self._all_chosen = all_chosen
         self._slots: dict[str, Slot] = {}
         self._full_rank: frozenset[str] = frozenset()
         self._plans: dict[tuple[Layout, ...], list[Plan]] = {}
@@ -124,18 +128,34 @@ class Binding:
 
     def twin(self) -> Binding:
         """The binding of a copy of the optimizer: it makes its own plans and communicators."""
-        twin = Binding(self.process_group, patterns_applied=self._patterns_applied)
+        twin = Binding(
+            self.process_group,
+            patterns_applied=self._patterns_applied,
+            all_chosen=self._all_chosen,
+        )
         twin.is_classified, twin.coverage = self.is_classified, self.coverage
         twin._slots, twin._full_rank = self._slots, self._full_rank
         return twin
 
     # -- parameters and their names --------------------------------------------------------------
 
-    def add(self, group: Mapping[str, Any]) -> None:
-        """Add the parameters of a new group."""
-        for index, name in enumerate(group["param_names"]):
-            self._slots[name] = Slot(group["params"], index)
-            self.coverage.add(name, group["params"][index])
+    def add(self, group: Mapping[str, Any], *, is_classified: bool) -> None:
+        """Add the parameters of a new group.
+
+        Args:
+            group: the group.
+            is_classified: whether someone chose if they are trained in low rank; else embeddings
+                and output heads, as far as names or shapes tell them, are kept full-rank.
+        """
+        names, params = group["param_names"], group["params"]
+        self.is_classified |= is_classified
+        uses: dict[str, Use] = {}
+        if not (is_classified or self._all_chosen or any(map(is_known, params))):
+            uses = uses_without_model(names, [full_shape(each) for each in params])
+        self._full_rank |= uses.keys()
+        for index, name in enumerate(names):
+            self._slots[name] = Slot(params, index)
+            self.coverage.add(name, params[index], uses.get(name))
 
     @property
     def parameters(self) -> dict[str, Tensor | None]:
@@ -301,7 +321,7 @@ class Binding:
         self.coverage.tell(
             self.every_group,
             self._full_rank,
-            is_classified=self.is_classified,
+            is_classified=self.is_classified or self._all_chosen,
             aloud=is_first_process(training_group(self.process_group)),
         )
         timeout, bucket_size = groups[0]["collective_timeout"], groups[0]["bucket_size"]

@@ -51,12 +51,14 @@ class Part:
         shape: its full shape.
         use: its use in the model; None if unknown, as for bare parameters.
         matrices: number of low-rank matrices in it; 0 if full-rank Adam trains it.
+        is_guess: its use was concluded from its name or shape, without the model.
     """
 
     name: str
     shape: tuple[int, ...]
     use: Use | None
     matrices: int = 0
+    is_guess: bool = False
 
     @property
     def numel(self) -> int:
@@ -75,6 +77,11 @@ def note_use(parameter: Tensor, use: Use) -> None:
     setattr(parameter, NOTED_USE, use)
 
 
+def is_known(parameter: Tensor) -> bool:
+    """Whether a parameter's use is noted, or its shape unknown until it has been used."""
+    return hasattr(parameter, NOTED_USE) or is_lazy(parameter)
+
+
 class Coverage:
     """The parameters of an optimizer, and how much of them is trained in low rank."""
 
@@ -82,19 +89,19 @@ class Coverage:
         self._parts: dict[str, Part] = {}
         self._is_told = False
 
-    def add(self, name: str, parameter: Tensor) -> None:
-        """Add a parameter of the optimizer."""
+    def add(self, name: str, parameter: Tensor, guess: Use | None = None) -> None:
+        """Add a parameter of the optimizer; `guess` is its use, concluded without the model."""
         if parameter.requires_grad and not is_lazy(parameter):
             noted: Use | None = getattr(parameter, NOTED_USE, None)
-            use: Use | None = "complex" if parameter.is_complex() else noted
-            self._parts[name] = Part(name, full_shape(parameter), use)
+            use: Use | None = "complex" if parameter.is_complex() else guess or noted
+            self._parts[name] = Part(name, full_shape(parameter), use, is_guess=guess is not None)
 
     def rename(self, names: Mapping[str, str], uses: Mapping[str, Use]) -> None:
         """Rename parameters; `uses` are those of the model's, by new name."""
         renamed = {}
         for old, part in self._parts.items():
             name = names.get(old, old)
-            renamed[name] = replace(part, name=name, use=uses.get(name, part.use))
+            renamed[name] = replace(part, name=name, use=uses.get(name, part.use), is_guess=False)
         self._parts = renamed
 
     def tell(
@@ -118,7 +125,8 @@ class Coverage:
         self._is_told = True
         parts = self._trained(groups, full_rank)
         log.info(summary(parts))
-        is_known = is_classified or any(part.use not in (None, "complex") for part in parts)
+        known = (part.use for part in parts if not part.is_guess)
+        is_known = is_classified or any(use not in (None, "complex") for use in known)
         text = oversight(parts) if is_known else of_bare_parameters(parts)
         if text:
             warnings.warn(text, stacklevel=2)
@@ -193,11 +201,16 @@ def of_bare_parameters(parts: Sequence[Part]) -> str:
     count = sum(part.matrices > 0 for part in parts)
     if not count:
         return ""
+    found = [f"{part.name} {part.shape}" for part in parts if part.is_guess]
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    apart = "embeddings and output heads, if there are any, as well"
+    if found:
+        apart = f"but for embeddings and output heads: {', '.join(found[:NAMED])}{more}"
     return (
         f"AdaRankGrad: built from bare parameters, without the model: every tensor of two or more "
-        f"dimensions is trained in low rank ({count}), embeddings and output heads as well. Pass "
-        "arg_dist.param_groups(model), which keeps these full-rank, or groups with low_rank=True "
-        "and low_rank=False"
+        f"dimensions is trained in low rank ({count}), {apart}. Pass the model "
+        "(AdaRankGrad(model, ...)), which says what they are, or groups with low_rank=True and "
+        "low_rank=False"
     )
 
 

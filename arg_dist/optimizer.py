@@ -14,6 +14,7 @@ from arg_dist.config import AdaRankGradConfig, parse_config
 from arg_dist.copying import CopiedOptimizer
 from arg_dist.equality import compare
 from arg_dist.group_keys import numbers, tensors
+from arg_dist.model_groups import param_groups
 from arg_dist.parameter_groups import checked_last, complete_group, settings_of
 from arg_dist.saving import Saving
 from arg_dist.settings import Settings
@@ -70,9 +71,10 @@ class AdaRankGrad(Saving, CopiedOptimizer):
     model, but before the engine replaces the parameters.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or groups; preferably from
-            :func:`arg_dist.param_groups`, which separates embeddings and head from the rest.
-            Without names, every tensor of two or more dimensions is a matrix.
+        params: the model, or groups from :func:`arg_dist.param_groups`: embeddings and head are
+            then full-rank, and the other matrices low-rank. Of parameters, or pairs of names and
+            parameters, embeddings and head are recognized as far as their names say so, or without
+            names their shapes; every other tensor of two or more dimensions is a matrix.
         lr: learning rate; a tensor stays one, and is read at every step.
         betas: decay of the first and the second moment.
         eps: added to the root of the second moment.
@@ -89,7 +91,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
     @entry_point
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | torch.nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -101,8 +103,15 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         given = {**adam, **settings}
         config = parse_config(numbers(given))
+        is_model = isinstance(params, torch.nn.Module)
         no_patterns = config.targets is None and config.exclude is None
-        self._binding = Binding(process_group, patterns_applied=no_patterns)
+        if isinstance(params, torch.nn.Module):
+            params = param_groups(params, targets=config.targets, exclude=config.exclude)
+        self._binding = Binding(
+            process_group,
+            patterns_applied=no_patterns or is_model,
+            all_chosen="low_rank" in settings,
+        )
         self._ownership = Ownership()
         limit = config.state_budget
         self._budget = None if limit is None else StateBudget(limit)
@@ -129,12 +138,11 @@ class AdaRankGrad(Saving, CopiedOptimizer):
             TypeError: the parameters are a set.
         """
         binding = self._binding
-        binding.is_classified |= "low_rank" in param_group
         group = complete_group(param_group, len(self.param_groups), self.defaults)
         super().add_param_group(group)
         added = checked_last(self.param_groups, binding.parameters)
         binding.follow(self.param_groups)
-        binding.add(added)
+        binding.add(added, is_classified="low_rank" in param_group)
 
     # -- the step --------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from arg_dist.parameter_kinds import check_kind, check_present, check_shape, che
 from arg_dist.settings import JobSettings, PatternSettings
 from arg_dist.sharding.fragment import Holding, ParameterGroup, hold
 from arg_dist.sharding.layout import GroupSpec, MatrixView, matrix_views
+from arg_dist.uses import invented_name
 
 SETTINGS = tuple(AdaRankGradConfig.model_fields)
 """Keys of a parameter group that are settings."""
@@ -71,7 +72,7 @@ def complete_group(
     first = group["params"][0] if group["params"] else None
     if not isinstance(first, tuple) and "param_names" not in group:
         count = len(group["params"])
-        group["param_names"] = [f"group{position}.param{i}" for i in range(count)]
+        group["param_names"] = [invented_name(position, i) for i in range(count)]
     return group
 
 

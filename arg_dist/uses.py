@@ -8,7 +8,7 @@ fused experts (``experts x in x out``), whose class and names have to tell.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +59,15 @@ MULTIPLIED = re.compile(
 """Words in the names of weights of products."""
 
 
+TABLE_WORDS = frozenset("embed embedding embeddings embeds emb wte wpe".split())
+"""Words in the names of modules that are tables, whatever else is known of them."""
+
+HEAD = re.compile(
+    r"((lm|mlm|cls|classification|score)_)?head|classifier|score|unembed(ding)?|qa_outputs"
+)
+"""Names of modules that are output heads."""
+
+
 @dataclass(frozen=True)
 class Place:
     """One use of a parameter in a model.
@@ -105,6 +114,71 @@ class Owner:
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """A parameter's full shape; one sharded at creation records it as ``ds_shape``."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def use_by_name(name: str, shape: tuple[int, ...]) -> Use | None:
+    """What the name of a bare parameter says of its use: `embedding` or `head`; None if neither.
+
+    Args:
+        name: its dotted name in the model.
+        shape: its full shape.
+    """
+    *path, label = name.split(".")
+    if len(shape) != 2:
+        return None
+    module = path[-1] if path and label == "weight" else label
+    words = re.split(r"_|(?<=[a-z])(?=[A-Z])", module)
+    if TABLE_WORDS & {word.lower() for word in words}:
+        return "embedding"
+    is_output = HEAD.fullmatch(module) or path == ["output"]  # as torchtitan and torchtune name it
+    is_inside = len(path) > 1 and HEAD.fullmatch(path[-2]) and path[-1] in ("out_proj", "dense")
+    return "head" if is_output or is_inside else None
+
+
+def uses_without_model(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> dict[str, Use]:
+    """Embeddings and output heads among bare parameters, as far as names or shapes tell them.
+
+    Args:
+        names: their names, possibly invented (:func:`invented_name`).
+        shapes: their full shapes.
+    """
+    if all(map(INVENTED.fullmatch, names)):
+        return {names[i]: "embedding" for i in tables_by_shape(shapes)}
+    uses = {name: use_by_name(name, shape) for name, shape in zip(names, shapes, strict=True)}
+    return {name: use for name, use in uses.items() if use is not None}
+
+
+INVENTED = re.compile(r"group\d+\.param\d+")
+
+
+def invented_name(group: int, position: int) -> str:
+    """Name of a parameter that was given without one."""
+    return f"group{group}.param{position}"
+
+
+def tables_by_shape(shapes: Sequence[tuple[int, ...]]) -> set[int]:
+    """Positions of the embedding and the output head among the parameters of a language model.
+
+    These have the vocabulary as first dimension, which is larger than any other, occurs in no other
+    parameter, and lies before or behind all other matrices.
+
+    Args:
+        shapes: full shapes of the parameters in the order of the model.
+    """
+    matrices = [i for i, shape in enumerate(shapes) if len(shape) == 2]
+    if len(matrices) < FEWEST:
+        return set()
+    size = max(shapes[i][0] for i in matrices)
+    tables = {i for i in matrices if shapes[i][0] == size}
+    elsewhere = {shape[1] for shape in shapes if len(shape) > 1} | {
+        shape[0] for i, shape in enumerate(shapes) if shape and i not in tables
+    }
+    ends = {matrices[0], matrices[-1]}
+    return tables if tables <= ends and size > max(elsewhere, default=0) else set()
+
+
+FEWEST = 4
+"""Matrices that a model has at least whose tables are recognized by their shapes."""
 
 
 def owner_of(place: Place, modules: Mapping[str, nn.Module]) -> Owner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -44,12 +45,12 @@ def factored(matrix: Tensor, *, rank: int | None = None, energy: float | None = 
     width = min(short, FIRST_WIDTH if rank is None else rank)
     while True:
         left, values, right = _leading(matrix, width)
-        kept = torch.cumsum(values.double().square(), 0) / norm_sq
-        if rank is not None or width == short or (share < 1 and share <= float(kept[-1])):
+        kept = list(accumulate(value * value / norm_sq for value in values.tolist()))
+        if rank is not None or width == short or share <= kept[-1] < 1:
             break
         width = min(short, 2 * width)
     if rank is None and share < 1:
-        width = min(width, int((kept < share).sum()) + 1)
+        width = min(width, sum(each < share for each in kept) + 1)
     # D ~ U diag(s) V^T = (U s^1/2) (s^1/2 V^T)
     roots = values[:width].sqrt()
     left, right = left[:, :width] * roots, roots[:, None] * right[:, :width].T

@@ -11,6 +11,7 @@ from one_process import parameters_of
 from torch import nn
 
 from arg_dist import AdaRankGrad, param_groups
+from arg_dist.uses import tables_by_shape, use_by_name
 
 
 class Net(nn.Module):
@@ -92,8 +93,68 @@ def test_bare_parameters_are_told_that_nothing_is_known_of_the_model(named):
     model = Net()
     parameters = model.named_parameters() if named else model.parameters()
     (warning,) = first_step(AdaRankGrad(parameters))
-    assert "every tensor of two or more dimensions is trained in low rank (4), embe" in warning
-    assert "arg_dist.param_groups(model)" in warning
+    assert "every tensor of two or more dimensions is trained in low rank" in warning
+    assert "Pass the model (AdaRankGrad(model, ...))" in warning
+    assert ("but for embeddings and output heads: lm_head.weight (40, 16)." in warning) == named
+
+
+def test_embeddings_and_heads_are_recognized_without_the_model():
+    shapes = [(500, 32), (32, 32), (32,), (96, 32), (32, 96), (500, 32)]
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = AdaRankGrad(weights, max_rank=4, min_rank=1)
+    (warning,) = first_step(optimizer)
+    assert "group0.param0 (500, 32), group0.param5 (500, 32)." in warning
+    assert len(optimizer.stats()) == 3
+    low_rank = AdaRankGrad(weights, max_rank=4, min_rank=1, low_rank=True)
+    assert first_step(low_rank) == [] and len(low_rank.stats()) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("transformer.wte.weight", "embedding"),
+        ("tok_embeddings.weight", "embedding"),
+        ("encoder.wordEmbeddings.weight", "embedding"),
+        ("lm_head.weight", "head"),
+        ("output.weight", "head"),
+        ("classifier.out_proj.weight", "head"),
+        ("bert.encoder.layer.0.attention.self.query.weight", None),
+        ("encoder.layer.0.output.dense.weight", None),
+        ("layers.0.mlp.up_proj.weight", None),
+        ("layers.0.attn.head_proj.weight", None),
+    ],
+)
+def test_what_names_say_of_matrices(name, use):
+    assert use_by_name(name, (64, 32)) == use
+    assert use_by_name(name, (64,)) is None
+
+
+@pytest.mark.parametrize(
+    ("shapes", "found"),
+    [
+        ([(500, 32), (500, 16), (32, 32), (96, 32), (32, 96)], set()),  # two tables at the front
+        ([(100, 784), (100,), (50, 100), (20, 50), (10, 20)], set()),  # a perceptron
+        ([(96, 32), (32, 96), (32, 32), (32, 32)], set()),
+        ([(500, 32), (40, 32), (32, 32), (96, 32), (32, 96)], {0}),  # tied
+        ([(500, 32), (32, 32), (500, 32)], set()),  # too few to tell
+        ([(64, 3, 7, 7), (64,), (1000, 512)], set()),
+    ],
+)
+def test_what_shapes_say_of_matrices(shapes, found):
+    assert tables_by_shape(shapes) == found
+
+
+def test_a_model_stands_for_its_groups():
+    one, other = (
+        AdaRankGrad(Net(), lr=0.1, exclude=["layer"]),
+        AdaRankGrad(param_groups(Net(), exclude=["layer"]), lr=0.1),
+    )
+    for ours, theirs in zip(one.param_groups, other.param_groups, strict=True):
+        ours, theirs = dict(ours), dict(theirs)
+        assert [p.shape for p in ours.pop("params")] == [p.shape for p in theirs.pop("params")]
+        assert {**ours, "exclude": None} == {**theirs, "exclude": None}
+    assert first_step(one) == first_step(other)
 
 
 def test_names_that_an_engine_brings_are_as_good_as_a_model():
