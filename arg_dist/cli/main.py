@@ -1,4 +1,4 @@
-"""``arg-dist``: export and inspect checkpoints, plan runs.
+"""``arg-dist``: export and inspect checkpoints, plan runs, write configurations.
 
 Dependencies of a single subcommand (transformers, rich, numpy) are imported when it runs.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from arg_dist.checkpoint import CheckpointError
 from arg_dist.cli import plan
 from arg_dist.cli.adapter import export_adapter
+from arg_dist.cli.configs import write_configs
 from arg_dist.cli.export import DTYPES, export
 from arg_dist.cli.inspection import inspect
 from arg_dist.cli.parsing import BAD_INPUT, FAILED, InputError, OneLineParser, at_least, complain
@@ -61,6 +62,12 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _configs(options: argparse.Namespace) -> int:
+    for path in write_configs(options.folder):
+        print(path)
+    return 0
+
+
 def _export_adapter(options: argparse.Namespace) -> int:
     if options.dtype != "float32" or options.tokenizer is not None:
         raise InputError("--dtype, --tokenizer: of a whole model; leave them out with --adapter")
@@ -105,7 +112,12 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="arg-dist", description="Plan AdaRankGrad runs; export and inspect their checkpoints."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="export|inspect|plan")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="configs|export|inspect|plan"
+    )
+    shipped = commands.add_parser("configs", help="write DeepSpeed configurations to start with")
+    shipped.add_argument("folder", type=Path, metavar="DIR", help="where to")
+    shipped.set_defaults(run=_configs)
     out = commands.add_parser(
         "export", help="write a Hugging Face model directory for from_pretrained"
     )

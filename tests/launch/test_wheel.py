@@ -14,7 +14,7 @@ import pytest
 
 from tests.launch.launching import ROOT
 
-SOURCES = ("arg_dist", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("arg_dist", "ds_configs", "pyproject.toml", "README.md", "LICENSE")
 """All that a build reads."""
 
 STEP = """
@@ -89,7 +89,10 @@ def test_the_wheel_is_the_optimizer(wheel: Path) -> None:
         names = archive.namelist()
         lines = sum(len(archive.read(name).splitlines()) for name in names if name.endswith(".py"))
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"arg_dist"}
+    others = {top for top in tops if not top.endswith((".dist-info", ".data"))}
+    assert others == {"arg_dist"}
+    shipped = {Path(name).name for name in names if "/share/arg_dist/ds_configs/" in name}
+    assert shipped == {path.name for path in (ROOT / "ds_configs").iterdir()}
     files = [name for name in names if name.endswith(".py")]
     there = {str(path.relative_to(ROOT)) for path in (ROOT / "arg_dist").rglob("*.py")}
     assert set(files) == there and "arg_dist/py.typed" in names
@@ -109,8 +112,11 @@ def contributing() -> str:
 def test_a_base_install_trains_saves_plans_and_inspects(installed: Path, tmp_path: Path) -> None:
     program = installed / "arg-dist"
     run(installed / "python", "-c", STEP, folder=tmp_path)
-    assert "export|inspect|plan" in run(program, "--help", folder=tmp_path)
+    assert "configs|export|inspect|plan" in run(program, "--help", folder=tmp_path)
     assert "intact" in run(program, "inspect", "checkpoints", folder=tmp_path)
+    assert "zero3_bf16.json" in run(program, "configs", "mine", folder=tmp_path)
+    written = {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()}
+    assert written == {path.name: path.read_text() for path in (ROOT / "ds_configs").iterdir()}
     plan = ("plan", "--model", "7b", "--engine", "zero3", "--world-size", 8, "--dtype", "bf16")
     assert "optimizer state" in run(program, *plan, folder=tmp_path)
     absent = run(program, "export", "checkpoints", "out", folder=tmp_path, code=2)

@@ -397,3 +397,10 @@ def test_what_is_no_adapter_is_told(tmp_path, capsys, words, said):
     model.save_pretrained(places["larger"])
     given = [word.format(**places) for word in words]
     assert said in told(capsys, "export", checkpoint, tmp_path / "out", *given, code=2)
+
+
+def test_configurations_are_written_once(tmp_path, capsys):
+    assert main(["configs", str(tmp_path / "mine")]) == 0
+    shipped = Path(__file__).parents[2] / "ds_configs"
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == {p.name for p in shipped.iterdir()}
+    assert "exists; give another" in told(capsys, "configs", tmp_path / "mine", code=2)
