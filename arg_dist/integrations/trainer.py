@@ -29,14 +29,18 @@ class TrainerSettings(GroupSettings, JobSettings):
 class OptimizerFactory:
     """Builds the optimizer from the Trainer's model, with parameter names and weight decay groups.
 
-    The Trainer calls ``OptimizerFactory()(model, **settings)`` if the class is not an optimizer.
+    The Trainer calls ``OptimizerFactory()(model, **settings)`` if the class is not an optimizer;
+    axolotl's passes its arguments, too.
     """
 
-    def __call__(self, model: nn.Module, *, args: Any, **settings: Any) -> AdaRankGrad:
+    def __call__(
+        self, model: nn.Module, trainer_args: Any = None, /, *, args: Any, **settings: Any
+    ) -> AdaRankGrad:
         """Builds the optimizer of `model`, without weight decay for norms and biases.
 
         Args:
             model: the Trainer's model.
+            trainer_args: the Trainer's arguments, if it passes them.
             args: the arguments that :func:`for_trainer` received; those of the Trainer, which may
                 be others, go first. They are read now: a search changes them for each trial.
             **settings: what :func:`for_trainer` received; goes before `args`.
@@ -44,7 +48,7 @@ class OptimizerFactory:
         Raises:
             ConfigError: a setting is out of range, or the processes would train separately.
         """
-        args = _ARGUMENTS.get() or args
+        args = trainer_args or _ARGUMENTS.get() or args
         check_processes(args)
         chosen = {key: settings.pop(key) for key in CHOICES if key in settings}
         before, now = settings.pop("as_given", {}), from_arguments(args)

@@ -152,6 +152,7 @@ def shard_boxes(name: str, shape: tuple[int, ...], boxes: Boxes) -> DimensionSha
     return DimensionSharding(math.prod(shape), tuple(parts), tuple(parts), updated)
 
 
+@lru_cache(maxsize=4096)
 def own_boxes(boxes: Boxes) -> tuple[Box, ...]:
     """The part of its box for which each process answers alone, where several hold the same.
 

@@ -76,6 +76,13 @@ def test_arguments_are_read_when_the_optimizer_is_built(
     assert built.param_groups[0][key] == expected
 
 
+def test_a_trainer_may_pass_its_arguments_with_the_model(args: TrainingArguments) -> None:
+    factory, chosen = arg_dist.for_trainer(args, max_rank=4)
+    its_own = copy.copy(args)
+    its_own.learning_rate = 7e-3
+    assert factory()(Small(), its_own, **chosen).param_groups[0]["lr"] == 7e-3
+
+
 @pytest.mark.parametrize("given", [{"lr": 1e-2}, {"lr": 1e-2, "betas": (0.5, 0.6)}])
 def test_a_change_without_effect_is_told(args: TrainingArguments, given: dict[str, Any]) -> None:
     factory, chosen = arg_dist.for_trainer(args, max_rank=4, **given)
