@@ -28,8 +28,9 @@ trap 'kill "$hosts" 2>/dev/null || true; rm -f "$report"' EXIT
 none=5 # pytest's exit code if no test is selected
 codes=()
 python -m pytest tests/unit tests/lockstep -n 2 "$@" && codes+=(0) || codes+=($?)
-# Launch tests often wait for processes to start and exit; three workers, by file, overlap the waits.
-workers=(-n 3 --dist loadfile --no-loadscope-reorder)
+# By file, so that a launch serves all its tests. More workers only slow each other's launches down,
+# each of which has up to four processes, until their time limits are over.
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 python -m pytest tests/pool tests/launch "${workers[@]}" "$@" && codes+=(0) || codes+=($?)
 wait "$hosts" && codes+=(0) || codes+=($?)
 cat "$report"

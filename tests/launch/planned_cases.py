@@ -96,7 +96,6 @@ ON_MESHES = [
     Case("nano", vocabulary, "fsdp2", settings={**FULL, **chosen}, mesh=mesh)
     for vocabulary, mesh, chosen in (
         (258, "fsdp=2,tp=2", {}),
-        (261, "fsdp=4,tp=1", {}),
         (261, "fsdp=2,tp=2", {"residual": "none", "shard_basis": False}),
         (258, "replicate=2,fsdp=1,tp=2", {"residual": "matched"}),
     )
