@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from arg_dist.config import ConfigError
-from arg_dist.coverage import Coverage, is_known
+from arg_dist.coverage import Coverage, needs_no_guess
 from arg_dist.parameter_groups import group_spec, settings_of
 from arg_dist.sharding.communicator import Communicator, training_group
 from arg_dist.sharding.fragment import ParameterGroup, hold, step_calls
@@ -150,7 +150,7 @@ class Binding:
         names, params = group["param_names"], group["params"]
         self.is_classified |= is_classified
         uses: dict[str, Use] = {}
-        if not (is_classified or self._all_chosen or any(map(is_known, params))):
+        if not (is_classified or self._all_chosen or any(map(needs_no_guess, params))):
             uses = uses_without_model(names, [full_shape(each) for each in params])
         self._full_rank |= uses.keys()
         for index, name in enumerate(names):

@@ -77,7 +77,7 @@ def note_use(parameter: Tensor, use: Use) -> None:
     setattr(parameter, NOTED_USE, use)
 
 
-def is_known(parameter: Tensor) -> bool:
+def needs_no_guess(parameter: Tensor) -> bool:
     """Whether a parameter's use is noted, or its shape unknown until it has been used."""
     return hasattr(parameter, NOTED_USE) or is_lazy(parameter)
 

@@ -103,14 +103,12 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         given = {**adam, **settings}
         config = parse_config(numbers(given))
-        is_model = isinstance(params, torch.nn.Module)
-        no_patterns = config.targets is None and config.exclude is None
+        patterns_applied = config.targets is None and config.exclude is None
         if isinstance(params, torch.nn.Module):
             params = param_groups(params, targets=config.targets, exclude=config.exclude)
+            patterns_applied = True
         self._binding = Binding(
-            process_group,
-            patterns_applied=no_patterns or is_model,
-            all_chosen="low_rank" in settings,
+            process_group, patterns_applied=patterns_applied, all_chosen="low_rank" in settings
         )
         self._ownership = Ownership()
         limit = config.state_budget

@@ -53,13 +53,17 @@ def _export(options: argparse.Namespace) -> int:
         tokenizer=options.tokenizer,
         architecture=options.architecture,
     )
-    for line in done.passed_over:
-        complain(f"passed over: {line}")
+    _tell_passed_over(done.passed_over)
     print(
         f"written: {options.out} ({done.architecture}, {done.parameters} parameters, "
         f"{options.dtype}; step {done.step}, {done.checkpoint})"
     )
     return 0
+
+
+def _tell_passed_over(checkpoints: list[str]) -> None:
+    for line in checkpoints:
+        complain(f"passed over: {line}")
 
 
 def _configs(options: argparse.Namespace) -> int:
@@ -79,8 +83,7 @@ def _export_adapter(options: argparse.Namespace) -> int:
         energy=options.energy,
         architecture=options.architecture,
     )
-    for line in done.passed_over:
-        complain(f"passed over: {line}")
+    _tell_passed_over(done.passed_over)
     for name, found in done.factors.items():
         print(f"{name}: rank {found.rank}, relative error {found.error:.2g}")
     for name in done.whole:
