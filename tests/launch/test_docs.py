@@ -12,6 +12,7 @@ import pytest
 
 from tests.launch.launching import ROOT, launch
 from tests.launch.pages import PAGES, RUN, blocks_of, checkout_at
+from tests.patience import patient
 
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 WITH_PYTHON = [
@@ -43,7 +44,7 @@ def test_the_commands_of_a_page_run(commands: str, tmp_path: Path) -> None:
     finished = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=checkout_at(tmp_path), env={**os.environ, "PATH": path}, capture_output=True,
-        text=True, timeout=120,
+        text=True, timeout=patient(120),
         check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout[-1500:] + finished.stderr[-3000:]
@@ -71,6 +72,6 @@ def test_the_readme_is_short() -> None:
 def test_generated_pages_are_current(script: str) -> None:
     finished = subprocess.run(
         [sys.executable, ROOT / "docs" / script, "--check"],
-        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=patient(100), check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
