@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.launch.launching import ROOT
+from tests.patience import patient
 
 CACHE = "ARG_DIST_IMAGE_CACHE"
 """Variable that names a folder in which base image and wheels stay between runs of the tests."""
@@ -112,7 +113,7 @@ def run(words: Sequence[object], *, seconds: float) -> str:
         list(map(str, words)),
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=patient(seconds),
         check=False,
         stdin=subprocess.DEVNULL,
     )

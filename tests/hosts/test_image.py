@@ -30,6 +30,7 @@ from tests.hosts.images import (
 )
 from tests.launch.launching import ROOT
 from tests.launch.tiny_jobs import write_text
+from tests.patience import patient
 from tests.tolerances import LOSSES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
@@ -195,7 +196,9 @@ class Job:
         inits = [process for process in node.host.processes() if program(process) == "tini"]
         assert len(inits) == 1
         command = self.images.start(self.container, ["python", "docker/healthcheck.py", *inits])
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        finished = subprocess.run(
+            command, capture_output=True, text=True, timeout=patient(300), check=False
+        )
         return finished.stdout.strip() or finished.stderr
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.hosts.hosts import Node, hosts
 from tests.hosts.namespaces import SETTINGS, Host, NetworkError, remove_leftovers
+from tests.patience import patient
 
 SERVE = """
 import socket, sys, time
@@ -31,7 +32,7 @@ CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], 5000), tim
 
 def python(host: Host, script: str, *words: object) -> subprocess.CompletedProcess[str]:
     command = host.command([sys.executable, "-c", script, *words])
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=patient(30), check=False)
 
 
 def exists(name: str) -> bool:
@@ -90,7 +91,7 @@ def test_what_a_killed_run_has_left_is_removed(tmp_path: Path) -> None:
             [sys.executable, "-c", script],
             stdout=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=patient(60),
             check=False,
         )
         name, sleeper = killed.stdout.split()

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-faulthandler.dump_traceback_later(150, exit=True)
+from tests.patience import patient
+
+faulthandler.dump_traceback_later(patient(150), exit=True)
 
 import deepspeed  # noqa: E402
 

@@ -13,7 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-faulthandler.dump_traceback_later(150, exit=True)
+from tests.patience import patient
+
+faulthandler.dump_traceback_later(patient(150), exit=True)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch  # noqa: E402

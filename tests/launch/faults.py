@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-faulthandler.dump_traceback_later(140, exit=True)
+from tests.patience import patient
+
+faulthandler.dump_traceback_later(patient(140), exit=True)
 
 import deepspeed  # noqa: E402
 

@@ -23,7 +23,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-faulthandler.dump_traceback_later(390, exit=True)
+from tests.patience import patient
+
+faulthandler.dump_traceback_later(patient(390), exit=True)
 
 import torch  # noqa: E402
 from saving_jobs import KEEP, STEP, Orders, start, warm_up  # noqa: E402

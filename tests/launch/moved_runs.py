@@ -22,8 +22,9 @@ from tests.launch import mesh_engines, training
 from tests.launch.cases import CASES, MOVED, Case
 from tests.launch.zero_jobs import SAVED_AFTER, Job
 from tests.launch.zero_runs import deepspeed, gather
+from tests.patience import patient
 
-faulthandler.dump_traceback_later(170, exit=True)
+faulthandler.dump_traceback_later(patient(170), exit=True)
 
 STATE = "adarankgrad"
 

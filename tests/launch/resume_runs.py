@@ -18,8 +18,9 @@ from launchers.pretraining.training import leave_processes
 from tests.launch.cases import CASES, MOVED, RESUMED, Case
 from tests.launch.zero_jobs import SAVED_AFTER, Job, other_trained_weights, other_weights
 from tests.launch.zero_runs import deepspeed, gather
+from tests.patience import patient
 
-faulthandler.dump_traceback_later(170, exit=True)
+faulthandler.dump_traceback_later(patient(170), exit=True)
 
 STEPS = SAVED_AFTER + 5
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-faulthandler.dump_traceback_later(100, exit=True)
+from tests.patience import patient
+
+faulthandler.dump_traceback_later(patient(100), exit=True)
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402

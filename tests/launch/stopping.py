@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import psutil
 
 from tests.launch.launching import ROOT, Launcher, command, environment
+from tests.patience import patient
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -24,7 +25,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patient(seconds)
     while not condition():
         assert time.monotonic() < deadline, f"nothing came for {seconds} s"
         time.sleep(0.05)
@@ -61,8 +62,8 @@ class Started:
         """
         there = self.workers()
         os.killpg(self.process.pid, number)
-        code = self.process.wait(timeout=seconds)
-        _, alive = psutil.wait_procs(there, timeout=seconds)
+        code = self.process.wait(timeout=patient(seconds))
+        _, alive = psutil.wait_procs(there, timeout=patient(seconds))
         assert not alive, f"still there {seconds} s after {number.name}: {alive}"
         return code
 

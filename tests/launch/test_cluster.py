@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.launching import ROOT, environment
+from tests.patience import patient
 from tests.ports import free_port
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(280)]
@@ -88,7 +89,7 @@ def test_slurm_starts_one_task_a_node(job: Path) -> None:
         env=allocation,
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=patient(SECONDS),
         check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -119,7 +120,7 @@ def test_deepspeed_without_ssh_and_a_job_that_fails(job: Path) -> None:
         for node in (0, 1)
     ]
     try:
-        printed = [node.communicate(timeout=SECONDS)[0] for node in nodes]
+        printed = [node.communicate(timeout=patient(SECONDS))[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()

@@ -14,6 +14,7 @@ import pytest
 
 from tests.launch.launching import ROOT, environment
 from tests.launch.tiny_checkpoints import reviews, write_checkpoints
+from tests.patience import patient
 
 WITH_PACKAGE = ("normuon", "soap") if find_spec("pytorch_optimizer") else ()
 OURS = ("recommended", "pretraining", "paper")
@@ -78,7 +79,7 @@ def test_pretraining_by_every_method_goes_on_where_it_was_cut_off(tmp_path: Path
             assert first.poll() is None
             time.sleep(0.05)
         first.send_signal(signal.SIGTERM)
-        assert first.wait(timeout=60) == 128 + signal.SIGTERM
+        assert first.wait(timeout=patient(60)) == 128 + signal.SIGTERM
     finally:
         first.kill()  # and with it its runs, which look for it
     before = runs(out)
@@ -87,7 +88,7 @@ def test_pretraining_by_every_method_goes_on_where_it_was_cut_off(tmp_path: Path
 
     (tmp_path / "text.txt").write_text("other words")  # the tokens are those of the first command
     second = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=350
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=patient(350)
     )
     assert second.returncode == 0, second.stderr[-3000:]
     found = check(out, PRETRAINED, second.stdout)
@@ -134,7 +135,7 @@ def test_fine_tuning_by_loras_and_low_rank_methods(tmp_path: Path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=350,
+        timeout=patient(350),
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     found = check(out, FINETUNED, finished.stdout)

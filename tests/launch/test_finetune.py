@@ -16,6 +16,7 @@ from launchers.finetuning.rows import Columns
 from launchers.finetuning.tasks import text_classification
 from tests.launch.launching import ROOT, alone, compare, environment, launch
 from tests.launch.tiny_checkpoints import write_checkpoints, write_data
+from tests.patience import patient
 from tests.tolerances import LOSSES
 
 SCRIPT = "launchers/finetune.py"
@@ -195,7 +196,7 @@ def test_a_signal_leaves_a_report_and_a_checkpoint(given: Path, tmp_path: Path) 
             assert time.monotonic() < deadline
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert process.wait(timeout=patient(30)) == 128 + signal.SIGTERM
     finally:
         process.kill()
     report = read_report(tmp_path)

@@ -16,6 +16,7 @@ import pytest
 from arg_dist.checkpoint.reading import verified_index
 from arg_dist.sharding.communicator import Communicator
 from tests.launch.launching import ROOT, environment
+from tests.patience import patient
 
 PHASES = {
     "tensors",
@@ -41,7 +42,7 @@ def run(script: str, *arguments: object, seconds: float) -> str:
         start_new_session=True,
     ) as jobs:
         try:
-            _, errors = jobs.communicate(timeout=seconds)
+            _, errors = jobs.communicate(timeout=patient(seconds))
         finally:
             if jobs.poll() is None:
                 os.killpg(jobs.pid, signal.SIGKILL)

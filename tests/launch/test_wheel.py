@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.launching import ROOT
+from tests.patience import patient
 
 SOURCES = ("arg_dist", "ds_configs", "pyproject.toml", "README.md", "LICENSE")
 """All that a build reads."""
@@ -49,7 +50,7 @@ def run(*arguments: object, folder: Path, code: int = 0) -> str:
         },
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=patient(280),
         check=False,
     )
     assert finished.returncode == code, finished.stdout[-2000:] + finished.stderr[-4000:]

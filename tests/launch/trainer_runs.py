@@ -18,7 +18,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-faulthandler.dump_traceback_later(280, exit=True)
+from tests.patience import patient
+
+faulthandler.dump_traceback_later(patient(280), exit=True)
 
 import deepspeed  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-faulthandler.dump_traceback_later(340, exit=True)  # a deadlock shows where it stands
+from tests.patience import patient
+
+faulthandler.dump_traceback_later(patient(340), exit=True)  # a deadlock shows where it stands
 
 import deepspeed  # noqa: E402
 

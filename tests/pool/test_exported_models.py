@@ -16,6 +16,7 @@ import arg_dist
 from arg_dist.cli.main import main
 from tests.launch import models, torch_engines
 from tests.launch.launching import ROOT, environment
+from tests.patience import patient
 
 STEPS = 6
 
@@ -37,7 +38,7 @@ def run(*command: object) -> str:
     """What a command prints, in a process that knows nothing of others."""
     words = [str(word) for word in command]
     done = subprocess.run(
-        words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100
+        words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=patient(100)
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

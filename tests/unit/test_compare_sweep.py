@@ -15,6 +15,7 @@ from benchmarks.compare.records import RUNS, Records, Trial
 from benchmarks.compare.sweep import Sweep
 from benchmarks.compare.task import Task
 from launchers.reporting.measures import LOSS, MEASURES
+from tests.patience import patient
 
 LOWER, HIGHER = MEASURES[LOSS], MEASURES["matthews"]
 A, B = Method("a", "adamw", {}), Method("b", "adamw", {})
@@ -329,7 +330,7 @@ def test_the_module_is_a_command():
         [sys.executable, "-m", "benchmarks.compare", "report", "nowhere"],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=patient(50),
         check=False,
     )
     assert finished.returncode == 2

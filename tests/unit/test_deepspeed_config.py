@@ -16,6 +16,7 @@ from arg_dist.engines.deepspeed_config import (
     warn_defaults,
 )
 from arg_dist.engines.deepspeed_rules import RULES
+from tests.patience import patient
 
 pytestmark = pytest.mark.unit
 
@@ -71,7 +72,7 @@ def test_neither_deepspeed_nor_process_groups_are_imported() -> None:
         "import sys, arg_dist.engines.deepspeed_config\n"
         "assert 'deepspeed' not in sys.modules, 'deepspeed was imported'\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=patient(50))
 
 
 # --- the optimizer section -------------------------------------------------------------------

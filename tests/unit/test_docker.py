@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from launchers.cluster.cli import main
+from tests.patience import patient
 
 pytestmark = pytest.mark.unit
 
@@ -84,12 +85,14 @@ def test_compose_accepts_its_file() -> None:
         pytest.skip("no docker compose here")
     for profile in ("cpu", "gpu"):
         command = ["docker", "compose", "-f", str(COMPOSE), "--profile", profile, "config", "-q"]
-        subprocess.run(command, check=True, timeout=50)
+        subprocess.run(command, check=True, timeout=patient(50))
 
 
 def test_requirements_are_those_of_the_training_extra() -> None:
     script = [sys.executable, str(DOCKER / "requirements.py"), str(ROOT / "pyproject.toml")]
-    printed = subprocess.run(script, capture_output=True, text=True, check=True, timeout=50).stdout
+    printed = subprocess.run(
+        script, capture_output=True, text=True, check=True, timeout=patient(50)
+    ).stdout
     names = {re.split(r"[\[<>=]", line)[0] for line in printed.splitlines()}
     assert {"setuptools", "torch", "pydantic", "deepspeed", "accelerate", "transformers"} <= names
     assert not {"arg-dist", "pytest", "ruff"} & names
@@ -122,7 +125,7 @@ def health(first: int, **variables: object) -> tuple[int, str]:
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     command = [sys.executable, str(DOCKER / "healthcheck.py"), str(first)]
     ran = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=50, check=False
+        command, env=environment, capture_output=True, text=True, timeout=patient(50), check=False
     )
     return ran.returncode, ran.stdout.strip()
 
@@ -181,7 +184,12 @@ def test_a_hostfile_starts_a_container_on_each_host(
     command, environment = over_ssh
     job = ["job.py", "--data", "two words"]
     ran = subprocess.run(
-        [*command, *job], env=environment, capture_output=True, text=True, timeout=50, check=False
+        [*command, *job],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=patient(50),
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     assert sorted((tmp_path / "log").read_text().split()) == ["beta", "me@alpha"]
@@ -198,10 +206,10 @@ def test_a_host_that_fails_and_a_signal_are_told_by_the_exit_code(
     over_ssh: tuple[list[str], dict[str, str]], tmp_path: Path
 ) -> None:
     command, environment = over_ssh
-    failed = subprocess.run([*command, "fail"], env=environment, timeout=50, check=False)
+    failed = subprocess.run([*command, "fail"], env=environment, timeout=patient(50), check=False)
     assert failed.returncode == 7
     empty = ["bash", command[1], os.devnull, "image"]
-    assert subprocess.run(empty, env=environment, timeout=50, check=False).returncode == 2
+    assert subprocess.run(empty, env=environment, timeout=patient(50), check=False).returncode == 2
 
     process = subprocess.Popen([*command, "sleeps"], env=environment)
     deadline = time.monotonic() + 30
@@ -209,5 +217,5 @@ def test_a_host_that_fails_and_a_signal_are_told_by_the_exit_code(
     while len((tmp_path / "log").read_text().split()) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=40)
+    process.wait(timeout=patient(40))
     assert (tmp_path / "log.stopped").exists()

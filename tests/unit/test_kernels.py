@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arg_dist import subspace
 from arg_dist.subspace import products
+from tests.patience import patient
 
 HERE = Path(__file__).parent
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -38,7 +39,7 @@ def test_the_kernels_equal_the_plain_path(device: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=patient(110),
     )
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
 
@@ -92,7 +93,7 @@ optimizer = arg_dist.AdaRankGrad([("weight", weight)], lr=1e-3)
 (weight @ torch.arange(8.0)).square().sum().backward()
 optimizer.step()
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=patient(50))
 
 
 def test_a_triton_that_cannot_run_is_named_and_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +175,7 @@ def compiled(launch: Any, folder: Path) -> Compiled:
     cubin.write_bytes(binary.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run(
-        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True, timeout=30
+        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True, timeout=patient(30)
     ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patient
+
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,4 +187,4 @@ def test_importing_the_package_imports_no_engine() -> None:
         "heavy = {'deepspeed', 'accelerate', 'transformers', 'matplotlib', 'datasets', 'peft'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=patient(50))

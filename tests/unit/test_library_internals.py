@@ -15,6 +15,7 @@ import torch
 
 from arg_dist.library_internals import DEEPSPEED, TORCH, UNDOCUMENTED, Internal
 from tests.library_objects import NAMED, missing
+from tests.patience import patient
 
 pytestmark = pytest.mark.unit
 
@@ -40,7 +41,7 @@ def test_the_installed_versions_have_all_of_them() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=230,
+        timeout=patient(230),
         check=False,
     )
     assert found.returncode == 0, found.stdout + found.stderr[-2000:]

@@ -19,6 +19,7 @@ import yaml
 from launchers.cluster.cli import _parser, _read_job
 from launchers.cluster.place import Place, find_place
 from launchers.pretraining.options import parse_options
+from tests.patience import patient
 
 pytestmark = pytest.mark.unit
 
@@ -127,7 +128,7 @@ def run(programs: Path, script: str, *arguments: str) -> subprocess.CompletedPro
         ["bash", str(programs.parent / "launchers/multinode" / script), *arguments],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=patient(50),
         check=False,
         cwd=programs.parent,
     )
