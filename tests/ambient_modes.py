@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.installed import PRECISION_BY_BACKEND
+
 PRECISIONS = [(where, what) for where in ("cuda", "mkldnn") for what in ("all", "matmul")]
 
 
@@ -52,12 +54,17 @@ def precision(change: Callable[[], object]) -> Iterator[None]:
 def reset_precision() -> None:
     """All as when torch is imported."""
     torch.set_float32_matmul_precision("highest")
-    for where, what in [("generic", "all"), *PRECISIONS]:
-        torch._C._set_fp32_precision_setter(where, what, "none")
+    if PRECISION_BY_BACKEND:
+        for where, what in [("generic", "all"), *PRECISIONS]:
+            torch._C._set_fp32_precision_setter(where, what, "none")
 
 
 def set_precision(where: str, what: str, value: str) -> None:
     torch._C._set_fp32_precision_setter(where, what, value)
+
+
+def get_precision(where: str, what: str) -> str:
+    return torch._C._get_fp32_precision_getter(where, what) if PRECISION_BY_BACKEND else "none"
 
 
 def older_flag() -> None:
@@ -121,8 +128,6 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "precision high": lambda: precision(lambda: torch.set_float32_matmul_precision("high")),
     "precision medium": lambda: precision(lambda: torch.set_float32_matmul_precision("medium")),
     "allow_tf32": lambda: precision(older_flag),
-    "fp32_precision tf32": lambda: precision(lambda: set_precision("generic", "all", "tf32")),
-    "oneDNN in bf16": lambda: precision(lambda: set_precision("mkldnn", "matmul", "bf16")),
     "oneDNN off": lambda: torch.backends.mkldnn.flags(enabled=False, allow_tf32=None),
     "oneDNN deterministic": lambda: torch.backends.mkldnn.flags(True, True, allow_tf32=None),
     "flags frozen": frozen_flags,
@@ -136,6 +141,11 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "two threads": lambda: setting(torch.set_num_threads, 2, torch.get_num_threads()),
     "another seed": lambda: setting(torch.manual_seed, 123, 0),
 }
+if PRECISION_BY_BACKEND:
+    MODES |= {
+        "fp32_precision tf32": lambda: precision(lambda: set_precision("generic", "all", "tf32")),
+        "oneDNN in bf16": lambda: precision(lambda: set_precision("mkldnn", "matmul", "bf16")),
+    }
 
 
 @contextmanager
@@ -159,7 +169,7 @@ def surroundings() -> dict[str, Any]:
         "function modes": _get_current_function_mode_stack(),
         "gradients": (torch.is_inference_mode_enabled(), torch.is_grad_enabled()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "precision": [torch._C._get_fp32_precision_getter(*each) for each in PRECISIONS],
+        "precision": [get_precision(*each) for each in PRECISIONS],
         "older precision": older_precision(),
         "threads": torch.get_num_threads(),
         "warnings": list(warnings.filters),

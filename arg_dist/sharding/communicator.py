@@ -114,8 +114,7 @@ class Communicator:
         received = [torch.empty_like(longest) for _ in sizes]
 
         def start(limit: timedelta) -> dist.Work:
-            options = ALLGATHER_OPTIONS.imported()()
-            options.timeout, options.asyncOp = limit, True
+            options = _limited(ALLGATHER_OPTIONS.imported()(), limit)
             return group.allgather([received], [longest], options)
 
         self._begin(start, lambda: f"{purpose} (an all-gather)")()
@@ -192,8 +191,7 @@ class Communicator:
         assert group is not None
 
         def start(limit: timedelta) -> dist.Work:
-            options = dist.AllToAllOptions()
-            options.timeout, options.asyncOp = limit, True
+            options = _limited(dist.AllToAllOptions(), limit)
             return group.alltoall_base(receive, send, receive_sizes, send_sizes, options)
 
         return self._begin(start, lambda: f"{words()} (an all-to-all)")
@@ -211,6 +209,14 @@ class Communicator:
 
     def _pickled(self, value: Any) -> Tensor:
         return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
+
+
+def _limited(options: Any, limit: timedelta) -> Any:
+    """Options of a collective that returns at once and fails after `limit`."""
+    options.timeout = limit
+    if hasattr(options, "asyncOp"):  # before torch 2.8, an all-to-all has no choice
+        options.asyncOp = True
+    return options
 
 
 def _unpickled(data: Tensor) -> Any:

@@ -33,7 +33,7 @@ def plain_mode() -> Iterator[None]:
         for kind in _device_kinds():
             if torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        if _default_device() != "cpu":
             modes.enter_context(torch.device("cpu"))
         yield
 
@@ -97,6 +97,13 @@ def check_no_scaler(optimizer: Optimizer) -> None:
             "overflows, and the others would wait for it; train in bf16, without a GradScaler, or "
             'leave gradient_sync at "engine"'
         )
+
+
+def _default_device() -> str:
+    try:
+        return torch.get_default_device().type
+    except AttributeError:  # torch before 2.8, once somebody has set and reset it
+        return "cpu"
 
 
 def _device_kinds() -> list[str]:

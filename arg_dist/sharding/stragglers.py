@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from arg_dist.library_internals import GROUPS
+
 ROLL_CALL_SECONDS = 2.0
 """How long a process whose collective failed looks for notes of the others."""
 
@@ -31,7 +33,7 @@ class RollCall:
         self._me = dist.get_rank()
         self.this_process = f"process {self._me} of {dist.get_world_size()}"
         self._others = [i for i in dist.get_process_group_ranks(group) if i != self._me]
-        self._store = group.get_group_store()
+        self._store = _store_of(group)
 
     def say_here(self, count: int, words: str) -> None:
         """Note that this process waits in its collective number `count`."""
@@ -103,6 +105,13 @@ def _in_time(work: Callable[[], Any]) -> None:
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(ROLL_CALL_SECONDS)
+
+
+def _store_of(group: dist.ProcessGroup) -> dist.Store:
+    if hasattr(group, "get_group_store"):
+        return group.get_group_store()
+    _, store = GROUPS.imported().pg_map[group]  # before torch 2.8
+    return store
 
 
 def note_key(process: int) -> str:

@@ -92,7 +92,7 @@ def check_devices(device: torch.device, processes: int) -> None:
     """
     if device.type == "cpu":
         return
-    count = torch.accelerator.device_count()
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if count < processes:
         raise InputError(
             f"--processes {processes}: each process needs a GPU, found {count}; use --device cpu "

@@ -194,7 +194,7 @@ def _read_job(options: argparse.Namespace, environment: Mapping[str, str]) -> co
         raise InputError(
             f"ARG_DIST_LAUNCHER={launcher}: must be one of {', '.join(commands.LAUNCHERS)}"
         )
-    gpus = torch.accelerator.device_count()
+    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     processes = whole_number(
         "--processes-per-node",
         options.processes_per_node,

@@ -29,8 +29,6 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-from tests.patience import patient
-
 PREFIX = "argdist"
 INTERFACE = "eth0"
 SUBNET = "10.83.0."
@@ -256,9 +254,7 @@ def _processes(name: str) -> list[int]:
 
 def _run(*words: str) -> str:
     try:
-        finished = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=patient(30)
-        )
+        finished = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NetworkError(f"{' '.join(words)}: {error}") from None
     if finished.returncode != 0:

@@ -12,6 +12,7 @@ from tolerances import FP64, LOW_PRECISION, ROUNDING
 from torch import nn
 
 from arg_dist import AdaRankGrad, ConfigError
+from tests.installed import GRADIENTS_OF_ANY_TYPE
 
 FULL_RANK = {"low_rank": False, "lr": 1e-2, "weight_decay": 0.1}
 FREQUENT = {"min_gap": 2, "max_gap": 3, "lr": 1e-2}
@@ -113,6 +114,7 @@ def test_complex_numbers_are_pairs_of_reals_of_any_shape(shape):
     assert optimizer.stats() == []
 
 
+@pytest.mark.skipif(not GRADIENTS_OF_ANY_TYPE, reason="torch before 2.10")
 def test_a_complex_gradient_may_be_a_conjugate_view_or_real():
     start, gradient = values(torch.complex64, 4, 3), values(torch.complex64, 4, 3, seed=1)
     given = []
@@ -127,6 +129,7 @@ def test_a_complex_gradient_may_be_a_conjugate_view_or_real():
     assert torch.equal(given[2].imag, start.imag * (1 - 1e-3))
 
 
+@pytest.mark.skipif(not GRADIENTS_OF_ANY_TYPE, reason="torch before 2.10")
 def test_a_complex_gradient_of_a_real_parameter_is_refused_by_name():
     optimizer = optimizer_of(gaussian(8, 6))
     [weight] = parameters_of(optimizer)
@@ -137,6 +140,7 @@ def test_a_complex_gradient_of_a_real_parameter_is_refused_by_name():
     assert torch.equal(weight, gaussian(8, 6))
 
 
+@pytest.mark.skipif(not GRADIENTS_OF_ANY_TYPE, reason="torch before 2.10")
 @pytest.mark.parametrize("low_rank", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_gradient_may_be_more_precise_than_its_parameter(dtype, low_rank):

@@ -96,9 +96,12 @@ SCHEDULERS = {
     "polynomial": lambda o: H.get_polynomial_decay_schedule_with_warmup(o, 2, 12),
     "inverse root": lambda o: H.get_inverse_sqrt_schedule(o, 3),
     "least": lambda o: H.get_cosine_with_min_lr_schedule_with_warmup(o, 2, 12, min_lr=1e-3),
-    "wsd": lambda o: H.get_wsd_schedule(o, 2, 4, num_stable_steps=4),
-    "greedy": lambda o: H.get_greedy_schedule(o, patience=1),
+    "wsd": lambda o: H.get_wsd_schedule(
+        o, num_warmup_steps=2, num_decay_steps=4, num_stable_steps=4
+    ),
 }
+if hasattr(H, "get_greedy_schedule"):  # transformers 5
+    SCHEDULERS["greedy"] = lambda o: H.get_greedy_schedule(o, patience=1)
 
 
 def build(**settings: Any) -> AdaRankGrad:
