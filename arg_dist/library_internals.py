@@ -9,9 +9,11 @@ what an update would break.
 from __future__ import annotations
 
 import pkgutil
+import re
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -22,11 +24,13 @@ class Library:
     Attributes:
         name: as messages call it.
         package: its distribution and its module.
+        oldest: the first version that works.
         tested: the version that all tests run with.
     """
 
     name: str
     package: str
+    oldest: str
     tested: str
 
     @property
@@ -89,10 +93,40 @@ class Internal:
         return self.get(sys.modules.get(self.owner))
 
 
-TORCH = Library("torch", "torch", "2.13.0")
-DEEPSPEED = Library("DeepSpeed", "deepspeed", "0.19.8")
-ACCELERATE = Library("accelerate", "accelerate", "1.15.0")
-TRANSFORMERS = Library("transformers", "transformers", "5.23.0")
+TORCH = Library("torch", "torch", oldest="2.7", tested="2.13.0")
+DEEPSPEED = Library("DeepSpeed", "deepspeed", oldest="0.17", tested="0.19.8")
+ACCELERATE = Library("accelerate", "accelerate", oldest="1.11", tested="1.15.0")
+TRANSFORMERS = Library("transformers", "transformers", oldest="4.46", tested="5.23.0")
+LIBRARIES = (TORCH, DEEPSPEED, ACCELERATE, TRANSFORMERS)
+
+
+def check_versions() -> None:
+    """Check that the libraries that the job has imported are not too old.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    for library in LIBRARIES:
+        if library.is_imported:
+            _check_version(library)
+
+
+@cache
+def _check_version(library: Library) -> None:
+    try:
+        installed = version(library.package)
+    except PackageNotFoundError:  # a build of another name
+        return
+    if _numbers(installed) < _numbers(library.oldest):
+        raise RuntimeError(
+            f"{library.name} {installed} is installed, and arg_dist needs at least "
+            f"{library.oldest}: pip install '{library.package}>={library.oldest}'"
+        )
+
+
+def _numbers(release: str) -> list[int]:
+    """The leading numbers of a version: 2.13.0+cpu is [2, 13, 0], 1.0rc1 is [1, 0]."""
+    return [int(number) for number in re.split(r"[^\d.]", release)[0].split(".") if number]
 
 
 # -- torch -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from arg_dist.library_internals import Internal
+from arg_dist.library_internals import Internal, check_versions
 
 _WRAPPED = "wrapped_by_arg_dist"
 
@@ -27,10 +27,14 @@ def use_meetings(meetings: tuple[Callable[[], None], ...]) -> None:
 
 
 def meet_libraries() -> None:
-    """Wraps methods of the libraries that have been imported since the last call.
+    """Checks the versions of libraries and wraps their methods, once they have been imported.
 
     For whenever an optimizer is built or first bound to replicated parameters.
+
+    Raises:
+        RuntimeError: a library is too old.
     """
+    check_versions()
     for meet in _meetings:
         meet()
 

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -32,18 +33,32 @@ from arg_dist.subspace.norms import all_squares, row_squares
 OLDEST = (8, 0)
 """Compute capability of the first GPUs that multiply bf16 and TF32."""
 TYPES = (torch.float32, torch.bfloat16)
+OLDEST_TRITON = (3, 7)
+"""First version of Triton whose compiler takes the kernels: torch 2.13's."""
 
 
 def available(device: torch.device) -> bool:
     """Whether the kernels run on a device; the first call for a CUDA device compiles one.
 
-    Triton is optional: without it, on other devices and on older GPUs the answer is no. Where it is
-    installed but cannot compile or launch, a warning says why, once.
+    Triton is optional: without it or with an older one, on other devices and on older GPUs the
+    answer is no. Where it is installed but cannot compile or launch, a warning says why, once.
     """
-    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
+    if device.type != "cuda" or torch.version.hip is not None or not is_installed():
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     return _works(torch.device("cuda", index))
+
+
+@cache
+def is_installed() -> bool:
+    """Whether there is a Triton that the kernels are written for."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        major, minor, *_ = version("triton").split(".")
+    except PackageNotFoundError:  # a build of another name, of which the first product tells
+        return True
+    return (int(major), int(minor)) >= OLDEST_TRITON
 
 
 @cache

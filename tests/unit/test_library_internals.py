@@ -6,14 +6,27 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from matrices import gaussian
+from one_process import optimizer_of
 
-from arg_dist.library_internals import DEEPSPEED, TORCH, UNDOCUMENTED, Internal
+from arg_dist import library_internals
+from arg_dist.library_internals import (
+    ACCELERATE,
+    DEEPSPEED,
+    LIBRARIES,
+    TORCH,
+    UNDOCUMENTED,
+    Internal,
+)
 from tests.library_objects import NAMED, missing
 from tests.patience import patient
 
@@ -137,3 +150,21 @@ def test_engines_know_nothing_of_the_libraries_that_drive_them() -> None:
             for node in ast.walk(tree_of(path)):
                 internal = NAMED.get(node.id) if isinstance(node, ast.Name) else None
                 assert internal is None or internal.library in (TORCH, DEEPSPEED), path
+
+
+def test_a_library_that_is_too_old_is_told_with_the_version_that_is_needed(monkeypatch) -> None:
+    accelerate = replace(ACCELERATE, oldest="99.1")
+    monkeypatch.setattr(library_internals, "LIBRARIES", [TORCH, accelerate])
+    monkeypatch.delitem(sys.modules, "accelerate", raising=False)
+    optimizer_of(gaussian(4, 3))
+    monkeypatch.setitem(sys.modules, "accelerate", ModuleType("accelerate"))
+    with pytest.raises(RuntimeError, match=r"accelerate .* at least 99\.1: pip install 'accelera"):
+        optimizer_of(gaussian(4, 3))
+
+
+def test_the_oldest_versions_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["deepspeed"], *extras["accelerate"]]
+    for library in LIBRARIES:
+        assert f"{library.package}>={library.oldest}" in [*needed, *extras["transformers"]]
