@@ -7,7 +7,7 @@ What a state holds is described in :mod:`arg_dist.subspace.state`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.library_internals import FUSED_ADAMW
+from arg_dist.subspace import compact
 from arg_dist.subspace.budget import Claim
 from arg_dist.subspace.codes import Coded, coded_bytes, coded_zeros, decode, encode
+from arg_dist.subspace.compact import LEVELS, NUMBER_BYTES, POWERS, Precision
 from arg_dist.subspace.distributed import (
-    FP32_BYTES,
     DimensionSharding,
     Exchange,
     MatrixSharding,
@@ -47,8 +48,9 @@ from arg_dist.subspace.residual import (
     residual_of,
     scaled_factors,
 )
+from arg_dist.subspace.rounding import to_bf16
 from arg_dist.subspace.sketch import random_signs
-from arg_dist.subspace.state import OF_EACH_DIRECTION, State
+from arg_dist.subspace.state import OF_EACH_DIRECTION, SCALES, State
 from arg_dist.subspace.transport import transport_moments
 
 STACKED = 2**25
@@ -251,7 +253,7 @@ def low_rank_step(
 
 def present_basis(state: State, sharding: MatrixSharding) -> Steps[Tensor]:
     """``basis.touch x rank``: the basis of the last refresh."""
-    return (yield from gather(state["basis"], sharding.store, sharding.basis.touch, sharding.me))
+    return (yield from gather(basis_of(state), sharding.store, sharding.basis.touch, sharding.me))
 
 
 def at_hand(part: Tensor) -> Part:
@@ -315,17 +317,18 @@ def step_in_basis(
     if new is not None:
         adopt(new, projected, state, sharding, settings, facts.phase)
     else:
+        fit(state, settings.state_dtype)
         refresh_early(state, settings, facts)
     inside: Inside
     inside, state["kept_sq"] = yield from together(
         _steps_inside,
         projected,
-        state["exp_avg"],
-        state["exp_avg_sq"],
+        state,
         row_sq,
         kind=(projected.shape, projected.device, row_sq is None),
         adam=next_step(state, settings),
         dimension=sharding.basis.size,
+        precision=settings.state_dtype,
     )
     state["since_refresh"] += 1
     if not settings.remembers_residual:
@@ -335,17 +338,17 @@ def step_in_basis(
 
 def _steps_inside(
     projected: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    states: Sequence[State],
     row_sqs: Sequence[Tensor | None],
     *,
     adam: AdamStep,
     dimension: int,
+    precision: Precision,
 ) -> list[tuple[Inside, Tensor]]:
     """Of k matrices of one shape, what they do inside their bases, and ``||P||^2``, fp64."""
     count, (rows, rank) = len(projected), projected[0].shape
     N = projected[0].new_zeros(count, rows, rank)
-    adam_directions(list(N), projected, exp_avgs, exp_avg_sqs, adam)
+    advance_moments(list(N), projected, states, adam, precision)
     P = as_one(projected).view(-1, rank)
     inside_sq = row_squares(P)
     total = inside_sq.view(count, rows).sum(1, dtype=torch.float64)
@@ -392,19 +395,21 @@ def adam_step(
     if has_terms:
         total = yield sent_term(gradient, side, settings)
         gradient = summed(total, gradient.dtype)
+    precision = settings.full_rank_state
+    if precision != "fp32":
+        precision = compact.precision_of_tensor(gradient.numel(), precision)
     if not state:
-        state.update(
-            step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient)
-        )
+        state.update(step=0, **compact.empty_moments(gradient, precision))
+    fit(state, precision)
     # moments that were loaded keep their type
-    gradient = gradient.to(state["exp_avg"].dtype)
+    gradient = gradient.double() if state["exp_avg"].dtype == torch.float64 else gradient.float()
     direction = yield from together(
         _directions,
         gradient,
-        state["exp_avg"],
-        state["exp_avg_sq"],
+        state,
         kind=(gradient.dtype, gradient.device),
         adam=next_step(state, settings),
+        precision=precision,
     )
     if not has_terms:
         return (yield from gather(direction, side.keep, side.update, me))
@@ -578,6 +583,51 @@ def momentum_bytes(elements: int, settings: AdaRankGradConfig) -> int:
     return coded_bytes(elements, settings.residual_bits) if settings.remembers_residual else 0
 
 
+def read(state: Mapping[str, Any], key: str) -> Tensor:
+    """The numbers under a key, in fp32 (fp64 if they are kept in it); the state's own if possible.
+
+    Args:
+        state: of a matrix or tensor.
+        key: ``basis``, ``exp_avg`` or ``exp_avg_sq``.
+    """
+    kept: Tensor = state[key]
+    if kept.dtype in LEVELS:
+        return compact.decode(kept, state[SCALES[key]], POWERS[key])
+    return kept.float() if kept.dtype == torch.bfloat16 else kept
+
+
+def keep(state: State, key: str, numbers: Tensor, precision: Precision, *, step: int = 0) -> None:
+    """Keep numbers under a key in a precision; those in fp64 as they are.
+
+    Args:
+        state: of a matrix or tensor, changed in place.
+        key: ``basis``, ``exp_avg`` or ``exp_avg_sq``.
+        numbers: ``rows x rank``, or ``elements``; fp32 or fp64.
+        precision: how they are kept.
+        step: number of the step, by which numbers are rounded up or down.
+    """
+    state.pop(SCALES[key], None)
+    if numbers.dtype == torch.float64 or precision == "fp32":
+        state[key] = numbers
+    elif precision == "bf16":
+        state[key] = numbers.bfloat16() if key == "basis" else to_bf16(numbers, step)
+    else:
+        state[key], state[SCALES[key]] = compact.encode(numbers, key, step)
+
+
+def precision_of(state: Mapping[str, Any], key: str) -> Precision:
+    """How the numbers under a key are kept."""
+    dtype = state[key].dtype
+    return "int8" if dtype in LEVELS else "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def fit(state: State, precision: Precision) -> None:
+    """Keep all of a state in a precision, in place, if it was loaded in another one."""
+    for key in POWERS.keys() & state.keys():
+        if precision_of(state, key) != precision and state[key].dtype != torch.float64:
+            keep(state, key, read(state, key), precision)
+
+
 def kept_before(state: State) -> list[Tensor]:
     """``||P||^2`` of the last step, over this process's rows; nothing of a tensor."""
     return [state["kept_sq"]] if "kept_sq" in state else []
@@ -599,8 +649,13 @@ def age(state: State) -> float:
 
 
 def stored_basis(state: State) -> Tensor | None:
-    """``store x rank``: this process's part of the basis; None before the first refresh."""
+    """This process's part of the basis as it is kept, in whichever type; None before the first."""
     return state.get("basis")
+
+
+def basis_of(state: State) -> Tensor:
+    """``store x rank``: this process's part of the basis."""
+    return read(state, "basis")
 
 
 def postpone(state: State) -> None:
@@ -619,7 +674,7 @@ def claim(name: str, sharding: MatrixSharding, state: State, settings: AdaRankGr
         smallest=smallest,
         largest=largest,
         rank=state.get("rank", 0),
-        direction_bytes=FP32_BYTES * rows,
+        direction_bytes=rows * NUMBER_BYTES[settings.state_dtype],
         elements=sharding.moment.size * sharding.basis.size,
         energy=settings.energy,
         spectrum=state.get("spectrum"),
@@ -649,15 +704,38 @@ def next_step(state: State, settings: AdaRankGradConfig) -> AdamStep:
 
 def _directions(
     gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    states: Sequence[State],
     *,
     adam: AdamStep,
+    precision: Precision,
 ) -> list[Tensor]:
     """Of tensors of any shapes, the directions N."""
     directions = [torch.zeros_like(gradient) for gradient in gradients]
-    adam_directions(directions, gradients, exp_avgs, exp_avg_sqs, adam)
+    if gradients[0].dtype == torch.float64 or precision == "fp32":
+        advance_moments(directions, gradients, states, adam, precision)
+        return directions
+    for direction, gradient, state in zip(directions, gradients, states, strict=True):
+        for start in range(0, len(gradient), compact.PIECE):  # no moments of a whole table in fp32
+            span = slice(start, min(start + compact.PIECE, len(gradient)))
+            part = compact.piece_of(state, span)
+            advance_moments([direction[span]], [gradient[span]], [part], adam, precision)
+            compact.put_piece(state, part, span)
     return directions
+
+
+def advance_moments(
+    directions: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[State],
+    adam: AdamStep,
+    precision: Precision,
+) -> None:
+    """:func:`adam_directions`, of moments that are kept in a precision."""
+    M, V = ([read(state, key) for state in states] for key in ("exp_avg", "exp_avg_sq"))
+    adam_directions(directions, gradients, M, V, adam)
+    for state, exp_avg, exp_avg_sq in zip(states, M, V, strict=True):
+        keep(state, "exp_avg", exp_avg, precision, step=adam.number)
+        keep(state, "exp_avg_sq", exp_avg_sq, precision, step=adam.number)
 
 
 def adam_directions(
@@ -826,7 +904,7 @@ def refresh(
     rotation = None
     if state:
         # R = Q_new^T Q_old, with each row of the bases counted once
-        old = select_rows(state["basis"], sharding.store[me], basis.keep[me])
+        old = select_rows(read(state, "basis"), sharding.store[me], basis.keep[me])
         part = select_rows(vectors, basis.touch[me], basis.keep[me]).T @ old
         whole, shares = sharding.whole(rank), sharding.shares(rank)
         rotation = yield from relayed_sum(part, whole, shares, whole, me)
@@ -854,13 +932,12 @@ def adopt(
             step=0,
             refreshes=0,
             kept_sq_at_refresh=0.0,
-            exp_avg=torch.zeros_like(projected),
-            exp_avg_sq=torch.zeros_like(projected),
         )
+        moments = torch.zeros_like(projected), torch.zeros_like(projected)
     else:
-        state["exp_avg"], state["exp_avg_sq"] = transport_moments(
-            state["exp_avg"],
-            state["exp_avg_sq"],
+        moments = transport_moments(
+            read(state, "exp_avg"),
+            read(state, "exp_avg_sq"),
             new.rotation,
             projected,
             new.energies,
@@ -868,6 +945,9 @@ def adopt(
             step=state["step"],
             betas=settings.betas,
         )
+    # in fp32: the step that follows keeps them
+    keep(state, "exp_avg", moments[0], "fp32")
+    keep(state, "exp_avg_sq", moments[1], "fp32")
     state["gap"] = gap_until_next(
         state["refreshes"],
         first=settings.gap_to_second,
@@ -882,6 +962,7 @@ def adopt(
     if new.choice.spectrum is not None:
         state["spectrum"] = new.choice.spectrum
     # copy: a slice would keep the whole basis or bucket alive
-    state["basis"] = select_rows(
+    stored = select_rows(
         new.vectors, sharding.basis.touch[sharding.me], sharding.store[sharding.me]
     ).clone(memory_format=torch.contiguous_format)
+    keep(state, "basis", stored, settings.state_dtype)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from arg_dist.algorithm import age, is_due, postpone, stored_basis
+from arg_dist.algorithm import age, basis_of, is_due, postpone, stored_basis
 from arg_dist.config import AdaRankGradConfig
 from arg_dist.parameter_groups import settings_of, trained_views
 from arg_dist.sharding.drivers import run_local
@@ -140,7 +140,7 @@ def _projected(
     assert basis is not None
     sketch = None if settings.max_grad_norm is None else own_sketch(shard, steps)
     earlier = None if before is None else before.term
-    term = run_local(own_term(part.read, basis, shard.sharding, settings, earlier))
+    term = run_local(own_term(part.read, basis_of(state), shard.sharding, settings, earlier))
     if before is None:
         return Projected(term, part.norm_sq, 1, basis, sketch)
     # ||G_1 + ... + G_k||^2 <= k (||G_1||^2 + ... + ||G_k||^2)

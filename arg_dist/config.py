@@ -204,6 +204,24 @@ class AdaRankGradConfig(BaseModel):
         description="type in which the orthogonalized residual is computed and sent between "
         "processes; `bf16` halves what is sent",
     )
+    state_dtype: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32",
+        description="type in which the moments and the basis of matrices are kept: `bf16` takes "
+        "half of the memory, `int8`, with a scale for each row, about a quarter; the step computes "
+        "in fp32. Checkpoints hold fp32, so a run may go on in another type",
+    )
+    full_rank_state: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32",
+        description="type in which the moments of embeddings, heads and other tensors that Adam "
+        "trains in full rank are kept, as `state_dtype`; those of fewer than 4096 elements stay in "
+        "fp32",
+    )
+    weight_rounding: Literal["nearest", "random"] = Field(
+        "nearest",
+        description="how weights in bf16 are rounded after a step: `random` rounds up or down, "
+        "right on average, so that small steps are not lost where no fp32 copy of the weights "
+        "exists; alike on all processes",
+    )
     residual_momentum: float = Field(
         0.0,
         ge=0,

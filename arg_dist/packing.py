@@ -32,6 +32,7 @@ from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Unit
 from arg_dist.sharding.shares import as_share, own_share
 from arg_dist.state_dict import Holder
+from arg_dist.subspace.compact import row_bytes
 from arg_dist.subspace.distributed import DimensionSharding, row_count
 from arg_dist.subspace.state import OF_EACH_DIRECTION, State
 
@@ -160,9 +161,11 @@ def _limits(unit: Unit, settings: AdaRankGradConfig) -> tuple[int, int | None]:
     if isinstance(unit.sharding, DimensionSharding):
         return fixed + width * sum(most.values()), None
     rank = settings.rank_bounds(min(unit.sharding.basis.size, unit.sharding.moment.size))[1]
-    direction = width * sum(most[key] for key in OF_EACH_DIRECTION) + 8  # of the spectrum, 8
+    rows = sum(most[key] for key in OF_EACH_DIRECTION)
+    direction = width * rows + 8  # of the spectrum, 8
     momentum = momentum_bytes(unit.sharding.elements.size, settings)
-    return fixed + rank * direction + momentum, rank
+    scales = row_bytes(0, settings.state_dtype) * rows
+    return fixed + rank * direction + momentum + scales, rank
 
 
 def _key(processes: int, rank: int | None) -> str:

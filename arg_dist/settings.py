@@ -36,6 +36,9 @@ class MethodSettings(TypedDict, total=False):
     residual: Literal["orthogonalized", "matched", "scaled", "none"]
     polar_steps: int
     polar_precision: Literal["fp32", "bf16"]
+    state_dtype: Literal["fp32", "bf16", "int8"]
+    full_rank_state: Literal["fp32", "bf16", "int8"]
+    weight_rounding: Literal["nearest", "random"]
     residual_momentum: float
     residual_bits: Literal[2, 4]
     residual_sync_bits: Literal[1, 2, 4]

@@ -41,6 +41,9 @@ IMPLEMENTED = {
     "transport": ("squared", "paper", "ldadam"),
     "matmul_precision": ("highest",),
     "polar_precision": ("fp32",),
+    "state_dtype": ("fp32",),
+    "full_rank_state": ("fp32",),
+    "weight_rounding": ("nearest",),
     **dict.fromkeys(("state_budget", "targets", "exclude"), (None,)),
 }
 """Values of these settings; of all others, every one. Those of the randomized SVD (`oversample`,

@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from arg_dist.algorithm import claim, is_due, momentum_bytes
 from arg_dist.config import AdaRankGradConfig, ConfigError, in_bytes
 from arg_dist.sharding.communicator import Communicator
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import MatrixShard, Shard, TensorShard
 from arg_dist.subspace.budget import Claim, Ranks, allowed_ranks, smallest_bytes
+from arg_dist.subspace.compact import row_bytes, tensor_bytes
 from arg_dist.subspace.distributed import MatrixSharding, row_count
-from arg_dist.subspace.state import SCALARS, State
+from arg_dist.subspace.state import OF_EACH_DIRECTION, SCALARS, State
 from arg_dist.telemetry import storage_bytes
 
 SCALAR_BYTES = 8 * len(SCALARS)
@@ -176,8 +179,7 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
         for shard, settings in call.shards():
             bound.add((id(shard.fragment.target), shard.name))
             if isinstance(shard, TensorShard):
-                rows = sum(row_count(rows[shard.me]) for rows in shard.sharding.stored().values())
-                size += shard.moment_type.itemsize * rows
+                size += moments_bytes(shard, settings)
             elif isinstance(shard, MatrixShard) and shard.sharding.home == shard.me:
                 size += fixed_bytes(shard.sharding, settings)
     # include state left by parameters that have since been frozen
@@ -192,7 +194,17 @@ def _fixed_bytes(calls: Sequence[Call], states: Mapping[Any, Any]) -> int:
 def fixed_bytes(sharding: MatrixSharding, settings: AdaRankGradConfig) -> int:
     """Bytes of a matrix's state on all processes that do not depend on its rank."""
     scalars = SCALAR_BYTES * max(PROCESSES, len(sharding.owners))
-    return scalars + momentum_bytes(sharding.elements.size, settings)
+    rows = sum(row_count(each) for key in OF_EACH_DIRECTION for each in sharding.stored()[key])
+    scales = row_bytes(0, settings.state_dtype) * rows
+    return scalars + scales + momentum_bytes(sharding.elements.size, settings)
+
+
+def moments_bytes(shard: TensorShard, settings: AdaRankGradConfig) -> int:
+    """Bytes of both moments of a tensor on this process."""
+    elements = row_count(shard.sharding.kept_rows[shard.me])
+    if shard.moment_type == torch.float64:
+        return 2 * shard.moment_type.itemsize * elements
+    return 2 * tensor_bytes(elements, settings.full_rank_state)
 
 
 def _communicator(plans: Sequence[Plan]) -> Communicator:

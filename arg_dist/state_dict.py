@@ -15,10 +15,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from arg_dist.algorithm import read
 from arg_dist.sharding.plan import Plan
 from arg_dist.sharding.shard import Shard
+from arg_dist.subspace.compact import POWERS
 from arg_dist.subspace.distributed import Exchange, Rows, Steps, select_rows
-from arg_dist.subspace.state import SUMMED, WITH_ROWS, State
+from arg_dist.subspace.state import SCALES, SUMMED, WITH_ROWS, State
 
 Holder = tuple[int, int]
 """Owner of a state: index of the process in its group, and the group's size."""
@@ -51,7 +53,7 @@ def whole_state(shard: Shard, state: State, *, to: int) -> Steps[State | None]:
     answers = yield tuple(requests.values())
     if shard.me != to:
         return None
-    whole = {**state, **dict(zip(requests, answers, strict=True))}
+    whole = {**widened(state), **dict(zip(requests, answers, strict=True))}
     whole |= {key: whole[key].view(()) for key in sums}
     # copies: what was received are views of one message, which torch.save refuses in two types
     return {
@@ -70,22 +72,28 @@ def cut_state(shard: Shard, whole: State) -> State:
     is_like_it = set(shard.required) <= held <= sizes.keys()
     if not is_like_it or any(whole[key].shape[0] != sizes[key] for key in held):
         return whole
-    state, stored = dict(whole), shard.sharding.stored()
+    state, stored = widened(whole), shard.sharding.stored()
     for key in held:
         low, high = stored[key][shard.me]
-        state[key] = whole[key][low:high].clone()
+        state[key] = state[key][low:high].clone()
     if shard.me != 0:
         state |= {key: torch.zeros_like(whole[key]) for key in SUMMED if key in whole}
     return state
 
 
+def widened(state: Mapping[str, Tensor]) -> State:
+    """A copy of the dictionary with all numbers in fp32, as checkpoints have them."""
+    wide = {key: value for key, value in state.items() if key not in SCALES.values()}
+    return wide | {key: read(state, key) for key in POWERS.keys() & state.keys()}
+
+
 def kept_parts(shard: Shard, state: State) -> dict[str, tuple[Tensor, Rows]]:
     """The rows that this process contributes to each tensor of a state, and those of all."""
-    stored, me = shard.sharding.stored(), shard.me
+    stored, me, wide = shard.sharding.stored(), shard.me, widened(state)
     return {
-        key: (select_rows(state[key], stored[key][me], rows[me]), rows)
+        key: (select_rows(wide[key], stored[key][me], rows[me]), rows)
         for key, rows in shard.sharding.counted().items()
-        if key in state
+        if key in wide
     }
 
 

@@ -541,7 +541,9 @@ class PlanStep:
         def finish(results: dict[int, Any]) -> None:
             updates = Updates()
             for i in list(results):  # each is freed as it is applied
-                updates.add(shared[i], results.pop(i), self.settings[shared[i].group])
+                shard = shared[i]
+                settings, number = self.settings[shard.group], self._number(shard)
+                updates.add(shard, results.pop(i), settings, number)
             updates.apply()
 
         return Lane(
@@ -564,10 +566,14 @@ class PlanStep:
 
         def finish(position: int, update: Any) -> None:
             shard = shards[position]
-            updates.add(shard, update, self.settings[shard.group])
+            updates.add(shard, update, self.settings[shard.group], self._number(shard))
 
         run_together([self._computation(shard, allowed) for shard in shards], finish)
         updates.apply()
+
+    def _number(self, shard: Shard) -> int:
+        """Number of the steps of a matrix or tensor."""
+        return int(self.states[shard.unit].get("step", 0))
 
     def _moving(self, shards: Iterable[Shard]) -> list[Shard]:
         """Those that have, or have had, a gradient."""
@@ -610,27 +616,38 @@ class Updates:
     def __init__(self) -> None:
         self._alike: dict[Any, list[tuple[Tensor | None, ...]]] = {}
 
-    def add(self, shard: Shard, update: Any, settings: AdaRankGradConfig) -> None:
-        """Add the result for a shard; None changes nothing."""
+    def add(self, shard: Shard, update: Any, settings: AdaRankGradConfig, number: int = 0) -> None:
+        """Add the result for a shard, of its step `number`; None changes nothing."""
+        by_chance = number if settings.weight_rounding == "random" else None
         if isinstance(update, LowRankUpdate):
             assert isinstance(shard, MatrixShard)
-            self._add_low_rank(shard, update, settings)
+            self._add_low_rank(shard, update, settings, by_chance)
         elif update is not None:
             assert isinstance(shard, TensorShard)
             lr = settings.lr * settings.full_rank_scale
-            shard.apply(update, keep=1 - lr * settings.weight_decay, step=-lr)
+            keep = 1 - lr * settings.weight_decay
+            shard.apply(update, keep=keep, step=-lr, by_chance=by_chance)
 
     def _add_low_rank(
-        self, shard: MatrixShard, update: LowRankUpdate, settings: AdaRankGradConfig
+        self,
+        shard: MatrixShard,
+        update: LowRankUpdate,
+        settings: AdaRankGradConfig,
+        by_chance: int | None,
     ) -> None:
         keep = 1 - settings.lr * settings.weight_decay
         direction, basis, factors, outside = update
         step, precision = -settings.lr * settings.scale, settings.matmul_precision
         gradient = None if factors is None else shard.gradient()
-        views = shard.oriented_weights(gradient, outside)
+        views = None if by_chance is not None else shard.oriented_weights(gradient, outside)
         if views is None:
             with lowered_precision(precision):
-                shard.apply(direction, basis, factors, gradient, outside, keep=keep, step=step)
+                shard.apply(
+                    *(direction, basis, factors, gradient, outside),
+                    keep=keep,
+                    step=step,
+                    by_chance=by_chance,
+                )
             return
         weights, added = views
         if gradient is None:

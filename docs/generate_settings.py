@@ -31,9 +31,9 @@ GROUPS = {
     "Refreshes": "max_gap min_gap first_gap refresh_below oversample power_passes seed",
     "Which matrices": "low_rank targets exclude side view",
     "Memory, communication, numerics": (
-        "state_budget bucket_size shard_basis gradient_sync residual_sync_bits residual_back_bits "
-        "sync_precision max_grad_norm gradient_budget matmul_precision nonfinite "
-        "collective_timeout"
+        "state_dtype full_rank_state state_budget bucket_size shard_basis gradient_sync "
+        "residual_sync_bits residual_back_bits sync_precision max_grad_norm gradient_budget "
+        "matmul_precision weight_rounding nonfinite collective_timeout"
     ),
 }
 

@@ -66,6 +66,12 @@ CODES_WEIGHTS = Tolerance(
 CODES_DISTANCE = Tolerance(
     0.0, 5e-3, "the same: distance of two tensors of weights after 50 steps, by their norm"
 )
+RANDOM_ROUNDING = Tolerance(
+    1e-2, 0.0, "numbers of 8 bits, rounded at random 2000 times: mean of 8192, each 15 % off"
+)
+RANDOM_STEPS = Tolerance(
+    0.1, 0.0, "30 small steps of 9216 bf16 weights, of which each moves some hundred by 2^-7"
+)
 LOW_PRECISION = Tolerance(
     0.0, 2**-8, "bf16 weights keep 8 bits: one rounding of a weight, whatever computed it"
 )

@@ -13,7 +13,6 @@ from itertools import count
 import numpy as np
 
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.planning.choices import FP32
 from arg_dist.planning.cuts import Layout, Piece
 from arg_dist.planning.rows import Counts, box_counts
 from arg_dist.planning.shardings import PlannedMatrix, PlannedTensor
@@ -21,6 +20,7 @@ from arg_dist.planning.traffic import Moved, matrix_traffic, tensor_traffic
 from arg_dist.sharding.blocks import Blocks, Boxes, blocks_of_matrix
 from arg_dist.sharding.layout import MatrixView, Ranges, basis_spans_columns, clip_ranges
 from arg_dist.sharding.overlap import Load, lanes_of, load_of
+from arg_dist.subspace.compact import row_bytes, tensor_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,8 @@ class TensorUnit(Unit):
     @property
     def moment_bytes(self) -> Counts:
         """Bytes of both moments."""
-        return 2 * FP32 * self.planned.kept
+        kept, precision = self.planned.kept, self.settings.full_rank_state
+        return np.array([2 * tensor_bytes(int(each), precision) for each in kept], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +110,11 @@ class MatrixUnit(Unit):
 
     def basis_bytes(self, rank: int) -> Counts:
         """Bytes of the basis."""
-        return FP32 * rank * self.planned.stored
+        return row_bytes(rank, self.settings.state_dtype) * self.planned.stored
 
     def moment_bytes(self, rank: int) -> Counts:
         """Bytes of both moments."""
-        return 2 * FP32 * rank * self.planned.kept
+        return 2 * row_bytes(rank, self.settings.state_dtype) * self.planned.kept
 
     def rounds(self, rank: int, *, is_first: bool) -> list[Moved]:
         """What each round moves, in the first step or in one without a refresh."""

@@ -19,6 +19,7 @@ from arg_dist.subspace.distributed import (
     row_count,
     select_rows,
 )
+from arg_dist.subspace.rounding import to_bf16
 from arg_dist.subspace.state import OF_EACH_DIRECTION, OF_TENSOR, WITH_ROWS, State
 
 
@@ -152,10 +153,12 @@ class TensorShard(Shard):
         held, touched = self.sharding.update[self.me], self.sharding.touch[self.me]
         return select_rows(gradient.reshape(-1), held, touched)
 
-    def apply(self, direction: Tensor, *, keep: float, step: float) -> None:
-        """``W <- keep W + step N`` on the elements held."""
+    def apply(
+        self, direction: Tensor, *, keep: float, step: float, by_chance: int | None = None
+    ) -> None:
+        """``W <- keep W + step N`` on the elements held; see :meth:`MatrixShard.apply`."""
         values = self.values()
-        _add_scaled(values, direction.view(values.shape), keep, step)
+        _add_scaled(values, direction.view(values.shape), keep, step, by_chance)
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ class MatrixShard(Shard):
         *,
         keep: float,
         step: float,
+        by_chance: int | None = None,
     ) -> None:
         """``W <- keep W + step (N Q^T + phi G + O)`` on the elements held.
 
@@ -224,6 +228,8 @@ class MatrixShard(Shard):
             outside: ``elements.update``, O; None if zero.
             keep: factor of the weights.
             step: factor of the update.
+            by_chance: number of the step by which weights in bf16 are rounded up or down at random
+                (:mod:`arg_dist.subspace.rounding`); None: to the nearest.
         """
         values = self.values()
         left, right = (direction, basis) if self.spans_columns else (basis, direction)
@@ -236,7 +242,7 @@ class MatrixShard(Shard):
         update = product.reshape(-1)[start - first : stop - first]
         if outside is not None:
             update.add_(self._as_stored(outside))
-        _add_scaled(values, update.view(values.shape), keep, step)
+        _add_scaled(values, update.view(values.shape), keep, step, by_chance)
 
     def oriented_weights(
         self, gradient: Tensor | None, outside: Tensor | None
@@ -291,12 +297,17 @@ class MatrixShard(Shard):
         return rows.view(-1, columns)
 
 
-def _add_scaled(values: Tensor, update: Tensor, keep: float, step: float) -> None:
+def _add_scaled(
+    values: Tensor, update: Tensor, keep: float, step: float, by_chance: int | None
+) -> None:
     """``values <- keep * values + step * update``, computed in at least fp32."""
     if values.dtype in (torch.float32, torch.float64):
         values.mul_(keep).add_(update, alpha=step)
-    else:
-        values.copy_(values.float().mul_(keep).add_(update, alpha=step))
+        return
+    moved = values.float().mul_(keep).add_(update, alpha=step)
+    if by_chance is not None and values.dtype == torch.bfloat16:
+        moved = to_bf16(moved, by_chance)
+    values.copy_(moved)
 
 
 # -- the local part of a tensor, and parts of that: views wherever its strides allow it ------------

@@ -107,7 +107,7 @@ def _in_time(work: Callable[[], Any]) -> None:
     thread.join(ROLL_CALL_SECONDS)
 
 
-def _store_of(group: dist.ProcessGroup) -> dist.Store:
+def _store_of(group: dist.ProcessGroup) -> Any:
     if hasattr(group, "get_group_store"):
         return group.get_group_store()
     _, store = GROUPS.imported().pg_map[group]  # before torch 2.8

@@ -27,6 +27,10 @@ class TensorState(TypedDict):
     """``moment.keep``, M; of a tensor, its elements."""
     exp_avg_sq: Tensor
     """``moment.keep``, V."""
+    exp_avg_scales: NotRequired[Tensor]
+    """Of M in 8 bits (:mod:`arg_dist.subspace.compact`)."""
+    exp_avg_sq_scales: NotRequired[Tensor]
+    """Of V in 8 bits."""
 
 
 class MatrixState(TensorState):
@@ -34,6 +38,8 @@ class MatrixState(TensorState):
 
     basis: Tensor
     """``basis.store x rank``, Q."""
+    basis_scales: NotRequired[Tensor]
+    """Of Q in 8 bits."""
     rank: int
     refreshes: int
     """Refreshes of this matrix so far."""
@@ -69,6 +75,8 @@ class Lies(Enum):
     """A tensor whose rows are cut like the basis."""
     AT_HOME = auto()
     """A tensor whose rows are all on the home process."""
+    BESIDE = auto()
+    """A tensor of what another one in few bits needs to be read; never saved or cut by itself."""
     SUMMED = auto()
     """A scalar tensor, each process's term of a sum."""
     ALIKE = auto()
@@ -84,7 +92,8 @@ class Entry(NamedTuple):
 
     Attributes:
         lies: how it lies over the processes.
-        dtype: its type; moments of parameters in fp64 have fp64.
+        dtype: its type; moments of parameters in fp64 have fp64, and moments and bases in fewer
+            bits another one in memory.
     """
 
     lies: Lies
@@ -97,6 +106,9 @@ SCHEMA: Mapping[str, Entry] = {
     "exp_avg_sq": Entry(Lies.AS_MOMENTS, torch.float32),
     "residual_codes": Entry(Lies.AT_HOME, torch.uint8),
     "residual_scales": Entry(Lies.AT_HOME, torch.bfloat16),
+    "basis_scales": Entry(Lies.BESIDE, torch.float32),
+    "exp_avg_scales": Entry(Lies.BESIDE, torch.float32),
+    "exp_avg_sq_scales": Entry(Lies.BESIDE, torch.float32),
     "kept_sq": Entry(Lies.SUMMED, torch.float64),
     "residual_norm": Entry(Lies.ALIKE, torch.float64),
     "step": Entry(Lies.NUMBER, int),
@@ -125,7 +137,9 @@ AT_HOME = keys_that_lie(Lies.AT_HOME)
 OF_TENSOR = keys_that_lie(Lies.AS_MOMENTS, kind=TensorState)
 WITH_ROWS = (*OF_EACH_DIRECTION, *AT_HOME)
 """Keys of all tensors whose rows are distributed over the processes."""
-REQUIRED = frozenset(TensorState.__annotations__)
+SCALES = {key: f"{key}_scales" for key in OF_EACH_DIRECTION}
+"""Of the tensors that may be kept in few bits, the keys of their scales."""
+REQUIRED = frozenset(TensorState.__annotations__) - {*SCALES.values()}
 """Keys of every state that is not empty."""
 
 

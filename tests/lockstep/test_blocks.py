@@ -19,7 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lockstep_steps import counted, step_in_lockstep, step_of
 from matrices import changing_spectrum, gaussian, whole_numbers
-from test_steps import FREQUENT, RULES, SHAPE, WHOLE, layouts, settings, state_in_parts, trained
+from test_steps import (
+    FREQUENT,
+    RULES,
+    SHAPE,
+    WHOLE,
+    is_in_codes,
+    layouts,
+    settings,
+    state_in_parts,
+    trained,
+)
 from tolerances import CODES, CODES_WEIGHTS, REDUCTION_ORDER, REDUCTION_ORDER_WEIGHTS
 
 from arg_dist.recording import rounds_of_matrix
@@ -88,7 +98,7 @@ def test_training_in_blocks_is_training_in_one_piece(blocks, layout, rule):
     config = FREQUENT.model_copy(update=rule)
     losses, ranks, shards, whole = trained(WHOLE, config=config, **layout)
     cut_losses, cut_ranks, cut_shards, states = trained_in_blocks(blocks, config, **layout)
-    in_codes = bool(config.residual_momentum)
+    in_codes = is_in_codes(config)
     (CODES if in_codes else REDUCTION_ORDER).check(torch.tensor(cut_losses), torch.tensor(losses))
     assert cut_ranks == [[rank] * len(cut_shards) for (rank,) in ranks]
     of_weights = CODES_WEIGHTS if in_codes else REDUCTION_ORDER_WEIGHTS

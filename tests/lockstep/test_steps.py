@@ -40,7 +40,7 @@ WHOLE = ((0, ROWS * COLUMNS),)
 
 cut_ranges = element_ranges(ROWS * COLUMNS).map(without_bystanders)
 RULES = [{"residual": rule} for rule in ("none", "scaled", "matched", "orthogonalized")]
-RULES += [{"residual_momentum": 0.9}]
+RULES += [{"residual_momentum": 0.9}, {"state_dtype": "bf16"}, {"state_dtype": "int8"}]
 residuals = st.sampled_from(RULES)
 layouts = st.fixed_dictionaries({"spans_columns": st.booleans(), "shard_basis": st.booleans()})
 
@@ -118,11 +118,16 @@ def trained(ranges, replicated=False, config=FREQUENT, shape=SHAPE, **layout):
     return losses, ranks, shards, states
 
 
+def is_in_codes(config):
+    """Whether something of the state has few bits, so that roundings may fall apart."""
+    return bool(config.residual_momentum) or config.state_dtype != "fp32"
+
+
 def check_against_the_whole(ranges, replicated=False, config=FREQUENT, **layout):
     losses, ranks, shards, _ = trained(WHOLE, config=config, **layout)
     assert len({rank for (rank,) in ranks}) > 2
     cut_losses, cut_ranks, cut_shards, _ = trained(ranges, replicated, config, **layout)
-    in_codes = bool(config.residual_momentum)
+    in_codes = is_in_codes(config)
     of_losses = CODES if in_codes else REDUCTION_ORDER
     of_losses.check(torch.tensor(cut_losses), torch.tensor(losses))
     assert cut_ranks == [[rank] * len(cut_shards) for (rank,) in ranks]

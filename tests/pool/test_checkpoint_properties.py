@@ -222,6 +222,7 @@ def cases(draw: st.DrawFn) -> Case:
             "power_passes": draw(st.integers(0, 1)),
             "residual": draw(st.sampled_from(["none", "scaled", "matched", "orthogonalized"])),
             "residual_momentum": draw(st.sampled_from([0.0, 0.9])),
+            "state_dtype": draw(st.sampled_from(["fp32", "bf16", "int8"])),
             "transport": draw(st.sampled_from(["squared", "paper", "ldadam", "none"])),
             "view": draw(st.sampled_from(["auto", "flatten"])),
             "weight_decay": draw(st.sampled_from([0.0, 0.1])),

@@ -186,6 +186,7 @@ def test_a_line_through_times_of_layers() -> None:
 
 
 def test_each_process_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     memory.check_devices(CPU, 4)
     with pytest.raises(InputError, match=r"--processes 2: .* found 1; use --device cpu"):

@@ -10,7 +10,7 @@ from arg_dist.library_internals import Library as OtherLibrary
 
 pytestmark = pytest.mark.unit
 
-LIBRARY = OtherLibrary("library", "library", tested="1.2")
+LIBRARY = OtherLibrary("library", "library", oldest="1.0", tested="1.2")
 
 
 class Library:
