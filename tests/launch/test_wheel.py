@@ -1,22 +1,30 @@
-"""The wheel, built and installed as pip does it, into an environment that has nothing else."""
+"""The wheel, built as for a release, and installed into an environment that has nothing else."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.launch.launching import ROOT
+from tests.launch.pages import checkout_at
 from tests.patience import patient
 
-SOURCES = ("arg_dist", "ds_configs", "pyproject.toml", "README.md", "LICENSE")
-"""All that a build reads."""
+REPOSITORY = "https://example.org/owner/arg-dist"
+URLS = f"""
+[project.urls]
+Repository = "{REPOSITORY}"
+Issues = "{REPOSITORY}/issues"
+Changelog = "{REPOSITORY}/blob/main/CHANGELOG.md"
+"""
+UNRELEASED = "It is not on PyPI yet"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 STEP = """
 import torch
@@ -57,19 +65,43 @@ def run(*arguments: object, folder: Path, code: int = 0) -> str:
     return finished.stdout + finished.stderr
 
 
+def checkout(folder: Path, *, ready: bool) -> Path:
+    """A checkout with all that a release needs, or without."""
+    checkout_at(folder)
+    changed = {
+        "pyproject.toml": "\n".join(
+            table
+            for table in re.split(r"\n(?=\[)", (ROOT / "pyproject.toml").read_text())
+            if not table.startswith("[project.urls]")
+        ),
+        "CHANGELOG.md": "# Changelog\n\n## [Unreleased]\n",
+        "README.md": (ROOT / "README.md").read_text().replace(UNRELEASED, ""),
+    }
+    pages = folder / "docs"
+    pages.unlink()
+    pages.mkdir()
+    (pages / "getting-started.md").write_text("" if ready else UNRELEASED)
+    if ready:
+        changed["pyproject.toml"] += URLS
+        changed["CHANGELOG.md"] += f"\n## [{VERSION}] - 2026-12-01\n"
+    for name, text in changed.items():
+        (folder / name).unlink()
+        (folder / name).write_text(text)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: what earlier builds left in the checkout would be packed, too."""
-    copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, copy / name)
-    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy)
-    run(*build, folder=out)
-    (built,) = out.glob("*.whl")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what a release would upload."""
+    out = tmp_path_factory.mktemp("released")
+    sources = checkout(tmp_path_factory.mktemp("sources"), ready=True)
+    run(sys.executable, ROOT / "docs/release_check.py", sources, "--out", out, folder=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(released: Path) -> Path:
+    (built,) = released.glob("*.whl")
     return built
 
 
@@ -102,6 +134,32 @@ def test_the_wheel_is_the_optimizer(wheel: Path) -> None:
     given = int(told[1].replace(",", "")), int(told[2])
     for now, then in zip((lines, len(files)), given, strict=True):
         assert abs(now - then) <= 0.05 * then, f"{now} now; CONTRIBUTING.md says {then}"
+
+
+def test_pypi_shows_a_page_whose_links_lead_to_the_tag(released: Path, wheel: Path) -> None:
+    assert {path.name for path in released.iterdir()} == {
+        f"arg_dist-{VERSION}-py3-none-any.whl",
+        f"arg_dist-{VERSION}.tar.gz",
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        shown = archive.read(f"arg_dist-{VERSION}.dist-info/METADATA").decode()
+    assert f"Project-URL: Repository, {REPOSITORY}" in shown
+    assert f"]({REPOSITORY}/raw/v{VERSION}/docs/images/quickstart.png)" in shown
+    assert f"]({REPOSITORY}/blob/v{VERSION}/docs/planning-memory.md#gradients-" in shown
+    assert f"]({REPOSITORY}/tree/v{VERSION}/launchers/accelerate)" in shown
+    assert "](https://arxiv.org/abs/2410.17881)" in shown
+    assert not re.search(r"\]\((?!https://)", shown)
+
+
+def test_what_is_not_ready_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    sources, out = tmp_path / "sources", tmp_path / "out"
+    sources.mkdir()
+    words = (sys.executable, ROOT / "docs/release_check.py", checkout(sources, ready=False))
+    told = run(*words, "--out", out, folder=tmp_path, code=1)
+    assert "[project.urls] has no Repository, Issues, Changelog; give the public addr" in told
+    assert f"no section [{VERSION}]" in told and f"says '{UNRELEASED}'; remove" in told
+    assert "links would lead nowhere on PyPI (docs/images/quickstart.png, ...)" in told
+    assert not out.exists()
 
 
 def contributing() -> str:

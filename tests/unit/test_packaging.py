@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import arg_dist
 from tests.patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +43,11 @@ def test_each_promised_python_is_among_the_classifiers() -> None:
     promised = [c.removeprefix(stem) for c in PROJECT["classifiers"] if c.startswith(stem)]
     assert promised[0] == PROJECT["requires-python"].removeprefix(">=3.")
     assert f"{sys.version_info.minor}" in promised
+
+
+def test_the_version_is_one() -> None:
+    assert arg_dist.__version__ == PROJECT["version"]
+    assert f"version = {{{PROJECT['version']}}}" in (ROOT / "docs" / "citing.md").read_text()
 
 
 @pytest.mark.skipif(sys.flags.dev_mode, reason="imports are slower in development mode")
