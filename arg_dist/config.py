@@ -133,7 +133,11 @@ class AdaRankGradConfig(BaseModel):
         "zero",
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="coefficient of decoupled weight decay, as in AdamW; 0 disables it"
+        0.0,
+        ge=0,
+        description="coefficient of decoupled weight decay, as in AdamW: weights "
+        "shrink by `lr * weight_decay` (embeddings and head by `full_rank_scale` times that); 0 "
+        "disables it",
     )
 
     low_rank: bool = Field(
@@ -177,8 +181,9 @@ class AdaRankGradConfig(BaseModel):
     scale: float = Field(
         0.2,
         gt=0,
-        description="factor of the update of low-rank matrices (alpha in GaLore). 0.2 gives an "
-        "update of Adam's typical size, so that `lr` is Adam's",
+        description="factor of the update of low-rank matrices (alpha in GaLore). With an "
+        "orthogonalized residual 0.2 gives an update of the size of Adam's at the same `lr`; rates "
+        "of their own are in Choosing settings",
     )
     full_rank_scale: float = Field(
         1.0,
