@@ -20,6 +20,9 @@ HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls", "po
 LAST_LAYERS = ("heads", "output_layer", "to_logits", "logits", "unembed")
 """Names of heads if they are a model's last linear layer; elsewhere they have other meanings."""
 
+LAST_OF_ALL = "output"
+"""The same of torchtitan and torchtune, for a layer itself: BERT so calls modules around layers."""
+
 FINDERS = ("get_output_embeddings", "get_classifier")
 """Methods by which models of Hugging Face and timm name their heads."""
 
@@ -54,7 +57,9 @@ def output_heads(model: nn.Module, *, by_name: bool) -> set[int]:
 def _is_last_head(name: str, layer: nn.Module, config: Any) -> bool:
     """Whether a model's last linear layer is a head, by its size or its name."""
     sizes = {getattr(config, key, None) for key in SIZES} - {None}
-    return module_outputs(layer) in sizes or any(part in LAST_LAYERS for part in name.split("."))
+    parts = name.split(".")
+    is_named = any(part in LAST_LAYERS for part in parts) or parts[-1] == LAST_OF_ALL
+    return is_named or module_outputs(layer) in sizes
 
 
 def _last_layers(module: nn.Module) -> list[nn.Module]:

@@ -57,6 +57,16 @@ def test_gpt2s_conv1d_are_matrices_and_the_tied_embedding_counts_once(gpt2):
     assert "lm_head.weight" not in rest and gpt2.lm_head.weight is gpt2.transformer.wte.weight
 
 
+@pytest.mark.parametrize("last", ["output", "output.dense"])
+def test_a_last_layer_called_output_is_a_head_as_torchtitan_and_torchtune_name_it(last):
+    inner = nn.Linear(6, 12) if last == "output" else nn.ModuleDict({"dense": nn.Linear(6, 12)})
+    model = nn.ModuleDict({"tok_embeddings": nn.Embedding(12, 6), "layers": nn.ModuleDict()})
+    model["layers"]["0"] = nn.ModuleDict({"output": nn.Linear(6, 6)})
+    model["output"] = inner
+    expected = {"layers.0.output.weight"} | ({f"{last}.weight"} if "." in last else set())
+    assert names_of(model, "matrix") == expected
+
+
 @pytest.mark.parametrize("first", ["embedding", "decoder"])
 def test_an_embedding_that_a_linear_layer_shares_stays_full_rank(first):
     layers = {"embedding": nn.Embedding(12, 6), "decoder": nn.Linear(6, 12, bias=False)}
