@@ -67,6 +67,7 @@ def groups_to_load(
     _check_form(saved)
     groups = [dict(group) for group in saved["param_groups"]]
     _check_whose(groups, saved["state"])
+    _restore_names(groups, current, saved["state"])
     check_names(list(current), groups)
     sizes = [[len(group["params"]) for group in each] for each in (current, groups)]
     if sizes[0] != sizes[1]:
@@ -85,6 +86,26 @@ def groups_to_load(
         new.update({key: value for key, value in checked if key != "lr"})
         loaded.append({**new, "params": own["params"]})
     return loaded
+
+
+def _restore_names(
+    groups: Sequence[dict[str, Any]], current: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
+) -> None:
+    """Name the parameters of saved groups whose names a tool has dropped.
+
+    Their state has its name; what has none is named by its position, as torch does.
+    """
+    for group, own in zip(groups, current, strict=False):
+        if "param_names" not in group and len(group["params"]) == len(own["param_names"]):
+            pairs = zip(group["params"], own["param_names"], strict=True)
+            group["param_names"] = [_name_in(state.get(index), name) for index, name in pairs]
+
+
+def _name_in(entry: Any, own: str) -> str:
+    """Name of the parameter whose state an entry is; `own` if that can be the one of this name."""
+    units = entry.items() if isinstance(entry, Mapping) else ()
+    name = next((name for name, unit in units if isinstance(unit, Mapping)), own)
+    return own if name.startswith(f"{own}[") else name  # a matrix of a stack
 
 
 def _as_number(lr: Any) -> Any:
@@ -238,7 +259,8 @@ def _check_complete(
             f"load_state_dict: the state of {loaded.packed} matrices and tensors was saved, and "
             f"that of {found} arrived. {_left_out(saved, targets, loaded)}"
         )
-    if loaded.calls is None and (found or merged):
+    nameless = any("param_names" not in group for group in saved["param_groups"])
+    if loaded.calls is None and (found or merged or nameless):
         raise ConfigError(
             "load_state_dict: the saved state has "
             + ("no calls, the steps taken" if found else "no state of any parameter")
@@ -258,10 +280,10 @@ def _check_complete(
 
 
 def _left_out(saved: Mapping[str, Any], targets: Sequence[Tensor], loaded: Loaded) -> str:
-    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    names = [name for group in saved["param_groups"] for name in group.get("param_names", ())]
     frozen = [
         name
-        for name, target in zip(names, targets, strict=True)
+        for name, target in zip(names, targets, strict=False)  # a tool may have dropped names
         if target not in loaded.states and not target.requires_grad
     ]
     if not frozen:

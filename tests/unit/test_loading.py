@@ -227,6 +227,41 @@ def test_hooks_see_what_is_loaded_and_may_change_it() -> None:
     assert (optimizer.calls, optimizer.param_groups[0]["lr"], given["calls"]) == (7, 0.5, 3)
 
 
+def test_names_that_a_tool_has_dropped_are_those_of_the_state() -> None:
+    """As torchtitan 0.3 does, and as torch.optim takes them."""
+    state = saved()
+    for group in state["param_groups"]:
+        del group["param_names"]
+    loaded, whole = make(), make(steps=3)
+    loaded.load_state_dict(state)
+    assert loaded.param_groups[0]["param_names"] == whole.param_groups[0]["param_names"]
+    for optimizer in (loaded, whole):
+        for parameter in parameters_of(optimizer):
+            parameter.data = torch.zeros_like(parameter)
+        feed(optimizer, *GRADIENTS[3])
+    for parameter, expected in zip(parameters_of(loaded), parameters_of(whole), strict=True):
+        assert torch.equal(parameter, expected)
+
+
+def test_a_state_without_anything_that_says_what_it_was_is_refused() -> None:
+    """Where torchtitan 0.3 found nothing to load, as no state had been made to load it into."""
+    state = saved()
+    groups = [{k: v for k, v in g.items() if k != "param_names"} for g in state["param_groups"]]
+    with pytest.raises(ConfigError, match=r"no state of any parameter: a tool that kept only"):
+        make().load_state_dict({"state": {}, "param_groups": groups})
+
+
+def test_the_state_of_other_parameters_is_told_by_its_names_where_groups_have_none() -> None:
+    state = saved()
+    for group in state["param_groups"]:
+        del group["param_names"]
+    entry = state["state"][0]
+    (name,) = (key for key, unit in entry.items() if isinstance(unit, dict))
+    entry["another"] = entry.pop(name)
+    with pytest.raises(ConfigError, match=r"parameter 'another' where the optimizer has"):
+        make().load_state_dict(state)
+
+
 def test_groups_keep_what_others_have_put_there() -> None:
     state, optimizer = with_(0.3, "param_groups", 0, "initial_lr"), make()
     optimizer.load_state_dict(state)
