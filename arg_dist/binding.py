@@ -140,14 +140,17 @@ class Binding:
     # -- parameters and their names --------------------------------------------------------------
 
     def add(self, group: Mapping[str, Any], *, is_classified: bool) -> None:
-        """Add the parameters of a new group.
+        """Add the parameters of a new group, or those that take the place of others.
 
         Args:
-            group: the group.
+            group: the group; if all its names are known, its tensors take their place.
             is_classified: whether someone chose if they are trained in low rank; else embeddings
                 and output heads, as far as names or shapes tell them, are kept full-rank.
         """
         names, params = group["param_names"], group["params"]
+        if names and self._slots.keys() >= set(names):
+            self._slots |= {name: Slot(params, index) for index, name in enumerate(names)}
+            return
         self.is_classified |= is_classified
         uses: dict[str, Use] = {}
         if not (is_classified or self._all_chosen or any(map(needs_no_guess, params))):
@@ -156,6 +159,15 @@ class Binding:
         for index, name in enumerate(names):
             self._slots[name] = Slot(params, index)
             self.coverage.add(name, params[index], uses.get(name))
+
+    def taken_names(self, groups: Groups) -> set[str]:
+        """Names in all groups but the last one, and in those that an engine has put aside."""
+        return {
+            name
+            for group in (*self.every_group, *groups)
+            if group is not groups[-1]
+            for name in group["param_names"]
+        }
 
     @property
     def parameters(self) -> dict[str, Tensor | None]:

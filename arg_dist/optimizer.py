@@ -128,7 +128,8 @@ class AdaRankGrad(Saving, CopiedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its settings are validated like the optimizer's own.
 
-        Keys that other libraries put into groups, such as ``name`` or ``lr_scale``, are kept.
+        Keys that other libraries put into groups, such as ``name`` or ``lr_scale``, are kept. A
+        group that was removed may be put back with other tensors, as Composer does when it shards.
 
         Raises:
             ConfigError: a setting of the group is misspelled or invalid, a name occurs twice, or a
@@ -138,7 +139,7 @@ class AdaRankGrad(Saving, CopiedOptimizer):
         binding = self._binding
         group = complete_group(param_group, len(self.param_groups), self.defaults)
         super().add_param_group(group)
-        added = checked_last(self.param_groups, binding.parameters)
+        added = checked_last(self.param_groups, binding.taken_names(self.param_groups))
         binding.follow(self.param_groups)
         binding.add(added, is_classified="low_rank" in param_group)
 

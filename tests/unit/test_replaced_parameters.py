@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 import weakref
@@ -139,6 +140,36 @@ def test_a_parameter_replaced_in_its_group_is_trained_in_its_place():
     del old
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_groups_may_be_put_back_with_other_tensors(named):
+    """As Composer does when it shards a model whose optimizer is there already."""
+    torch.manual_seed(0)
+    layers = [nn.Embedding(40, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 40)]
+    model = nn.Sequential(*layers)
+    straight = nn.Sequential(*copy.deepcopy(layers))
+
+    def build(of: nn.Module) -> AdaRankGrad:
+        return AdaRankGrad(of if named else of.parameters(), **FREQUENT)
+
+    optimizer, expected = build(model), build(straight)
+    is_classified = optimizer.is_classified
+    groups = [
+        {**group, "params": [nn.Parameter(p.detach().clone()) for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)
+    assert optimizer.is_classified == is_classified
+    for seed in range(4):
+        gradients = [gaussian(*p.shape, seed=seed) for p in parameters_of(expected)]
+        feed(optimizer, *gradients)
+        feed(expected, *gradients)
+    for ours, theirs in zip(parameters_of(optimizer), parameters_of(expected), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [each["name"] for each in optimizer.stats()] == [e["name"] for e in expected.stats()]
 
 
 def test_an_optimizer_that_is_dropped_drops_its_parameters():
