@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from torch import nn
+from torch.optim import Optimizer
 
 import arg_dist
 from tests.patience import patient
@@ -48,6 +51,17 @@ def test_each_promised_python_is_among_the_classifiers() -> None:
 def test_the_version_is_one() -> None:
     assert arg_dist.__version__ == PROJECT["version"]
     assert f"version = {{{PROJECT['version']}}}" in (ROOT / "docs" / "citing.md").read_text()
+
+
+def test_llm_foundry_finds_the_optimizer_itself() -> None:
+    """It constructs what the entry point names with parameters and settings as keywords."""
+    entry = PROJECT["entry-points"]["llmfoundry_optimizers"]["adarankgrad"]
+    named = dict(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8)).named_parameters())
+    full_rank = {"params": [named.pop("0.weight")], "low_rank": False}
+    groups = [{"params": named.values()}, full_rank]
+    optimizer = pkgutil.resolve_name(entry)(params=groups, lr=1e-3, betas=[0.9, 0.95])
+    assert isinstance(optimizer, Optimizer)
+    assert [group["low_rank"] for group in optimizer.param_groups] == [True, False]
 
 
 @pytest.mark.skipif(sys.flags.dev_mode, reason="imports are slower in development mode")
