@@ -20,7 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from arg_dist import AdaRankGrad
 from tests.launch import mesh_engines, models, torch_engines
+from tests.launch.cases import SETTINGS
 from tests.launch.training import ranks_now
 
 
@@ -176,3 +178,27 @@ def test_one_file_of_another_number_of_processes_is_refused_by_name(pool, tmp_pa
     for i, message in enumerate(pool.run(read, 2, tmp_path / "all.pt", seconds=60)):
         assert f"no state of process {i} of 2 was saved, but of process 0 of 4" in message
         assert "save with arg_dist.checkpoint" in message
+
+
+def go_on_from_own_files(group: dist.ProcessGroup, folder: Path) -> None:
+    """As verl does, of bare parameters."""
+    straight = Run(group, "llama", "ROWS")
+    straight.optimizer = straight.training.optimizer = bare(straight)
+    straight.train(0, 4)
+    file = folder / f"{dist.get_rank(group)}.pt"
+    torch.save((straight.model.state_dict(), straight.optimizer.state_dict()), file)
+    expected = straight.train(4, 8)
+    resumed = Run(group, "llama", "ROWS")
+    resumed.optimizer = resumed.training.optimizer = bare(resumed)
+    weights, state = torch.load(file, weights_only=False)
+    resumed.model.load_state_dict(weights)
+    resumed.optimizer.load_state_dict(state)
+    assert resumed.train(4, 8) == expected
+
+
+def bare(run: Run) -> AdaRankGrad:
+    return AdaRankGrad(run.model.parameters(), **SETTINGS)
+
+
+def test_a_run_goes_on_from_files_of_each_process(pool, tmp_path):
+    pool.run(go_on_from_own_files, 2, tmp_path, seconds=60)
