@@ -96,7 +96,7 @@ class Internal:
 TORCH = Library("torch", "torch", oldest="2.7", tested="2.13.0")
 DEEPSPEED = Library("DeepSpeed", "deepspeed", oldest="0.17", tested="0.19.8")
 ACCELERATE = Library("accelerate", "accelerate", oldest="1.11", tested="1.15.0")
-TRANSFORMERS = Library("transformers", "transformers", oldest="4.46", tested="5.23.0")
+TRANSFORMERS = Library("transformers", "transformers", oldest="4.47", tested="5.23.0")
 LIBRARIES = (TORCH, DEEPSPEED, ACCELERATE, TRANSFORMERS)
 
 

@@ -98,7 +98,8 @@ def frozen_flags() -> AbstractContextManager[None]:
     """As torch's own tests are run: no flag may be assigned outside its context manager."""
 
     def change(allowed: bool) -> None:
-        torch.backends.m.__dict__["__allow_nonbracketed_mutation_flag"] = allowed
+        module = getattr(torch.backends, "m", torch.backends)
+        module.__dict__["__allow_nonbracketed_mutation_flag"] = allowed
 
     return setting(change, False, True)
 

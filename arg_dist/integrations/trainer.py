@@ -18,8 +18,8 @@ from arg_dist.model_groups import param_groups
 from arg_dist.optimizer import AdaRankGrad
 from arg_dist.settings import GroupSettings, JobSettings
 
-_ARGUMENTS: ContextVar[Any] = ContextVar("arguments", default=None)
-"""The arguments of the Trainer that is building its optimizer."""
+_TRAINER: ContextVar[Any] = ContextVar("trainer", default=None)
+"""The Trainer that is building its optimizer."""
 
 
 class TrainerSettings(GroupSettings, JobSettings):
@@ -30,8 +30,14 @@ class OptimizerFactory:
     """Builds the optimizer from the Trainer's model, with parameter names and weight decay groups.
 
     The Trainer calls ``OptimizerFactory()(model, **settings)`` if the class is not an optimizer;
-    axolotl's passes its arguments, too.
+    axolotl's passes its arguments, too. That of transformers 4 calls ``OptimizerFactory(groups,
+    **settings)``, where the groups have no names: the model is taken from the Trainer instead.
     """
+
+    def __new__(cls, groups: Any = None, /, **settings: Any) -> Any:
+        """A factory; with the parameter groups of transformers 4, the optimizer."""
+        factory = super().__new__(cls)
+        return factory if groups is None else factory(_TRAINER.get().model, **settings)
 
     def __call__(
         self, model: nn.Module, trainer_args: Any = None, /, *, args: Any, **settings: Any
@@ -48,7 +54,7 @@ class OptimizerFactory:
         Raises:
             ConfigError: a setting is out of range, or the processes would train separately.
         """
-        args = trainer_args or _ARGUMENTS.get() or args
+        args = trainer_args or getattr(_TRAINER.get(), "args", args)
         check_processes(args)
         chosen = {key: settings.pop(key) for key in CHOICES if key in settings}
         before, now = settings.pop("as_given", {}), from_arguments(args)
@@ -126,7 +132,7 @@ def from_arguments(args: Any) -> dict[str, Any]:
 
 
 def _follow_arguments() -> None:
-    """Makes the factory see the arguments of the Trainer that calls it; idempotent.
+    """Makes the factory see the Trainer that calls it; idempotent.
 
     A trainer may replace the arguments that it was given, as TRL's do with TrainingArguments.
     """
@@ -138,11 +144,11 @@ def _follow_arguments() -> None:
 def _create_with_arguments(
     create: Callable[..., Any], trainer: Any, *args: Any, **more: Any
 ) -> Any:
-    before = _ARGUMENTS.set(trainer.args)
+    before = _TRAINER.set(trainer)
     try:
         return create(trainer, *args, **more)
     finally:
-        _ARGUMENTS.reset(before)
+        _TRAINER.reset(before)
 
 
 def check_processes(args: Any) -> None:

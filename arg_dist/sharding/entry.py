@@ -22,6 +22,11 @@ T = TypeVar("T")
 
 MARK = "__runs_plainly__"
 
+with torch.device("meta"):
+    KNOWS_CONTEXT = torch.get_default_device().type == "meta"
+"""Whether torch says which default device ``with torch.device(...)`` has set: not torch 2.7, where
+the question even fails once a default device was set and reset."""
+
 
 @contextmanager
 def plain_mode() -> Iterator[None]:
@@ -33,7 +38,7 @@ def plain_mode() -> Iterator[None]:
         for kind in _device_kinds():
             if torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
-        if _default_device() != "cpu":
+        if not KNOWS_CONTEXT or torch.get_default_device().type != "cpu":
             modes.enter_context(torch.device("cpu"))
         yield
 
@@ -97,13 +102,6 @@ def check_no_scaler(optimizer: Optimizer) -> None:
             "overflows, and the others would wait for it; train in bf16, without a GradScaler, or "
             'leave gradient_sync at "engine"'
         )
-
-
-def _default_device() -> str:
-    try:
-        return torch.get_default_device().type
-    except AttributeError:  # torch before 2.8, once somebody has set and reset it
-        return "cpu"
 
 
 def _device_kinds() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.launch.cases import BUDGETED, SHARDED, VARIANTS, everywhere
-from tests.launch.engines import ENGINES
+from tests.launch.engines import CHOSEN, ENGINES
 from tests.launch.launching import ROOT, Launcher, Start, launch
 
 REAL = 2
@@ -64,6 +64,7 @@ def what_runs(launcher: Launcher, processes: int) -> tuple[str, list[str]]:
     if launcher == "deepspeed":
         several = everywhere(processes) + BUDGETED
         cases = {2: several + VARIANTS, 8: SHARDED}.get(processes, several)
+        cases = [case for case in cases if case.name in CHOSEN] if CHOSEN else cases
         return "tests/launch/zero_runs.py", [case.name for case in cases]
     here = [e.name for e in ENGINES if e.launcher == launcher and processes in e.processes]
     return "tests/launch/engine_runs.py", here

@@ -5,6 +5,7 @@ A new engine is one row here, beside its file in ``arg_dist/engines``.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,3 +74,8 @@ ENGINES += [
     Engine("zero2-bf16", "deepspeed", "ZeRO-2", **BF16),
     Engine("zero3-bf16", "deepspeed", "ZeRO-3", **BF16),
 ]  # fmt: skip
+
+CHOSEN = os.environ.get("ARG_DIST_TEST_ENGINES", "").split()
+"""Engines to which ``tests.versions`` limits a run, so that one which fails does not end others."""
+if CHOSEN:
+    ENGINES = [engine for engine in ENGINES if engine.name in CHOSEN]

@@ -5,6 +5,7 @@ Nothing here may start a thread, or touch a device: neither outlives a fork.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 
@@ -19,7 +20,6 @@ import tensorboardX  # noqa: F401
 import torch
 import torch.distributed.fsdp
 from deepspeed.checkpoint import ds_to_universal  # noqa: F401
-from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 from transformers import (  # noqa: F401
     AutoModelForCausalLM,
     BertForSequenceClassification,
@@ -27,7 +27,11 @@ from transformers import (  # noqa: F401
     LlamaForCausalLM,
     Trainer,
 )
-from trl import SFTTrainer  # noqa: F401
+
+with contextlib.suppress(ImportError):  # older versions have none
+    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+with contextlib.suppress(ImportError):
+    from trl import SFTTrainer  # noqa: F401
 
 from launchers import finetune, train_lm  # noqa: F401
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from tests.installed import deepspeed_quiet
 from tests.launch.forking import run_forked
 from tests.patience import patient
 from tests.ports import free_port
@@ -34,7 +35,7 @@ def command(
     """The command line of a launch; `options` are the launcher's own."""
     port = free_port()
     own: dict[Launcher, list[object]] = {
-        "deepspeed": ["--log_level=critical", "--num_gpus", processes, "--master_port", port],
+        "deepspeed": [*deepspeed_quiet(), "--num_gpus", processes, "--master_port", port],
         "torchrun": ["--nproc_per_node", processes, "--master_port", port],
         "accelerate": ["launch", "--num_processes", processes, "--main_process_port", port],
     }
