@@ -78,6 +78,7 @@ WHOLE = {"stage3_param_persistence_threshold": 0}
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 12}}
 MOMENTUM = {"residual_momentum": 0.9}
+FEW_BITS = {"state_dtype": "int8", "full_rank_state": "int8"}
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
@@ -133,6 +134,8 @@ VARIANTS = [
     Case("zero3-fp16", "llama", 3, WHOLE, top=FP16),
     *(Case(f"zero{stage}-momentum", "llama", stage, WHOLE if stage == 3 else {}, more=MOMENTUM)
       for stage in (0, 1, 2, 3)),
+    Case("zero2-few-bits", "llama", 2, more=FEW_BITS),
+    Case("zero3-few-bits", "llama", 3, WHOLE, more=FEW_BITS),
     Case("zero2-experts", "moe", 2),
     Case("zero3-experts", "moe", 3, WHOLE),
 ]  # fmt: skip
@@ -163,6 +166,7 @@ CASES = {case.name: case for case in EVERYWHERE + VARIANTS + GROUPS + BUDGETED}
 RESUMED = [
     *("llama-zero0", "llama-zero1", "llama-zero2", "llama-zero3", "odd-zero3-groups"),
     *("zero2-offload", "zero3-bf16-offload", "zero2-momentum", "zero3-momentum"),
+    *("zero2-few-bits", "zero3-few-bits"),
     *("zero0-bf16", "odd-zero1-bf16-groups", "zero2-bf16", "odd-zero3-bf16-groups"),
 ]
 """Saved in mid-run and resumed, with 2 processes."""

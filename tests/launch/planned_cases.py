@@ -40,7 +40,7 @@ class Case:
         # DeepSpeed trains copies in fp32 of weights in bf16
         own = self.dtype == "fp32" or self.engine in ("none", "fsdp2")
         ways = self.engine in ("none", "ddp", "zero2", "zero3", "fsdp2")
-        alike = self.copies == 1 and self.settings in (FULL, BUCKETS)
+        alike = self.copies == 1 and self.settings in (FULL, BUCKETS, FEW_BITS)
         return self.model == "nano" and own and ways and alike
 
     @property
@@ -53,6 +53,7 @@ NANO, SMALL = ("nano", 258), ("60m", 32000)
 BUDGET = {"state_budget": 5_000_000, "energy": 1.0}
 WHOLE_BASES = {"max_rank": 48, "min_rank": 48, "shard_basis": False, "residual": "none"}
 BUCKETS = {**FULL, "bucket_size": 2_000_000}
+FEW_BITS = {**FULL, "state_dtype": "int8", "full_rank_state": "int8"}
 QUICK = {**FULL, "polar_steps": 1}
 SKETCH = {"gradient_sync": "sketch", "max_rank": 0.25, "min_rank": 0.25}
 SKETCHED = (
@@ -73,6 +74,7 @@ CASES = [
     *(Case(*NANO, engine, settings=BUDGET) for engine in ("zero2", "zero3", "fsdp2")),
     Case(*NANO, "fsdp2", settings=WHOLE_BASES),
     *(Case(*NANO, engine, settings=BUCKETS) for engine in ("ddp", "zero3")),
+    *(Case(*NANO, engine, settings=FEW_BITS) for engine in ("none", "zero2", "fsdp2")),
     *(Case(*NANO, "ddp", settings={**SKETCH, **more}) for more in SKETCHED),
     Case(*NANO, "none", settings=PROJECTED),
     *(Case(*SMALL, engine, settings=QUICK) for engine in ("zero2", "fsdp2")),

@@ -345,6 +345,23 @@ def test_a_configuration_on_disk_is_planned_with_ties_counted_once(tmp_path: Pat
     assert "activations" in printed and "largest ranks" in printed
 
 
+@pytest.mark.timeout(120)
+def test_in_few_bits_llama_1b_takes_a_ninth_of_adamws_state(tmp_path: Path):
+    """Llama-3.2-1B, embeddings included."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    settings = parse_config({"state_dtype": "int8", "full_rank_state": "int8"})
+    model = load_model(str(tmp_path), settings)
+    figures = make_plan(model, settings, engine="none", processes=1, dtype="bf16").figures
+    adamw = 8 * model.elements  # both moments in fp32
+    assert 0.10 < figures["AdaRankGrad"].state.sum() / adamw < 0.12
+    assert model.elements == 1_235_814_400
+
+
 def test_one_process_sends_nothing():
     figures = plan("none", 1).figures["AdaRankGrad"]
     arrays = figures.arrays()

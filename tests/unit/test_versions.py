@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from arg_dist.library_internals import ACCELERATE, DEEPSPEED, TORCH, TRANSFORMERS
+from tests import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,25 +42,43 @@ def test_errors_and_constraints_name_the_same_tested_versions() -> None:
         assert library.tested == pinned[library.package]
 
 
-OLDEST_TESTED = {
-    "torch": "2.6",
-    "pydantic": "2.7",
-    "safetensors": "0.8",
-    "numpy": "1.26",
-    "rich": "13",
-    "deepspeed": "0.19",
-    "accelerate": "1.15",
-    "transformers": "5",
-}
-"""The oldest versions that the unit, lockstep and pool tests have passed with; to promise an older
-one, run them with it."""
-
-
-def test_the_oldest_versions_that_are_promised_are_those_that_were_tested() -> None:
+def test_the_oldest_versions_that_are_promised_are_those_of_the_oldest_row() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = list(project["dependencies"])
     for extra in ("deepspeed", "accelerate", "transformers"):
         asked += project["optional-dependencies"][extra]
     promised = dict(requirement.split(">=") for requirement in asked)
-    assert promised == OLDEST_TESTED
+    tested = {**versions.ROWS["oldest"].pins, **EARLIER}
+    for name, version in promised.items():
+        assert f"{tested[name]}.".startswith(f"{version}."), name
     assert project["requires-python"] == ">=3.11"
+
+
+EARLIER = {"pydantic": "2.7", "numpy": "1.26", "rich": "13", "safetensors": "0.6"}
+"""Lower bounds that all tests passed with beside other versions."""
+
+
+def test_the_page_is_of_what_was_found_and_the_rows_are_those_that_ran() -> None:
+    found = json.loads(versions.FOUND.read_text())
+    assert versions.PAGE.read_text() == versions.page(found)
+    assert {"newest", "oldest"} <= found.keys() <= versions.ROWS.keys()
+    for name, row in found.items():
+        pins = versions.ROWS[name].pins
+        for library in pins.keys() & set(versions.LIBRARIES):
+            assert row["installed"][library].split("+")[0] == pins[library]
+        assert row["python"].startswith(f"{versions.ROWS[name].python}.")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(
+    "ARG_DIST_TEST_VERSIONS" not in os.environ,
+    reason="each row downloads 3 GB: set ARG_DIST_TEST_VERSIONS=1, or python -m tests.versions",
+)
+@pytest.mark.parametrize("name", ["newest", "oldest"])
+def test_a_row_works_as_the_page_says(name: str) -> None:
+    found = json.loads(versions.FOUND.read_text())[name]
+    now = versions.tried(name)
+    assert set(now.failed) <= set(found["failed"])
+    for engine, told in found["engines"].items():
+        assert told != "yes" or now.engines[engine] == "yes", engine
