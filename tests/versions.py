@@ -55,7 +55,7 @@ OTHERS = (
     "test_packaging* test_launches* test_kernels* test_readme* test_troubleshooting* test_layers*"
 )
 """Unit tests of what is not in the wheel, or of the pinned versions alone."""
-REASON = re.compile(r"^(?:\[rank0\]: |E +)+(\w*(?:Error|Exception): .{0,160})", re.MULTILINE)
+REASON = re.compile(r"^(?:\[rank0\]: |E +)*(\w*(?:Error|Exception): .{0,160})", re.MULTILINE)
 
 
 @dataclass(frozen=True)
