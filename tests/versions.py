@@ -171,6 +171,11 @@ def environment(row: Row, folder: Path) -> dict[str, str]:
     subprocess.run([*pip, torch, *tools], check=True, env=settled)
     editable = ["--no-build-isolation", "--editable", str(ROOT)]
     subprocess.run([*pip, *pins, *editable], check=True, env=settled)
+    return variables_of(folder)
+
+
+def variables_of(folder: Path) -> dict[str, str]:
+    """The variables with which the environment in a folder is used."""
     return {
         **os.environ,
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -195,17 +200,23 @@ def pytest(variables: Mapping[str, str], *words: str) -> subprocess.CompletedPro
 # -- a row ----------------------------------------------------------------------------------------
 
 
-def tried(name: str) -> Outcome:
-    """Makes the environment of a row of :data:`ROWS`, and runs the tests in it."""
+def tried(name: str, kept: Path | None = None) -> Outcome:
+    """Runs the tests in the environment of a row.
+
+    Args:
+        name: of :data:`ROWS`.
+        kept: folder of an environment that was made before; None: a fresh one.
+    """
     with tempfile.TemporaryDirectory(prefix="versions-") as given:
         folder = Path(given)
-        variables = environment(ROWS[name], folder)
+        variables = variables_of(kept) if kept else environment(ROWS[name], folder)
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         outcome = Outcome(today, commit, *installed(variables))
         outcome.tests, outcome.failed = ran_units(variables, folder)
+        print(f"{name}: {outcome.tests}", flush=True)
         outcome.engines = ran_engines(variables, folder)
         return outcome
 
@@ -261,8 +272,9 @@ def ran_engines(variables: Mapping[str, str], folder: Path) -> dict[str, str]:
     found = {}
     for called, engine in ENGINES.items():
         end = together[engine]
-        if end != "yes":
-            end = under_engines(variables, folder, [engine])[engine]
+        for _ in range(2):  # old versions of gloo do not always let a process end
+            if end != "yes":
+                end = under_engines(variables, folder, [engine])[engine]
         found[called] = end
         print(f"{called}: {end}", flush=True)
     return found
@@ -334,6 +346,7 @@ def main() -> int:
     """Runs rows, or writes the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--in", type=Path, dest="kept", help="an environment that is there")
     parser.add_argument("--page", action="store_true", help="rewrite docs/versions.md")
     parser.add_argument("--check", action="store_true", help="only compare the page")
     given = parser.parse_args()
@@ -341,7 +354,7 @@ def main() -> int:
     with contextlib.suppress(FileNotFoundError):
         found = json.loads(FOUND.read_text())
     for name in given.rows:
-        found[name] = asdict(tried(name))
+        found[name] = asdict(tried(name, given.kept))
         FOUND.write_text(json.dumps(found, indent=1) + "\n")
     text = page(found)
     if given.check:
