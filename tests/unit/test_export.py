@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,9 @@ def test_a_wrong_command_line_is_told_in_one_line(capsys):
 # -- an adapter to a base model -------------------------------------------------------------------
 
 
+NEEDS_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+
+
 def adapted(base: nn.Module, folder: Path) -> nn.Module:
     """What PEFT makes of a base model and an adapter."""
     from peft import PeftModel
@@ -310,6 +314,7 @@ def logits_of(model: nn.Module) -> Tensor:
         return model.eval()(input_ids=TOKENS).logits
 
 
+@NEEDS_PEFT
 @pytest.mark.parametrize("build", [gpt2, bert, mixtral])
 def test_an_adapter_of_full_rank_gives_the_trained_model(tmp_path, build, capsys):
     torch.manual_seed(0)
@@ -330,6 +335,7 @@ def test_an_adapter_of_full_rank_gives_the_trained_model(tmp_path, build, capsys
     assert ("saved whole" in printed) and "relative error" in printed
 
 
+@NEEDS_PEFT
 def test_an_adapter_is_off_by_what_is_told(tmp_path, capsys):
     torch.manual_seed(0)
     model = gpt2()
@@ -358,6 +364,7 @@ def test_an_adapter_is_off_by_what_is_told(tmp_path, capsys):
     assert distance[4] < distance[1]
 
 
+@NEEDS_PEFT
 def test_the_rank_of_an_adapter_follows_the_energy(tmp_path, capsys):
     torch.manual_seed(0)
     model = bert()
@@ -370,6 +377,7 @@ def test_the_rank_of_an_adapter_follows_the_energy(tmp_path, capsys):
     assert len({rank for rank, _ in errors}) > 1
 
 
+@NEEDS_PEFT
 @pytest.mark.parametrize(
     ("words", "said"),
     [
