@@ -57,6 +57,7 @@ def main() -> None:
     results["environment"] = {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_")}
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(results, indent=1))
+    dist.barrier()  # torch 2.7's gloo may wait for ever for one that has left
     leave_processes()
 
 
