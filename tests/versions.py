@@ -302,8 +302,8 @@ needed. Each row is an environment of its own, made by `python -m tests.versions
 unit and lockstep tests run, and twenty steps under each engine on two processes, whose losses must
 be those of one process. CPUs only.
 
-torch 2.7 and 2.8 add up FSDP2's gradients over gloo, on CPUs, where they should average them, with any
-optimizer; for HSDP they ask gloo for an average, which it refuses. NCCL averages (by reading).
+torch 2.7 and 2.8 add up FSDP2's gradients over gloo, on CPUs, where they should average them, with
+any optimizer; for HSDP they ask gloo for an average, which it refuses. NCCL averages (by reading).
 """
 
 
