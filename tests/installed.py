@@ -12,6 +12,9 @@ from arg_dist.sharding.entry import KNOWS_CONTEXT
 GRADIENTS_OF_ANY_TYPE = hasattr(torch.Tensor, "grad_dtype")
 """Whether a gradient may have another type than its parameter: torch 2.10."""
 
+GLOO_ENDS = KNOWS_CONTEXT
+"""Whether a process can always destroy its groups of gloo: in torch 2.7 it may wait for ever."""
+
 QUIET_COMPILER = KNOWS_CONTEXT
 """Whether compiling leaves warning filters and random states as they are: not in torch 2.7."""
 
