@@ -18,6 +18,7 @@ from arg_dist.sharding.message_packing import Messages
 from arg_dist.sharding.transfers import moved_together
 from arg_dist.step import agree
 from arg_dist.subspace.distributed import Exchange, even_rows
+from tests.installed import IN_PYTHON
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -101,6 +102,7 @@ def fake_job():
     dist.destroy_process_group()
 
 
+@pytest.mark.skipif(not IN_PYTHON, reason="torch 2.7 has no process groups in Python")
 def test_a_communicator_packs_on_the_device_of_its_fragments(fake_job, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: META)
