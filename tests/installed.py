@@ -13,8 +13,8 @@ GRADIENTS_OF_ANY_TYPE = hasattr(torch.Tensor, "grad_dtype")
 """Whether a gradient may have another type than its parameter: torch 2.10."""
 
 IN_PYTHON = KNOWS_CONTEXT
-"""Whether tests can stand in for devices and count reads: torch 2.7's modes see a read twice, and its
-process groups cannot be written in Python."""
+"""Whether tests can stand in for devices and count reads: torch 2.7's modes see a read twice, and
+its process groups cannot be written in Python."""
 
 GLOO_ENDS = KNOWS_CONTEXT
 """Whether a process can always destroy its groups of gloo: in torch 2.7 it may wait for ever."""
