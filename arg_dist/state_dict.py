@@ -53,7 +53,7 @@ def whole_state(shard: Shard, state: State, *, to: int) -> Steps[State | None]:
     answers = yield tuple(requests.values())
     if shard.me != to:
         return None
-    whole = {**widened(state), **dict(zip(requests, answers, strict=True))}
+    whole = {**_without_scales(state), **dict(zip(requests, answers, strict=True))}
     whole |= {key: whole[key].view(()) for key in sums}
     # copies: what was received are views of one message, which torch.save refuses in two types
     return {
@@ -83,8 +83,12 @@ def cut_state(shard: Shard, whole: State) -> State:
 
 def widened(state: Mapping[str, Tensor]) -> State:
     """A copy of the dictionary with all numbers in fp32, as checkpoints have them."""
-    wide = {key: value for key, value in state.items() if key not in SCALES.values()}
-    return wide | {key: read(state, key) for key in POWERS.keys() & state.keys()}
+    wide = {key: read(state, key) for key in POWERS.keys() & state.keys()}
+    return _without_scales(state) | wide
+
+
+def _without_scales(state: Mapping[str, Any]) -> State:
+    return {key: value for key, value in state.items() if key not in SCALES.values()}
 
 
 def kept_parts(shard: Shard, state: State) -> dict[str, tuple[Tensor, Rows]]:
