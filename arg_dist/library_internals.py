@@ -12,7 +12,7 @@ import pkgutil
 import re
 import sys
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -37,6 +37,18 @@ class Library:
     def is_imported(self) -> bool:
         """Whether the job has imported it."""
         return self.package in sys.modules
+
+    @cached_property
+    def installed(self) -> str | None:
+        """The installed version; None for a build of another name."""
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return None
+
+    def is_before(self, release: str) -> bool:
+        """Whether an earlier version than this is installed; False if that is unknown."""
+        return self.installed is not None and _numbers(self.installed) < _numbers(release)
 
 
 @dataclass(frozen=True)
@@ -113,13 +125,9 @@ def check_versions() -> None:
 
 @cache
 def _check_version(library: Library) -> None:
-    try:
-        installed = version(library.package)
-    except PackageNotFoundError:  # a build of another name
-        return
-    if _numbers(installed) < _numbers(library.oldest):
+    if library.is_before(library.oldest):
         raise RuntimeError(
-            f"{library.name} {installed} is installed, and arg_dist needs at least "
+            f"{library.name} {library.installed} is installed, and arg_dist needs at least "
             f"{library.oldest}: pip install '{library.package}>={library.oldest}'"
         )
 

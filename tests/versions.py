@@ -55,7 +55,13 @@ OTHERS = (
     "test_packaging* test_launches* test_kernels* test_readme* test_troubleshooting* test_layers*"
 )
 """Unit tests of what is not in the wheel, or of the pinned versions alone."""
-REASON = re.compile(r"^(?:\[rank0\]: |E +)*(\w*(?:Error|Exception): .{0,160})", re.MULTILINE)
+REFUSALS = (
+    "is a DTensor on a mesh of CPUs",
+    "There are currently no available devices found",
+    "Cannot use ReduceOp.AVG with Gloo",
+)
+"""Errors of ours, of accelerate and of torch, that come before the first step."""
+REASON = re.compile(r"^(?:\[rank\d\]: |E +)*(\w*(?:Error|Exception): .{0,210})", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -302,8 +308,9 @@ needed. Each row is an environment of its own, made by `python -m tests.versions
 unit and lockstep tests run, and twenty steps under each engine on two processes, whose losses must
 be those of one process. CPUs only.
 
-torch 2.7 and 2.8 add up FSDP2's gradients over gloo, on CPUs, where they should average them, with
-any optimizer; for HSDP they ask gloo for an average, which it refuses. NCCL averages (by reading).
+*refused*: an error before the first step, which says why. torch 2.7 and 2.8 add up FSDP2's
+gradients over gloo, on CPUs, where they should average them, with any optimizer; NCCL averages (by
+reading).
 """
 
 
@@ -336,7 +343,9 @@ def page(found: Mapping[str, Any]) -> str:
 
 def mark(told: str | None) -> str:
     """A cell of the table."""
-    return {"yes": "yes", None: "-"}.get(told, "no")
+    if told is None or told == "yes":
+        return told or "-"
+    return "refused" if any(error in told for error in REFUSALS) else "no"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from arg_dist.library_internals import TORCH
 from arg_dist.sharding.fragment import Adapter, Fragment, Holding, ParameterGroup
 from arg_dist.sharding.shard import local_part
 from arg_dist.subspace.distributed import Interval, row_count
@@ -36,11 +37,13 @@ class ShardedTensorAdapter(Adapter):
         """Returns this process's rows (or columns) of each parameter that trains, or rests.
 
         Raises:
-            RuntimeError: a parameter is sharded in an unsupported way.
+            RuntimeError: a parameter is sharded in an unsupported way, or torch adds up gradients
+                that should be averaged.
         """
         held = [(n, t) for n, t in zip(group.names, group.targets, strict=True) if group.holds(t)]
         for name, target in held:
             _check_placed(name, target)
+            _check_averaged(name, target)
         meshes = {getattr(target, "device_mesh", None) for _, target in held}
         cuts = [cut for _, target in held if (cut := _cut_of(target)) is not None]
         own = _processes_of([target for _, target in held])
@@ -145,6 +148,27 @@ def _check_placed(name: str, target: Any) -> None:
             f"{name}: its placements are {_placements(target)}, so that no process has its "
             "values (Partial); give the parameter Shard or Replicate placements"
         )
+
+
+def _check_averaged(name: str, target: Any) -> None:
+    """Check that torch averages the gradients of a parameter over its mesh.
+
+    Raises:
+        RuntimeError: it adds them up: FSDP2 over gloo did before torch 2.9.
+    """
+    if not _placements(target) or not TORCH.is_before("2.9"):
+        return
+    mesh = target.device_mesh
+    if any(mesh.size(i) > 1 and _is_gloo(mesh.get_group(i)) for i in range(mesh.ndim)):
+        raise RuntimeError(
+            f"{name}: is a DTensor on a mesh of CPUs (gloo), where torch {TORCH.installed} adds up "
+            "FSDP2's gradients instead of averaging them: pip install 'torch>=2.9', or train on "
+            "GPUs (NCCL)"
+        )
+
+
+def _is_gloo(group: dist.ProcessGroup) -> bool:
+    return str(dist.get_backend(group)) == "gloo"
 
 
 def _placements(target: Any) -> tuple[Any, ...]:

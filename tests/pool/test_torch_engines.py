@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import arg_dist
 from arg_dist.engines.fsdp2 import column_shards
+from arg_dist.library_internals import TORCH
 from arg_dist.telemetry import ADAMW_BYTES_PER_ELEMENT, sample_optimizer
 from tests.launch import models, torch_engines, training
 from tests.launch.cases import MOMENTUM
@@ -195,3 +197,21 @@ def test_wide_matrices_cut_by_columns_send_nothing_between_refreshes(pool):
     agreement = 40  # two norms and three integers: whether to go on, which every step asks
     assert pool.run(sent_between_refreshes, 2, "columns") == [agreement] * 2
     assert all(sent > agreement for sent in pool.run(sent_between_refreshes, 2, "rows"))
+
+
+def step_where_torch_adds_up(group: dist.ProcessGroup) -> str:
+    model = torch.nn.Linear(6, 4)
+    fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    optimizer = arg_dist.AdaRankGrad(model.parameters())
+    model(torch.ones(2, 6)).sum().backward()
+    with (
+        mock.patch.dict(TORCH.__dict__, installed="2.8.0+cpu"),
+        pytest.raises(RuntimeError) as told,
+    ):
+        optimizer.step()
+    return str(told.value)
+
+
+def test_an_old_torch_that_adds_up_gradients_over_gloo_is_refused(pool):
+    for message in pool.run(step_where_torch_adds_up, 2):
+        assert ": is a DTensor on a mesh of CPUs (gloo), where torch 2.8.0+cpu" in message
