@@ -1,7 +1,8 @@
 """The process of one run: ``python -m benchmarks.compare.child TRIAL.json RESULT.json``.
 
-TRIAL.json has the keys ``kind``, ``job``, ``method``, ``lr``, ``rest_lr``, ``seed``, ``data`` and
-``parent`` (id of the process that waits for the result; this process exits when it does).
+TRIAL.json has the keys ``kind``, ``job``, ``method``, ``lr``, ``rest_lr``, ``seed``, ``data``,
+``kept`` (file from which an interrupted run goes on) and ``parent`` (id of the process that waits
+for the result; this process exits when it does).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def main(trial_path: str, result_path: str) -> int:
     torch.set_num_threads(1)
     began = time.perf_counter()
     results = run(trial)
-    results |= {"total_seconds": time.perf_counter() - began, "hardware": hardware()}
+    seconds = results.pop("earlier_seconds", 0.0) + time.perf_counter() - began
+    results |= {"total_seconds": seconds, "hardware": hardware()}
     write_json(Path(result_path), results)
     return 0
 
@@ -45,7 +47,8 @@ def run(trial: dict[str, Any]) -> dict[str, Any]:
     if trial["kind"] == "pretrain":
         job = PretrainingJob(**trial["job"])
         tokens = Path(trial["data"])
-        return pretrain(job, method, **own, tokens=tokens, show=show)
+        kept = Path(trial["kept"])
+        return pretrain(job, method, **own, tokens=tokens, show=show, kept=kept)
     from benchmarks.compare.finetuning import finetune  # transformers' Trainer is slow to import
     from benchmarks.compare.finetuning_setup import FinetuningJob
 

@@ -4,7 +4,8 @@ python -m benchmarks.compare pretrain --model pico --steps 400 --seeds 0 1 2 --j
 python -m benchmarks.compare finetune --model DIR --train FILE --eval FILE --jobs 2 --out DIR
 python -m benchmarks.compare report DIR
 
-Finished runs are not repeated: the same command resumes an interrupted comparison.
+Finished runs are not repeated, and pre-training goes on from its last evaluation: the same command
+resumes an interrupted comparison.
 """
 
 from __future__ import annotations

@@ -76,6 +76,37 @@ class Measurements:
         self._ranks: RankHistory = {}
         self._refreshes: dict[str, int] = {}
         self._mean_ranks: list[float] = []
+        self._progress: list[dict[str, Any]] = []
+
+    def so_far(self) -> dict[str, Any]:
+        """All of it, for :meth:`go_on_from` in another process."""
+        return {
+            "clock": self.clock,
+            "peaks": (self._count.peak, self._count.peak_all),
+            "ranks": self._ranks,
+            "refreshes": self._refreshes,
+            "mean_ranks": self._mean_ranks,
+            "progress": self._progress,
+        }
+
+    def go_on_from(self, earlier: dict[str, Any]) -> None:
+        """Go on from what :meth:`so_far` gave in another process."""
+        self.clock = earlier["clock"]
+        self._count.peak, self._count.peak_all = earlier["peaks"]
+        self._ranks, self._refreshes = earlier["ranks"], earlier["refreshes"]
+        self._mean_ranks, self._progress = earlier["mean_ranks"], earlier["progress"]
+
+    def at_evaluation(self, step: int) -> None:
+        """Note what `step` has come to: seconds of training, state, rank."""
+        self._progress.append(
+            {
+                "step": step,
+                "seconds": sum(self.clock.step_cpu),
+                "optimizer_seconds": sum(self.clock.optimizer),
+                "state": self._count.now.logical,
+                "rank": self._mean_ranks[-1] if self._mean_ranks else None,
+            }
+        )
 
     def after_step(self, step: int) -> None:
         """Sample the optimizers after `step`, counted from 1."""
@@ -107,6 +138,7 @@ class Measurements:
             "mean_rank": fmean(ranks) if ranks else None,
             "final_rank": ranks[-1] if ranks else None,
             "flap": flap(self._ranks, steps),
+            "progress": self._progress,
         }
 
 

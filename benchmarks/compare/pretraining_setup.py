@@ -47,6 +47,8 @@ TASK_OPTIONS: list[tuple[str, dict[str, Any]]] = [
         "of --steps)"}),
     ("--eval-sequences", {"type": at_least(1), "default": 128, "help": "held-out sequences per "
         "evaluation (default: 128)"}),
+    ("--dtype", {"choices": ("fp32", "bf16"), "default": "fp32", "help": "of the model's products, "
+        "by autocast (default: fp32)"}),
     ("--device", {"help": "torch device (default: a GPU if available, else cpu)"}),
 ]  # fmt: skip
 
@@ -82,6 +84,7 @@ def prepare_pretraining(options: argparse.Namespace, records: Records) -> Task:
         eval_every=options.eval_every or max(1, options.steps // 8),
         eval_sequences=options.eval_sequences,
         device=options.device or _default_device(),
+        dtype=options.dtype,
     )
     identity = {
         "kind": "pretrain",

@@ -127,7 +127,7 @@ class Sweep:
         folder = self.records.directory / "runs"
         folder.mkdir(exist_ok=True)
         log, result = folder / f"{trial.label}.log", folder / f"{trial.label}.result.json"
-        task = folder / f"{trial.label}.trial.json"
+        task, kept = folder / f"{trial.label}.trial.json", folder / f"{trial.label}.kept"
         method = next(method for method in self.methods if method.name == trial.method)
         task.write_text(
             json.dumps(
@@ -139,6 +139,7 @@ class Sweep:
                     "rest_lr": trial.rest_lr,
                     "seed": trial.seed,
                     "data": self.task.data,
+                    "kept": str(kept),
                     "parent": os.getpid(),
                 }
             )
@@ -148,7 +149,9 @@ class Sweep:
         with open(log, "wb") as output:
             code = self._wait_for(command, output.fileno())
         try:
-            return dict(json.loads(result.read_text()))
+            results = dict(json.loads(result.read_text()))
+            kept.unlink(missing_ok=True)
+            return results
         except FileNotFoundError:
             return {"status": "failed", "final": None, "error": _failure(log, code)}
         finally:

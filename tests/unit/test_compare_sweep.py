@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -361,6 +362,47 @@ def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
     assert len(adamw) == 2 and len({line.split()[3] for line in adamw}) == 2
     assert losses("recommended", 0) == losses("apollo", 0) == adamw
     assert losses("adamw", 1) != adamw
+
+
+@pytest.mark.parametrize("name", ["recommended", "galore", "muon"])
+def test_a_run_that_was_interrupted_goes_on_to_the_bit(name, tmp_path):
+    import numpy as np
+
+    from benchmarks.compare.pretraining import PretrainingJob, pretrain
+
+    for part, seed in (("training", 1), ("held_out", 2)):
+        numbers = np.random.default_rng(seed).integers(0, 258, 4000).astype(np.uint16)
+        np.save(tmp_path / f"{part}.npy", numbers)
+    job = PretrainingJob(
+        model="pico", vocab_size=258, steps=6, batch_size=2, micro_batch=2, seq_len=16, warmup=1,
+        min_lr_ratio=0.1, clip=1.0, weight_decay=0.0, eval_every=2, eval_sequences=3, device="cpu",
+        dtype="bf16",
+    )  # fmt: skip
+    (method,) = choose([name], peer_rank=4)
+
+    def run(show=print, **more) -> dict:
+        rates = {"lr": 1e-3, "rest_lr": 2e-3, "seed": 0}
+        return pretrain(job, method, **rates, tokens=tmp_path, show=show, **more)
+
+    def stop(line: str) -> None:
+        if line.startswith("step 6"):
+            raise KeyboardInterrupt
+
+    whole, kept = run(), tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt):
+        run(stop, kept=kept)
+    said: list[str] = []
+    again = run(said.append, kept=kept)
+    assert len(said) == 1
+    assert [again[key] for key in ("curve", "state", "ranks")] == [
+        whole[key] for key in ("curve", "state", "ranks")
+    ]
+    assert [point["step"] for point in again["progress"]] == [2, 4, 6]
+    run(said.append, kept=kept)
+    method = replace(method, settings=method.settings | {"rest_betas": (0.5, 0.5)})
+    if name != "recommended":
+        run(said.append, kept=kept)
+        assert len(said) == 5  # a run of another method begins anew
 
 
 def test_a_run_that_diverges_says_at_which_step(tmp_path):
