@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,14 @@ Show = Callable[[str], None]
 
 
 def finetune(
-    job: FinetuningJob, method: Method, *, lr: float, rest_lr: float, seed: int, show: Show
+    job: FinetuningJob,
+    method: Method,
+    *,
+    lr: float,
+    rest_lr: float,
+    seed: int,
+    show: Show,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Fine-tune with the Trainer.
 
@@ -39,6 +46,7 @@ def finetune(
         rest_lr: that of all other parameters.
         seed: seeds the new head, dropout and the order of batches.
         show: called with one line at each evaluation.
+        callbacks: of the Trainer, beside its own.
 
     Returns:
         The results as JSON; ``status`` is ``finished`` or ``diverged``.
@@ -68,7 +76,8 @@ def finetune(
         )
         (optimizer,) = training.optimizers
         trainer = trainer_of(task, args, training.model, optimizers=(optimizer, None))
-        trainer.add_callback(watching)
+        for callback in (watching, *callbacks):
+            trainer.add_callback(callback)
         try:
             trainer.train()
             if not watching.curve or watching.curve[-1][0] != watching.step:

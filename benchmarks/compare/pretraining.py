@@ -120,6 +120,7 @@ def pretrain(
     tokens: Path,
     show: Show,
     kept: Path | None = None,
+    watch: Callable[[int, nn.Module], None] | None = None,
 ) -> dict[str, Any]:
     """Pre-train; initial weights and batches depend on `seed` alone.
 
@@ -133,6 +134,7 @@ def pretrain(
         show: called with one line at each evaluation.
         kept: file that holds the run after each evaluation, from which an interrupted one goes on;
             None: nothing is kept.
+        watch: called with the step and the model before the first step and at each evaluation.
 
     Returns:
         The results as JSON; ``status`` is ``finished`` or ``diverged``.
@@ -149,6 +151,8 @@ def pretrain(
     run = {"job": asdict(job), "method": method.definition(), "rates": (lr, rest_lr), "seed": seed}
     if kept is not None:
         progress.resume(kept, run)
+    if watch is not None and not progress.done:
+        watch(0, model)
     status, why = "finished", None
     try:
         for step in range(progress.done + 1, job.steps + 1):
@@ -160,6 +164,8 @@ def pretrain(
                 progress.curve.append((step, job.tokens(step), held_out))
                 progress.measured.at_evaluation(step)
                 show(f"step {step}: loss {loss:.4f}, held-out loss {held_out:.4f}")
+                if watch is not None:
+                    watch(step, model)
                 if kept is not None and step < job.steps:
                     progress.keep(kept, run)
     except Diverged as error:
