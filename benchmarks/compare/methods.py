@@ -254,11 +254,12 @@ def _own_code() -> str:
     files = [file for folder in folders for file in folder.glob("*.py")]
     whole = hashlib.sha256()
     for file in sorted(files):
-        whole.update(ast.dump(_without_docstrings(ast.parse(file.read_text()))).encode())
+        whole.update(ast.dump(without_docstrings(ast.parse(file.read_text()))).encode())
     return whole.hexdigest()[:12]
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    """A module without its docstrings, which is changed in place."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
