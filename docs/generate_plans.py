@@ -1,4 +1,4 @@
-"""Writes the generated regions of docs/planning-memory.md: a plan, and which engines fit on a GPU.
+"""Writes the generated regions of docs/planning-memory.md and README.md: a plan, and what fits.
 
 python docs/generate_plans.py            rewrites the regions
 python docs/generate_plans.py --check    exits 1 if they are stale
@@ -11,20 +11,24 @@ import io
 import json
 import re
 import sys
-from functools import cache
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
 from rich.console import Console
 
-from arg_dist.config import AdaRankGradConfig
-from arg_dist.planning.choices import ENGINES
-from arg_dist.planning.figures import make_plan
+from arg_dist.config import AdaRankGradConfig, parse_config
+from arg_dist.planning.choices import AGAINST, ENGINES
+from arg_dist.planning.figures import Plan, make_plan
 from arg_dist.planning.model import Model, load_model
 from arg_dist.planning.table import print_plan
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 PAGE = Path(__file__).with_name("planning-memory.md")
 SETTINGS = AdaRankGradConfig()
 BUCKET: int = json.loads((ROOT / "ds_configs/zero3_bf16.json").read_text())["zero_optimization"][
@@ -38,32 +42,27 @@ SHARE = 0.75
 """Of a GPU's memory that the plan may take; the rest is for what it leaves out."""
 PROCESSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 OPTIMIZERS = ("AdaRankGrad", "AdamW")
+CARDS = (24, 48, 80, 141)
+"""Gigabytes of a card in the table of optimizers."""
+FEW_BITS = {"state_dtype": "int8", "full_rank_state": "int8"}
+SKETCH = {"gradient_sync": "sketch", "gradient_budget": "256MiB"}
+WAYS: dict[str, dict[str, Any]] = {
+    "AdaRankGrad": {},
+    "`residual=none` or `matched`": {"residual": "matched"},
+    '`preset="pretraining"`': {"preset": "pretraining"},
+    "int8 state": FEW_BITS,
+    "int8 state, `max_rank=256`": {**FEW_BITS, "max_rank": 256},
+    "the same, gradients projected in the backward pass": {**FEW_BITS, "max_rank": 256, **SKETCH},
+}
+"""Settings of AdaRankGrad in the table of optimizers."""
+SHOWN = ("AdamW", "AdamW, 8 bit", "Muon", "AdaRankGrad", "int8 state, `max_rank=256`")
+"""Its rows in the README."""
 
 
 @cache
 def model(name: str) -> Model:
     """The parameters of a size by name."""
     return load_model(name, SETTINGS)
-
-
-def peaks(name: str, engine: str, dtype: str) -> dict[str, list[int]]:
-    """Peak of the fullest process for each number of processes, by optimizer.
-
-    Stops where both fit on the smallest GPU, or where more processes hardly help.
-    """
-    found: dict[str, list[int]] = {optimizer: [] for optimizer in OPTIMIZERS}
-    smallest = SHARE * 1e9 * min(GIGABYTES)
-    for processes in PROCESSES:
-        plan = make_plan(
-            model(name), SETTINGS, engine=engine, processes=processes, dtype=dtype,
-            reduce_bucket=BUCKET,
-        )  # fmt: skip
-        for optimizer, peak in found.items():
-            peak.append(int(plan.figures[optimizer].peak.max()))
-        shrinks = any(len(p) < 2 or p[-1] < 0.97 * p[-2] for p in found.values())
-        if max(peak[-1] for peak in found.values()) <= smallest or not shrinks:
-            break
-    return found
 
 
 def example() -> str:
@@ -83,20 +82,49 @@ def table() -> str:
     ]
     for name in MODELS:
         for engine, dtype in CASES:
-            found = peaks(name, engine, dtype)
+            peaks = [partial(_peak, name, engine, each, dtype) for each in OPTIMIZERS]
             cells = [
-                " / ".join(_fewest(found[optimizer], size) for optimizer in OPTIMIZERS)
-                for size in GIGABYTES
+                " / ".join(_fewest(peak, size, PROCESSES) for peak in peaks) for size in GIGABYTES
             ]
             rows.append([name, ENGINES[engine], dtype, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _fewest(peaks: list[int], gigabytes: int) -> str:
-    fitting = (
-        n for n, peak in zip(PROCESSES, peaks, strict=False) if peak <= SHARE * 1e9 * gigabytes
-    )
-    return str(next(fitting, "-"))
+def optimizers(dtype: str, shown: tuple[str, ...] = (*AGAINST.values(), *WAYS)) -> str:
+    """Fewest cards on which each optimizer trains each model, under FSDP2."""
+    rows = [
+        ["", *(f"{name}: {' / '.join(map(str, CARDS))} GB" for name in MODELS)],
+        ["---"] + ["---:"] * len(MODELS),
+    ]
+    for title in shown:
+        alone = "gradient_budget" in WAYS.get(title, {}) or title == AGAINST["galore"]
+        counts = [1] if alone else [n for n in PROCESSES if n <= 64]
+        engine = "none" if alone else "fsdp2"
+        peaks = [partial(_peak, name, engine, title, dtype) for name in MODELS]
+        cells = [[_fewest(peak, size, counts) for size in CARDS] for peak in peaks]
+        rows.append([title, *(" / ".join(each) for each in cells)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _fewest(peak: Callable[[int], int], gigabytes: int, counts: Sequence[int]) -> str:
+    """Fewest processes with which a plan fits on a GPU; "-" if with none of `counts`."""
+    limit = SHARE * 1e9 * gigabytes
+    first = bisect_left(counts, True, key=lambda n: peak(n) <= limit)
+    return str(counts[first]) if first < len(counts) else "-"
+
+
+def _peak(name: str, engine: str, title: str, dtype: str, processes: int) -> int:
+    """Peak of the fullest process, with an optimizer or our settings."""
+    plan = _plan(name, engine, title if title in WAYS else "AdaRankGrad", dtype, processes)
+    return int(plan.figures["AdaRankGrad" if title in WAYS else title].peak.max())
+
+
+@cache
+def _plan(name: str, engine: str, way: str, dtype: str, processes: int) -> Plan:
+    return make_plan(
+        model(name), parse_config(WAYS[way]), engine=engine, processes=processes, dtype=dtype,
+        reduce_bucket=BUCKET, against=() if WAYS[way] else tuple(AGAINST),
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -104,18 +132,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit 1 if a region is stale")
     check = parser.parse_args().check
-    before = after = PAGE.read_text()
-    for name, text in (("example", example()), ("table", table())):
+    regions = {
+        PAGE: {
+            "example": example, "table": table, "fp32": partial(optimizers, "fp32"),
+            "bf16": partial(optimizers, "bf16"),
+        },
+        README: {"memory": partial(optimizers, "fp32", SHOWN)},
+    }  # fmt: skip
+    stale = [page.name for page, texts in regions.items() if _rewrite(page, texts, check=check)]
+    if check and stale:
+        print(f"stale: {', '.join(stale)}: run python docs/generate_plans.py", file=sys.stderr)
+    return int(check and bool(stale))
+
+
+def _rewrite(page: Path, texts: Mapping[str, Callable[[], str]], *, check: bool) -> bool:
+    """Writes the regions of a page, or only looks; whether they were stale."""
+    before = after = page.read_text()
+    for name, text in texts.items():
         region = re.compile(f"(<!-- {name}: generated .*-->\n).*?(<!-- {name}: end -->)", re.DOTALL)
-        after, count = region.subn(lambda found, t=text: f"{found[1]}\n{t}\n\n{found[2]}", after)
+        now = text()
+        after, count = region.subn(lambda found, t=now: f"{found[1]}\n{t}\n\n{found[2]}", after)
         if count != 1:
-            raise SystemExit(f"{PAGE.name}: {count} regions '{name}'; one is needed")
-    if check and after != before:
-        print(f"{PAGE.name} is stale: run python docs/generate_plans.py", file=sys.stderr)
-        return 1
+            raise SystemExit(f"{page.name}: {count} regions '{name}'; one is needed")
     if not check:
-        PAGE.write_text(after)
-    return 0
+        page.write_text(after)
+    return after != before
 
 
 if __name__ == "__main__":

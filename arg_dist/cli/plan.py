@@ -9,7 +9,7 @@ from typing import Any
 
 from arg_dist.cli.parsing import InputError, at_least, parse_overrides
 from arg_dist.config import AdaRankGradConfig, parse_config
-from arg_dist.planning.choices import BUCKET, DTYPES, ENGINES, VOCABULARY
+from arg_dist.planning.choices import AGAINST, BUCKET, DTYPES, ENGINES, VOCABULARY
 from arg_dist.planning.llama import LLAMA_SIZES
 
 
@@ -39,6 +39,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--reduce-bucket-size", type=at_least(1), default=BUCKET, metavar="ELEMENTS",
         help="reduce_bucket_size in DeepSpeed's JSON (default: 500000000, as in "
         "DeepSpeed)")  # fmt: skip
+    add("--against", nargs="*", choices=AGAINST, default=["adamw", "galore"], metavar="NAME",
+        help=f"optimizers to compare with: {', '.join(AGAINST)} (default: adamw "
+        "galore)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="also write all figures to this file")
 
 
@@ -71,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
         mesh=mesh,
         dtype=options.dtype,
         reduce_bucket=options.reduce_bucket_size,
+        against=options.against,
     )
     if options.json is not None:
         try:

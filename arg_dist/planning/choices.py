@@ -10,6 +10,8 @@ ENGINES: dict[str, str] = {
     "fsdp2": "FSDP2",
 }
 """Display names of engines, by the value of ``--engine``."""
+AGAINST = {"adamw": "AdamW", "adamw-8bit": "AdamW, 8 bit", "muon": "Muon", "galore": "GaLore"}
+"""Display names of the optimizers to compare with, by the values of ``--against``."""
 DTYPES = {"fp32": 4, "bf16": 2}
 """Bytes per element of the weights used in forward and backward."""
 BUCKET = 500_000_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,14 +15,7 @@ from arg_dist.planning.cuts import Layout, lay_out
 from arg_dist.planning.engines import Held, Sent, engine_sent, held
 from arg_dist.planning.meshes import Mesh
 from arg_dist.planning.model import Model
-from arg_dist.planning.peers import (
-    adamw_state,
-    adamw_temporaries,
-    galore_moments,
-    galore_projector,
-    galore_temporaries,
-    runs_galore,
-)
+from arg_dist.planning.peers import PEERS, Peer
 from arg_dist.planning.rows import Counts
 from arg_dist.planning.shares import budget_sent, planned_ranks
 from arg_dist.planning.temporaries import temporaries
@@ -140,8 +133,8 @@ class Plan:
         copies: number of copies of the model, each sharded over its share of the processes.
         mesh: the processes under tensor parallelism; None without it.
         ranks: rank assumed for each matrix, by name.
-        figures: figures by optimizer; GaLore's are for one process where the engine rules it out.
-        galore_runs: whether GaLore runs under the engine.
+        figures: figures by optimizer: ours, and that of each of `peers` by its title.
+        peers: the optimizers it is compared with.
     """
 
     model: Model
@@ -152,8 +145,13 @@ class Plan:
     copies: int
     ranks: Mapping[str, int]
     figures: Mapping[str, Figures] = field(default_factory=dict)
-    galore_runs: bool = True
+    peers: Sequence[Peer] = ()
     mesh: Mesh | None = None
+
+    @property
+    def apart(self) -> list[Peer]:
+        """The peers that the engine rules out, whose figures are for one process without it."""
+        return [peer for peer in self.peers if not peer.runs_under(self.engine)]
 
     def as_json(self) -> dict[str, Any]:
         """The whole plan as JSON."""
@@ -167,7 +165,7 @@ class Plan:
             "dtype": self.dtype,
             "settings": self.settings.model_dump(mode="json"),
             "ranks": dict(self.ranks),
-            "galore_runs": self.galore_runs,
+            "for_one_process": [peer.title for peer in self.apart],
             "bytes_per_process": {name: each.as_json() for name, each in self.figures.items()},
         }
 
@@ -182,6 +180,7 @@ def make_plan(
     mesh: Mesh | None = None,
     dtype: str = "fp32",
     reduce_bucket: int = BUCKET,
+    against: Sequence[str] = ("adamw", "galore"),
 ) -> Plan:
     """Compute the memory and traffic of a run.
 
@@ -197,6 +196,7 @@ def make_plan(
             one of tensor parallelism, the optimizer's processes are all of them.
         dtype: data type of the weights used in forward and backward, one of ``DTYPES``.
         reduce_bucket: DeepSpeed's `reduce_bucket_size`, in elements.
+        against: the optimizers to compare with, of :data:`~arg_dist.planning.peers.PEERS`.
 
     Raises:
         ConfigError: the engine is unknown, or is ``none`` with several processes; there cannot be
@@ -219,16 +219,17 @@ def make_plan(
     sent = engine_sent(layout, dtype)
     own = engine_sent(layout, dtype, averages=not has_terms).first(together.processes)
     ours = _ours(together, calls, ranks, held(together, dtype, reduce_bucket), own, settings)
-    figures = {
-        "AdaRankGrad": ours.in_copies(processes // together.processes),
-        "AdamW": _adamw(layout, holds, sent),
-    }
-    runs = runs_galore(engine)
-    if not runs:
-        layout = lay_out(model, "none", 1)
-        holds, sent = held(layout, dtype, reduce_bucket), engine_sent(layout, dtype)
-    figures["GaLore"] = _galore(layout, holds, sent, settings)
-    return Plan(model, engine, processes, dtype, settings, copies, ranks, figures, runs, mesh)
+    figures = {"AdaRankGrad": ours.in_copies(processes // together.processes)}
+    peers = [PEERS[name] for name in against]
+    for peer in peers:
+        if peer.runs_under(engine):
+            figures[peer.title] = _of_peer(peer, layout, holds, sent, settings)
+        else:
+            alone = lay_out(model, "none", 1)
+            figures[peer.title] = _of_peer(
+                peer, alone, held(alone, dtype), engine_sent(alone, dtype), settings
+            )
+    return Plan(model, engine, processes, dtype, settings, copies, ranks, figures, peers, mesh)
 
 
 def _ours(
@@ -349,34 +350,13 @@ def _collectives(
     return steady, refreshing
 
 
-def _adamw(layout: Layout, holds: Held, engine: Sent) -> Figures:
-    nothing = np.zeros(layout.processes, np.int64)
-    whole = {"zero1": layout.part, "zero2": layout.part}.get(layout.engine)
-    largest = whole or max(sum(layout.chunk(p) for p in call) for call in layout.calls)
-    if layout.replicated:
-        largest = int(holds.trained.max())
-    passing = adamw_temporaries(holds, largest)
-    kept = _kept(holds, nothing, nothing, adamw_state(holds))
+def _of_peer(
+    peer: Peer, layout: Layout, holds: Held, engine: Sent, settings: AdaRankGradConfig
+) -> Figures:
+    memory, nothing = peer.memory(layout, holds, settings), np.zeros(layout.processes, np.int64)
+    kept = _kept(holds, memory.moments, memory.projectors, memory.full_rank)
     silent = Sent(nothing, nothing)
-    return Figures(kept, passing, passing, engine, silent, silent)
-
-
-def _galore(layout: Layout, holds: Held, engine: Sent, settings: AdaRankGradConfig) -> Figures:
-    nothing, size = np.zeros(layout.processes, np.int64), holds.trained_bytes
-    parameters = [parameter for call in layout.calls for parameter in call]
-    views = [view for parameter in parameters for view in parameter.views]
-    rest = [parameter.numel for parameter in parameters if not parameter.views]
-    ranks = [settings.rank_bounds(view.short)[1] for view in views]
-    pairs = list(zip(views, ranks, strict=True))
-    kept = _kept(
-        holds,
-        nothing + sum(galore_moments(view, rank, size) for view, rank in pairs),
-        nothing + sum(galore_projector(view, rank, size) for view, rank in pairs),
-        nothing + 2 * size * sum(rest),
-    )
-    step, refresh = galore_temporaries(views, rest, size)
-    silent = Sent(nothing, nothing)
-    return Figures(kept, nothing + step, nothing + refresh, engine, silent, silent)
+    return Figures(kept, memory.step, memory.refresh, engine, silent, silent)
 
 
 def _kept(holds: Held, moments: Counts, projectors: Counts, full_rank: Counts) -> dict[str, Counts]:

@@ -39,9 +39,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     table = Table(title=title(plan), title_justify="left", box=box.ROUNDED)
     table.add_column("")
     columns = {name: figures.arrays() for name, figures in plan.figures.items()}
+    apart = {peer.title for peer in plan.apart}
     for name in columns:
-        apart = name == "GaLore" and not plan.galore_runs
-        table.add_column(f"{name} (*)" if apart else name, justify="right")
+        table.add_column(f"{name} (*)" if name in apart else name, justify="right")
     for key, row in ROWS.items():
         if plan.copies == 1 and "between_copies" in key:
             continue
@@ -102,14 +102,15 @@ def notes(plan: Plan) -> list[str]:
             f"{ENGINES[plan.engine]} updates the {plan.dtype} weights directly; for mixed "
             "precision with fp32 weights, pass --dtype fp32."
         )
-    rank = plan.settings.max_rank
-    galore = f"GaLore: galore-torch 1.0 at rank {rank}"
-    if not plan.galore_runs:
-        galore = (
-            f"(*) GaLore does not run under {ENGINES[plan.engine]}, where no process has whole "
-            f"gradients; its figures are for one process without an engine. {galore}"
-        )
-    return [*found, f"{galore}; its temporaries are lower bounds."]
+    found += [
+        f"(*) {peer.title} does not run under {ENGINES[plan.engine]}, where no process has whole "
+        "gradients; its figures are for one process without an engine."
+        for peer in plan.apart
+    ]
+    noted = [f"{peer.title}: {peer.note}" for peer in plan.peers if peer.note]
+    if any(not peer.shards for peer in plan.peers):
+        noted.append(f"GaLore's rank is {plan.settings.max_rank}")
+    return [*found, *([f"{'; '.join(noted)}."] if noted else [])]
 
 
 def _ranks(plan: Plan) -> str:

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from lockstep_steps import heard, step_of
 from matrices import gaussian
 
+import arg_dist
 from arg_dist.algorithm import StepFacts
 from arg_dist.cli.main import main
 from arg_dist.config import ConfigError, parse_config
-from arg_dist.planning.choices import ENGINES
+from arg_dist.planning.choices import AGAINST, DTYPES, ENGINES
 from arg_dist.planning.cuts import lay_out
 from arg_dist.planning.figures import Plan, make_plan
+from arg_dist.planning.llama import model_config
 from arg_dist.planning.meshes import Mesh, boxes_on, parse_mesh
 from arg_dist.planning.model import Model, describe, load_model
 from arg_dist.planning.rows import Spans, sent
@@ -303,8 +305,62 @@ def test_galore_keeps_what_was_counted_in_a_run():
     kept = galore["low_rank_moments"].sum() + galore["projectors"].sum()
     assert round(100 * kept / (8 * matrices), 1) == 54.2
     assert adamw["full_rank_state"].sum() == 8 * model.elements
-    assert made.galore_runs
-    assert not plan("zero2", 2).galore_runs
+    assert not made.apart
+    assert [peer.title for peer in plan("zero2", 2).apart] == ["GaLore"]
+
+
+def adamw(parameters: list[Any], matrices: list[Any]) -> int:
+    return bytes_of_a_step(torch.optim.AdamW(parameters))
+
+
+def muon(parameters: list[Any], matrices: list[Any]) -> int:
+    apart = {id(matrix) for matrix in matrices}
+    rest = [parameter for parameter in parameters if id(parameter) not in apart]
+    return sum(map(bytes_of_a_step, [torch.optim.Muon(matrices), torch.optim.AdamW(rest)]))
+
+
+def adamw_8bit(parameters: list[Any], matrices: list[Any]) -> int:
+    optimizer = pytest.importorskip("torchao.optim").AdamW8bit(parameters)
+    found = 0
+    for parameter in parameters:
+        for is_signed in (True, False):
+            kept = optimizer._new_buffer(parameter, is_signed)  # a step would compile
+            names = getattr(kept, "tensor_attrs", None)
+            parts = [kept] if names is None else [getattr(kept, name) for name in names]
+            found += sum(part.numel() * part.element_size() for part in parts)
+    return found
+
+
+def bytes_of_a_step(optimizer: torch.optim.Optimizer) -> int:
+    """Of the state after a step, without the number of steps."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = (value for each in optimizer.state.values() for value in each.values())
+    return sum(each.numel() * each.element_size() for each in states if each.ndim)
+
+
+@pytest.mark.parametrize("kept", [adamw, muon, adamw_8bit])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_other_optimizers_keep_as_much_as_planned(kept: Any, dtype: str):
+    from launchers.pretraining.models import build_model
+
+    config = model_config("pico", vocab_size=258, length=64)
+    model = build_model("pico", config, seed=0, deepspeed_config={})
+    model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    name = kept.__name__.replace("_", "-")
+    planned = make_plan(
+        load_model("pico", parse_config({}), vocab_size=258), parse_config({}), engine="none",
+        processes=1, dtype=dtype, against=[name],
+    ).figures[AGAINST[name]]  # fmt: skip
+    low_rank = [
+        parameter
+        for group in arg_dist.param_groups(model)
+        if group.get("low_rank", True)
+        for parameter in group["params"]
+    ]
+    assert planned.state.tolist() == [kept(list(model.parameters()), low_rank)]
 
 
 def test_thousands_of_processes_are_reckoned_by_arithmetic():
