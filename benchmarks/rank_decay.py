@@ -248,9 +248,9 @@ def _descend(
     for step in range(options.steps + 1):
         if step in moments:
             whole, found = loss(slice(None)).item(), look(matrices, [lambda: loss(slice(None))])
-            seen.append({"step": step, "loss": whole, "matrices": found})
-            if whole < ROUNDING * seen[0]["loss"]:
+            if seen and whole < ROUNDING * seen[0]["loss"]:
                 break
+            seen.append({"step": step, "loss": whole, "matrices": found})
         some: Any = slice(None)
         if batch:
             some = torch.randint(options.examples, (batch,), generator=random)
@@ -433,7 +433,7 @@ def parser() -> argparse.ArgumentParser:
     add = commands.add_parser("reversible", help="the setting of the paper's proof").add_argument
     for flag, kind_of, default, words in (
         ("--width", at_least(2), 16, "rows and columns of each matrix"),
-        ("--depth", at_least(1), 3, "matrices of the chain"),
+        ("--depth", at_least(2), 3, "matrices of the chain"),
         ("--spectrum", float, 1.0, "exponent of the inputs' eigenvalues"),
         ("--examples", at_least(1), 512, "in the full batch"),
         ("--batch", at_least(1), 32, "examples of a step that does not take all"),
