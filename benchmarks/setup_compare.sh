@@ -12,4 +12,4 @@ if [[ ! -x $(command -v "$python") ]]; then
     exit 2
 fi
 "$python" -m pip --quiet --quiet --disable-pip-version-check install --no-deps \
-    --constraint "$root/constraints.txt" galore-torch apollo-torch fira peft pytorch_optimizer torchao
+    --constraint "$root/constraints.txt" galore-torch apollo-torch fira peft pytorch_optimizer

@@ -320,6 +320,7 @@ def muon(parameters: list[Any], matrices: list[Any]) -> int:
 
 
 def adamw_8bit(parameters: list[Any], matrices: list[Any]) -> int:
+    """By torchao 0.18, which is not in the tests' environment: every import of it prints."""
     optimizer = pytest.importorskip("torchao.optim").AdamW8bit(parameters)
     found = 0
     for parameter in parameters:
