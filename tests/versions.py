@@ -338,7 +338,9 @@ def page(found: Mapping[str, Any]) -> str:
         if told != "yes"
     ]
     notes += [f"- `{name}`: `{each}` fails" for name, row in rows.items() for each in row["failed"]]
-    faults = ["What is refused, or does not work, and what it says:", "", *notes, ""] if notes else []
+    faults = (
+        ["What is refused, or does not work, and what it says:", "", *notes, ""] if notes else []
+    )
     return "\n".join([HEAD, table(line("", lambda name, _: f"`{name}`"), lines), "", *faults])
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Run = Mapping[str, Any]
 Ranks = Mapping[str, Sequence[Sequence[float]]]
 
-CURVES, FRONTIER, RANKS = "curves.png", "frontier.png", "ranks.png"
+CURVES, FRONTIER, RANKS, PROGRESS = "curves.png", "frontier.png", "ranks.png", "progress.png"
 
 PLACES = [(side, sign * height) for height in (7, 20, 33) for side in (1, -1) for sign in (1, -1)]
 """Where a label may lie, in order: right (1) or left (-1) of its point, and so many units above."""
@@ -34,11 +34,14 @@ def draw_all(
 
     shown = [row for row in rows if row.lr is not None]
     ranked = [row for row in shown if _has_ranks(row, runs)]
+    followed = [row for row in shown if best_runs(row, runs)[0].get("progress")]
     drawn = []
     with rc_context(STYLE):
         if shown:
             drawn.append(_save(directory / CURVES, _curves(shown, runs, measure)))
             drawn.append(_save(directory / FRONTIER, _frontier(shown, measure)))
+        if followed:
+            drawn.append(_save(directory / PROGRESS, _progress(followed, runs, measure)))
         if ranked:
             drawn.append(_save(directory / RANKS, _ranks(ranked, runs)))
     return drawn
@@ -78,6 +81,34 @@ def _curves(rows: Sequence[Row], runs: Sequence[Run], measure: Measure) -> Figur
     axes.set(title=f"{_title(measure)} (median; band: range over seeds)", xlabel="tokens")
     axes.xaxis.set_major_formatter(_tokens)
     axes.legend()
+    return figure
+
+
+def _progress(rows: Sequence[Row], runs: Sequence[Run], measure: Measure) -> Figure:
+    """Over training, of the first seed: value by CPU seconds, state and mean rank by tokens."""
+    figure = new_figure(15, 4.5)
+    by_time, state, rank = figure.subplots(1, 3)
+    late = []
+    for row, color in zip(rows, _colors(rows), strict=True):
+        run = best_runs(row, runs)[0]
+        points, values = run["progress"], [point[2] for point in run["curve"]]
+        tokens = [point[1] for point in run["curve"]]
+        style = {"color": color, "label": row.method}
+        by_time.plot([point["seconds"] for point in points], values, **style)
+        share = row.adamw_matrices / 100
+        state.plot(tokens, [point["state"] / share for point in points], **style)
+        if points[-1]["rank"] is not None:
+            rank.plot(tokens, [point["rank"] for point in points], **style)
+        late += values[len(values) // 3 :]
+    margin = 0.08 * (max(late) - min(late)) or 0.01
+    by_time.set_ylim(min(late) - margin, max(late) + margin)
+    by_time.set(title=_title(measure), xlabel="CPU seconds of training")
+    state.set(title="State of the low-rank matrices", xlabel="tokens", ylabel="% of AdamW's")
+    state.set_yscale("log")
+    rank.set(title="Mean rank", xlabel="tokens")
+    for panel in (state, rank):
+        panel.xaxis.set_major_formatter(_tokens)
+    by_time.legend()
     return figure
 
 

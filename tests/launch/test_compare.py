@@ -50,7 +50,7 @@ def check(out: Path, methods: tuple[str, ...], printed: str) -> dict[str, dict[s
         assert 0 < run["seconds"]["optimizer"] < run["seconds"]["step"]
         assert bool(run["ranks"]) == (name in OURS)
         assert name in printed and f"| {name} |" in (out / "table.md").read_text()
-    for picture in ("curves.png", "frontier.png", "ranks.png"):
+    for picture in ("curves.png", "frontier.png", "progress.png", "ranks.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     return found
 

@@ -9,7 +9,15 @@ from rich.console import Console
 from arg_dist.cli.parsing import InputError
 from benchmarks.compare.methods import Method
 from benchmarks.compare.outcome import write_outcome
-from benchmarks.compare.pictures import CURVES, FRONTIER, RANKS, label, layer_of, mean_rank_at
+from benchmarks.compare.pictures import (
+    CURVES,
+    FRONTIER,
+    PROGRESS,
+    RANKS,
+    label,
+    layer_of,
+    mean_rank_at,
+)
 from benchmarks.compare.records import Records, Trial
 from benchmarks.compare.results import Tried, rows_of
 from benchmarks.compare.tables import markdown
@@ -37,6 +45,10 @@ def results(final: float | None, *, bytes_kept: int = 250, ranks=None, mean=None
         "mean_rank": mean,
         "final_rank": mean,
         "flap": None if mean is None else 0.05,
+        "progress": [
+            {"step": step, "seconds": step / 4, "state": bytes_kept, "rank": mean}
+            for step in (20, 40)
+        ],
         "hardware": {"cpu": "a processor"},
     }
 
@@ -116,7 +128,7 @@ def test_the_files_are_written_and_the_terminal_needs_80_columns(comparison):
     assert "0.4 (edge)" in printed and "0.3 (edge)" in printed and "…" not in printed
     *told, written = printed.splitlines()
     assert max(map(len, told)) <= 80 and written.startswith("wrote to")
-    for name in (CURVES, FRONTIER, RANKS):
+    for name in (CURVES, FRONTIER, RANKS, PROGRESS):
         assert (comparison / name).read_bytes().startswith(b"\x89PNG")
     found = json.loads((comparison / "results.json").read_text())
     assert found["commands"] == ["the command"]
