@@ -1,11 +1,12 @@
 """Starts scripts by the real launchers, or forked, with a time limit and a free port."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tests.installed import deepspeed_quiet
 from tests.launch.forking import run_forked
@@ -82,6 +83,13 @@ def launch(
     words, port = [script, *map(str, arguments)], free_port()
     each = [{**everywhere, **position(index, processes, port)} for index in range(processes)]
     return run_forked(words, each, folder=ROOT, seconds=seconds)
+
+
+def seen_by_each(script: str, out: Path, *, processes: int, seconds: float) -> list[dict[str, Any]]:
+    """What each process of a script saw, by what it trained under; written to ``OUT/INDEX.json``."""
+    finished = launch(script, "--out", out, processes=processes, seconds=seconds, launcher="forked")
+    assert finished.returncode == 0, finished.stderr[-6000:]
+    return [json.loads((out / f"{index}.json").read_text()) for index in range(processes)]
 
 
 def alone(

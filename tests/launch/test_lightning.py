@@ -1,12 +1,10 @@
 """Lightning: its strategies on two processes train as one process does, save and resume."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.launching import launch
+from tests.launch.launching import seen_by_each
 from tests.tolerances import LOSSES
 
 PROCESSES = 2
@@ -18,11 +16,8 @@ pytest.importorskip("lightning", reason="lightning is not installed (extra: test
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process saw, by strategy."""
-    out: Path = tmp_path_factory.mktemp("lightning")
-    script = "tests/launch/lightning_runs.py"
-    finished = launch(script, "--out", out, processes=PROCESSES, seconds=110, launcher="forked")
-    assert finished.returncode == 0, finished.stderr[-6000:]
-    return [json.loads((out / f"{index}.json").read_text()) for index in range(PROCESSES)]
+    script, out = "tests/launch/lightning_runs.py", tmp_path_factory.mktemp("lightning")
+    return seen_by_each(script, out, processes=PROCESSES, seconds=110)
 
 
 @pytest.mark.timeout(120)

@@ -1,12 +1,10 @@
 """torchtitan: its own Trainer trains with AdaRankGrad, saves and resumes; on CPUs."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.launching import launch
+from tests.launch.launching import seen_by_each
 
 PROCESSES, STEPS, SAVED_AFTER = 2, 10, 5
 WAYS = ("fsdp2", "ddp", "tp")
@@ -17,11 +15,8 @@ pytest.importorskip("torchtitan", reason="torchtitan is not installed (extra: te
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process saw, by kind of parallelism."""
-    out: Path = tmp_path_factory.mktemp("torchtitan")
-    script = "tests/launch/torchtitan_runs.py"
-    finished = launch(script, "--out", out, processes=PROCESSES, seconds=110, launcher="forked")
-    assert finished.returncode == 0, finished.stderr[-6000:]
-    return [json.loads((out / f"{index}.json").read_text()) for index in range(PROCESSES)]
+    script, out = "tests/launch/torchtitan_runs.py", tmp_path_factory.mktemp("torchtitan")
+    return seen_by_each(script, out, processes=PROCESSES, seconds=110)
 
 
 @pytest.mark.timeout(120)
