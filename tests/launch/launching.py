@@ -86,7 +86,7 @@ def launch(
 
 
 def seen_by_each(script: str, out: Path, *, processes: int, seconds: float) -> list[dict[str, Any]]:
-    """What each process of a script saw, by what it trained under; written to ``OUT/INDEX.json``."""
+    """What each process of a script saw, which it writes to ``OUT/INDEX.json``."""
     finished = launch(script, "--out", out, processes=processes, seconds=seconds, launcher="forked")
     assert finished.returncode == 0, finished.stderr[-6000:]
     return [json.loads((out / f"{index}.json").read_text()) for index in range(processes)]
