@@ -368,7 +368,7 @@ def _draw(out: Path, runs: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib import rc_context
 
     with rc_context(STYLE):
-        figure = new_figure(4.4 * len(Ranks._fields), 3.2 * len(runs))
+        figure = new_figure(4.4 * len(Ranks._fields), 2.6 * len(runs))
         every = figure.subplots(len(runs), len(Ranks._fields), squeeze=False)
         for run, panels in zip(runs, every, strict=True):
             for panel, key in zip(panels, Ranks._fields, strict=True):
@@ -391,8 +391,8 @@ def _draw_run(panel: Axes, run: Mapping[str, Any], key: str) -> None:
     if run["kind"] == "reversible":
         panel.set_xscale("symlog")
     name = {"directions": f"directions for {ENERGY:.0%}"}.get(key, f"{key} rank")
-    panel.set(title=f"{run['kind']}, {run['name']}: {name}", xlabel="step")
-    panel.title.set_fontsize(9)
+    panel.set_title(f"{run['kind']}, {run['name']}: {name}", fontsize=9)
+    panel.set_xlabel("step")
     panel.set_ylim(bottom=0)
 
 

@@ -135,7 +135,7 @@ def main() -> int:
     regions = {
         PAGE: {
             "example": example, "table": table, "fp32": partial(optimizers, "fp32"),
-            "bf16": partial(optimizers, "bf16"),
+            "bf16": partial(optimizers, "bf16", (*SHOWN[:3], "GaLore", *SHOWN[3:])),
         },
         README: {"memory": partial(optimizers, "fp32", SHOWN)},
     }  # fmt: skip

@@ -104,7 +104,6 @@ def with_accelerate(page: Path, block: Block) -> None:
 CASES = {
     "arg_dist.initialize(": with_deepspeed,
     "fully_shard(": with_torch,
-    "DistributedDataParallel(": with_torch,
     "Trainer(": with_trainer,
     "arg_dist.prepare(": with_accelerate,
 }

@@ -68,10 +68,11 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("script", ["generate_settings.py", "generate_plans.py"])
 def test_generated_pages_are_current(script: str) -> None:
     finished = subprocess.run(
         [sys.executable, ROOT / "docs" / script, "--check"],
-        cwd=ROOT, capture_output=True, text=True, timeout=patient(100), check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=patient(220), check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr
