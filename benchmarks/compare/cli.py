@@ -124,8 +124,10 @@ def _compare(options: argparse.Namespace, kind: Kind) -> None:
         known=kind.methods,
         published=kind.published,
     )
-    rest = options.rest_lr or kind.rest_rates
-    rates = rates_of(methods, dict(options.lrs), kind.rates, rest)
+    own = {name: rates for name, rates in options.rest_lr if name}
+    shared = tuple(rate for name, rates in options.rest_lr if not name for rate in rates)
+    rest = shared or kind.rest_rates
+    rates = rates_of(methods, dict(options.lrs), kind.rates, rest, own)
     records = Records(options.out)
     with records.locked():
         task = kind.prepare(options, records)
@@ -175,9 +177,9 @@ def _add_sweep_options(sub: argparse.ArgumentParser, kind: Kind) -> None:
         f"{', '.join(known)} (default: all)")  # fmt: skip
     add("--lrs", nargs="+", type=_rates, default=[], action="extend", metavar="METHOD=A,B,...",
         help="learning rates of a method's low-rank matrices, instead of its defaults")  # fmt: skip
-    add("--rest-lr", nargs="+", type=_rate, default=[], metavar="RATE", help="learning rates of "
-        "all other parameters (embeddings, output head, norms, biases), for every method but lora "
-        f"(default: {_rest_default(kind)})")  # fmt: skip
+    add("--rest-lr", nargs="+", type=_rest_rates, default=[], metavar="[METHOD=]RATE", help="learn"
+        "ing rates of all other parameters (embeddings, output head, norms, biases), for every method "
+        f"but lora, or as METHOD=A,B,... for one (default: {_rest_default(kind)})")  # fmt: skip
     add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="seeds; learning rates are "
         "compared on the first: --lrs at the middle --rest-lr (the lower of two), --rest-lr at the "
         "best of them, and the best one's neighbours again if another --rest-lr is better; the "
@@ -210,6 +212,11 @@ def _rate(text: str) -> float:
     if not 0 < rate < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return rate
+
+
+def _rest_rates(text: str) -> tuple[str, tuple[float, ...]]:
+    """Rates of one method, or one rate of all, whose name is ""."""
+    return _rates(text) if "=" in text else ("", (_rate(text),))
 
 
 def _rates(text: str) -> tuple[str, tuple[float, ...]]:

@@ -180,6 +180,7 @@ def rates_of(
     given: Mapping[str, Sequence[float]],
     defaults: Mapping[str, Sequence[float]] = RATES,
     rest: Sequence[float] = (),
+    own_rest: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Rates]:
     """The learning rates of each method by name, ascending.
 
@@ -188,15 +189,17 @@ def rates_of(
         given: rates of the low-rank matrices by method name, overriding the defaults.
         defaults: default rates by method.
         rest: rates of all other parameters, for every method with two; empty: that of the matrices.
+        own_rest: the same by method name, overriding `rest`.
 
     Raises:
         InputError: a name in `given` is not among `methods`, or the methods have neither the same
             number of rates nor the default numbers, which would favour some.
     """
     names = [method.name for method in methods]
-    for name in given:
+    own = dict(own_rest or {})
+    for option, name in [*(("--lrs", each) for each in given), *(("--rest-lr", n) for n in own)]:
         if name not in names:
-            raise InputError(f"--lrs {name}=...: not among the methods {', '.join(names)}")
+            raise InputError(f"{option} {name}=...: not among the methods {', '.join(names)}")
     default = {method.name: defaults[method.of] for method in methods}
     rates = {name: tuple(sorted(set(given.get(name, default[name])))) for name in names}
     usual = {name: len(default[name]) for name in names}
@@ -206,11 +209,15 @@ def rates_of(
             "--lrs: every method needs the same number of learning rates, got "
             f"{_listed(numbers)}; give all as many, or their default numbers: {_listed(usual)}"
         )
-    rests = tuple(sorted(set(rest)))
-    return {
-        method.name: Rates(rates[method.name], () if method.family in ONE_RATE else rests)
-        for method in methods
-    }
+    two = [method.name for method in methods if method.family not in ONE_RATE]
+    rests = {name: tuple(sorted(set(own.get(name, rest)))) for name in two}
+    numbers = {name: len(each) for name, each in rests.items()}
+    if len(set(numbers.values())) > 1:
+        raise InputError(
+            "--rest-lr: every method needs the same number of learning rates, got "
+            f"{_listed(numbers)}"
+        )
+    return {name: Rates(rates[name], rests.get(name, ())) for name in names}
 
 
 def _listed(numbers: Mapping[str, int]) -> str:

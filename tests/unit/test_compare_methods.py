@@ -134,6 +134,17 @@ def test_all_methods_have_as_many_learning_rates_or_their_default_numbers():
         rates_of(methods, {"fira": (1e-3,)})
 
 
+def test_the_rest_may_have_rates_of_its_own_in_each_method():
+    methods = choose(["adamw", "muon"], peer_rank=4)
+    given = {"adamw": (1e-3,), "muon": (1e-2,)}
+    rates = rates_of(methods, given, rest=(1e-2, 3e-2), own_rest={"muon": (6e-2, 2e-2)})
+    assert (rates["adamw"].rest_lr, rates["muon"].rest_lr) == ((1e-2, 3e-2), (2e-2, 6e-2))
+    with pytest.raises(InputError, match=r"--rest-lr: every .* same number .* adamw 2, muon 1"):
+        rates_of(methods, given, rest=(1e-2, 3e-2), own_rest={"muon": (6e-2,)})
+    with pytest.raises(InputError, match=r"--rest-lr fira=\.\.\.: not among the methods adamw"):
+        rates_of(methods, given, own_rest={"fira": (1e-2,)})
+
+
 def test_lora_has_one_rate():
     methods = choose(["adamw", "lora"], peer_rank=4, published=PUBLISHED_FINETUNING)
     rates = rates_of(methods, {"adamw": (1e-3,), "lora": (2e-3,)}, RATES | {"lora": ()}, (5e-3,))

@@ -309,6 +309,7 @@ def test_files_that_are_none_of_ours_are_told(tmp_path):
             ["pretrain", "--out", "x", "--rest-lr", "1e-3", "0"],
             "expected a number above 0, got '0'",
         ),
+        (["pretrain", "--out", "x", "--rest-lr", "adamw="], "expected METHOD=1e-3,2e-3,..."),
         (["pretrain", "--out", "x", "--peer-rank", "1.5"], "got '1.5'"),
         (["pretrain", "--out", "x", "--methods", "lora"], "--methods lora: unknown method"),
     ],
