@@ -178,8 +178,9 @@ def _add_sweep_options(sub: argparse.ArgumentParser, kind: Kind) -> None:
     add("--lrs", nargs="+", type=_rates, default=[], action="extend", metavar="METHOD=A,B,...",
         help="learning rates of a method's low-rank matrices, instead of its defaults")  # fmt: skip
     add("--rest-lr", nargs="+", type=_rest_rates, default=[], metavar="[METHOD=]RATE",
-        help="learning rates of all other parameters (embeddings, output head, norms, biases), for every "
-        f"method but lora, or as METHOD=A,B,... for one (default: {_rest_default(kind)})")  # fmt: skip
+        help="learning rates of all other parameters (embeddings, output head, norms, biases), for "
+        "every method but lora, or as METHOD=A,B,... for one (default: "
+        f"{_rest_default(kind)})")  # fmt: skip
     add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="seeds; learning rates are "
         "compared on the first: --lrs at the middle --rest-lr (the lower of two), --rest-lr at the "
         "best of them, and the best one's neighbours again if another --rest-lr is better; the "
