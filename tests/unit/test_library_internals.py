@@ -41,7 +41,7 @@ FILES = [
     if path != TABLE
 ]
 
-DOCUMENTED = {"_asdict", "_exit", "_getframe", "_replace"}
+DOCUMENTED = {"_asdict", "_exit", "_fields", "_getframe", "_replace"}
 """Public in spite of the underscore: of named tuples, ``os`` and ``sys``."""
 STORES = {f"torch._C._distributed_c10d.{name}" for name in ("PrefixStore", "Store", "TCPStore")}
 """Public as names of ``torch.distributed``, where they have no types."""
