@@ -157,4 +157,5 @@ class Watching(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
         check_finite(self.last[LOSS], self.step, "held-out loss")
         value = self.last[self._measure]
         self.curve.append((self.step, state.num_input_tokens_seen, value))
+        self.measured.at_evaluation(self.step)
         self._show(f"step {self.step}: {MEASURES[self._measure].title} {value:.4f}")
