@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from arg_dist.config import AdaRankGradConfig
-from arg_dist.planning.choices import AGAINST, FP32
+from arg_dist.planning.choices import AGAINST, DTYPES, FP32
 from arg_dist.planning.cuts import REPLICATED, Layout
 from arg_dist.planning.engines import Held
 from arg_dist.planning.model import Parameter
 from arg_dist.planning.rows import Counts, box_counts
 from arg_dist.telemetry import ADAMW_BYTES_PER_ELEMENT
 
-BF16 = 2
+BF16 = DTYPES["bf16"]
 BLOCK = 256
 """Elements of torchao's AdamW8bit that share a scale."""
 QUANTIZED = 4096

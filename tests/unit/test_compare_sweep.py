@@ -339,18 +339,31 @@ def test_the_module_is_a_command():
     assert finished.stderr == "compare: nowhere: contains no comparison runs\n"
 
 
-def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
+def write_tokens(folder: Path) -> None:
+    """Random tokens to train on, and others to evaluate."""
     import numpy as np
-
-    from benchmarks.compare.pretraining import PretrainingJob, pretrain
 
     for part, seed in (("training", 1), ("held_out", 2)):
         numbers = np.random.default_rng(seed).integers(0, 258, 4000).astype(np.uint16)
-        np.save(tmp_path / f"{part}.npy", numbers)
-    job = PretrainingJob(
-        model="pico", vocab_size=258, steps=2, batch_size=4, micro_batch=2, seq_len=16, warmup=1,
-        min_lr_ratio=0.1, clip=1.0, weight_decay=0.0, eval_every=1, eval_sequences=3, device="cpu",
-    )  # fmt: skip
+        np.save(folder / f"{part}.npy", numbers)
+
+
+def small_job(**own):
+    """A job of a few small steps."""
+    from benchmarks.compare.pretraining import PretrainingJob
+
+    shared = {
+        "model": "pico", "vocab_size": 258, "micro_batch": 2, "seq_len": 16, "min_lr_ratio": 0.1,
+        "clip": 1.0, "weight_decay": 0.0, "eval_sequences": 3, "device": "cpu",
+    }  # fmt: skip
+    return PretrainingJob(**shared, **own)
+
+
+def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
+    from benchmarks.compare.pretraining import pretrain
+
+    write_tokens(tmp_path)
+    job = small_job(steps=2, batch_size=4, warmup=1, eval_every=1)
 
     def losses(name: str, seed: int) -> list[str]:
         (method,) = choose([name], peer_rank=4)
@@ -367,18 +380,10 @@ def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
 
 @pytest.mark.parametrize("name", ["recommended", "galore", "muon"])
 def test_a_run_that_was_interrupted_goes_on_to_the_bit(name, tmp_path):
-    import numpy as np
+    from benchmarks.compare.pretraining import pretrain
 
-    from benchmarks.compare.pretraining import PretrainingJob, pretrain
-
-    for part, seed in (("training", 1), ("held_out", 2)):
-        numbers = np.random.default_rng(seed).integers(0, 258, 4000).astype(np.uint16)
-        np.save(tmp_path / f"{part}.npy", numbers)
-    job = PretrainingJob(
-        model="pico", vocab_size=258, steps=6, batch_size=2, micro_batch=2, seq_len=16, warmup=1,
-        min_lr_ratio=0.1, clip=1.0, weight_decay=0.0, eval_every=2, eval_sequences=3, device="cpu",
-        dtype="bf16",
-    )  # fmt: skip
+    write_tokens(tmp_path)
+    job = small_job(steps=6, batch_size=2, warmup=1, eval_every=2, dtype="bf16")
     (method,) = choose([name], peer_rank=4)
 
     def run(show=print, **more) -> dict:
@@ -409,14 +414,11 @@ def test_a_run_that_was_interrupted_goes_on_to_the_bit(name, tmp_path):
 def test_a_run_that_diverges_says_at_which_step(tmp_path):
     import numpy as np
 
-    from benchmarks.compare.pretraining import PretrainingJob, pretrain
+    from benchmarks.compare.pretraining import pretrain
 
     for part in ("training", "held_out"):
         np.save(tmp_path / f"{part}.npy", np.arange(4000, dtype=np.uint16) % 258)
-    job = PretrainingJob(
-        model="pico", vocab_size=258, steps=6, batch_size=2, micro_batch=2, seq_len=16, warmup=0,
-        min_lr_ratio=0.1, clip=1.0, weight_decay=0.0, eval_every=6, eval_sequences=3, device="cpu",
-    )  # fmt: skip
+    job = small_job(steps=6, batch_size=2, warmup=0, eval_every=6)
     (method,) = choose(["adamw"], peer_rank=4)
     results = pretrain(job, method, lr=1e30, rest_lr=1e-3, seed=0, tokens=tmp_path, show=print)
     assert results["status"] == "diverged" and results["final"] is None

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from lockstep_steps import heard, step_of
 from matrices import gaussian
 
-import arg_dist
 from arg_dist.algorithm import StepFacts
 from arg_dist.cli.main import main
 from arg_dist.config import ConfigError, parse_config
@@ -36,6 +35,7 @@ from arg_dist.sharding.message_packing import Messages
 from arg_dist.sharding.transfers import ALIGNMENT
 from arg_dist.subspace.distributed import even_rows, exchanges_of, intersect
 from arg_dist.terms import step_of_terms
+from benchmarks.compare.optimizers import low_rank_matrices
 
 pytestmark = pytest.mark.unit
 
@@ -355,13 +355,8 @@ def test_other_optimizers_keep_as_much_as_planned(kept: Any, dtype: str):
         load_model("pico", parse_config({}), vocab_size=258), parse_config({}), engine="none",
         processes=1, dtype=dtype, against=[name],
     ).figures[AGAINST[name]]  # fmt: skip
-    low_rank = [
-        parameter
-        for group in arg_dist.param_groups(model)
-        if group.get("low_rank", True)
-        for parameter in group["params"]
-    ]
-    assert planned.state.tolist() == [kept(list(model.parameters()), low_rank)]
+    matrices = list(low_rank_matrices(model).values())
+    assert planned.state.tolist() == [kept(list(model.parameters()), matrices)]
 
 
 def test_thousands_of_processes_are_reckoned_by_arithmetic():
