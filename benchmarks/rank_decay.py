@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from arg_dist.cli.parsing import InputError, OneLineParser, at_least, complain
 from benchmarks.compare import finetuning_setup, pretraining_setup
+from benchmarks.compare.cli import method_rates
 from benchmarks.compare.methods import PUBLISHED, PUBLISHED_FINETUNING, Method, choose
 from benchmarks.compare.optimizers import low_rank_matrices
 from benchmarks.compare.pretraining import PretrainingJob, pretrain, read_sequences
@@ -280,11 +281,10 @@ def _chosen(options: argparse.Namespace, published: Mapping[str, dict[str, Any]]
     """
     found = []
     for text in options.methods:
-        name, _, rates = text.partition("=")
         try:
-            lr, *rest = [float(rate) for rate in rates.split(",")]
+            name, (lr, *rest) = method_rates(text)
             (rest_lr,) = rest or [lr]
-        except ValueError:
+        except (argparse.ArgumentTypeError, ValueError):
             raise InputError(
                 f"--methods {text}: expected NAME=RATE, or NAME=RATE,RATE with that of embeddings, "
                 "head and norms"

@@ -52,8 +52,8 @@ ENGINES = {
 OTHERS = (
     "test_bench* test_compare* test_cluster* test_docker* test_finetuning* test_gpu_benchmark* "
     "test_library_internals* test_multinode* test_presets* test_report* test_versions* "
-    "test_packaging* test_stale* test_launches* test_kernels* test_readme* test_troubleshooting* "
-    "test_layers*"
+    "test_packaging* test_rank_decay* test_stale* test_launches* test_kernels* test_readme* "
+    "test_troubleshooting* test_layers*"
 )
 """Unit tests of what is not in the wheel, or of the pinned versions alone."""
 REFUSALS = (

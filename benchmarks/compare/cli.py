@@ -175,8 +175,9 @@ def _add_sweep_options(sub: argparse.ArgumentParser, kind: Kind) -> None:
     add("--out", type=Path, required=True, help="directory of the comparison")
     add("--methods", nargs="+", default=list(known), metavar="NAME", help="methods to compare: "
         f"{', '.join(known)} (default: all)")  # fmt: skip
-    add("--lrs", nargs="+", type=_rates, default=[], action="extend", metavar="METHOD=A,B,...",
-        help="learning rates of a method's low-rank matrices, instead of its defaults")  # fmt: skip
+    add("--lrs", nargs="+", type=method_rates, default=[], action="extend",
+        metavar="METHOD=A,B,...", help="learning rates of a method's low-rank matrices, instead of "
+        "its defaults")  # fmt: skip
     add("--rest-lr", nargs="+", type=_rest_rates, default=[], metavar="[METHOD=]RATE",
         help="learning rates of all other parameters (embeddings, output head, norms, biases), for "
         "every method but lora, or as METHOD=A,B,... for one (default: "
@@ -217,10 +218,15 @@ def _rate(text: str) -> float:
 
 def _rest_rates(text: str) -> tuple[str, tuple[float, ...]]:
     """Rates of one method, or one rate of all, whose name is ""."""
-    return _rates(text) if "=" in text else ("", (_rate(text),))
+    return method_rates(text) if "=" in text else ("", (_rate(text),))
 
 
-def _rates(text: str) -> tuple[str, tuple[float, ...]]:
+def method_rates(text: str) -> tuple[str, tuple[float, ...]]:
+    """A method and its learning rates, from METHOD=A,B,...
+
+    Raises:
+        ArgumentTypeError: it is written otherwise, or a rate is not above 0.
+    """
     name, equals, rates = text.partition("=")
     try:
         numbers = tuple(_rate(rate) for rate in rates.split(","))

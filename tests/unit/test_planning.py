@@ -314,6 +314,8 @@ def adamw(parameters: list[Any], matrices: list[Any]) -> int:
 
 
 def muon(parameters: list[Any], matrices: list[Any]) -> int:
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch before 2.9 has no Muon")
     apart = {id(matrix) for matrix in matrices}
     rest = [parameter for parameter in parameters if id(parameter) not in apart]
     return sum(map(bytes_of_a_step, [torch.optim.Muon(matrices), torch.optim.AdamW(rest)]))
