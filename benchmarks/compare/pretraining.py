@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from launchers.pretraining.schedule import warmup_cosine
 from launchers.pretraining.tokens import Sequences
 from launchers.reporting.measures import LOSS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Show = Callable[[str], None]
 
 
@@ -32,7 +35,7 @@ class PretrainingJob:
     """Settings shared by all runs of a comparison.
 
     `device` is a torch device type; `dtype` that of the model's products, ``fp32`` or ``bf16`` (by
-    autocast; weights are fp32).
+    autocast; weights are fp32); `compile` tells whether ``torch.compile`` compiles the model.
     """
 
     model: str
@@ -49,6 +52,7 @@ class PretrainingJob:
     eval_sequences: int
     device: str
     dtype: str = "fp32"
+    compile: bool = False
 
     def tokens(self, step: int) -> int:
         """Number of tokens seen after `step`."""
@@ -142,6 +146,8 @@ def pretrain(
     sequences = read_sequences(tokens, job.seq_len, job.vocab_size, seed=seed)
     config = model_config(job.model, vocab_size=job.vocab_size, length=job.seq_len)
     model = build_model(job.model, config, seed=seed, deepspeed_config={}).to(job.device)
+    if job.compile:
+        _compile(model, job.device)
     torch.manual_seed(seed)
     training = prepare(method, model, lr=lr, rest_lr=rest_lr, weight_decay=job.weight_decay)
     for optimizer in training.optimizers:
@@ -181,6 +187,12 @@ def pretrain(
         "earlier_seconds": progress.seconds,
         **progress.measured.as_json(job.steps),
     }
+
+
+def _compile(model: PreTrainedModel, device: str) -> None:
+    if device == "cpu":  # torch's fused attention is slower there than compiled equations
+        model.set_attn_implementation("eager")
+    model.forward = torch.compile(model.forward, dynamic=False)
 
 
 def _train(progress: _Progress, sequences: Sequences, job: PretrainingJob, step: int) -> float:
