@@ -34,7 +34,13 @@ long_runs() {
         paper=1.2e-2,2.4e-2,4.8e-2
     pretrain long "${job[@]}" "${full[@]}" --data-bytes 60000000 --seeds 0 1 \
         --methods adamw muon recommended pretraining \
-        --lrs adamw=1.4e-3,2e-3 muon=5.6e-3,8e-3 recommended=8e-3,1.2e-2 pretraining=5.6e-3,8e-3
+        --lrs adamw=1.4e-3,2e-3 muon=5.6e-3,8e-3 recommended=8e-3,1.2e-2 pretraining=8e-3,1.2e-2
+    pretrain long-headers "${job[@]}" "${full[@]}" --data "$headers" --seeds 0 \
+        --methods adamw muon recommended pretraining \
+        --lrs adamw=1.4e-3 muon=5.6e-3 recommended=8e-3 pretraining=8e-3
+    pretrain long-60m --model 60m --batch-size 32 --micro-batch 8 --seq-len 256 --dtype bf16 \
+        --compile --data-bytes 60000000 --steps 366 --warmup 37 --eval-every 61 --seeds 0 \
+        --rest-lr 3.2e-2 --methods adamw muon pretraining --lrs adamw=1e-3 muon=8e-3 pretraining=8e-3
 }
 
 short_job=(--steps 400 --warmup 40 --batch-size 8 --seq-len 128 --eval-every 100 --seeds 0 1 2)

@@ -378,6 +378,31 @@ def test_weights_and_batches_depend_on_the_seed_alone(tmp_path):
     assert losses("adamw", 1) != adamw
 
 
+def test_a_compiled_model_learns_the_same(tmp_path, monkeypatch):
+    import torch
+
+    from benchmarks.compare.pretraining import pretrain
+
+    write_tokens(tmp_path)
+    (method,) = choose(["recommended"], peer_rank=4)
+    compiled, compile_with = [], torch.compile
+
+    def traced(forward, **options):  # without generating C++, which takes a minute
+        compiled.append(forward)
+        return compile_with(forward, backend="eager", fullgraph=True, **options)
+
+    def losses(*, compile: bool) -> list[str]:
+        job = small_job(steps=4, batch_size=2, warmup=1, eval_every=2, compile=compile)
+        said: list[str] = []
+        rates = {"lr": 1e-3, "rest_lr": 2e-3, "seed": 0}
+        pretrain(job, method, **rates, tokens=tmp_path, show=said.append)
+        return said
+
+    monkeypatch.setattr(torch, "compile", traced)
+    assert losses(compile=True) == losses(compile=False)
+    assert len(compiled) == 1
+
+
 @pytest.mark.parametrize("name", ["recommended", "galore", "muon"])
 def test_a_run_that_was_interrupted_goes_on_to_the_bit(name, tmp_path):
     from benchmarks.compare.pretraining import pretrain
