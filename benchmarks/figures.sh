@@ -11,9 +11,17 @@ if (($# < 1)); then
     echo "figures: expected a directory: bash benchmarks/figures.sh OUT [PART ...]" >&2
     exit 2
 fi
+all=(long short ablations sketched times network)
+parts=("${@:2}")
+((${#parts[@]})) || parts=("${all[@]}")
+for part in "${parts[@]}"; do
+    if [[ " ${all[*]} " != *" $part "* ]]; then
+        echo "figures: no part $part; choose of ${all[*]}" >&2
+        exit 2
+    fi
+done
 mkdir -p "$1"
 out=$(cd -- "$1" && pwd)
-shift
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1
 headers=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch/include
@@ -23,30 +31,31 @@ pretrain() { # pretrain FOLDER OPTION ...
 }
 
 # 12M tokens: rates from a tenth of the length, then two around the best
-long_runs() {
-    local job=(--model nano --batch-size 16 --seq-len 256 --dtype bf16 --compile) tenth full
+run_long() {
+    local bf16=(--seq-len 256 --dtype bf16 --compile) python=(--data-bytes 60000000) job tenth full
+    job=(--model nano --batch-size 16 "${bf16[@]}")
     tenth=(--steps 293 --warmup 29 --eval-every 97 --seeds 0)
     full=(--steps 2930 --warmup 293 --eval-every 146 --rest-lr 3.2e-2)
-    pretrain tenth "${job[@]}" "${tenth[@]}" --data-bytes 60000000 --rest-lr 1.6e-2 3.2e-2 6.4e-2 \
+    pretrain tenth "${job[@]}" "${tenth[@]}" "${python[@]}" --rest-lr 1.6e-2 3.2e-2 6.4e-2 \
         --methods adamw muon recommended pretraining galore fira paper \
         --lrs adamw=1e-3,2e-3,4e-3 muon=5.6e-3,8e-3,1.2e-2 recommended=8e-3,1.2e-2,1.6e-2 \
         pretraining=5.6e-3,8e-3,1.2e-2 galore=1e-2,2e-2,4e-2 fira=2.5e-3,5e-3,1e-2 \
         paper=1.2e-2,2.4e-2,4.8e-2
-    pretrain long "${job[@]}" "${full[@]}" --data-bytes 60000000 --seeds 0 1 \
+    pretrain long "${job[@]}" "${full[@]}" "${python[@]}" --seeds 0 1 \
         --methods adamw muon recommended pretraining \
         --lrs adamw=1.4e-3,2e-3 muon=5.6e-3,8e-3 recommended=8e-3,1.2e-2 pretraining=8e-3,1.2e-2
     pretrain long-headers "${job[@]}" "${full[@]}" --data "$headers" --seeds 0 \
         --methods adamw muon recommended pretraining \
         --lrs adamw=1.4e-3 muon=5.6e-3 recommended=8e-3 pretraining=8e-3
-    pretrain long-60m --model 60m --batch-size 32 --micro-batch 8 --seq-len 256 --dtype bf16 \
-        --compile --data-bytes 60000000 --steps 366 --warmup 37 --eval-every 61 --seeds 0 \
+    pretrain long-60m --model 60m --batch-size 32 --micro-batch 8 "${bf16[@]}" "${python[@]}" \
+        --steps 366 --warmup 37 --eval-every 61 --seeds 0 \
         --rest-lr 3.2e-2 --methods adamw muon pretraining --lrs adamw=1e-3 muon=8e-3 pretraining=8e-3
 }
 
 short_job=(--steps 400 --warmup 40 --batch-size 8 --seq-len 128 --eval-every 100 --seeds 0 1 2)
 
 # 0.4M tokens, all methods, rates around the best of earlier sweeps
-short_runs() {
+run_short() {
     pretrain nano "${short_job[@]}" --model nano --rest-lr 3.2e-2 6.4e-2 \
         --methods recommended pretraining paper adamw muon galore apollo fira \
         --lrs recommended=1.2e-2,1.6e-2 pretraining=8e-3,1.2e-2 paper=1.2e-2,2.4e-2 \
@@ -58,7 +67,7 @@ short_runs() {
 }
 
 # one setting changed at a time
-ablations() {
+run_ablations() {
     local lrs=() variants=() name
     variant() { # variant NAME LR SETTING ...
         variants+=(--variant "$1" recommended "${@:3}")
@@ -88,13 +97,13 @@ ablations() {
         --methods recommended --lrs recommended=2.4e-2 "${lrs[@]}" "${variants[@]}"
 }
 
-sketched() {
+run_sketched() {
     python -m benchmarks.sketched --out "$out/sketched" --seeds 0 1 2 --ways "whole" muon \
         "2 bits, 2 back" "2 bits, 2 back, bf16, rank 4" "1 bit, 2 back" none "whole, matched" \
         "1 bit, 2 back, matched"
 }
 
-times() {
+run_times() {
     local one=(--threads 1)
     python -m benchmarks.step --models 350m 1b --ranks 128 256 "${one[@]}" --out "$out/step.json"
     python -m benchmarks.refresh --models 350m 1b --ranks 128 --methods recommended galore \
@@ -111,7 +120,7 @@ times() {
         tee "$out/host-time.md"
 }
 
-network() {
+run_network() {
     python -m benchmarks.overlap --model 60m --rank 128 --engines fsdp2 ddp --threads 1 \
         --out "$out/overlap.json"
     python -m benchmarks.network --bandwidths 100M 1G unlimited --steps 20 --warmup-steps 3 \
@@ -121,15 +130,6 @@ network() {
         --processes-per-host 2 --methods hsdp-adamw hsdp-adarankgrad hsdp-sketch --out "$out/hsdp"
 }
 
-parts=("$@")
-((${#parts[@]})) || parts=(long short ablations sketched times network)
 for part in "${parts[@]}"; do
-    case $part in
-    long | short) "${part}_runs" ;;
-    ablations | sketched | times | network) "$part" ;;
-    *)
-        echo "figures: no part $part; choose of long short ablations sketched times network" >&2
-        exit 2
-        ;;
-    esac
+    "run_$part"
 done
